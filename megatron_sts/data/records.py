@@ -1,0 +1,47 @@
+"""What a data source yields, before tokens: conversations with lazily decoded images. Knows no tokenizer and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+IMAGE_MARKER = "<image>"
+"""Stands in a turn's text where an image belongs; the template expands it to placeholder ids."""
+
+ImageSource = Callable[[], np.ndarray]
+"""Decodes one picture when it is needed: uint8 ``[height, width, 3]``, RGB. Only ranks that use pixels call it."""
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used (corrupt image, too long, marker/image mismatch); training skips and counts it."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. Loss falls on assistant turns only."""
+
+    role: Literal["user", "assistant"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample: its turns, and one ``ImageSource`` for each ``<image>`` marker, in reading order."""
+
+    key: str
+    turns: tuple[Turn, ...]
+    images: tuple[ImageSource, ...] = ()
+
+
+class RecordSource(Protocol):
+    """An indexable source of records. ``source[i]`` is a pure function of the source's spec and ``i``.
+
+    Raises ``BadSampleError`` for an unusable record. An endless source reports ``len`` as its nominal epoch.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
