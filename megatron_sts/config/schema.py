@@ -1,0 +1,277 @@
+"""What a user may write in a config file. Torch-free; knows nothing of how a value is used.
+
+Every model is frozen and refuses unknown keys. Values that follow from others are not here: see ``resolve.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Part = Literal["vision", "projector", "language"]
+PositiveInt = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Base of every config section: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class VisionConfig(Section):
+    """A CLIP-type ViT."""
+
+    tower: Literal["clip"] = "clip"
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    ffn_hidden_size: PositiveInt | None = None
+    """Defaults to 4 x hidden_size."""
+    image_size: PositiveInt
+    """Pixels, square."""
+    patch_size: PositiveInt
+    """Pixels, square; must divide image_size."""
+    feature_layer: int = -2
+    """Which layer's output is projected: -1 the last, -2 the one before (LLaVA-1.5). Layers after it are not built."""
+    init: str | None = None
+    """Weights to start from: ``tiny/vision`` (embedded) or a safetensors file. None: random."""
+
+
+class ProjectorConfig(Section):
+    """Maps visual features to the language model's width."""
+
+    type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+
+
+class LanguageConfig(Section):
+    """A Llama-type decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
+
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt | None = None
+    """Key/value heads. Defaults to num_attention_heads (no grouping)."""
+    ffn_hidden_size: PositiveInt
+    kv_channels: PositiveInt | None = None
+    """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
+    vocab_size: PositiveInt
+    rotary_base: float = 10000.0
+    norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = False
+    init_std: float = 0.02
+    """Standard deviation of the initial weights (output layers of a block: divided by sqrt(2 x num_layers))."""
+    embedding_init_std: float | None = None
+    """Defaults to init_std."""
+    init: str | None = None
+    """Weights to start from: ``tiny/language`` (embedded) or a safetensors file. None: random."""
+
+
+class ModelConfig(Section):
+    """Vision tower, projector and language model; ``vision: null`` is a text-only language model."""
+
+    vision: VisionConfig | None
+    projector: ProjectorConfig = ProjectorConfig()
+    language: LanguageConfig
+
+
+class ParallelConfig(Section):
+    """How the model is spread over devices. Sizes are numbers of ranks."""
+
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    virtual_pipeline_model_parallel_size: PositiveInt | None = None
+    """Model chunks per pipeline rank (interleaved schedule)."""
+    context_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    data_parallel_size: PositiveInt | None = None
+    """None: the world size divided by tensor x pipeline x context sizes (1 for a local launch)."""
+    layout: Literal["even"] = "even"
+    """How decoder layers are dealt to pipeline chunks."""
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_p2p_comm: bool = True
+    """Individual, overlapped stage-to-stage transfers; interleaving with two pipeline ranks is wrong without it."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the decoder."""
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """A collective that waits longer than this fails on every rank instead of hanging."""
+
+
+class PrecisionConfig(Section):
+    """Number formats of parameters and matrix products."""
+
+    params: Literal["fp32", "bf16"] = "fp32"
+    fp8: Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8"] = "off"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_off(cls, data: object) -> object:
+        # YAML 1.1 reads a bare `off` as False.
+        return {**data, "fp8": "off"} if isinstance(data, dict) and data.get("fp8") is False else data
+
+
+class DataConfig(Section):
+    """Where samples come from."""
+
+    source: Literal["scenes", "llava_json"] = "scenes"
+    mode: Literal["caption", "questions", "words", "map", "words_and_map", "induction"] = "questions"
+    """scenes: what a sample asks for. The last four are text-only."""
+    families: tuple[str, ...] = (
+        "existence", "relation", "category", "counting", "ocr", "choice", "paired", "locate", "name",
+    )  # fmt: skip
+    """scenes: question families drawn from."""
+    num_turns: PositiveInt = 4
+    """scenes: questions a sample."""
+    num_samples: PositiveInt = 10_000
+    """scenes: size of one epoch (the stream itself is endless)."""
+    induction_fraction: Fraction = 0.0
+    """scenes: share of samples that are induction warm-up lists."""
+    text_only_fraction: Fraction = 0.0
+    """scenes: share of samples without an image."""
+    path: str | None = None
+    """llava_json: the JSON file."""
+    image_dir: str | None = None
+    """llava_json: folder that image names are relative to. Defaults to the JSON's folder."""
+    tokenizer: str = "scenes"
+    """``scenes`` (embedded SentencePiece), a SentencePiece ``.model`` file, or a Hugging Face tokenizer folder."""
+    template: Literal["chat", "plain"] = "chat"
+    """How turns become tokens; ``plain`` puts the answer right after the image (LLaVA's alignment format)."""
+    max_bad_fraction: Fraction = 0.05
+    """Skipped samples, as a share of all since the stage began (after the first 100), above which the run stops."""
+
+
+class OptimizerConfig(Section):
+    """Adam(W) with warm-up and decay."""
+
+    name: Literal["adam"] = "adam"
+    lr: Annotated[float, Field(gt=0)]
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+
+class BatchConfig(Section):
+    """Shapes of a step."""
+
+    global_batch_size: PositiveInt
+    """Samples a step, over all data-parallel ranks."""
+    micro_batch_size: PositiveInt
+    """Samples a forward pass on one rank."""
+    sequence_length: PositiveInt
+    """Tokens a sample without compression, visual placeholders included. VTC shortens it."""
+    max_images: PositiveInt = 1
+    """Images a sample may carry; VTC shortens the sequence by max_images x the tokens it drops from each."""
+
+
+class VtcConfig(Section):
+    """Visual Token Compressor: which of an image's projected tokens the language model sees."""
+
+    sampler: Literal["uniform", "random"] = "uniform"
+    keep_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    positions: Literal["original", "compact"] = "original"
+    """original: kept tokens and text keep the RoPE positions of the uncompressed sequence; compact: 0, 1, 2, ..."""
+
+
+class LdsConfig(Section):
+    """Layer Dynamic Skipper: p_l(e) = alpha ((E-e)/E)^2 (1 + epsilon (2l-(L-1))/(L-1))."""
+
+    alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    epsilon: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.5
+    schedule: Literal["paper", "constant"] = "paper"
+    depth_profile: Literal["linear", "flat"] = "linear"
+    sampler: Literal["bernoulli", "fixed"] = "bernoulli"
+    fixed_layers: tuple[int, ...] = ()
+    """fixed: the 0-based layers skipped in every step."""
+    granularity: Literal["step"] = "step"
+    skipped_update: Literal["freeze", "zero_grad"] = "freeze"
+    """freeze: a skipped layer's weights and moments stay untouched; zero_grad: Adam sees a zero gradient."""
+    residual_scale: Literal["none"] = "none"
+
+    @model_validator(mode="after")
+    def _probabilities(self) -> LdsConfig:
+        largest = self.alpha * (1 + abs(self.epsilon)) if self.depth_profile == "linear" else self.alpha
+        if largest > 1:
+            raise ValueError(
+                f"alpha*(1+|epsilon|) = {largest:g} > 1 (alpha={self.alpha:g}, epsilon={self.epsilon:g}): "
+                "skip probabilities must stay <= 1; lower alpha or epsilon"
+            )
+        return self
+
+
+class StageConfig(Section):
+    """One training stage: what learns, on which data, how long, how sparsely."""
+
+    name: str
+    freeze: tuple[Part, ...] = ()
+    data: DataConfig | None = None
+    """None: the run's ``data``."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: PositiveInt | None = None
+    optimizer: OptimizerConfig
+    batch: BatchConfig
+    vtc: VtcConfig | None = None
+    lds: LdsConfig | None = None
+
+    @model_validator(mode="after")
+    def _length(self) -> StageConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError(f"stage {self.name!r}: give exactly one of epochs and steps")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save. The end of a stage is always saved."""
+
+    interval_steps: PositiveInt | None = None
+    """None: at the end of each stage only."""
+    keep_last: PositiveInt = 2
+
+
+class LoggingConfig(Section):
+    """What is written while training."""
+
+    interval_steps: PositiveInt = 1
+    """Steps between lines of metrics.jsonl. Lines in between are not written."""
+    tensorboard: bool = True
+    device_peak_tflops: Annotated[float, Field(gt=0)] | None = None
+    """Peak of one device, for MFU. None: taken from the device table; unknown devices (CPU) report null."""
+
+
+class EvaluationConfig(Section):
+    """The accuracy measured on ``scenes`` when the last stage has ended."""
+
+    num_questions: Annotated[int, Field(ge=0)] = 0
+    """Questions a family; 0 turns evaluation off."""
+    families: tuple[str, ...] = ("existence", "relation", "counting", "ocr", "choice", "paired")
+    splits: tuple[Literal["eval", "eval_heldout", "eval_style"], ...] = ("eval",)
+    words: bool = False
+    """Give the scene in words instead of the image (text-only models; the gate of the backbones)."""
+    micro_batch_size: PositiveInt = 50
+
+
+class RunConfig(Section):
+    """A whole run."""
+
+    seed: Annotated[int, Field(ge=0)] = 1234
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    data: DataConfig = DataConfig()
+    stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _stage_names(self) -> RunConfig:
+        names = [stage.name for stage in self.stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"stages: names must differ, got {names}")
+        return self
