@@ -1,0 +1,260 @@
+"""Refusals: which written configs make no sense together. Torch-free; derives nothing that is kept.
+
+Every refusal is one line: the dotted field, its value, why, and what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    Part,
+    RunConfig,
+    StageConfig,
+    VisionConfig,
+)
+
+DATA_FAMILIES: tuple[str, ...] = DataConfig().families
+"""Every question family of ``scenes``: the default draws from all."""
+
+EVALUATION_FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "paired")
+"""Families with an accuracy of their own; relation covers the training families relation and category."""
+
+IMAGE_MODES = ("caption", "questions")
+
+
+def refuse(field: str, value: object, why: str, remedy: str) -> NoReturn:
+    """Stop with the one-line message every wrong config gets."""
+    raise ConfigError(f"{field}={value}: {why}; {remedy}")
+
+
+def check_run(config: RunConfig) -> None:
+    """Everything that can be refused without the number of ranks or the size of a dataset."""
+    check_language(config.model.language)
+    if config.model.vision is not None:
+        check_vision(config.model.vision)
+    check_tensor_parallel(config)
+    check_parallel(config)
+    check_fp8(config)
+    check_evaluation(config)
+    for stage in config.stages:
+        check_parts(stage, config.model)
+        check_sparsity(stage, config)
+        check_data(stage, config)
+
+
+def check_language(language: LanguageConfig) -> None:
+    """Widths of the decoder fit its heads."""
+    heads, groups = language.num_attention_heads, language.num_query_groups or language.num_attention_heads
+    if language.kv_channels is None and language.hidden_size % heads:
+        refuse(
+            "model.language.hidden_size",
+            language.hidden_size,
+            f"not a multiple of num_attention_heads={heads}",
+            "change either, or set model.language.kv_channels",
+        )
+    if heads % groups:
+        refuse(
+            "model.language.num_query_groups",
+            groups,
+            f"does not divide num_attention_heads={heads}",
+            "use a divisor of it",
+        )
+    if (channels := language.kv_channels or language.hidden_size // heads) % 2:
+        refuse(
+            "model.language.kv_channels",
+            channels,
+            "rotary embedding needs an even head width",
+            "change kv_channels, hidden_size or num_attention_heads",
+        )
+
+
+def check_vision(vision: VisionConfig) -> None:
+    """Patches tile the image, heads tile the width, and the projected layer exists."""
+    if vision.image_size % vision.patch_size:
+        refuse(
+            "model.vision.patch_size",
+            vision.patch_size,
+            f"does not divide image_size={vision.image_size}",
+            "use a divisor of it",
+        )
+    if vision.hidden_size % vision.num_attention_heads:
+        refuse(
+            "model.vision.hidden_size",
+            vision.hidden_size,
+            f"not a multiple of num_attention_heads={vision.num_attention_heads}",
+            "change either",
+        )
+    if not -vision.num_layers <= vision.feature_layer <= -1:
+        refuse(
+            "model.vision.feature_layer",
+            vision.feature_layer,
+            f"the tower has {vision.num_layers} layers",
+            f"use -1 (last) to {-vision.num_layers} (first)",
+        )
+
+
+def check_tensor_parallel(config: RunConfig) -> None:
+    """Tensor parallelism splits heads, groups, MLP columns and the vocabulary evenly."""
+    size, language, vision = (
+        config.parallel.tensor_model_parallel_size,
+        config.model.language,
+        config.model.vision,
+    )
+    split = {
+        "model.language.num_attention_heads": language.num_attention_heads,
+        "model.language.num_query_groups": language.num_query_groups or language.num_attention_heads,
+        "model.language.hidden_size": language.hidden_size,
+        "model.language.ffn_hidden_size": language.ffn_hidden_size,
+        "model.language.vocab_size": language.vocab_size,
+    }
+    if vision is not None:
+        split["model.vision.num_attention_heads"] = vision.num_attention_heads
+        split["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size or 4 * vision.hidden_size
+    for field, value in split.items():
+        if value % size:
+            refuse(
+                "parallel.tensor_model_parallel_size",
+                size,
+                f"does not divide {field}={value}",
+                "use a divisor of it",
+            )
+
+
+def check_parallel(config: RunConfig) -> None:
+    """Sizes of the other axes, and combinations that are wrong or not built yet."""
+    parallel = config.parallel
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    if parallel.context_parallel_size > 1:
+        refuse("parallel.context_parallel_size", parallel.context_parallel_size, "not supported yet", "set it to 1")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        refuse(
+            "parallel.sequence_parallel",
+            "true",
+            "it splits the sequence over tensor-parallel ranks, of which there is one",
+            "set it to false or raise parallel.tensor_model_parallel_size",
+        )
+    if vpp > 1 and pp == 1:
+        refuse(
+            "parallel.virtual_pipeline_model_parallel_size",
+            vpp,
+            "interleaving needs at least two pipeline ranks",
+            "set it to null or raise parallel.pipeline_model_parallel_size",
+        )
+    if vpp > 1 and pp == 2 and not parallel.overlap_p2p_comm:
+        refuse(
+            "parallel.overlap_p2p_comm",
+            "false",
+            "interleaving over two pipeline ranks gives wrong gradients without it",
+            "set it to true",
+        )
+    if config.model.language.num_layers % (pp * vpp):
+        refuse(
+            "model.language.num_layers",
+            config.model.language.num_layers,
+            f"cannot be dealt evenly to {pp} pipeline ranks x {vpp} chunks",
+            f"use a multiple of {pp * vpp} or other parallel sizes",
+        )
+
+
+def check_fp8(config: RunConfig) -> None:
+    """FP8 matrix products of the decoder need every local width to be a multiple of 16 (mxfp8: 32)."""
+    multiple = fp8_alignment(config.precision.fp8)
+    language, size = config.model.language, config.parallel.tensor_model_parallel_size
+    channels = language.kv_channels or language.hidden_size // language.num_attention_heads
+    groups = language.num_query_groups or language.num_attention_heads
+    local = {
+        "model.language.hidden_size": (language.hidden_size, language.hidden_size),
+        "model.language.ffn_hidden_size": (language.ffn_hidden_size, language.ffn_hidden_size // size),
+        "model.language.num_attention_heads": (
+            language.num_attention_heads,
+            language.num_attention_heads * channels // size,
+        ),
+        "model.language.num_query_groups": (groups, groups * channels // size),
+    }
+    for field, (value, width) in local.items():
+        if width % multiple:
+            refuse(
+                field,
+                value,
+                f"FP8 needs local widths that are multiples of {multiple}, this one is {width}",
+                "change it, or set precision.fp8=off",
+            )
+
+
+def fp8_alignment(fp8: str) -> int:
+    """Elements that every dimension of an FP8 operand must be a multiple of (Transformer Engine); 1 without FP8."""
+    return {"off": 1, "mxfp8": 32}.get(fp8, 16)
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Only families that have an accuracy, and no pictures for a model without eyes."""
+    evaluation = config.evaluation
+    for family in evaluation.families:
+        if family not in EVALUATION_FAMILIES:
+            refuse("evaluation.families", family, "unknown family", f"choose from {', '.join(EVALUATION_FAMILIES)}")
+    if config.model.vision is None and evaluation.num_questions and not evaluation.words:
+        refuse("evaluation.words", "false", "model.vision is null", "set it to true or evaluation.num_questions=0")
+
+
+def check_parts(stage: StageConfig, model: ModelConfig) -> None:
+    """Something learns, and nothing absent is frozen."""
+    parts: tuple[Part, ...] = ("language",) if model.vision is None else ("vision", "projector", "language")
+    field, value = f"stages.{stage.name}.freeze", f"[{', '.join(stage.freeze)}]"
+    if absent := [part for part in stage.freeze if part not in parts]:
+        refuse(field, value, f"model.vision is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
+    if set(stage.freeze) == set(parts):
+        refuse(field, value, "nothing is left to train", "remove a part")
+
+
+def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
+    """VTC has tokens to compress; LDS names existing layers and runs without overlapped reduction."""
+    if stage.vtc is not None and config.model.vision is None:
+        refuse(
+            f"stages.{stage.name}.vtc",
+            f"{{keep_ratio: {stage.vtc.keep_ratio:g}}}",
+            "model.vision is null, so there are no visual tokens",
+            "set it to null",
+        )
+    if stage.lds is None:
+        return
+    for layer in stage.lds.fixed_layers:
+        if not 0 <= layer < config.model.language.num_layers:
+            refuse(
+                f"stages.{stage.name}.lds.fixed_layers",
+                layer,
+                f"the language model has {config.model.language.num_layers} layers",
+                f"use 0 to {config.model.language.num_layers - 1}",
+            )
+    if config.parallel.overlap_grad_reduce:
+        refuse(
+            f"stages.{stage.name}.lds",
+            f"{{alpha: {stage.lds.alpha:g}}}",
+            "overlapped gradient reduction with skipped layers is not supported yet",
+            "set parallel.overlap_grad_reduce=false",
+        )
+
+
+def check_data(stage: StageConfig, config: RunConfig) -> None:
+    """The samples a stage asks for exist and suit the model."""
+    data = stage.data or config.data
+    field = "data" if stage.data is None else f"stages.{stage.name}.data"
+    blind = config.model.vision is None
+    if data.source == "llava_json":
+        if blind:
+            refuse(f"{field}.source", data.source, "model.vision is null", "use scenes with a text-only mode")
+        if data.path is None:
+            refuse(f"{field}.path", "null", "llava_json needs a JSON file", f"set {field}.path")
+        if not Path(data.path).is_file():
+            refuse(f"{field}.path", data.path, "no such file", f"correct {field}.path")
+        return
+    if blind and data.mode in IMAGE_MODES:
+        refuse(f"{field}.mode", data.mode, "model.vision is null", "use words, map, words_and_map or induction")
+    for family in data.families:
+        if family not in DATA_FAMILIES:
+            refuse(f"{field}.families", family, "unknown family", f"choose from {', '.join(DATA_FAMILIES)}")

@@ -1,0 +1,260 @@
+"""The one place where values that follow from a config are computed. Torch-free; knows nothing of how they are used.
+
+Runs after all overrides. Nobody else derives a token count, a layer layout or a batch size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from pathlib import Path
+
+from megatron_sts.config.checks import check_run, fp8_alignment, refuse
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.schema import (
+    DataConfig,
+    ParallelConfig,
+    PrecisionConfig,
+    RunConfig,
+    Section,
+    StageConfig,
+    VisionConfig,
+)
+
+DatasetSize = Callable[[DataConfig], int]
+"""Number of samples of one epoch."""
+
+
+class ResolvedStage(Section):
+    """One stage with every number that follows from the config."""
+
+    index: int
+    """0-based position in the run."""
+    name: str
+    config: StageConfig
+    data: DataConfig
+    """The stage's own data, or the run's."""
+    num_steps: int
+    num_microbatches: int
+    """Per data-parallel rank and step."""
+    visual_tokens_in: int
+    """Tokens an image before VTC; 0 without vision."""
+    visual_tokens_out: int
+    """Tokens an image after VTC."""
+    sequence_length: int
+    """Tokens a (padded) sample as the decoder sees it, after VTC."""
+    uncompressed_sequence_length: int
+    """Tokens a (padded) sample would have without VTC."""
+
+
+class Resolved(Section):
+    """A run with every number that follows from its config."""
+
+    config: RunConfig
+    """As written, with parallel.data_parallel_size filled in."""
+    world_size: int
+    data_parallel_size: int
+    num_vision_layers: int
+    """Layers of the tower that are built: none after the projected one."""
+    layers_per_chunk: tuple[tuple[int, ...], ...]
+    """Decoder layers in chunk v of pipeline rank p, as [v][p]. Chunk (v, p) is number v*pp + p from the input."""
+    layer_owner: tuple[int, ...]
+    """Pipeline rank of each 0-based decoder layer."""
+    stages: tuple[ResolvedStage, ...]
+
+    def stage(self, name_or_index: str | int) -> ResolvedStage:
+        """The stage with this name or 0-based index."""
+        for stage in self.stages:
+            if name_or_index in (stage.name, stage.index):
+                return stage
+        names = ", ".join(stage.name for stage in self.stages)
+        raise ConfigError(f"stages.{name_or_index}: no such stage; choose from {names}")
+
+
+def resolve(config: RunConfig, *, world_size: int | None = None, dataset_size: DatasetSize | None = None) -> Resolved:
+    """Check a config and derive everything that follows from it.
+
+    Args:
+        config: what the user wrote, overrides applied.
+        world_size: number of ranks that will run; None: as many as the parallel sizes ask for.
+        dataset_size: samples of one epoch; None: ``count_samples``. Asked only for stages given in epochs.
+    """
+    check_run(config)
+    data_parallel_size = _data_parallel_size(config.parallel, world_size)
+    parallel = config.parallel.model_copy(update={"data_parallel_size": data_parallel_size})
+    config = config.model_copy(update={"parallel": parallel})
+    layers_per_chunk = _even_layout(config)
+    vision = config.model.vision
+    return Resolved(
+        config=config,
+        world_size=_model_parallel_size(parallel) * data_parallel_size,
+        data_parallel_size=data_parallel_size,
+        num_vision_layers=0 if vision is None else vision.num_layers + 1 + vision.feature_layer,
+        layers_per_chunk=layers_per_chunk,
+        layer_owner=tuple(rank for chunks in layers_per_chunk for rank, n in enumerate(chunks) for _ in range(n)),
+        stages=tuple(_resolve_stage(i, config, dataset_size or count_samples) for i in range(len(config.stages))),
+    )
+
+
+def sequence_multiple(parallel: ParallelConfig, precision: PrecisionConfig) -> int:
+    """Tokens a padded sequence is a multiple of.
+
+    Sequence parallelism gives every tensor rank an equal shard, context parallelism gives every context rank two
+    equal pieces (one from either end, to balance causal attention), and FP8 needs every shard aligned.
+    """
+    context = parallel.context_parallel_size
+    shards = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    return shards * math.lcm(2 if context > 1 else 1, fp8_alignment(precision.fp8))
+
+
+def count_samples(data: DataConfig) -> int:
+    """Samples of one epoch of ``data``."""
+    if data.source == "scenes":
+        return data.num_samples
+    try:
+        records = json.loads(Path(str(data.path)).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        refuse("data.path", data.path, f"not readable as JSON ({error})", "correct the file or data.path")
+    if not isinstance(records, list):
+        refuse("data.path", data.path, "not a JSON list of samples", "use a file in LLaVA's format")
+    return len(records)
+
+
+def _model_parallel_size(parallel: ParallelConfig) -> int:
+    """Ranks that share one copy of the model."""
+    return parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+
+
+def _data_parallel_size(parallel: ParallelConfig, world_size: int | None) -> int:
+    """Copies of the model: as configured, else as many as fit ``world_size``, else one."""
+    model_size, configured = _model_parallel_size(parallel), parallel.data_parallel_size
+    if world_size is None:
+        return configured or 1
+    if configured is not None and configured * model_size != world_size:
+        refuse(
+            "parallel.data_parallel_size",
+            configured,
+            f"tensor x pipeline x context x data = {configured * model_size} ranks, but {world_size} run",
+            f"start {configured * model_size} ranks, or set it to null",
+        )
+    if world_size % model_size:
+        refuse(
+            "parallel.data_parallel_size",
+            "null",
+            f"{world_size} ranks run, not a multiple of tensor x pipeline x context = {model_size}",
+            "change the number of ranks or the parallel sizes",
+        )
+    return world_size // model_size
+
+
+def _even_layout(config: RunConfig) -> tuple[tuple[int, ...], ...]:
+    """The same number of layers in every chunk, as [vpp][pp]."""
+    pp = config.parallel.pipeline_model_parallel_size
+    vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
+    return ((config.model.language.num_layers // (pp * vpp),) * pp,) * vpp
+
+
+def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> ResolvedStage:
+    """Derive one stage of a config whose data_parallel_size is filled in."""
+    stage = config.stages[index]
+    data = stage.data or config.data
+    tokens_in = _patches(config.model.vision)
+    tokens_out = _kept_tokens(stage, tokens_in)
+    uncompressed = stage.batch.sequence_length
+    if config.model.vision is not None and uncompressed < (needed := stage.batch.max_images * tokens_in + 2):
+        refuse(
+            f"stages.{stage.name}.batch.sequence_length",
+            uncompressed,
+            f"{stage.batch.max_images} x {tokens_in} visual tokens and 2 of text do not fit",
+            f"use at least {needed}",
+        )
+    compressed = uncompressed - stage.batch.max_images * (tokens_in - tokens_out)
+    multiple = sequence_multiple(config.parallel, config.precision)
+    return ResolvedStage(
+        index=index,
+        name=stage.name,
+        config=stage,
+        data=data,
+        num_steps=_num_steps(stage, data, dataset_size),
+        num_microbatches=_num_microbatches(stage, config.parallel),
+        visual_tokens_in=tokens_in,
+        visual_tokens_out=tokens_out,
+        sequence_length=_round_up(compressed, multiple),
+        uncompressed_sequence_length=_round_up(uncompressed, multiple),
+    )
+
+
+def _patches(vision: VisionConfig | None) -> int:
+    """Visual tokens of one image (the class token is not projected)."""
+    return 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
+
+
+def _kept_tokens(stage: StageConfig, tokens_in: int) -> int:
+    """Visual tokens of one image after VTC: keep_ratio x tokens, rounded half up, in exact decimal arithmetic."""
+    if stage.vtc is None:
+        return tokens_in
+    kept = math.floor(_exact(stage.vtc.keep_ratio) * tokens_in + Fraction(1, 2))
+    if kept == 0:
+        refuse(
+            f"stages.{stage.name}.vtc.keep_ratio",
+            stage.vtc.keep_ratio,
+            f"keeps none of an image's {tokens_in} tokens",
+            f"use at least {1 / tokens_in:.3g}",
+        )
+    return kept
+
+
+def _num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -> int:
+    """Steps as given, or the full global batches that the epochs hold."""
+    steps = stage.steps
+    if steps is None:
+        size, batch = dataset_size(data), stage.batch.global_batch_size
+        steps = math.floor(_exact(stage.epochs or 0) * size / batch)
+        if steps == 0:
+            refuse(
+                f"stages.{stage.name}.epochs",
+                stage.epochs,
+                f"{size} samples do not fill one global batch of {batch}",
+                "raise it, or lower batch.global_batch_size",
+            )
+    if stage.optimizer.warmup_steps > steps:
+        refuse(
+            f"stages.{stage.name}.optimizer.warmup_steps",
+            stage.optimizer.warmup_steps,
+            f"the stage has {steps} steps",
+            f"use at most {steps}",
+        )
+    return steps
+
+
+def _num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:
+    """Forward passes of one rank in a step."""
+    batch, copies = stage.batch, parallel.data_parallel_size or 1
+    field = f"stages.{stage.name}.batch.global_batch_size"
+    if batch.global_batch_size % (batch.micro_batch_size * copies):
+        refuse(
+            field,
+            batch.global_batch_size,
+            f"not a multiple of micro_batch_size x data_parallel_size = {batch.micro_batch_size} x {copies}",
+            "change one of the three",
+        )
+    count, pp = batch.global_batch_size // (batch.micro_batch_size * copies), parallel.pipeline_model_parallel_size
+    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and count % pp:
+        refuse(
+            field,
+            batch.global_batch_size,
+            f"interleaving needs micro-batches ({count}) in multiples of {pp} pipeline ranks",
+            f"use a multiple of {pp * batch.micro_batch_size * copies}",
+        )
+    return count
+
+
+def _exact(value: float) -> Fraction:
+    """The number as the user wrote it: 0.29 is 29/100, not the nearest binary float."""
+    return Fraction(repr(value))
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
