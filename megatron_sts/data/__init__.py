@@ -1,0 +1,1 @@
+"""Data: records, sources, templates, packing. Must not know models."""
