@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# All checks: format, lint, types, layering, tests. With arguments: only pytest, with these arguments.
+# Sets itself up on the first start (see launch/setup.sh).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+case ${1:-} in
+  -h | --help) printf 'usage: %s [pytest arguments]\n' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+# shellcheck source=launch/setup.sh
+. launch/setup.sh
+sts_setup
+if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
+
+step() { printf '== %s\n' "$*"; "$@"; }
+step ruff format --check .
+step ruff check .
+step mypy
+step lint-imports
+marks=()
+python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || marks=(-m "not gpu")
+step python -m pytest tests ${marks[@]+"${marks[@]}"}
