@@ -1,0 +1,15 @@
+"""The only room that imports megatron-core. Importing it readies the process: CUDA as it is, or the CPU stand-in."""
+
+import logging
+import warnings
+
+from megatron_sts.runtime.device import current_device
+
+# megatron-core announces missing optional kernels and its own deprecations on every rank; `doctor` says it once, in order.
+warnings.filterwarnings("ignore", module=r"megatron\.")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+if not current_device().is_cuda:
+    from megatron_sts.mcore import cpu
+
+    cpu.install()

@@ -1,0 +1,138 @@
+"""Our config -> megatron-core's ``TransformerConfig`` for the decoder, the vision tower and the projector."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.schema import PrecisionConfig
+from megatron_sts.mcore.layer import has_transformer_engine
+from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.probe import transformer_engine_status
+
+PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """CLIP's activation: x * sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def check_precision(precision: PrecisionConfig) -> None:
+    """Refuses FP8 where it cannot run: megatron-core without Transformer Engine would silently train in bf16.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if precision.fp8 == "off":
+        return
+    if not current_device().is_cuda:
+        raise ConfigError(f"precision.fp8={precision.fp8}: FP8 needs a CUDA device (Hopper or newer); set precision.fp8=off")
+    usable, reason = transformer_engine_status()
+    if not usable:
+        raise ConfigError(f"precision.fp8={precision.fp8}: Transformer Engine is not usable ({reason}); install it or set fp8=off")
+    capability = torch.cuda.get_device_capability()
+    needed = (10, 0) if precision.fp8 == "mxfp8" else (8, 9) if precision.fp8 != "blockwise" else (9, 0)
+    if capability < needed:
+        raise ConfigError(f"precision.fp8={precision.fp8}: needs compute capability {needed}, this device has {capability}")
+
+
+def _common(resolved: Resolved) -> dict[str, Any]:
+    parallel, precision = resolved.config.parallel, resolved.config.precision
+    dtype = PARAMS_DTYPE[precision.params]
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "params_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": False,
+        "use_cpu_initialization": not current_device().is_cuda,
+    }
+
+
+def _recompute(mode: str) -> dict[str, Any]:
+    if mode == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return {"recompute_granularity": "selective"} if mode == "selective" else {}
+
+
+def language_config(resolved: Resolved) -> TransformerConfig:
+    """The decoder: RMSNorm, SwiGLU, no biases, the run's tensor, pipeline and sequence parallelism."""
+    language, parallel, precision = resolved.config.model.language, resolved.config.parallel, resolved.config.precision
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    fp8 = {} if precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}
+    return TransformerConfig(
+        **_common(resolved),
+        **_recompute(parallel.recompute),
+        **fp8,
+        num_layers=language.num_layers,
+        hidden_size=language.hidden_size,
+        num_attention_heads=language.num_attention_heads,
+        num_query_groups=language.num_query_groups,
+        kv_channels=language.kv_channels,
+        ffn_hidden_size=language.ffn_hidden_size,
+        normalization="RMSNorm",
+        layernorm_epsilon=language.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        init_method_std=language.init_std,
+        embedding_init_method_std=language.embedding_init_std,
+        mrope_section=[_head_width(resolved) // 2, 0, 0],
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_dtype=PARAMS_DTYPE[precision.params],
+        sequence_parallel=parallel.sequence_parallel,
+        overlap_p2p_comm=interleaved and parallel.overlap_p2p_comm,
+        batch_p2p_comm=not (interleaved and parallel.overlap_p2p_comm),
+        deallocate_pipeline_outputs=True,
+    )
+
+
+def _head_width(resolved: Resolved) -> int:
+    language = resolved.config.model.language
+    return language.kv_channels or language.hidden_size // language.num_attention_heads
+
+
+def vision_config(resolved: Resolved) -> TransformerConfig:
+    """The ViT: LayerNorm, quick-GELU, biases; tensor-parallel with the decoder, whole on the first pipeline stage."""
+    vision = resolved.config.model.vision
+    assert vision is not None
+    return TransformerConfig(
+        **_common(resolved),
+        num_layers=resolved.num_vision_layers,
+        hidden_size=vision.hidden_size,
+        num_attention_heads=vision.num_attention_heads,
+        ffn_hidden_size=vision.ffn_hidden_size or 4 * vision.hidden_size,
+        normalization="LayerNorm",
+        gated_linear_unit=False,
+        activation_func=quick_gelu,
+        add_bias_linear=True,
+        add_qkv_bias=True,
+    )
+
+
+def projector_config(resolved: Resolved) -> TransformerConfig:
+    """One linear layer, or two with GELU between (LLaVA-1.5's mlp2x_gelu, both of the decoder's width), with biases."""
+    language = resolved.config.model.language
+    return TransformerConfig(
+        **_common(resolved),
+        num_layers=1,
+        hidden_size=language.hidden_size,
+        num_attention_heads=1,
+        ffn_hidden_size=language.hidden_size,
+        activation_func=F.gelu,
+        gated_linear_unit=False,
+        add_bias_linear=True,
+        init_method_std=language.init_std,
+    )
+
+
+__all__ = ["PARAMS_DTYPE", "check_precision", "has_transformer_engine", "language_config", "projector_config", "vision_config"]

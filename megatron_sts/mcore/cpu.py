@@ -1,0 +1,96 @@
+"""Lets megatron-core run unchanged on CPU and gloo. Never active when CUDA is available; no other file knows of it.
+
+megatron-core takes its device from ``torch.cuda.current_device()``, writes ``device="cuda"`` in a few factory calls, moves
+tensors with ``.cuda()`` and asks ``tensor.type()`` for CUDA class names. Each of these gets a CPU answer here. The random
+state trackers use the CPU generator. Everything else (layers, schedules, optimizers, collectives) is the real thing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+_CPU = torch.device("cpu")
+
+
+class _NoStream:
+    """Stands for the current CUDA stream where code only orders streams against each other."""
+
+    def wait_stream(self, _other: object) -> None: ...
+
+    def wait_event(self, _event: object) -> None: ...
+
+
+def _creates_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        device = kwargs.get("device")
+        if device is not None and device is not _CPU and torch.device(device).type == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+def _install_devices() -> None:
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.current_stream = lambda *_a, **_k: _NoStream()  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_a, **_k: None  # type: ignore[assignment]
+    torch.cuda.empty_cache = lambda: None
+    for name in _FACTORIES:
+        setattr(torch, name, _creates_on_cpu(getattr(torch, name)))
+
+
+def _install_tensor_methods() -> None:
+    real_type = torch.Tensor.type
+
+    def type_as_cuda(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return real_type(tensor, *args, **kwargs)
+        return real_type(tensor).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.type = type_as_cuda  # type: ignore[assignment]
+    torch.Tensor.cuda = lambda tensor, *_a, **_k: tensor  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda module, *_a, **_k: module  # type: ignore[assignment,method-assign,return-value]
+
+
+def _install_random_state() -> None:
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    torch.cuda.get_rng_state = lambda *_a, **_k: torch.get_rng_state()
+    # Imported after the devices are in place: megatron reads them while it is imported.
+    from megatron.core.tensor_parallel import random
+
+    def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
+        torch.set_rng_state(state)
+
+    class CpuRngStatesTracker(random.CudaRNGStatesTracker):
+        """The tracker without its check that the CPU generator stays untouched: here that generator is the one tracked."""
+
+        @contextmanager
+        def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
+            outer = torch.get_rng_state()
+            torch.set_rng_state(self.states_[name])
+            try:
+                yield
+            finally:
+                self.states_[name] = torch.get_rng_state()
+                torch.set_rng_state(outer)
+
+    random._get_cuda_rng_state = get_state
+    random._set_cuda_rng_state = set_state
+    random.CudaRNGStatesTracker = CpuRngStatesTracker
+
+
+def install() -> None:
+    """Installs the stand-ins once per process. Must run before anything else imports megatron-core."""
+    _install_devices()
+    _install_tensor_methods()
+    _install_random_state()

@@ -1,0 +1,81 @@
+"""Model-parallel groups and where this rank stands in them. The rest of the package asks here, never ``parallel_state``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_sts.config.schema import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """This rank's coordinates; sizes are numbers of ranks."""
+
+    tp_rank: int
+    tp_size: int
+    pp_rank: int
+    pp_size: int
+    dp_rank: int
+    dp_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds the embedding, the vision tower and the projector."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the output head and computes the loss."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def initialize(parallel: ParallelConfig, seed: int) -> Place:
+    """Creates the groups of ``parallel`` in an initialised process group and seeds this rank's random states."""
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return place()
+
+
+def destroy() -> None:
+    """Forgets the groups, so that another layout can be initialised in this process."""
+    parallel_state.destroy_model_parallel()
+
+
+def place() -> Place:
+    """Where this rank stands."""
+    return Place(
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def data_parallel_group() -> dist.ProcessGroup:
+    """Ranks that hold the same parameters and see different samples."""
+    return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+
+def tensor_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share each layer's matrices."""
+    return parallel_state.get_tensor_model_parallel_group()
+
+
+def last_stage_global_rank() -> int:
+    """Global rank of this rank's pipeline's last stage, the source of losses and predictions."""
+    return parallel_state.get_pipeline_model_parallel_last_rank()
+
+
+def pipeline_group() -> dist.ProcessGroup:
+    """Ranks that hold the stages of one pipeline."""
+    return parallel_state.get_pipeline_model_parallel_group()

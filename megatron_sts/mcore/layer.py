@@ -1,0 +1,95 @@
+"""The decoder layer that can be skipped, and the torch-native parts it is built from when Transformer Engine is absent."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+
+from megatron_sts.lds.gate import SkipGate
+
+
+class SkippableTransformerLayer(TransformerLayer):
+    """A ``TransformerLayer`` that is the identity on the residual stream, forward and backward, when ``gate`` says so.
+
+    Name it in a layer spec with ``params={"gate": gate}``. A skipped call launches nothing and saves nothing. The gate must
+    not change between a step's first forward and its last backward: recomputation calls the layer again.
+    """
+
+    def __init__(self, *args: Any, gate: SkipGate, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.gate = gate
+
+    @property
+    def layer(self) -> int:
+        """0-based index in the whole decoder (megatron counts from 1)."""
+        return self.layer_number - 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``hidden_states`` [s, b, h] -> ([s, b, h], cross-attention context)."""
+        if self.gate.skips(self.layer):
+            return (args[0] if args else kwargs["hidden_states"]), kwargs.get("context")
+        return super().forward(*args, **kwargs)
+
+
+def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.Module:
+    """LayerNorm or RMSNorm of torch, usable under sequence parallelism.
+
+    The mark tells megatron-core to sum the gradient over tensor-parallel ranks, each of which saw a slice of the sequence.
+    """
+    norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+    norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+    return norm
+
+
+class SdpaCoreAttention(torch.nn.Module):
+    """torch's ``scaled_dot_product_attention`` as megatron-core's core attention."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        softmax_scale: float | None = None,
+        **_unused: Any,
+    ) -> None:
+        super().__init__()
+        self.dropout = config.attention_dropout
+        self.softmax_scale = softmax_scale
+        self.is_causal = attn_mask_type == AttnMaskType.causal
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **_unused: Any,
+    ) -> torch.Tensor:
+        """``query`` [s, b, n, d], ``key``/``value`` [s, b, groups, d] -> [s, b, n * d]. A mask is True where hidden."""
+        sequence, batch, heads, _ = query.shape
+        attended = F.scaled_dot_product_attention(
+            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            attn_mask=None if attention_mask is None else attention_mask.logical_not(),
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=self.is_causal and attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[2] != heads,
+        )
+        return attended.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
+
+
+@functools.cache
+def has_transformer_engine() -> bool:
+    """Whether Transformer Engine's modules can be used here: it imports, and there is a CUDA device to run on."""
+    from megatron_sts.runtime.device import current_device
+    from megatron_sts.runtime.probe import transformer_engine_status
+
+    return current_device().is_cuda and transformer_engine_status()[0]

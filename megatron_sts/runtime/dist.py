@@ -1,0 +1,50 @@
+"""Starts and ends the process group. Every collective has a bound: ``timeout_s``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megatron_sts.runtime.device import current_device
+
+
+def world_size_from_env() -> int:
+    """Ranks that the launcher announced (1 without a launcher)."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def process_group(timeout_s: float) -> Iterator[None]:
+    """Joins the launcher's process group (or makes one of a single rank) and leaves it afterwards.
+
+    On an error the group is left at once, without the closing barrier: peers blocked in a collective then fail within
+    ``timeout_s``, and the launcher ends them as soon as it sees this rank's exit.
+    """
+    timeout = timedelta(seconds=timeout_s)
+    backend = current_device().backend
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        yield
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def is_rank_zero() -> bool:
+    """Whether this process reports for the whole run."""
+    return dist.get_rank() == 0
+
+
+def max_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise maximum over all ranks; a collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=current_device().torch_device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return tensor.tolist()
