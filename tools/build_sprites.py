@@ -39,11 +39,11 @@ NAMES = {
     "object": """necktie shirt jeans scarf gloves socks dress crown ring gem bell guitar trumpet violin drum radio computer
         candle book scroll key hammer bomb magnet microscope telescope pill door chair toilet razor bucket sponge
         scissors lock boot sandal coat bikini purse camera battery flashlight wrench axe shield basket broom ladder
-        mirror window screwdriver toothbrush saxophone banjo accordion bulb calendar newspaper mailbox envelope balloon
+        mirror window screwdriver toothbrush saxophone banjo accordion bulb newspaper mailbox envelope balloon
         gift ribbon trophy basketball football soccer baseball tennis yarn kite dart gear phone headphones lipstick
         backpack coin maracas shorts harp""",
 }
-"""Sprite names by kind, each one lowercase English word."""
+"""Sprite names by kind, each one lowercase English word; no sprite shows digits, which would spoil number reading."""
 
 SHORT_NAMES = {
     "lion": "lion_face",

@@ -74,10 +74,12 @@ class _SentencePieceCodec:
         self._special = {i for i in range(self.vocab_size) if self._processor.is_control(i)}
 
     def encode(self, text: str) -> list[int]:
-        return self._processor.encode(text)
+        ids: list[int] = self._processor.encode(text)
+        return ids
 
     def decode(self, ids: list[int]) -> str:
-        return self._processor.decode([i for i in ids if i not in self._special])
+        text: str = self._processor.decode([i for i in ids if i not in self._special])
+        return text
 
     def piece_id(self, piece: str) -> int:
         found: int = self._processor.piece_to_id(piece)

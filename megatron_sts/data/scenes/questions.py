@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megatron_sts.data.scenes.catalog import load_catalog
+from megatron_sts.data.scenes.catalog import KINDS, load_catalog
 from megatron_sts.data.scenes.scene import GRID, PlacedObject, Pool, Scene
 from megatron_sts.data.scenes.words import place_words
 
@@ -74,16 +74,17 @@ def _draw_candidate(scene: Scene, pool: Pool, rng: random.Random, variant: str) 
 def relation(scene: Scene, pool: Pool, rng: random.Random) -> Question | None:
     """GQA: ``is the monkey left of the dog ?`` (or right of, above, below), half yes."""
     by_column = rng.random() < 0.5
-    axis = (lambda placed: placed.cell % GRID) if by_column else (lambda placed: placed.cell // GRID)
-    unique = scene.unique_objects()
-    pairs = [(a, b) for a in unique for b in unique if axis(a) != axis(b)]
+    unique = [
+        (placed.sprite, placed.cell % GRID if by_column else placed.cell // GRID) for placed in scene.unique_objects()
+    ]
+    pairs = [(a, b) for a in unique for b in unique if a[1] != b[1]]
     if not pairs:
         return None
-    a, b = rng.choice(pairs)
+    (sprite, place), (other, other_place) = rng.choice(pairs)
     answer = rng.choice(YES_NO)
-    before = (axis(a) < axis(b)) == (answer == "yes")
+    before = (place < other_place) == (answer == "yes")
     word = ("left of" if before else "right of") if by_column else ("above" if before else "below")
-    return Question(f"is the {_name(a.sprite)} {word} the {_name(b.sprite)} ?", answer, word.split()[0])
+    return Question(f"is the {_name(sprite)} {word} the {_name(other)} ?", answer, word.split()[0])
 
 
 def category(scene: Scene, pool: Pool, rng: random.Random) -> Question:
@@ -206,6 +207,13 @@ FAMILIES: dict[str, Family] = {
 }
 """All families by name; ``locate`` and ``name`` have no benchmark."""
 EVALUATED_FAMILIES = ("existence", "relation", "category", "counting", "ocr", "choice", "paired")
+CLOSED_ANSWERS: dict[str, tuple[str, ...]] = {
+    "relation": YES_NO,
+    "category": KINDS,
+    "counting": tuple(map(str, COUNTS)),
+    "choice": ("a", "b", "c"),
+}
+"""The answers that an evaluation makes exactly equally frequent by drawing scenes until the wanted one comes."""
 
 _PAIRS: dict[str, Callable[[Scene, Pool, random.Random], tuple[str, str] | None]] = {
     "existence": _pair_existence,
