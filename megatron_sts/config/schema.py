@@ -208,7 +208,8 @@ class LdsConfig(Section):
 class StageConfig(Section):
     """One training stage: what learns, on which data, how long, how sparsely."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
+    """Addresses the stage in overrides and names its folders."""
     freeze: tuple[Part, ...] = ()
     data: DataConfig | None = None
     """None: the run's ``data``."""

@@ -1,0 +1,158 @@
+"""Config files to ``RunConfig`` and back: YAML, dotted overrides, one-line errors. Torch-free; derives nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.schema import RunConfig, Section
+
+CONFIG_NAME = "config.yaml"
+"""The file that a run's folder is named by."""
+
+DERIVED_KEY = "resolved"
+"""Top-level key of derived values in a dumped config; ignored when it is read again."""
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a config file, or the ``config.yaml`` of a folder, and apply ``key.path=value`` overrides in order.
+
+    Values are YAML. Entries of a list are addressed by index, by their ``name``, or all at once by ``*``:
+    ``stages.finetune.lds.alpha=0.3``, ``stages.1.lds.alpha=0.3``, ``stages.*.vtc=null``.
+    """
+    written = _read(path / CONFIG_NAME if path.is_dir() else path)
+    for override in overrides:
+        _apply(written, override)
+    written.pop(DERIVED_KEY, None)
+    try:
+        values = OmegaConf.to_container(OmegaConf.create(written), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}; correct the value") from None
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        # A misspelt key comes first: it is why another one is missing.
+        first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+        raise ConfigError(_explain(first, values)) from None
+
+
+def dump(resolved: Resolved, path: Path) -> None:
+    """Write the config and, under ``resolved:``, what was derived from it. ``load`` reads the file back."""
+    derived = resolved.model_dump(mode="json", exclude={"config": True, "stages": {"__all__": {"config", "data"}}})
+    written = {**resolved.config.model_dump(mode="json"), DERIVED_KEY: derived}
+    path.write_text(OmegaConf.to_yaml(OmegaConf.create(written)), encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The file as plain dicts and lists, interpolations untouched."""
+    try:
+        written = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; give a YAML file or a folder that holds {CONFIG_NAME}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}); correct the file") from None
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: not readable ({_one_line(error)}); correct the file") from None
+    if not isinstance(written, dict):
+        raise ConfigError(f"{path}: holds a list; a config is a mapping with the keys model and stages")
+    return written  # type: ignore[return-value]  # other keys than strings are refused by the schema
+
+
+def _apply(written: dict[str, Any], override: str) -> None:
+    """Set one ``key.path=value`` in place."""
+    key, equals, text = override.partition("=")
+    if not key or not equals:
+        raise ConfigError(f"override {override!r}: not of the form key.path=value; write for example seed=1")
+    try:
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index, call-overload]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{key}={text}: not valid YAML ({_one_line(error)}); correct or quote the value") from None
+    _set(written, key.split("."), value, override)
+
+
+def _set(node: Any, keys: Sequence[str], value: object, override: str) -> None:
+    """Put ``value`` at ``keys`` below ``node``; a missing or null section on the way becomes an empty one."""
+    for entry in _matches(node, keys[0], override):
+        if len(keys) == 1:
+            node[entry] = value
+            continue
+        if isinstance(node, dict) and node.get(entry) is None:
+            node[entry] = {}
+        _set(node[entry], keys[1:], value, override)
+
+
+def _matches(node: Any, key: str, override: str) -> Sequence[str | int]:
+    """Keys or indices of ``node`` that one piece of a dotted path means."""
+    if isinstance(node, dict):
+        return [key]
+    if not isinstance(node, list):
+        raise ConfigError(f"override {override}: there is nothing below {node!r} to set; shorten the key")
+    names = [str(entry.get("name")) if isinstance(entry, dict) else str(entry) for entry in node]
+    if key == "*":
+        return range(len(node))
+    if key in names:
+        return [names.index(key)]
+    if key.isdecimal() and int(key) < len(node):
+        return [int(key)]
+    raise ConfigError(f"override {override}: no entry {key!r}; choose from {', '.join(names)}, an index, or *")
+
+
+def _explain(error: ErrorDetails, values: Any) -> str:
+    """One line for the first thing that pydantic refused."""
+    location, value, message = error["loc"], error["input"], error["msg"]
+    field = _dotted(location, values)
+    if error["type"] == "missing":
+        return f"{field}: missing; add it"
+    if error["type"] == "value_error":
+        message = message.removeprefix("Value error, ")
+        return f"{field}: {message}" if field else message
+    if error["type"] == "extra_forbidden":
+        return f"{field}={_short(value)}: unknown key; {_nearest(location)}"
+    return _one_line(f"{field}={_short(value)}: {message.replace('Input should', 'it should', 1)}")
+
+
+def _dotted(location: Sequence[str | int], values: Any) -> str:
+    """A location as the user would write it in an override: stages by name."""
+    pieces = [str(piece) for piece in location]
+    if len(pieces) > 1 and pieces[0] == "stages":
+        stage = values["stages"][location[1]]
+        pieces[1] = str(stage.get("name", pieces[1])) if isinstance(stage, Mapping) else pieces[1]
+    return ".".join(pieces)
+
+
+def _nearest(location: Sequence[str | int]) -> str:
+    """What to write instead of an unknown key."""
+    section: type[Section] = RunConfig
+    for key in location[:-1]:
+        if isinstance(key, str):
+            section = _section_of(section.model_fields[key].annotation) or section
+    known = list(section.model_fields)
+    near = difflib.get_close_matches(str(location[-1]), known, n=1)
+    return f"did you mean {near[0]}?" if near else f"remove it, or choose from {', '.join(known)}"
+
+
+def _section_of(annotation: Any) -> type[Section] | None:
+    """The config section inside a field's type: ``X``, ``X | None`` or ``tuple[X, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section_of(inner))), None)
+
+
+def _short(value: object) -> str:
+    """A value for an error line."""
+    text = _one_line(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())

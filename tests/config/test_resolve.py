@@ -1,0 +1,178 @@
+"""Derived values and refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.load import load
+from megatron_sts.config.resolve import Resolved, resolve, sequence_multiple
+from megatron_sts.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+
+
+def with_ratio(written: dict[str, Any], ratio: float | None) -> Resolved:
+    """The written config with this keep_ratio in its first stage (None: no VTC)."""
+    vtc = None if ratio is None else {"keep_ratio": ratio}
+    return resolve(RunConfig.model_validate({**written, "stages": [{**written["stages"][0], "vtc": vtc}]}))
+
+
+def test_derived_values(path: Path) -> None:
+    resolved = resolve(load(path, ["parallel.pipeline_model_parallel_size=2"]), world_size=4)
+    assert (resolved.world_size, resolved.data_parallel_size, resolved.num_vision_layers) == (4, 2, 5)
+    assert resolved.config.parallel.data_parallel_size == 2
+    assert resolved.layers_per_chunk == ((6, 6),)
+    alignment, finetune = resolved.stages
+    assert (alignment.visual_tokens_in, alignment.visual_tokens_out, alignment.sequence_length) == (144, 72, 120)
+    assert (alignment.num_steps, alignment.num_microbatches, alignment.uncompressed_sequence_length) == (10, 2, 192)
+    assert (finetune.visual_tokens_out, finetune.sequence_length, finetune.num_steps) == (144, 192, 1250)
+    assert resolved.stage("finetune") is resolved.stage(1) is finetune
+    with pytest.raises(ConfigError, match=r"stages\.tune: no such stage; choose from alignment, finetune"):
+        resolved.stage("tune")
+
+
+def test_interleaved_chunks_alternate_owners(path: Path) -> None:
+    overrides = ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=3"]
+    resolved = resolve(load(path, [f"parallel.{override}" for override in overrides]))
+    assert resolved.layers_per_chunk == ((2, 2),) * 3
+    assert resolved.layer_owner == (0, 0, 1, 1) * 3
+
+
+@given(ratio=st.floats(0.01, 1))
+def test_kept_tokens(written: dict[str, Any], ratio: float) -> None:
+    stage = with_ratio(written, ratio).stages[0]
+    assert abs(stage.visual_tokens_out - ratio * 144) <= 0.5 + 1e-9
+    assert stage.uncompressed_sequence_length - stage.sequence_length == 144 - stage.visual_tokens_out
+
+
+def test_keeping_all_is_the_same_as_no_vtc(written: dict[str, Any]) -> None:
+    full, off = with_ratio(written, 1.0), with_ratio(written, None)
+    assert full.stages[0].model_dump(exclude={"config"}) == off.stages[0].model_dump(exclude={"config"})
+
+
+@pytest.mark.parametrize(
+    ("tp", "sp", "cp", "fp8", "multiple"),
+    [
+        (4, False, 1, "off", 1),
+        (4, True, 1, "off", 4),
+        (1, False, 2, "off", 4),
+        (4, True, 2, "off", 16),
+        (1, False, 1, "tensorwise", 16),
+        (4, True, 1, "tensorwise", 64),
+        (4, True, 2, "mxfp8", 256),
+    ],
+)
+def test_sequence_multiple(tp: int, sp: bool, cp: int, fp8: str, multiple: int) -> None:
+    parallel = ParallelConfig(tensor_model_parallel_size=tp, sequence_parallel=sp, context_parallel_size=cp)
+    assert sequence_multiple(parallel, PrecisionConfig.model_validate({"fp8": fp8})) == multiple
+
+
+def test_sequence_is_padded_to_the_multiple(path: Path) -> None:
+    tensor = "parallel={tensor_model_parallel_size: 2, sequence_parallel: true}"
+    stage = resolve(load(path, [tensor, "stages.0.batch.sequence_length=191"])).stages[0]
+    assert (stage.sequence_length, stage.uncompressed_sequence_length) == (120, 192)
+
+
+def test_epochs_are_exact_decimals(path: Path) -> None:
+    config = load(path, ["stages.1.epochs=0.29", "stages.1.batch={global_batch_size: 1, micro_batch_size: 1, "
+                         "sequence_length: 192}"])  # fmt: skip
+    assert resolve(config, dataset_size=lambda _: 100).stages[1].num_steps == 29
+
+
+def test_llava_json_is_counted(path: Path, tmp_path: Path) -> None:
+    file = tmp_path / "llava.json"
+    file.write_text(json.dumps([{}] * 80))
+    data = f"data={{source: llava_json, path: {file}}}"
+    assert resolve(load(path, [data])).stages[1].num_steps == 10
+    file.write_text("{}")
+    with pytest.raises(ConfigError, match="not a JSON list of samples"):
+        resolve(load(path, [data]))
+    file.write_text("[")
+    with pytest.raises(ConfigError, match="not readable as JSON"):
+        resolve(load(path, [data]))
+
+
+VPP = "virtual_pipeline_model_parallel_size"
+REFUSED = [
+    ("parallel.tensor_model_parallel_size=3", "=3: does not divide model.language.num_attention_heads=8"),
+    ("parallel.tensor_model_parallel_size=8", "=8: does not divide model.language.num_query_groups=4"),
+    ("parallel.tensor_model_parallel_size=4", "=4: does not divide model.vision.num_attention_heads=6"),
+    ("model.language.ffn_hidden_size=705 parallel.tensor_model_parallel_size=2", "ffn_hidden_size=705"),
+    ("model.language.vocab_size=2047 parallel.tensor_model_parallel_size=2", "vocab_size=2047"),
+    ("model.language.hidden_size=250", "model.language.hidden_size=250: not a multiple of num_attention_heads=8"),
+    ("model.language.num_query_groups=3", "model.language.num_query_groups=3: does not divide"),
+    ("model.language.kv_channels=33", "model.language.kv_channels=33: rotary embedding needs an even head width"),
+    ("model.vision.patch_size=7", "model.vision.patch_size=7: does not divide image_size=96"),
+    ("model.vision.hidden_size=191", "model.vision.hidden_size=191: not a multiple"),
+    ("model.vision.feature_layer=0", "model.vision.feature_layer=0: the tower has 6 layers; use -1 (last) to -6"),
+    ("model.vision.feature_layer=-7", "model.vision.feature_layer=-7"),
+    ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true: it splits"),
+    ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: not supported yet"),
+    ("parallel.pipeline_model_parallel_size=5", "model.language.num_layers=12: cannot be dealt evenly to 5"),
+    (f"parallel.{VPP}=2", f"parallel.{VPP}=2: interleaving needs at least two pipeline ranks"),
+    (
+        f"parallel={{pipeline_model_parallel_size: 2, {VPP}: 2, overlap_p2p_comm: false}}",
+        "parallel.overlap_p2p_comm=false: interleaving over two pipeline ranks gives wrong gradients",
+    ),
+    (
+        f"parallel={{pipeline_model_parallel_size: 3, {VPP}: 2}}",
+        "stages.alignment.batch.global_batch_size=8: interleaving needs micro-batches (4) in multiples of 3",
+    ),
+    ("parallel.overlap_grad_reduce=true", "stages.finetune.lds={alpha: 0.5}: overlapped gradient reduction"),
+    ("parallel.data_parallel_size=3", "stages.alignment.batch.global_batch_size=8: not a multiple of"),
+    ("stages.0.batch.micro_batch_size=3", "global_batch_size=8: not a multiple of micro_batch_size x"),
+    ("stages.0.batch.sequence_length=145", "stages.alignment.batch.sequence_length=145: 1 x 144 visual tokens"),
+    ("stages.0.vtc.keep_ratio=0.003", "stages.alignment.vtc.keep_ratio=0.003: keeps none of an image's 144 tokens"),
+    ("stages.0.freeze=[vision,language,projector]", "freeze=[vision, language, projector]: nothing is left to train"),
+    ("stages.0.optimizer.warmup_steps=11", "stages.alignment.optimizer.warmup_steps=11: the stage has 10 steps"),
+    ("data.num_samples=7", "stages.finetune.epochs=1.0: 7 samples do not fill one global batch of 8"),
+    ("stages.1.lds.fixed_layers=[12]", "stages.finetune.lds.fixed_layers=12: the language model has 12 layers"),
+    ("data.source=llava_json", "data.path=null: llava_json needs a JSON file"),
+    ("data.source=llava_json data.path=no.json", "data.path=no.json: no such file"),
+    ("stages.1.data={families: [ocr, foo]}", "stages.finetune.data.families=foo: unknown family"),
+    ("evaluation.families=[category]", "evaluation.families=category: unknown family; choose from existence"),
+    ("precision.fp8=tensorwise model.language.ffn_hidden_size=700", "ffn_hidden_size=700: FP8 needs local widths"),
+    ("precision.fp8=mxfp8 model.language.num_query_groups=1 model.language.kv_channels=16", "multiples of 32"),
+    ("model.vision=null", "stages.alignment.freeze=[vision, language]: model.vision is null"),
+    ("model.vision=null stages.*.freeze=[]", "stages.alignment.vtc={keep_ratio: 0.5}: model.vision is null"),
+    ("model.vision=null stages.*.freeze=[] stages.*.vtc=null", "data.mode=questions: model.vision is null"),
+    ("model.vision=null stages.*.freeze=[] stages.*.vtc=null data.source=llava_json", "data.source=llava_json: model"),
+    ("model.vision=null evaluation.num_questions=5", "evaluation.words=false: model.vision is null"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), REFUSED)
+def test_refused_in_one_line(path: Path, overrides: str, message: str) -> None:
+    separated = overrides.split() if "{" not in overrides else [overrides]
+    with pytest.raises(ConfigError) as error:
+        resolve(load(path, separated))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_text_only_model(path: Path) -> None:
+    text = ["model.vision=null", "stages.*.freeze=[]", "stages.*.vtc=null", "data.mode=words"]
+    resolved = resolve(load(path, text))
+    assert (resolved.num_vision_layers, resolved.stages[0].visual_tokens_in) == (0, 0)
+    assert resolved.stages[0].sequence_length == 192
+
+
+@pytest.mark.parametrize(("copies", "world"), [("2", 3), ("null", 3)])
+def test_world_size_must_fit(path: Path, copies: str, world: int) -> None:
+    overrides = ["parallel.pipeline_model_parallel_size=2", f"parallel.data_parallel_size={copies}"]
+    with pytest.raises(ConfigError, match=f"parallel.data_parallel_size={copies}: .*{world}"):
+        resolve(load(path, overrides), world_size=world)
+
+
+def test_ground_floor_is_torch_free() -> None:
+    code = (
+        "import sys, megatron_sts.config.resolve, megatron_sts.config.load, megatron_sts.cost.flops, "
+        "megatron_sts.cost.memory; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
