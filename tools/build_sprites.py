@@ -32,10 +32,10 @@ NAMES = {
         popcorn butter rice sushi icecream doughnut cake pie coffee beer watermelon peach mango kiwi cookie candy
         lollipop cheese cupcake sandwich burrito spaghetti ramen mushroom pepper cucumber potato blueberries peanuts
         chestnut honey bagel salad chocolate champagne wine cocktail custard bento tangerine lime""",
-    "travel": """volcano desert house hospital factory church tent fountain station train bus ambulance taxi tractor bike
+    "travel": """volcano desert house hospital factory church tent fountain train bus ambulance taxi tractor bike
         scooter anchor boat canoe ferry airplane helicopter rocket moon star cloud rainbow umbrella snowflake fire car
         truck ship parachute satellite sun tornado lightning mountain castle bank school stadium hut wheel compass
-        luggage snowman comet hourglass island planet speedboat tram skateboard carousel mosque""",
+        luggage snowman comet hourglass island planet speedboat skateboard carousel mosque""",
     "object": """necktie shirt jeans scarf gloves socks dress crown ring gem bell guitar trumpet violin drum radio computer
         candle book scroll key hammer bomb magnet microscope telescope pill door chair toilet razor bucket sponge
         scissors lock boot sandal coat bikini purse camera battery flashlight wrench axe shield basket broom ladder

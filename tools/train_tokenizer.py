@@ -23,7 +23,7 @@ from megatron_sts.data.scenes.words import DIGITS, TEMPLATE_WORDS, caption, indu
 VOCAB_SIZE = 1024
 CONTROL_SYMBOLS = ("<image>", "<|user|>", "<|assistant|>")
 NUM_SCENES = 3000
-WORD_REPEATS = 300
+WORD_REPEATS = 1500
 """How often each word of the scenes is listed, so that the trainer keeps it whole."""
 
 
