@@ -1,0 +1,110 @@
+"""The command line: parses arguments and hands over. Imports nothing heavy, and knows nothing of how a command works."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from megatron_sts import __version__
+from megatron_sts.config.errors import ConfigError
+
+PROGRAM = "megatron-sts"
+BAD_USAGE = 2
+"""Exit status for wrong arguments and wrong configs."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line; options may stand between and behind the overrides."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (see {self.prog} --help)")
+        raise SystemExit(BAD_USAGE)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    parser = _build_parser()
+    args, rest = parser.parse_known_args(argv)
+    unknown = [word for word in rest if word.startswith("-") or args.command is not _train]
+    if unknown:
+        parser.error(f"unrecognized argument {unknown[0]!r}")
+    if args.command is _train:
+        args.overrides += rest
+    try:
+        return args.command(args)
+    except ConfigError as error:
+        _fail(str(error))
+        return BAD_USAGE
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output went away: no complaint at exit
+        return 1
+
+
+def _fail(message: str) -> None:
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+def _build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=PROGRAM, description="Train multimodal LLMs on megatron-core with the Sparse Training Scheme."
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_train(commands)
+    _add_doctor(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a model, on local ranks or as a rank of torchrun/srun",
+        description="Train a model. Under torchrun or srun this process is one rank; otherwise it starts local ranks. "
+        "Resumes from RUN_DIR if that holds a checkpoint.",
+    )
+    train.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, or a folder that holds config.yaml")
+    train.add_argument("overrides", metavar="key.path=value", nargs="*", help="config values that replace the file's")
+    train.add_argument(
+        "--nproc", type=_positive, metavar="N", help="local ranks (default: as many as the config needs)"
+    )
+    train.add_argument("--run-dir", type=Path, metavar="DIR", help="where the run is written (default: runs/NAME)")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check the config and print what it comes to; run nothing"
+    )
+    train.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
+    train.set_defaults(command=_train)
+
+
+def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what this machine has and what is missing for what",
+        description="Show what this machine has, which kernels will be used, and what is missing for what.",
+    )
+    doctor.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    doctor.set_defaults(command=_doctor)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.json and not args.dry_run:
+        raise ConfigError("--json: goes with --dry-run only")
+    from megatron_sts.train import command
+
+    return command.train(args.config, args.overrides, args.run_dir, args.nproc, dry_run=args.dry_run, as_json=args.json)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from megatron_sts.runtime import doctor, probe
+
+    machine = probe.probe()
+    doctor.print_json(machine) if args.json else doctor.print_table(machine)
+    return 0

@@ -1,0 +1,1 @@
+"""The training run of one rank, and how ranks are started."""

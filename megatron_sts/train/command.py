@@ -1,0 +1,64 @@
+"""``megatron-sts train``: config first, then a dry run, local ranks or this rank. Must not know how a step works."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_sts.config.load import CONFIG_NAME, load
+from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.train import environment
+
+
+def train(
+    config: Path,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    nproc: int | None,
+    *,
+    dry_run: bool,
+    as_json: bool,
+) -> int:
+    """Check the whole config before anything is started, then do what was asked. Returns the exit status."""
+    rank = None if dry_run else environment.rank_from(os.environ)
+    world_size = nproc if rank is None else rank.world_size
+    resolved = resolve(load(config, overrides), world_size=world_size)
+    run_dir = run_dir or default_run_dir(config)
+    if dry_run:
+        return _print_summary(resolved, as_json=as_json)
+    if rank is not None:
+        environment.join(rank, os.environ)
+        return run_rank(resolved, run_dir)
+    from megatron_sts.train.launch import launch_local
+
+    return launch_local([str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
+
+
+def default_run_dir(config: Path) -> Path:
+    """``runs/NAME``: a config.yaml is named by its folder, any other file by itself."""
+    folder = config if config.is_dir() else config.parent
+    is_named_by_folder = config.is_dir() or config.name == CONFIG_NAME
+    return Path("runs") / (folder.resolve().name if is_named_by_folder else config.stem)
+
+
+def run_rank(resolved: Resolved, run_dir: Path) -> int:
+    """This process is one rank: train, and leave what went wrong where the launcher finds it."""
+    from megatron_sts.train import failure
+
+    try:
+        from megatron_sts.train.loop import run
+
+        run(resolved, run_dir)
+    except Exception as error:
+        return failure.report(error)
+    return 0
+
+
+def _print_summary(resolved: Resolved, *, as_json: bool) -> int:
+    from megatron_sts.train import summary
+
+    outline = summary.outline(resolved)
+    summary.print_json(outline, sys.stdout) if as_json else summary.print_table(outline)
+    return 0
