@@ -1,7 +1,7 @@
 """Trains the embedded SentencePiece tokenizer and checks that every word of the scenes is exactly one piece.
 
-The text is generated questions, captions and drills, plus the free English that ships with Python. Rebuilding gives the
-same file: one thread, no sampling of sentences.
+The text is generated questions, captions and drills, plus the free English that ships with Python. Rebuilding with the
+same Python release gives the same file: one thread, no sampling of sentences.
 """
 
 from __future__ import annotations

@@ -40,22 +40,29 @@ def ask(family: str, scene: Scene, pool: Pool, rng: random.Random) -> Question |
     return FAMILIES[family](scene, pool, rng)
 
 
-def existence(scene: Scene, pool: Pool, rng: random.Random) -> Question:
+def existence(scene: Scene, pool: Pool, rng: random.Random) -> Question | None:
     """POPE: ``is there a monkey ?``, half yes; absent objects random, popular or adversarial in equal parts."""
     return existence_variant(scene, pool, rng, rng.choice(NEGATIVES), rng.choice(YES_NO))
 
 
-def existence_variant(scene: Scene, pool: Pool, rng: random.Random, variant: str, answer: str) -> Question:
-    """An existence question of a given kind of negatives and a given answer."""
-    sprite = rng.choice(scene.objects).sprite if answer == "yes" else absent_sprite(scene, pool, rng, variant)
+def existence_variant(scene: Scene, pool: Pool, rng: random.Random, variant: str, answer: str) -> Question | None:
+    """An existence question of a given kind of negatives and a given answer.
+
+    The popular variant asks for popular objects whether present or not, and only of scenes that have one: otherwise the
+    name alone would tell the answer.
+    """
+    present = [placed.sprite for placed in scene.objects if variant != "popular" or placed.sprite in pool.popular]
+    if not present:
+        return None
+    sprite = rng.choice(present) if answer == "yes" else absent_sprite(scene, pool, rng, variant)
     return Question(f"is there a {_name(sprite)} ?", answer, variant)
 
 
 def absent_sprite(scene: Scene, pool: Pool, rng: random.Random, variant: str) -> int:
     """A sprite that is not in the scene.
 
-    ``random``: uniform; ``popular``: among the most popular; ``adversarial``: of the kind most frequent in this scene;
-    ``matched``: distributed as the objects of scenes are.
+    ``random``: distributed as the objects of scenes are; ``popular``: among the most popular; ``adversarial``: of the
+    kind most frequent in this scene.
     """
     present = scene.counts()
     while (sprite := _draw_candidate(scene, pool, rng, variant)) in present:
@@ -64,8 +71,6 @@ def absent_sprite(scene: Scene, pool: Pool, rng: random.Random, variant: str) ->
 
 
 def _draw_candidate(scene: Scene, pool: Pool, rng: random.Random, variant: str) -> int:
-    if variant == "random":
-        return pool.draw_uniform(rng)
     if variant == "popular":
         return pool.draw_popular(rng)
     return pool.draw(rng, _main_kind(scene) if variant == "adversarial" else None)
@@ -110,7 +115,7 @@ def choice(scene: Scene, pool: Pool, rng: random.Random) -> Question:
     """ScienceQA: ``which is here ? a monkey b dog c cat`` -> the letter of the only present one."""
     options = [rng.choice(scene.objects).sprite]
     while len(options) < 3:
-        sprite = absent_sprite(scene, pool, rng, "matched")
+        sprite = absent_sprite(scene, pool, rng, "random")
         if sprite not in options:
             options.append(sprite)
     answer = rng.randrange(3)
@@ -132,7 +137,7 @@ def ask_pair(fact: str, scene: Scene, pool: Pool, rng: random.Random) -> tuple[Q
 
 
 def _pair_existence(scene: Scene, pool: Pool, rng: random.Random) -> tuple[str, str]:
-    present, absent = rng.choice(scene.objects).sprite, absent_sprite(scene, pool, rng, "matched")
+    present, absent = rng.choice(scene.objects).sprite, absent_sprite(scene, pool, rng, "random")
     return f"is there a {_name(present)} ?", f"is there a {_name(absent)} ?"
 
 

@@ -29,6 +29,7 @@ NUMBER_PROBABILITY = 0.6
 DUPLICATE_PROBABILITY = 0.6
 THEME_PROBABILITY = 0.4
 POPULAR_SHARE = 0.25
+"""The share of each kind, at least two sprites, that counts as popular."""
 POPULARITY_RATIO = 5
 
 PoolName = Literal["train", "heldout", "all"]
@@ -83,6 +84,10 @@ class Pool:
         self.by_kind = {
             kind: [sprite for sprite in order if sprite in allowed and catalog.kinds[sprite] == kind] for kind in KINDS
         }
+        self._popular_by_kind = {
+            kind: ids[: max(2, int(len(ids) * POPULAR_SHARE))] for kind, ids in self.by_kind.items()
+        }
+        self.popular = frozenset(sprite for ids in self._popular_by_kind.values() for sprite in ids)
         self._weights = {kind: list(accumulate(_popularity(len(ids)))) for kind, ids in self.by_kind.items()}
 
     def draw(self, rng: random.Random, kind: str | None = None) -> int:
@@ -91,14 +96,9 @@ class Pool:
         weights = self._weights[kind]
         return self.by_kind[kind][bisect(weights, rng.random() * weights[-1], hi=len(weights) - 1)]
 
-    def draw_uniform(self, rng: random.Random) -> int:
-        """A sprite of a uniform kind, whatever its popularity."""
-        return rng.choice(self.by_kind[rng.choice(KINDS)])
-
     def draw_popular(self, rng: random.Random) -> int:
-        """One of the most popular sprites of a uniform kind."""
-        ids = self.by_kind[rng.choice(KINDS)]
-        return ids[rng.randrange(max(2, int(len(ids) * POPULAR_SHARE)))]
+        """One of the popular sprites of a uniform kind."""
+        return rng.choice(self._popular_by_kind[rng.choice(KINDS)])
 
 
 def _popularity(num_sprites: int) -> list[float]:

@@ -208,7 +208,8 @@ def _evaluated(family: str, index: int, scene: Scene, pool: Pool, rng: random.Ra
         return ask_pair(FACTS[index % len(FACTS)], scene, pool, rng)
     if family == "existence":
         variant, answer = NEGATIVES[index % len(NEGATIVES)], YES_NO[index // len(NEGATIVES) % 2]
-        return (existence_variant(scene, pool, rng, variant, answer),)
+        question = existence_variant(scene, pool, rng, variant, answer)
+        return (question,) if question else None
     question = ask(family, scene, pool, rng)
     wanted = CLOSED_ANSWERS.get(family)
     if question is None or (wanted and question.answer != wanted[index % len(wanted)]):

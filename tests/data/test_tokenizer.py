@@ -1,0 +1,71 @@
+"""The embedded tokenizer: one piece a word, round trips, special pieces out of reach of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_sts.data.scenes.catalog import load_catalog
+from megatron_sts.data.scenes.source import ScenesSource
+from megatron_sts.data.scenes.words import DIGITS, TEMPLATE_WORDS
+from megatron_sts.data.tokenizer import Tokenizer
+
+FAMILIES = ("existence", "relation", "category", "counting", "ocr", "choice", "paired", "locate", "name")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.load("scenes")
+
+
+def test_special_ids(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert (tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id) == (4, 5, 6)
+    assert tokenizer.vocab_size == 1024
+
+
+def test_every_scene_word_is_one_piece(tokenizer: Tokenizer) -> None:
+    words = [*load_catalog().names, *TEMPLATE_WORDS, *DIGITS]
+    assert [word for word in words if len(tokenizer.encode(word)) != 1] == []
+    assert len({tokenizer.encode(word)[0] for word in words}) == len(set(words))
+
+
+@pytest.mark.parametrize("mode", ["words_and_map", "induction"])
+def test_records_tokenise_word_by_word_and_round_trip(tokenizer: Tokenizer, mode: str) -> None:
+    source = ScenesSource(mode, 0, "train", FAMILIES, 6, 100)  # type: ignore[arg-type]
+    for i in range(100):
+        for turn in source[i].turns:
+            ids = tokenizer.encode(turn.text)
+            assert len(ids) == len(turn.text.split())
+            assert tokenizer.decode(ids) == turn.text
+
+
+@pytest.mark.parametrize("text", ["Hello, Wörld!", "naïve 漢字 🙂", "a = b[3:4] * 17"])
+def test_free_text_round_trips_through_bytes(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_text_cannot_spell_special_pieces(tokenizer: Tokenizer) -> None:
+    special = {tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id, tokenizer.bos_id, tokenizer.eos_id}
+    assert not special & set(tokenizer.encode("<image> <|user|> hi <|assistant|> <s> </s>"))
+
+
+def test_decode_drops_special_ids(tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.bos_id, tokenizer.user_id, *tokenizer.encode("monkey"), tokenizer.eos_id]
+    assert tokenizer.decode(ids) == "monkey"
+
+
+def test_a_model_without_the_special_pieces_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "plain.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the monkey and the dog"] * 10),
+            model_writer=file,
+            vocab_size=16,
+            pad_id=3,
+            minloglevel=2,
+        )
+    with pytest.raises(ValueError, match="<image>"):
+        Tokenizer.load(str(path))
