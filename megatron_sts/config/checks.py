@@ -139,6 +139,8 @@ def check_parallel(config: RunConfig) -> None:
             "it splits the sequence over tensor-parallel ranks, of which there is one",
             "set it to false or raise parallel.tensor_model_parallel_size",
         )
+    if parallel.virtual_pipeline_model_parallel_size == 1:
+        refuse("parallel.virtual_pipeline_model_parallel_size", 1, "one chunk is not interleaved", "set it to null")
     if vpp > 1 and pp == 1:
         refuse(
             "parallel.virtual_pipeline_model_parallel_size",

@@ -116,6 +116,7 @@ REFUSED = [
     ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true: it splits"),
     ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: not supported yet"),
     ("parallel.pipeline_model_parallel_size=5", "model.language.num_layers=12: cannot be dealt evenly to 5"),
+    (f"parallel.{VPP}=1", f"parallel.{VPP}=1: one chunk is not interleaved; set it to null"),
     (f"parallel.{VPP}=2", f"parallel.{VPP}=2: interleaving needs at least two pipeline ranks"),
     (
         f"parallel={{pipeline_model_parallel_size: 2, {VPP}: 2, overlap_p2p_comm: false}}",

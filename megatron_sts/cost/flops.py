@@ -1,0 +1,206 @@
+"""FLOPs of the whole model, never of one pipeline stage, from shapes alone. Torch-free; knows nothing of time.
+
+Conventions, all of them: a product [m, k] x [k, n] is 2mkn FLOPs; only matrix products count (norms, activations,
+softmax, rotary and the optimizer do not); causal attention counts half of the s x s score matrix unless ``"full"`` is
+asked for; activation recomputation is not counted (these are model FLOPs, as in MFU); a skipped layer costs nothing.
+Published TFLOP/s use both attention conventions: name yours.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig
+
+Causal = Literal["half", "full"]
+"""Share of the score matrix that counts in causal attention."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Forward FLOPs of one piece of the model."""
+
+    weights: int
+    """Products with a weight matrix."""
+    attention: int = 0
+    """Products of two activations: scores, and scores times values."""
+
+    @property
+    def forward(self) -> int:
+        """All of them."""
+        return self.weights + self.attention
+
+    def training(self, *, trains: bool, gradient_passes: bool) -> int:
+        """Forward and backward: 1x a weight gradient, 1x an input gradient, where they are needed.
+
+        Attention has two operands that both need a gradient: 2x in the backward pass.
+        """
+        passes = self.weights + 2 * self.attention if gradient_passes else 0
+        return self.forward + passes + (self.weights if trains else 0)
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Forward FLOPs of one micro-batch, by piece, in the order in which data pass."""
+
+    patch_embedding: Flops
+    vision_layers: Flops
+    """All layers up to the projected one."""
+    projector_in: Flops
+    """The matrix that reads visual features."""
+    projector_out: Flops
+    """The second matrix of an MLP projector; 0 for a linear one."""
+    decoder_layer: Flops
+    """One decoder layer."""
+    head: Flops
+
+    def total(self, num_layers: int) -> int:
+        """The forward pass with ``num_layers`` decoder layers executed."""
+        once = (self.patch_embedding, self.vision_layers, self.projector_in, self.projector_out, self.head)
+        return sum(piece.forward for piece in once) + num_layers * self.decoder_layer.forward
+
+
+def forward_flops(
+    model: ModelConfig,
+    *,
+    num_vision_layers: int,
+    micro_batch_size: int,
+    sequence_length: int,
+    num_images: int,
+    visual_tokens: int,
+    causal: Causal = "half",
+) -> ForwardFlops:
+    """Forward FLOPs of ``micro_batch_size`` sequences with ``num_images`` images between them.
+
+    Args:
+        model: the architecture.
+        num_vision_layers: layers of the tower that run (``Resolved.num_vision_layers``).
+        micro_batch_size: sequences.
+        sequence_length: tokens a sequence as the decoder sees it.
+        num_images: images in all sequences together.
+        visual_tokens: tokens an image that are projected, after VTC (it selects before the projector).
+        causal: how much of the decoder's score matrix counts.
+    """
+    tokens = micro_batch_size * sequence_length
+    language, vision = model.language, model.vision
+    nothing = Flops(0)
+    projected = num_images * visual_tokens
+    is_mlp = model.projector.type == "mlp2x_gelu"
+    return ForwardFlops(
+        patch_embedding=nothing if vision is None else Flops(num_images * _patch_embedding(vision)),
+        vision_layers=nothing if vision is None else _vision_layers(vision, num_images, num_vision_layers),
+        projector_in=nothing if vision is None else Flops(2 * projected * vision.hidden_size * language.hidden_size),
+        projector_out=Flops(2 * projected * language.hidden_size**2) if vision is not None and is_mlp else nothing,
+        decoder_layer=_decoder_layer(language, tokens, sequence_length, causal),
+        head=Flops(2 * tokens * language.hidden_size * language.vocab_size),
+    )
+
+
+def step_flops(
+    resolved: Resolved,
+    stage: ResolvedStage,
+    *,
+    layers_executed: int,
+    num_images: int,
+    compressed: bool,
+    causal: Causal = "half",
+) -> int:
+    """Training FLOPs of one global step, over all ranks.
+
+    A piece computes its weight gradient if its part trains, and its input gradient if anything that trains lies
+    before it: the frozen decoder of alignment passes gradients on, the frozen tower computes none.
+
+    Args:
+        resolved: the run.
+        stage: which stage; its freeze list, batch and token counts apply.
+        layers_executed: decoder layers that were not skipped in this step.
+        num_images: images in the global batch.
+        compressed: count the sequence after VTC; False: what the same batch costs without VTC.
+        causal: how much of the decoder's score matrix counts.
+    """
+    pieces = forward_flops(
+        resolved.config.model,
+        num_vision_layers=resolved.num_vision_layers,
+        micro_batch_size=stage.config.batch.global_batch_size,
+        sequence_length=stage.sequence_length if compressed else stage.uncompressed_sequence_length,
+        num_images=num_images,
+        visual_tokens=stage.visual_tokens_out if compressed else stage.visual_tokens_in,
+        causal=causal,
+    )
+    vision, projector, language = (_trains(stage, part) for part in ("vision", "projector", "language"))
+    before_decoder = vision or projector or language  # the word embedding is part of the language model
+    once = (
+        pieces.patch_embedding.training(trains=vision, gradient_passes=False)
+        + pieces.vision_layers.training(trains=vision, gradient_passes=vision)
+        + pieces.projector_in.training(trains=projector, gradient_passes=vision)
+        + pieces.projector_out.training(trains=projector, gradient_passes=vision or projector)
+        + pieces.head.training(trains=language, gradient_passes=before_decoder)
+    )
+    return once + layers_executed * pieces.decoder_layer.training(trains=language, gradient_passes=before_decoder)
+
+
+def dense_step_flops(resolved: Resolved, stage: ResolvedStage, *, num_images: int, causal: Causal = "half") -> int:
+    """``step_flops`` of the same step without VTC and LDS."""
+    num_layers = resolved.config.model.language.num_layers
+    return step_flops(
+        resolved, stage, layers_executed=num_layers, num_images=num_images, compressed=False, causal=causal
+    )
+
+
+def device_peak_tflops(device_name: str, dtype: str) -> float | None:
+    """Peak dense matrix TFLOP/s of a device by the name that the CUDA driver gives it; None if unknown.
+
+    ``dtype`` is ``"bf16"`` or ``"fp8"``. A MIG slice is unknown: it has a fraction of its device's units.
+    """
+    if "MIG" in device_name:
+        return None
+    for pattern, bf16, fp8 in _PEAK_TFLOPS:
+        if re.search(pattern, device_name):
+            return {"bf16": bf16, "fp8": fp8}.get(dtype)
+    return None
+
+
+# NVIDIA data sheets (A100 2021, H100 2023, H200 2024): tensor-core peaks; those sheets quote Hopper with 2:4 sparsity,
+# here halved. An H100 or H200 named without a form factor is the SXM module. First match counts.
+_PEAK_TFLOPS: tuple[tuple[str, float, float | None], ...] = (
+    (r"\bH100 PCIe\b", 756.5, 1513.0),
+    (r"\bH[12]00 NVL\b", 835.5, 1670.5),
+    (r"\bH[12]00\b", 989.5, 1979.0),
+    (r"\bA100\b", 312.0, None),
+)
+
+
+def _trains(stage: ResolvedStage, part: Part) -> bool:
+    """Whether a part learns in this stage."""
+    return part not in stage.config.freeze
+
+
+def _decoder_layer(language: LanguageConfig, tokens: int, sequence_length: int, causal: Causal) -> Flops:
+    """Grouped-query attention and SwiGLU: 2 t h d (a + 2g) + 2 t a d h + 6 t h f, and 4 t s a d of attention."""
+    heads, hidden = language.num_attention_heads, language.hidden_size
+    groups, channels = language.num_query_groups or heads, language.kv_channels or hidden // heads
+    qkv = 2 * tokens * hidden * channels * (heads + 2 * groups)
+    output = 2 * tokens * heads * channels * hidden
+    mlp = 3 * 2 * tokens * hidden * language.ffn_hidden_size
+    attention = 4 * tokens * sequence_length * heads * channels
+    return Flops(qkv + output + mlp, attention // 2 if causal == "half" else attention)
+
+
+def _patch_embedding(vision: VisionConfig) -> int:
+    """One image: a product [patches, 3 p^2] x [3 p^2, h]."""
+    return 2 * _patches(vision) * 3 * vision.patch_size**2 * vision.hidden_size
+
+
+def _vision_layers(vision: VisionConfig, num_images: int, num_layers: int) -> Flops:
+    """Layers of full attention over patches and class token: 8 t h^2 + 4 t h f, and 4 t^2 h of attention, an image."""
+    tokens, hidden = _patches(vision) + 1, vision.hidden_size
+    weights = 8 * tokens * hidden**2 + 4 * tokens * hidden * (vision.ffn_hidden_size or 4 * hidden)
+    count = num_images * num_layers
+    return Flops(count * weights, count * 4 * tokens**2 * hidden)
+
+
+def _patches(vision: VisionConfig) -> int:
+    return (vision.image_size // vision.patch_size) ** 2
