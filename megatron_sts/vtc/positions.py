@@ -4,36 +4,37 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
 
 
 def position_ids(
     is_visual: torch.Tensor, indices: torch.Tensor, num_tokens_in: int, mode: Literal["original", "compact"]
 ) -> torch.Tensor:
-    """RoPE positions of one compressed sample, [s].
+    """RoPE positions of one compressed sample, int64 [s]; host tensors only.
 
     ``is_visual`` [s] bool marks placeholders, ``indices`` [num_images, k] the kept tokens of each image in sequence
     order; each image owns k consecutive placeholders, and images may be adjacent. compact: 0, 1, 2, ... original:
-    the positions of the same tokens before compression, num_tokens_in a whole image:
-    position = text before + whole images before * num_tokens_in (+ indices[image, j] for the image's token j).
+    the positions that the same tokens had before compression, when each image took num_tokens_in of them.
     """
-    places = torch.arange(is_visual.numel(), device=is_visual.device)
-    if mode == "compact":
-        return places
-    visual_before = is_visual.cumsum(0) - is_visual.long()
-    _check_images(is_visual, visual_before, indices)
-    whole_images_before = visual_before // max(indices.shape[1], 1)
-    positions = places - visual_before + whole_images_before * num_tokens_in
-    positions[is_visual] += indices.to(is_visual.device).reshape(-1)
-    return positions
+    positions = np.arange(is_visual.numel())
+    if mode == "original":
+        kept = indices.numpy()
+        num_kept = kept.shape[1]
+        places = _placeholders(is_visual, indices)
+        shift = np.zeros(positions.size + 1, dtype=np.int64)
+        shift[places[:, :1] + num_kept] = num_tokens_in - num_kept
+        positions += shift[:-1].cumsum()
+        positions[places] += kept - np.arange(num_kept)
+    return torch.from_numpy(positions)
 
 
-def _check_images(is_visual: torch.Tensor, visual_before: torch.Tensor, indices: torch.Tensor) -> None:
-    """Refuses sequences in which images and placeholders do not match. Reads values: meant for host tensors."""
-    num_placeholders = int(is_visual.sum())
-    if num_placeholders != indices.numel():
-        raise ValueError(
-            f"{num_placeholders} visual placeholders, but {indices.shape[0]} images x {indices.shape[1]} kept tokens"
-        )
-    if num_placeholders and (visual_before[~is_visual] % indices.shape[1]).any():
-        raise ValueError(f"text inside an image: its {indices.shape[1]} placeholders must be consecutive")
+def _placeholders(is_visual: torch.Tensor, indices: torch.Tensor) -> np.ndarray:
+    """Where each image's placeholders are, [num_images, k]; refuses counts and gaps that do not fit ``indices``."""
+    (num_images, num_kept), visual = indices.shape, np.flatnonzero(is_visual.numpy())
+    if visual.size != num_images * num_kept:
+        raise ValueError(f"{visual.size} visual placeholders, but {num_images} images x {num_kept} kept tokens")
+    places = visual.reshape(num_images, num_kept)
+    if (places[:, -1:] - places[:, :1] >= num_kept).any():
+        raise ValueError(f"text inside an image: its {num_kept} placeholders must be consecutive")
+    return places

@@ -1,0 +1,157 @@
+"""The mask plan: blocks, resuming, and agreement of real processes, with disagreements planted."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import cache
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.schema import LdsConfig
+from megatron_sts.lds.mask import draw_mask
+from megatron_sts.lds.sync import MaskMismatchError, MaskPlan
+from tests.dist.launch import RanksFailed, run_ranks
+
+NUM_STEPS, NUM_LAYERS = 150, 6
+
+
+def plan(**changes: object) -> MaskPlan:
+    arguments = dict(lds=LdsConfig(), seed=5, stage=1, num_steps=NUM_STEPS, num_layers=NUM_LAYERS)
+    return MaskPlan(**{**arguments, **changes})  # type: ignore[arg-type]
+
+
+def report(label: str, run: Callable[[], object]) -> None:
+    """In a rank: prints what ``run`` returns, or the disagreement it ends with."""
+    try:
+        print(f"{label}: {run()}")
+    except MaskMismatchError as error:
+        print(f"{label}: {error}")
+
+
+def walk(steps: range, **changes: object) -> list[str]:
+    masks = plan(**changes)
+    return [masks.mask(step).digest for step in steps]
+
+
+def ranks_agree_and_disagree() -> None:
+    """In each rank: agreement, three planted disagreements that are caught, and one that is not."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=20))
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    report("agree", lambda: walk(range(NUM_STEPS)))
+    report("rank 0 strays", lambda: walk(range(99), num_steps=99 if rank == 0 else NUM_STEPS))
+    report("elsewhere", lambda: walk(range(70, 71) if rank == 1 else range(1)))
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, num_ranks, 2)]
+    group = pairs[rank // 2]
+    report("pairs agree", lambda: walk(range(1), seed=rank // 2, group=group))
+    report("last pair strays", lambda: walk(range(1), seed=rank // (num_ranks - 1), group=group))
+    walk(range(NUM_STEPS), seed=6 if rank == num_ranks - 1 else 5)
+    print("not reached")
+
+
+@cache
+def launched(num_ranks: int) -> RanksFailed:
+    """The ranks' outputs and exit codes; they must end on their own, long before the limit."""
+    with pytest.raises(RanksFailed) as failure:
+        run_ranks(ranks_agree_and_disagree, num_ranks, 30)
+    return failure.value
+
+
+def printed(num_ranks: int, label: str) -> list[str]:
+    """What each rank reported under ``label``."""
+    lines = [output.splitlines() for output in launched(num_ranks).outputs]
+    return [next(line.removeprefix(f"{label}: ") for line in own if line.startswith(f"{label}: ")) for own in lines]
+
+
+def test_alone_a_plan_is_the_pure_function() -> None:
+    masks = plan(block_steps=7)
+    for step in (0, 6, 7, 149, 3):
+        assert masks.mask(step) == draw_mask(LdsConfig(), 5, 1, step, NUM_STEPS, NUM_LAYERS)
+
+
+@pytest.mark.parametrize("step", [-1, NUM_STEPS])
+def test_a_step_outside_the_stage_is_refused(step: int) -> None:
+    with pytest.raises(ValueError, match=f"step {step} is outside"):
+        plan().mask(step)
+
+
+both_sizes = pytest.mark.parametrize("num_ranks", [2, 4])
+
+
+@both_sizes
+def test_ranks_agree_with_each_other_and_with_one_process(num_ranks: int) -> None:
+    assert printed(num_ranks, "agree") == [str(walk(range(NUM_STEPS)))] * num_ranks
+
+
+@both_sizes
+def test_a_disagreement_ends_all_ranks_with_one_message(num_ranks: int) -> None:
+    assert launched(num_ranks).returncodes == [1] * num_ranks  # none had to be killed
+    masks, strays = plan(), plan(seed=6)
+    step = next(step for step in range(64) if masks.mask(step).skipped != strays.mask(step).skipped)
+    layers = [n for n in range(NUM_LAYERS) if masks.mask(step).skips(n) != strays.mask(step).skips(n)]
+    message = (
+        f"MaskMismatchError: LDS skip masks differ from those of rank 0 on 1 of {num_ranks} ranks; "
+        f"rank {num_ranks - 1}: stage 1, step {step}, layers {', '.join(map(str, layers))} ("
+    )
+    for output in launched(num_ranks).outputs:
+        assert message in output and "not reached" not in output
+
+
+@both_sizes
+def test_all_others_are_named_when_rank_0_strays(num_ranks: int) -> None:
+    (message,) = set(printed(num_ranks, "rank 0 strays"))
+    assert f"differ from those of rank 0 on {num_ranks - 1} of {num_ranks} ranks; rank 1: stage 1, step " in message
+    assert all(f"rank {rank}: stage 1" in message for rank in range(1, num_ranks))
+
+
+@both_sizes
+def test_a_rank_at_another_step_is_named(num_ranks: int) -> None:
+    (message,) = set(printed(num_ranks, "elsewhere"))
+    assert "rank 1: asks for stage 1, steps from 64, instead of stage 1, steps from 0" in message
+
+
+def test_groups_are_independent_and_ranks_are_named_globally() -> None:
+    apart = [str(walk(range(1), seed=seed)) for seed in (0, 1)]
+    assert printed(4, "pairs agree") == [apart[0], apart[0], apart[1], apart[1]]
+    *first_pair, of_rank_2, of_rank_3 = printed(4, "last pair strays")
+    assert first_pair == [apart[0], apart[0]] and of_rank_2 == of_rank_3
+    assert "differ from those of rank 2 on 1 of 2 ranks; rank 3: " in of_rank_3
+
+
+def test_resuming_restores_the_same_masks() -> None:
+    first = plan()
+    digests = [first.mask(step).digest for step in range(NUM_STEPS)]
+    saver = plan()
+    saver.mask(99)
+    resumed = plan()
+    resumed.load_state_dict(saver.state_dict())
+    assert resumed.state_dict() == saver.state_dict()
+    assert [resumed.mask(step).digest for step in range(100, NUM_STEPS)] == digests[100:]
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lds": LdsConfig(alpha=0.3)}, "lds.alpha 0.5 -> 0.3"),
+        ({"lds": LdsConfig(epsilon=0.0)}, "lds.epsilon 0.5 -> 0.0"),
+        ({"lds": LdsConfig(schedule="constant")}, "lds.schedule 'paper' -> 'constant'"),
+        ({"lds": LdsConfig(sampler="fixed", fixed_layers=(1,))}, r"lds.fixed_layers \[\] -> \[1\]"),
+        ({"seed": 6}, "seed 5 -> 6"),
+        ({"stage": 0}, "stage 1 -> 0"),
+        ({"num_steps": 200}, "num_steps 150 -> 200"),
+    ],
+)
+def test_resuming_with_other_masks_is_refused(changes: dict[str, object], named: str) -> None:
+    saver = plan()
+    saver.mask(40)
+    with pytest.raises(ConfigError, match=f"resuming after step 40 would draw other skip masks.*{named}"):
+        plan(**changes).load_state_dict(saver.state_dict())
+
+
+def test_resuming_with_another_generator_is_refused() -> None:
+    with pytest.raises(ConfigError, match="digest of the mask 0123 -> "):
+        plan().load_state_dict({**plan().state_dict(), "digest": "0123"})
+
+
+def test_settings_that_do_not_change_masks_may_change() -> None:
+    plan(lds=LdsConfig(skipped_update="zero_grad")).load_state_dict(plan().state_dict())
