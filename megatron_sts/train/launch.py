@@ -60,9 +60,11 @@ def _explain(failures: Mapping[int, ProcessFailure]) -> int:
     return 2 if failure.exitcode == 2 else 1
 
 
-def _order(failure: ProcessFailure) -> tuple[bool, float]:
-    """Smallest for the cause: ranks that lost a peer fail within the same second, often before the peer is reaped."""
-    return (-failure.exitcode not in FATAL_SIGNALS, _words(failure).get("time", float(failure.timestamp)))
+def _order(failure: ProcessFailure) -> tuple[int, float]:
+    """Smallest for the cause. Ranks that lost a peer fail too, often before that peer is reaped; others we ended."""
+    died = -failure.exitcode in FATAL_SIGNALS
+    kind = 0 if died else 1 if failure.exitcode > 0 else 2
+    return kind, _words(failure).get("time", float(failure.timestamp))
 
 
 def _words(failure: ProcessFailure) -> dict[str, float]:

@@ -1,0 +1,150 @@
+"""What a resolved config comes to, for ``--dry-run``. Runs nothing, derives nothing: only collects and prints."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sts.config.checks import IMAGE_MODES
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.cost.flops import dense_step_flops, step_flops
+from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
+from megatron_sts.lds.schedule import mean_skip_fraction
+
+Outline = dict[str, Any]
+"""JSON-ready; the keys are those that ``--json`` prints."""
+
+
+def outline(resolved: Resolved) -> Outline:
+    """Layout, token counts, parameters per rank and FLOPs a step.
+
+    Per-rank lists have one entry a pipeline rank. FLOPs are for all ranks and a full batch: without VTC and LDS
+    (dense), with VTC (all layers), and with both, in the mean over the stage.
+    """
+    parallel = resolved.config.parallel
+    return {
+        "world_size": resolved.world_size,
+        "parallel": {
+            "tensor": parallel.tensor_model_parallel_size,
+            "pipeline": parallel.pipeline_model_parallel_size,
+            "virtual_pipeline": parallel.virtual_pipeline_model_parallel_size or 1,
+            "context": parallel.context_parallel_size,
+            "data": resolved.data_parallel_size,
+            "sequence_parallel": parallel.sequence_parallel,
+        },
+        "precision": resolved.config.precision.model_dump(mode="json"),
+        "layers_per_chunk": [list(chunks) for chunks in resolved.layers_per_chunk],
+        "parameters": parameters(resolved),
+        "parameters_per_rank": parameters_per_rank(resolved),
+        "stages": [_stage(resolved, stage) for stage in resolved.stages],
+    }
+
+
+def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
+    config = stage.config
+    num_images = _images_per_step(resolved, stage)
+    num_layers = resolved.config.model.language.num_layers
+    no_layers, all_layers = (
+        step_flops(resolved, stage, layers_executed=count, num_images=num_images, compressed=True)
+        for count in (0, num_layers)
+    )
+    skipped = 0.0 if config.lds is None else float(mean_skip_fraction(config.lds, stage.num_steps, num_layers))
+    return {
+        "name": stage.name,
+        "freeze": list(config.freeze),
+        "num_steps": stage.num_steps,
+        "global_batch_size": config.batch.global_batch_size,
+        "micro_batch_size": config.batch.micro_batch_size,
+        "num_microbatches": stage.num_microbatches,
+        "visual_tokens_in": stage.visual_tokens_in,
+        "visual_tokens_out": stage.visual_tokens_out,
+        "sequence_length": stage.sequence_length,
+        "uncompressed_sequence_length": stage.uncompressed_sequence_length,
+        "tokens_per_step": config.batch.global_batch_size * stage.sequence_length,
+        "images_per_step": num_images,
+        "flops_per_step_dense": dense_step_flops(resolved, stage, num_images=num_images),
+        "flops_per_step_all_layers": all_layers,
+        "flops_per_step_mean": round(all_layers - skipped * (all_layers - no_layers)),
+        "mean_skip_fraction": skipped,
+        "state_bytes_per_rank": [memory.total_bytes for memory in memory_per_rank(resolved, stage)],
+        "vtc": None if config.vtc is None else config.vtc.model_dump(mode="json"),
+        "lds": None if config.lds is None else config.lds.model_dump(mode="json"),
+    }
+
+
+def _images_per_step(resolved: Resolved, stage: ResolvedStage) -> int:
+    """The most images a global batch can hold."""
+    has_images = stage.data.source == "llava_json" or stage.data.mode in IMAGE_MODES
+    if resolved.config.model.vision is None or not has_images:
+        return 0
+    return stage.config.batch.global_batch_size * stage.config.batch.max_images
+
+
+def print_json(outline: Outline, stream: TextIO) -> None:
+    """One JSON object."""
+    print(json.dumps(outline), file=stream)
+
+
+def print_table(outline: Outline) -> None:
+    """Tables on stdout."""
+    console = Console()
+    sizes = outline["parallel"]
+    console.print(
+        f"[bold]{outline['world_size']} ranks[/]: tensor {sizes['tensor']} x pipeline {sizes['pipeline']} "
+        f"x context {sizes['context']} x data {sizes['data']}, {sizes['virtual_pipeline']} model chunks a pipeline rank"
+    )
+    parts = ", ".join(f"{part} {_short(count)}" for part, count in outline["parameters"].items())
+    console.print(f"[bold]{_short(sum(outline['parameters'].values()))} parameters[/]: {parts}", highlight=False)
+    console.print(_ranks_table(outline), _stages_table(outline["stages"]))
+
+
+def _ranks_table(outline: Outline) -> Table:
+    """One row a pipeline rank: layers of each of its chunks, parameters, and the state of each stage."""
+    stages = outline["stages"]
+    columns = [f"{stage['name']}: state" for stage in stages]
+    table = Table("pipeline rank", "layers", "parameters", *columns, title="Each rank", title_justify="left")
+    for rank, count in enumerate(outline["parameters_per_rank"]):
+        layers = "+".join(str(chunks[rank]) for chunks in outline["layers_per_chunk"])
+        state = (f"{stage['state_bytes_per_rank'][rank] / 2**30:.2f} GiB" for stage in stages)
+        table.add_row(str(rank), layers, _short(count), *state)
+    return table
+
+
+def _short(value: float) -> str:
+    """Three digits and a prefix: 7.06 G."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}"
+    return f"{value:g}"
+
+
+STAGE_ROWS = {
+    "num_steps": "steps",
+    "global_batch_size": "samples a step",
+    "num_microbatches": "micro-batches a rank",
+    "sequence_length": "tokens a sample",
+    "uncompressed_sequence_length": "  without VTC",
+    "visual_tokens_out": "visual tokens an image",
+    "visual_tokens_in": "  without VTC",
+    "tokens_per_step": "tokens a step",
+}
+
+
+FLOP_ROWS = {
+    "FLOPs a step, dense": "flops_per_step_dense",
+    "  with VTC": "flops_per_step_all_layers",
+    "  with VTC and LDS, mean": "flops_per_step_mean",
+}
+
+
+def _stages_table(stages: list[Outline]) -> Table:
+    table = Table("", *(stage["name"] for stage in stages), title="Stages", title_justify="left")
+    table.add_row("frozen", *(", ".join(stage["freeze"]) or "nothing" for stage in stages))
+    for key, label in STAGE_ROWS.items():
+        table.add_row(label, *(f"{stage[key]:,}" for stage in stages))
+    for label, key in FLOP_ROWS.items():
+        table.add_row(label, *(_short(stage[key]) for stage in stages))
+    return table

@@ -1,0 +1,103 @@
+"""Local ranks, ranks of another launcher, and what is said when one fails. The training loop is a stand-in."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+from megatron_sts.train.command import default_run_dir
+from megatron_sts.train.environment import Rank, rank_from
+from megatron_sts.train.launch import _order
+
+FAILURE = """
+if rank == 1:
+    raise RuntimeError("layer 3 is broken\\nsecond line")
+time.sleep(30)
+"""
+KILLED = """
+import signal
+if rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(30)
+"""
+USER = """
+from megatron_sts.config.errors import ConfigError
+if rank == 1:
+    raise ConfigError("data.path=gone: no such file; correct data.path")
+time.sleep(30)
+"""
+
+
+def test_local_ranks(run, config: Path, tmp_path: Path) -> None:
+    result = run("train", config, "seed=7", "--nproc", "2", "parallel.tensor_model_parallel_size=2", "--run-dir", "out")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    ranks = [json.loads((tmp_path / "out" / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [rank["RANK"] for rank in ranks] == ["0", "1"]
+    assert {rank["world_size"] for rank in ranks} == {2}
+    assert {rank["seed"] for rank in ranks} == {7}
+    assert {rank["MASTER_ADDR"] for rank in ranks} == {"127.0.0.1"}
+    assert all(int(rank["OMP_NUM_THREADS"]) >= 1 for rank in ranks)
+
+
+def test_default_is_the_parallel_sizes_product(run, config: Path, tmp_path: Path) -> None:
+    result = run("train", config, "parallel.data_parallel_size=2", OMP_NUM_THREADS="3")
+    assert result.returncode == 0, result.stderr
+    ranks = sorted((tmp_path / "runs" / "tiny").glob("rank*.json"))
+    assert len(ranks) == 2
+    assert json.loads(ranks[0].read_text())["OMP_NUM_THREADS"] == "3"
+
+
+def test_failing_rank_is_named(run, config: Path) -> None:
+    result = run("train", config, "--nproc", "2", STAND_IN=FAILURE)
+    assert result.returncode == 1
+    last = result.stderr.splitlines()[-1]
+    assert last == "megatron-sts: error: rank 1 (exit code 1): RuntimeError: layer 3 is broken second line"
+    assert "[rank 1] Traceback" in result.stderr
+    assert "torch" not in result.stderr
+
+
+def test_killed_rank_is_the_cause(run, config: Path) -> None:
+    result = run("train", config, "--nproc", "2", STAND_IN=KILLED)
+    assert result.returncode == 1
+    assert result.stderr == "megatron-sts: error: rank 1 was killed by SIGKILL (out of memory?)\n"
+
+
+def test_cause_comes_before_its_consequences() -> None:
+    def failure(exitcode: int, timestamp: int, time: float | None = None) -> SimpleNamespace:
+        message = "" if time is None else {"message": "RuntimeError: x", "extraInfo": {"time": time}}
+        return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message=message)
+
+    killed, first, later, ended = failure(-9, 12), failure(1, 10, 10.4), failure(1, 10, 10.7), failure(-15, 9)
+    assert sorted([ended, later, first, killed], key=_order) == [killed, first, later, ended]
+
+
+def test_users_mistake_is_one_line(run, config: Path) -> None:
+    result = run("train", config, "--nproc", "2", STAND_IN=USER)
+    assert result.returncode == 2
+    assert result.stderr == (
+        "megatron-sts: error: rank 1 (exit code 2): data.path=gone: no such file; correct data.path\n"
+    )
+
+
+def test_rank_of_srun(run, config: Path, tmp_path: Path) -> None:
+    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "node1"}
+    result = run("train", config, "--run-dir", "out", **slurm)
+    assert result.returncode == 0, result.stderr
+    seen = json.loads((tmp_path / "out" / "rank1.json").read_text())
+    assert (seen["RANK"], seen["LOCAL_RANK"], seen["WORLD_SIZE"], seen["world_size"]) == ("1", "1", "2", 2)
+    result = run("train", config, STAND_IN=USER, **slurm)
+    assert result.returncode == 2
+    assert result.stderr == "megatron-sts: error: rank 1: data.path=gone: no such file; correct data.path\n"
+
+
+def test_rank_from() -> None:
+    assert rank_from({}) is None
+    assert rank_from({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, not a task
+    assert rank_from({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Rank(3, 1, 8)
+    assert rank_from({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == Rank(0, 0, 1)
+
+
+def test_default_run_dir(tmp_path: Path) -> None:
+    assert default_run_dir(Path("examples/tiny/config.yaml")) == Path("runs/tiny")
+    assert default_run_dir(Path("other/dense.yaml")) == Path("runs/dense")
+    assert default_run_dir(tmp_path) == Path("runs") / tmp_path.name

@@ -1,0 +1,113 @@
+"""Every command explains itself and refuses nonsense with exit status 2 and one line."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_sts.cli import main
+
+COMMANDS = ("train", "doctor")
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    assert "usage: megatron-sts" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom megatron_sts.cli import main\ntry:\n    main(['train', '--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "heavy = {'torch', 'numpy', 'pydantic', 'rich', 'omegaconf', 'megatron'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "COMMAND"),
+        (["explode"], "explode"),
+        (["train"], "CONFIG"),
+        (["train", "nothing.yaml"], "nothing.yaml"),
+        (["train", "CONFIG", "seed=-1"], "seed=-1"),
+        (["train", "CONFIG", "sead=1"], "did you mean seed?"),
+        (["train", "CONFIG", "seed"], "seed"),
+        (["train", "CONFIG", "--nproc", "0"], "'0'"),
+        (["train", "CONFIG", "--nprocs", "2", "--wrong"], "--nprocs"),
+        (["train", "CONFIG", "--json"], "--dry-run"),
+        (["train", "CONFIG", "--dry-run", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),
+        (
+            ["train", "CONFIG", "--dry-run", "--nproc", "2", "parallel.data_parallel_size=4"],
+            "parallel.data_parallel_size=4",
+        ),
+        (["doctor", "extra"], "extra"),
+    ],
+)
+def test_refusal_is_one_line(words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(config) if word == "CONFIG" else word for word in words]
+    try:
+        status: object = main(words)
+    except SystemExit as stop:
+        status = stop.code
+    printed = capsys.readouterr()
+    assert status == 2
+    assert printed.out == ""
+    assert printed.err.startswith("megatron-sts: error: ") and printed.err.count("\n") == 1
+    assert said in printed.err
+
+
+def test_refusal_without_traceback(run, config: Path) -> None:
+    result = run("train", config, "stages.only.optimizer.lr=-1")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1 and "stages.only.optimizer.lr=-1" in result.stderr
+
+
+def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["parallel.pipeline_model_parallel_size=2"]
+    assert main(["train", str(config), *overrides, "--dry-run", "--json", "parallel.data_parallel_size=2"]) == 0
+    outline = json.loads(capsys.readouterr().out)
+    assert outline["world_size"] == 4
+    assert outline["layers_per_chunk"] == [[2, 2]]
+    assert outline["stages"][0]["num_microbatches"] == 2
+    assert outline["stages"][0]["tokens_per_step"] == 256
+    assert len(outline["parameters_per_rank"]) == len(outline["stages"][0]["state_bytes_per_rank"]) == 2
+    assert sum(outline["parameters_per_rank"]) == sum(outline["parameters"].values())
+    stage = outline["stages"][0]
+    assert stage["flops_per_step_dense"] == stage["flops_per_step_all_layers"] == stage["flops_per_step_mean"] > 0
+    assert main(["train", str(config), "--dry-run"]) == 0
+    assert "FLOPs a step" in capsys.readouterr().out
+
+
+def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fixed = "stages.only.lds={sampler: fixed, fixed_layers: [0, 1]}"
+    assert main(["train", str(config), "--dry-run", "--json", fixed]) == 0
+    stage = json.loads(capsys.readouterr().out)["stages"][0]
+    assert stage["mean_skip_fraction"] == 0.5
+    assert stage["flops_per_step_mean"] < stage["flops_per_step_all_layers"]
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    names = {component["name"] for component in found["components"]}
+    assert names >= {
+        "torch",
+        "megatron-core",
+        "transformer-engine",
+        "apex",
+        "flash-attn",
+        "sentencepiece",
+        "tensorboard",
+    }
+    assert set(found["kernels"]) >= {"linear", "norm", "attention", "optimizer"}
+    assert found["cores"] > 0 and found["memory_bytes"] > 0
+    assert all(component["hint"] for component in found["components"] if not component["available"])
+    assert main(["doctor"]) == 0
+    assert "Kernels that will be used" in capsys.readouterr().out
