@@ -59,11 +59,21 @@ def _install_tensor_methods() -> None:
     torch.nn.Module.cuda = lambda module, *_a, **_k: module  # type: ignore[assignment,method-assign,return-value]
 
 
+def _import_megatron_random() -> Any:
+    """Imports megatron-core with its fusions left eager: compiling them pays on GPUs only, and costs seconds here."""
+    compile_function, torch.compile = torch.compile, lambda function: function  # type: ignore[assignment]
+    try:
+        from megatron.core.tensor_parallel import random
+    finally:
+        torch.compile = compile_function
+    return random
+
+
 def _install_random_state() -> None:
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     torch.cuda.get_rng_state = lambda *_a, **_k: torch.get_rng_state()
-    # Imported after the devices are in place: megatron reads them while it is imported.
-    from megatron.core.tensor_parallel import random
+    torch.cuda.set_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
+    random = _import_megatron_random()
 
     def get_state(*_args: Any, **_kwargs: Any) -> torch.Tensor:
         return torch.get_rng_state()

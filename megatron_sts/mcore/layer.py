@@ -24,6 +24,9 @@ class SkippableTransformerLayer(TransformerLayer):
     def __init__(self, *args: Any, gate: SkipGate, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate = gate
+        for parameter in self.parameters():
+            # Lets the optimizer find what a skipped layer owns, after any wrapping and sharding.
+            parameter.decoder_layer = self.layer  # type: ignore[attr-defined]
 
     @property
     def layer(self) -> int:

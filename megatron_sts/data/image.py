@@ -1,0 +1,35 @@
+"""Decodes and resizes picture files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from megatron_sts.data.records import BadSampleError
+
+
+def decode_image(path: Path) -> np.ndarray:
+    """A picture file as uint8 [height, width, 3], RGB.
+
+    Raises:
+        BadSampleError: the file is missing, truncated or no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise BadSampleError(f"image {path}: {error}") from error
+
+
+def fit_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Pads to a square with the mean colour (as LLaVA-1.5 does) and resizes to uint8 [size, size, 3]."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    side = max(height, width)
+    colour = tuple(int(c) for c in image.reshape(-1, 3).mean(axis=0))
+    square = Image.new("RGB", (side, side), colour)
+    square.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
+    return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))

@@ -1,0 +1,124 @@
+"""Sharded checkpoints of model, optimizer and random states through ``megatron.core.dist_checkpointing``."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_sts.mcore.optim import StageOptimizer
+from megatron_sts.mcore.pipeline import unwrap
+
+
+def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, common: dict[str, Any]) -> None:
+    """Writes everything needed to go on; a collective over all ranks. ``path`` must be an empty folder.
+
+    ``common`` is stored once, as plain Python values.
+    """
+    optimizer.set_adam_steps(common=True)
+    state = _sharded_state(chunks, optimizer, is_loading=False)
+    state["rng"] = _sharded_rng()
+    state["common"] = {**common, **_counters(optimizer)}
+    content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
+    dist_checkpointing.save(
+        state, str(path), TorchDistSaveShardedStrategy(), content_metadata=content, verify_integrity=True
+    )
+    optimizer.set_adam_steps()
+
+
+def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer) -> dict[str, Any]:
+    """Restores what ``save`` wrote and returns ``common``; a collective over all ranks.
+
+    Random states come back only in the layout that they were saved in.
+    """
+    state = _sharded_state(chunks, optimizer, is_loading=True)
+    state["rng"] = _sharded_rng()
+    loaded = dist_checkpointing.load(state, str(path), verify_integrity=True)
+    _load_model(chunks, loaded)
+    with torch.no_grad():
+        optimizer.optimizer.load_state_dict(loaded["optimizer"])
+    common: dict[str, Any] = loaded["common"]
+    optimizer.num_updates, optimizer.num_layer_updates = common["num_updates"], common["num_layer_updates"]
+    optimizer.scheduler.load_state_dict(common["scheduler"])
+    optimizer.set_adam_steps()
+    _restore_rng(loaded["rng"])
+    return common
+
+
+def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
+    """Restores weights only; a collective over all ranks. Any layout."""
+    _load_model(chunks, dist_checkpointing.load(_sharded_model(chunks), str(path), verify_integrity=True))
+
+
+def _load_model(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(chunks):
+        unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+
+
+def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    return {f"model{i}": unwrap(chunk).sharded_state_dict(prefix="", metadata=_metadata()) for i, chunk in enumerate(chunks)}
+
+
+def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    state = _sharded_model(chunks)
+    state["optimizer"] = optimizer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata())
+    return state
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _counters(optimizer: StageOptimizer) -> dict[str, Any]:
+    return {
+        "num_updates": optimizer.num_updates,
+        "num_layer_updates": optimizer.num_layer_updates,
+        "scheduler": optimizer.scheduler.state_dict(),
+    }
+
+
+def _sharded_rng() -> ShardedObject:
+    """Each rank's random states, one object a rank."""
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    states = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("rng", states, (world_size,), (rank,), replica_id=0)
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.cuda.set_rng_state(states["device"])
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+
+
+def _ignore_saved_step() -> None:
+    """megatron-core asks the loaded state for a tensor ``step`` that the checkpoint does not hold; ours is set above."""
+    original = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def without_step(self: DistributedOptimizer, model_param: torch.nn.Parameter, tensors: dict[str, Any]) -> None:
+        original(self, model_param, {**tensors, "step": None})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = without_step
+
+
+_ignore_saved_step()

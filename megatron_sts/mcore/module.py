@@ -1,0 +1,37 @@
+"""The base class of a model chunk that megatron-core's schedules, DDP and checkpoints can handle."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.module import MegatronModule
+
+
+class PipelineChunk(MegatronModule):
+    """A module that contains one chunk of the decoder as ``language`` and whatever runs before it."""
+
+    language: GPTModel
+
+    def __init__(self, language: GPTModel) -> None:
+        super().__init__(config=language.config)
+        self.language = language
+        self.vp_stage = language.vp_stage
+        self.model_type = language.model_type
+        self.share_embeddings_and_output_weights = language.share_embeddings_and_output_weights
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Called by the schedule with what the previous stage sent."""
+        self.language.set_input_tensor(input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
+        """The tied word embedding, which first and last stage keep equal."""
+        return self.language.shared_embedding_or_output_weight()
+
+    def to_sequence_parallel(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """[s, b, h] -> this tensor-parallel rank's slice of the sequence, when sequence parallelism is on."""
+        if not self.config.sequence_parallel:
+            return embeddings
+        return tensor_parallel.scatter_to_sequence_parallel_region(embeddings)

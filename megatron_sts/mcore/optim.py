@@ -1,0 +1,193 @@
+"""Data-parallel wrapping, the optimizer and its learning rate for one stage, and what a skipped layer means for them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.mcore.config import PARAMS_DTYPE
+from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.runtime.device import current_device
+
+
+def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
+    """DDP around each chunk: gradient buffers for what trains now, reduced over data-parallel ranks."""
+    parallel = resolved.config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        grad_reduce_in_fp32=True,
+    )
+    return [
+        DistributedDataParallel(unwrap(chunk).config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+class StageOptimizer:
+    """Adam over what trains in a stage, with clipping, the learning-rate schedule and frozen skipped layers."""
+
+    def __init__(self, resolved: Resolved, stage: ResolvedStage, chunks: Sequence[DistributedDataParallel]) -> None:
+        settings = stage.config.optimizer
+        dtype = PARAMS_DTYPE[resolved.config.precision.params]
+        self._chunks = chunks
+        self._clip_grad = settings.clip_grad
+        self._freeze_skipped = stage.config.lds is not None and stage.config.lds.skipped_update == "freeze"
+        self.optimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=settings.lr,
+                min_lr=settings.min_lr,
+                weight_decay=settings.weight_decay,
+                adam_beta1=settings.betas[0],
+                adam_beta2=settings.betas[1],
+                adam_eps=settings.eps,
+                clip_grad=settings.clip_grad,
+                bf16=dtype is torch.bfloat16,
+                params_dtype=dtype,
+                use_distributed_optimizer=resolved.config.parallel.use_distributed_optimizer,
+            ),
+            list(chunks),
+        )
+        if not current_device().is_cuda:
+            for group in self.optimizer.param_groups:
+                group["fused"] = True  # torch's fused CPU Adam: one pass over memory instead of one an operation
+        self._allocate_moments()
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=settings.lr,
+            min_lr=settings.min_lr if settings.schedule != "constant" else settings.lr,
+            lr_warmup_steps=settings.warmup_steps,
+            lr_decay_steps=max(stage.num_steps, settings.warmup_steps + 1),
+            lr_decay_style=settings.schedule,
+            start_wd=settings.weight_decay,
+            end_wd=settings.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+        )
+        self.num_updates = 0
+        """Steps in which parameters moved."""
+        self.num_layer_updates = [0] * resolved.config.model.language.num_layers
+        """The same for each decoder layer: lower where ``freeze`` left it alone."""
+        self._layer_params = _group_by_layer(self.inner_params())
+        self._connect(chunks)
+
+    def _connect(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        """Tells the pipeline schedule, through the chunks' configs, how gradients are synchronised and scaled."""
+        for chunk in chunks:
+            config = unwrap(chunk).config
+            config.finalize_model_grads_func = finalize_model_grads
+            config.grad_scale_func = self.optimizer.scale_loss
+            if chunk.ddp_config.overlap_grad_reduce:
+                no_sync = [other.no_sync for other in chunks]
+                config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
+                if len(chunks) > 1:
+                    config.grad_sync_func = [other.start_grad_sync for other in chunks]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next step."""
+        return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
+
+    def zero_grad(self) -> None:
+        """Empties the gradient buffers before a step."""
+        for chunk in self._chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self, skipped_layers: Iterable[int]) -> float:
+        """Clips, steps and advances the schedule; returns the global gradient norm before clipping.
+
+        With a non-finite norm (the same on every rank) parameters and moments stay as they are. Layers in
+        ``skipped_layers`` stay untouched under ``skipped_update: freeze``, as torch.optim leaves a parameter whose
+        gradient is None.
+        """
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        if math.isfinite(grad_norm):
+            self._clip(grad_norm)
+            frozen = set(skipped_layers) if self._freeze_skipped else set()
+            for layer in frozen:
+                for parameter in self._layer_params.get(layer, ()):
+                    parameter.grad = None
+            self._step_inner()
+            self.num_updates += 1
+            self.num_layer_updates = [n + (layer not in frozen) for layer, n in enumerate(self.num_layer_updates)]
+        self.scheduler.step(increment=1)
+        return grad_norm
+
+    def _clip(self, grad_norm: float) -> None:
+        parameters = self.optimizer.get_parameters()
+        if self._clip_grad > 0 and parameters:
+            clip_grad_by_total_norm_fp32(parameters, self._clip_grad, grad_norm)
+
+    def _step_inner(self) -> None:
+        for part in self.optimizer.chained_optimizers:
+            part.step_with_ready_grads()
+
+    def inner_params(self) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        """Pairs (model parameter, the tensor that Adam updates for it on this rank: itself, a master copy or a shard)."""
+        for part in self.optimizer.chained_optimizers:
+            if part.is_stub_optimizer:
+                continue
+            for owned, updated in _param_pairs(part):
+                yield from zip(owned, updated, strict=True)
+
+    def _allocate_moments(self) -> None:
+        """Zero moments for every parameter from the start: checkpoints hold all of them, skipped layers included."""
+        for part in self._torch_adams():
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
+                    part.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+
+    def set_adam_steps(self, *, common: bool = False) -> None:
+        """Gives each parameter's Adam its own step counter, from the counts of updates.
+
+        ``common`` gives all of them the same one, which is the only form that megatron-core's checkpoints can hold.
+        """
+        by_layer = {id(p): layer for layer, parameters in self._layer_params.items() for p in parameters}
+        for part in self._torch_adams():
+            for parameter, state in part.state.items():
+                layer = by_layer.get(id(parameter))
+                count = self.num_updates if common or layer is None else self.num_layer_updates[layer]
+                state["step"] = torch.tensor(float(count))
+
+    def _torch_adams(self) -> Iterator[torch.optim.Optimizer]:
+        """torch's own Adam counts steps for each parameter; fused kernels of other packages count for all at once."""
+        for part in self.optimizer.chained_optimizers:
+            if not part.is_stub_optimizer and isinstance(part.optimizer, torch.optim.Adam):
+                yield part.optimizer
+
+
+def _param_pairs(part: object) -> list[tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]]:
+    if isinstance(part, DistributedOptimizer):
+        owned = part.model_float16_groups + part.model_fp32_groups
+        return list(zip(owned, part.shard_fp32_from_float16_groups + part.shard_fp32_groups, strict=True))
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        owned = part.float16_groups + part.fp32_from_fp32_groups
+        return list(zip(owned, part.fp32_from_float16_groups + part.fp32_from_fp32_groups, strict=True))
+    groups = [group["params"] for group in part.param_groups]  # type: ignore[attr-defined]
+    return list(zip(groups, groups, strict=True))
+
+
+def _group_by_layer(
+    pairs: Iterable[tuple[torch.nn.Parameter, torch.nn.Parameter]],
+) -> dict[int, list[torch.nn.Parameter]]:
+    by_layer: dict[int, list[torch.nn.Parameter]] = {}
+    for model_parameter, updated in pairs:
+        layer = getattr(model_parameter, "decoder_layer", None)
+        if layer is not None:
+            by_layer.setdefault(layer, []).append(updated)
+    return by_layer

@@ -1,0 +1,83 @@
+"""Model chunks of this rank and the pipeline schedule that runs them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.mcore.module import PipelineChunk
+from megatron_sts.runtime.device import current_device
+
+ForwardResult = tuple[torch.Tensor, Callable[..., Any]]
+"""What a chunk's forward pass yields, and the function that the last stage applies to it."""
+
+
+class ChunkFactory(Protocol):
+    """Builds one chunk of the model."""
+
+    def __call__(self, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> PipelineChunk: ...
+
+
+def build_chunks(resolved: Resolved, make_chunk: ChunkFactory) -> list[torch.nn.Module]:
+    """This rank's chunks, first virtual stage first, on its device and in the run's parameter format."""
+    virtual_size = resolved.config.parallel.virtual_pipeline_model_parallel_size
+    chunks: list[torch.nn.Module] = []
+    for index in range(virtual_size or 1):
+        vp_stage = index if virtual_size else None
+        chunk = make_chunk(
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            vp_stage=vp_stage,
+        ).to(current_device().torch_device)
+        chunks.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
+    return chunks
+
+
+def unwrap(module: torch.nn.Module) -> PipelineChunk:
+    """The chunk inside DDP and precision wrappers."""
+    while not isinstance(module, PipelineChunk):
+        module = module.module
+    return module
+
+
+def run_microbatches[T](
+    chunks: Sequence[torch.nn.Module],
+    forward: Callable[[T, torch.nn.Module], ForwardResult],
+    batches: Iterable[T],
+    *,
+    num_microbatches: int,
+    sequence_length: int,
+    micro_batch_size: int,
+    forward_only: bool = False,
+) -> list[Any]:
+    """Runs one step's micro-batches through the pipeline, forward and (unless ``forward_only``) backward.
+
+    ``forward(batch, chunk)`` is called for every chunk with the same batches. Returns, on the last stage, what the loss
+    function reported for each micro-batch; with ``forward_only`` whatever it returned. Other stages: an empty list.
+    """
+
+    def forward_step(iterator: Any, chunk: torch.nn.Module) -> ForwardResult:
+        return forward(next(iterator), chunk)
+
+    # Every chunk of a rank walks through the same micro-batches at its own pace.
+    iterators: list[Any] = list(itertools.tee(batches, len(chunks)))
+    run = partial(get_forward_backward_func(), forward_step_func=forward_step, model=list(chunks))
+    if len(chunks) == 1:
+        iterators = iterators[0]
+    results: list[Any] = run(
+        data_iterator=iterators,
+        num_microbatches=num_microbatches,
+        seq_length=sequence_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=forward_only,
+        collect_non_loss_data=forward_only,
+    )
+    return results

@@ -1,0 +1,42 @@
+"""Builds the vision tower's encoder and the projector from megatron-core's multimodal parts."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.models.vision.clip_vit_model import CLIPViTModel
+from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLPSubmodules
+
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.mcore.config import projector_config, vision_config
+from megatron_sts.mcore.decoder import torch_layer_spec
+from megatron_sts.mcore.layer import torch_norm
+
+
+def build_clip_encoder(resolved: Resolved) -> CLIPViTModel:
+    """CLIP's ViT up to ``feature_layer``: images [n, 3, h, w] -> [n, 1 + patches, hidden], the class token first."""
+    vision = resolved.config.model.vision
+    assert vision is not None
+    encoder = CLIPViTModel(
+        vision_config(resolved),
+        torch_layer_spec(AttnMaskType.no_mask),
+        ln_pre_impl=torch_norm,
+        patch_dim=vision.patch_size,
+        img_h=vision.image_size,
+        img_w=vision.image_size,
+    )
+    return encoder.to(torch.bfloat16) if resolved.config.precision.params == "bf16" else encoder
+
+
+def build_projector(resolved: Resolved) -> MultimodalProjector:
+    """Features [..., vision hidden] -> [..., language hidden]."""
+    model = resolved.config.model
+    assert model.vision is not None
+    return MultimodalProjector(
+        projector_config(resolved),
+        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        projector_type={"linear": "affine", "mlp2x_gelu": "mlp"}[model.projector.type],
+        input_size=model.vision.hidden_size,
+    )

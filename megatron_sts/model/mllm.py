@@ -1,0 +1,69 @@
+"""The multimodal model: vision tower -> VTC -> projector -> merge -> decoder. One instance is one pipeline chunk."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.data.batch import Batch
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore.decoder import build_decoder, run_decoder
+from megatron_sts.mcore.module import PipelineChunk
+from megatron_sts.mcore.vision import build_projector
+from megatron_sts.model.merge import merge_visual
+from megatron_sts.vision.tower import VisionTower
+from megatron_sts.vtc.compressor import compress
+
+
+class MultimodalModel(PipelineChunk):
+    """LLaVA-style model. Vision tower and projector live in the chunk with the embedding."""
+
+    def __init__(
+        self, resolved: Resolved, gate: SkipGate, *, pre_process: bool, post_process: bool, vp_stage: int | None
+    ) -> None:
+        super().__init__(
+            build_decoder(resolved, gate, pre_process=pre_process, post_process=post_process, vp_stage=vp_stage)
+        )
+        self.pre_process = pre_process
+        self.post_process = post_process
+        self.vision: VisionTower | None = None
+        if pre_process and resolved.config.model.vision is not None:
+            self.vision = VisionTower(resolved)
+            self.projector = build_projector(resolved)
+
+    def forward(self, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
+        """Per-token losses [b, s] or, without labels, logits [b, s, vocab / tp] on the last stage; else hidden [s, b, h]."""
+        embeddings = self.embed(batch) if self.pre_process else None
+        return run_decoder(self.language, batch.tokens, batch.position_ids, embeddings, labels)
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """The decoder's input [s, b, h]: text embeddings with the images merged in."""
+        embeddings = self.language.embedding(input_ids=batch.tokens, position_ids=batch.position_ids)
+        if self.vision is not None:
+            if batch.pixels is not None:
+                embeddings = merge_visual(embeddings, self.see(batch.pixels, batch.visual_indices), batch.is_visual)
+            elif self.training and torch.is_grad_enabled():
+                embeddings = embeddings + self.see_nothing(batch)
+        return self.to_sequence_parallel(embeddings)
+
+    def see_nothing(self, batch: Batch) -> torch.Tensor:
+        """A zero that depends on tower and projector: without an image in a micro-batch their gradients must still
+
+        become ready, or ranks that had one would wait for them in an overlapped reduction.
+        """
+        assert self.vision is not None
+        size = self.vision.encoder.img_h
+        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=batch.tokens.device)
+        first_tokens = torch.arange(batch.visual_indices.shape[1], device=batch.tokens.device).unsqueeze(0)
+        return 0.0 * self.see(blank, first_tokens).sum()
+
+    def see(self, pixels: torch.Tensor, visual_indices: torch.Tensor) -> torch.Tensor:
+        """``pixels`` [n, 3, h, w], ``visual_indices`` [n, k] -> projected visual tokens [n, k, h].
+
+        Selection comes before the projector, which works token by token: the same result for less.
+        """
+        assert self.vision is not None
+        frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            features = self.vision(pixels)
+        return self.projector(compress(features, visual_indices))

@@ -1,0 +1,80 @@
+"""The training loop: stages in order, steps in order. Decides when to log and save; never touches a tensor."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from megatron_sts.config.load import dump
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.data.records import BadSampleError
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore import groups
+from megatron_sts.mcore.config import check_precision
+from megatron_sts.model.init import build_model
+from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_group
+from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
+from megatron_sts.train.checkpoint import Checkpointer, Progress
+from megatron_sts.train.metrics import RunLog, StepCosts
+from megatron_sts.train.stage import Stage, build_stage
+from megatron_sts.train.step import train_step
+
+BAD_SAMPLES_GRACE = 100
+"""Samples before the share of skipped ones is judged."""
+
+
+def run(resolved: Resolved, run_dir: Path) -> None:
+    """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
+    check_precision(resolved.config.precision)
+    with process_group(resolved.config.parallel.timeout_s):
+        place = groups.initialize(resolved.config.parallel, resolved.config.seed)
+        log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
+        if is_rank_zero():
+            dump(resolved, run_dir / "config.resolved.yaml")
+        gate = SkipGate()
+        chunks = build_model(resolved, gate)
+        checkpointer = Checkpointer(resolved, run_dir / "checkpoints", log)
+        progress = checkpointer.find()
+        for spec in resolved.stages[progress.stage :]:
+            stage = build_stage(resolved, spec, place, chunks, gate)
+            train_stage(stage, checkpointer, progress, log)
+            progress = Progress(stage=spec.index + 1)
+        log.close()
+
+
+def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog) -> None:
+    """Trains one stage from ``progress`` to its end and saves it."""
+    spec, logging = stage.spec, stage.resolved.config.logging
+    progress = checkpointer.restore(stage, progress)
+    costs = StepCosts(stage.resolved, spec)
+    reset_peak_memory()
+    log.start_stage(spec, progress.step)
+    for step in range(progress.step, spec.num_steps):
+        started = time.perf_counter()
+        result = train_step(stage, step)
+        current_device().synchronize()
+        progress = progress.after(result)
+        check_bad_samples(spec, progress)
+        is_last = step + 1 == spec.num_steps
+        if is_last or (step + 1) % logging.interval_steps == 0:
+            step_time_s, peak_bytes = max_over_ranks([time.perf_counter() - started, peak_memory_bytes()])
+            log.step(costs.describe(result, step_time_s, int(peak_bytes)), len(result.mask.skipped))
+        if is_last or checkpointer.is_due(step):
+            checkpointer.save(stage, progress)
+    log.end_stage()
+
+
+def check_bad_samples(spec: ResolvedStage, progress: Progress) -> None:
+    """Stops a run whose data are mostly unusable.
+
+    Raises:
+        BadSampleError: the share of skipped samples is above ``data.max_bad_fraction``. The same on every rank.
+    """
+    num_samples = progress.step * spec.config.batch.global_batch_size
+    fraction = progress.num_skipped_samples / num_samples
+    if num_samples >= BAD_SAMPLES_GRACE and fraction > spec.data.max_bad_fraction:
+        raise BadSampleError(
+            f"stage {spec.name}: {progress.num_skipped_samples} of {num_samples} samples could not be used, more than "
+            f"data.max_bad_fraction={spec.data.max_bad_fraction:g}; the warnings above say why"
+        )

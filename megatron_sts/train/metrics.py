@@ -1,0 +1,136 @@
+"""What is written while training: metrics.jsonl, TensorBoard, the progress line. Rank 0 only; never touches a tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.cost.flops import dense_step_flops, device_peak_tflops, step_flops
+from megatron_sts.runtime.device import current_device
+from megatron_sts.train.step import StepResult
+
+_TENSORBOARD_SKIPS = {"stage", "step", "skip_digest"}
+
+
+class StepCosts:
+    """FLOPs of a step from what was executed: layers that ran, images seen, tokens kept. Whole model, all ranks."""
+
+    def __init__(self, resolved: Resolved, stage: ResolvedStage) -> None:
+        self._resolved, self._stage = resolved, stage
+        precision = resolved.config.precision
+        dtype = "bf16" if precision.fp8 == "off" else "fp8"
+        self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(current_device().name, dtype)
+
+    def describe(self, result: StepResult, step_time_s: float, peak_bytes: int) -> dict[str, Any]:
+        """The step's line for metrics.jsonl."""
+        stage, totals = self._stage, result.totals
+        num_images = int(totals.num_images)
+        executed = step_flops(
+            self._resolved,
+            stage,
+            layers_executed=len(result.mask.skipped) - result.mask.num_skipped,
+            num_images=num_images,
+            compressed=True,
+        )
+        tflops = executed / step_time_s / self._resolved.world_size / 1e12
+        return {
+            "stage": stage.name,
+            "step": result.mask.step,
+            "loss": finite_or_none(result.loss),
+            "grad_norm": finite_or_none(result.grad_norm),
+            "lr": result.lr,
+            "updated": result.updated,
+            "tokens": int(totals.num_tokens),
+            "loss_tokens": int(totals.num_loss_tokens),
+            "images": num_images,
+            "visual_tokens_in": num_images * stage.visual_tokens_in,
+            "visual_tokens_out": num_images * stage.visual_tokens_out,
+            "samples_skipped": int(totals.num_skipped_samples),
+            "layers_skipped": result.mask.num_skipped,
+            "skip_digest": result.mask.digest,
+            "flops_dense": dense_step_flops(self._resolved, stage, num_images=num_images),
+            "flops_executed": executed,
+            "step_time_s": step_time_s,
+            "tokens_per_s": totals.num_tokens / step_time_s,
+            "tflops_per_device": tflops,
+            "mfu": tflops / self._peak_tflops if self._peak_tflops else None,
+            "peak_memory_bytes": peak_bytes,
+        }
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+class RunLog:
+    """Writes a run's lines. ``enabled=False`` (every rank but 0) turns all of it off."""
+
+    def __init__(self, run_dir: Path, *, tensorboard: bool, enabled: bool) -> None:
+        self._enabled = enabled
+        if not enabled:
+            return
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._board = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]}  skipped {task.fields[skipped]}  {task.fields[rate]} tokens/s"),
+        )
+
+    def start_stage(self, stage: ResolvedStage, first_step: int) -> None:
+        """Shows a progress line for the stage."""
+        if self._enabled:
+            self._task = self._progress.add_task(
+                stage.name, total=stage.num_steps, completed=first_step, loss="-", skipped=0, rate="-"
+            )
+            self._progress.start()
+
+    def step(self, line: Mapping[str, Any], num_layers: int) -> None:
+        """Writes a step's line."""
+        if not self._enabled:
+            return
+        self._write(line)
+        loss = "n/a" if line["loss"] is None else f"{line['loss']:.3f}"
+        self._progress.update(
+            self._task,
+            completed=line["step"] + 1,
+            loss=loss,
+            skipped=f"{line['layers_skipped']}/{num_layers}",
+            rate=f"{line['tokens_per_s']:,.0f}",
+        )
+        if self._board:
+            for name, value in line.items():
+                if name not in _TENSORBOARD_SKIPS and value is not None:
+                    self._board.add_scalar(f"{line['stage']}/{name}", float(value), line["step"])
+
+    def event(self, event: str, **details: Any) -> None:
+        """Writes a line that is no step."""
+        if self._enabled:
+            self._write({"event": event, **details})
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self._enabled:
+            self._progress.stop()
+            self._lines.close()
+            if self._board:
+                self._board.close()
+
+    def end_stage(self) -> None:
+        """Leaves the stage's progress line as it ended."""
+        if self._enabled:
+            self._progress.stop()
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        self._lines.write(json.dumps(line) + "\n")

@@ -1,0 +1,75 @@
+"""Everything that exists for the length of one stage: what trains, its optimizer, its data, its skip masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import distributed as dist
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.lds.mask import SkipMask, dense_mask
+from megatron_sts.lds.sync import MaskPlan
+from megatron_sts.mcore.groups import Place
+from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
+from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.runtime.device import current_device
+from megatron_sts.train.batches import StageBatches
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage on this rank."""
+
+    resolved: Resolved
+    spec: ResolvedStage
+    place: Place
+    chunks: Sequence[torch.nn.Module]
+    """This rank's model chunks, wrapped in DDP."""
+    optimizer: StageOptimizer
+    batches: StageBatches
+    gate: SkipGate
+    masks: MaskPlan | None
+
+    def mask(self, step: int) -> SkipMask:
+        """The step's skip mask; a collective at the first step of each block."""
+        if self.masks is None:
+            return dense_mask(self.spec.index, step, self.resolved.config.model.language.num_layers)
+        return self.masks.mask(step)
+
+
+def build_stage(
+    resolved: Resolved, spec: ResolvedStage, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate
+) -> Stage:
+    """Freezes what the stage freezes, then builds DDP and the optimizer over the rest."""
+    set_trainable(chunks, spec.config.freeze)
+    wrapped = wrap_data_parallel(resolved, chunks)
+    lds = spec.config.lds
+    return Stage(
+        resolved=resolved,
+        spec=spec,
+        place=place,
+        chunks=wrapped,
+        optimizer=StageOptimizer(resolved, spec, wrapped),
+        batches=StageBatches(resolved, spec, place),
+        gate=gate,
+        masks=lds
+        and MaskPlan(
+            lds,
+            resolved.config.seed,
+            spec.index,
+            spec.num_steps,
+            resolved.config.model.language.num_layers,
+            group=dist.group.WORLD,
+            device=current_device().torch_device,
+        ),
+    )
+
+
+def set_trainable(chunks: Sequence[torch.nn.Module], frozen: Sequence[str]) -> None:
+    """Parameters learn unless their part (vision, projector, language) is in ``frozen``."""
+    for chunk in map(unwrap, chunks):
+        for name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(name.split(".", 1)[0] not in frozen)

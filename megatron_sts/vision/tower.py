@@ -1,0 +1,29 @@
+"""The vision tower: pixels in, one feature vector a patch out. Knows nothing of language, tokens or compression."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.mcore.vision import build_clip_encoder
+
+# CLIP's published channel statistics (openai/CLIP preprocessing), for pixels in [0, 1].
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class VisionTower(torch.nn.Module):
+    """Normalises pixels, runs the encoder to its feature layer and drops the class token."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        super().__init__()
+        self.encoder = build_clip_encoder(resolved)
+        self.register_buffer("mean", torch.tensor(CLIP_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(CLIP_STD).view(3, 1, 1), persistent=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``pixels`` uint8 [n, 3, h, w] -> [n, patches, vision hidden]."""
+        weight = self.encoder.conv1.weight
+        normalised = (pixels.to(torch.float32) / 255.0 - self.mean) / self.std
+        features = self.encoder(normalised.to(weight.dtype))
+        return features[:, self.encoder.class_token_len :]
