@@ -45,8 +45,11 @@ def ranks_agree_and_disagree() -> None:
     group = pairs[rank // 2]
     report("pairs agree", lambda: walk(range(1), seed=rank // 2, group=group))
     report("last pair strays", lambda: walk(range(1), seed=rank // (num_ranks - 1), group=group))
-    walk(range(NUM_STEPS), seed=6 if rank == num_ranks - 1 else 5)
-    print("not reached")
+    try:
+        walk(range(NUM_STEPS), seed=6 if rank == num_ranks - 1 else 5)
+        print("not reached")
+    finally:  # gloo's threads may abort an interpreter that exits without this
+        dist.destroy_process_group()
 
 
 @cache
