@@ -196,7 +196,9 @@ def _wanted_megatron_core() -> str | None:
 
 def _transformer_engine(importer: Importer) -> Component:
     available, said = transformer_engine_status(importer)
-    hint = "pip install --no-build-isolation -e '.[fp8]' (needs the CUDA toolkit's headers), or NVIDIA's PyTorch container"
+    hint = (
+        "pip install --no-build-isolation -e '.[fp8]' (needs the CUDA toolkit's headers), or NVIDIA's PyTorch container"
+    )
     return Component(
         "transformer-engine",
         available,
