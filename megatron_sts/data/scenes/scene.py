@@ -25,6 +25,8 @@ DIGIT_PX = (15, 11)
 """Height and width of one handwritten digit."""
 DIGIT_STEP_PX = 10
 MAX_OBJECTS = 5
+CROWD = (5, 8)
+"""Fewest and most objects of a crowded scene; with the number every cell may be taken."""
 NUMBER_PROBABILITY = 0.6
 DUPLICATE_PROBABILITY = 0.6
 THEME_PROBABILITY = 0.4
@@ -118,6 +120,16 @@ def draw_scene(rng: random.Random, pool: Pool) -> Scene:
     cells = rng.sample(range(GRID * GRID), len(sprites) + 1)
     objects = [_place(rng, sprite, cell) for sprite, cell in zip(sprites, cells, strict=False)]
     number = _place_number(rng, cells[-1]) if rng.random() < NUMBER_PROBABILITY else None
+    return Scene(tuple(sorted(objects, key=lambda placed: placed.cell)), number, rng.getrandbits(32))
+
+
+def draw_crowded_scene(rng: random.Random, pool: Pool) -> Scene:
+    """A scene of 5 to 8 different objects, all sprites equally likely, and a number: much to learn from one image."""
+    everything = [sprite for sprites in pool.by_kind.values() for sprite in sprites]
+    sprites = rng.sample(everything, rng.randint(*CROWD))
+    cells = rng.sample(range(GRID * GRID), len(sprites) + 1)
+    objects = [_place(rng, sprite, cell) for sprite, cell in zip(sprites, cells, strict=False)]
+    number = _place_number(rng, cells[-1])
     return Scene(tuple(sorted(objects, key=lambda placed: placed.cell)), number, rng.getrandbits(32))
 
 
