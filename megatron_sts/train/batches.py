@@ -6,22 +6,15 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import DataConfig
 from megatron_sts.data.batch import Batch
-from megatron_sts.data.collate import PreparedSample, collate
-from megatron_sts.data.image import fit_square
 from megatron_sts.data.llava_json import LlavaJsonSource
 from megatron_sts.data.records import BadSampleError, Record, RecordSource
 from megatron_sts.data.scenes.source import ScenesSource
-from megatron_sts.data.template import EncodedSample, encode
-from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.mcore.groups import Place
+from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device
-from megatron_sts.vtc.positions import position_ids
-from megatron_sts.vtc.samplers import UniformSampler, make_sampler
 
 logger = logging.getLogger(__name__)
 
@@ -41,58 +34,6 @@ def build_source(data: DataConfig, seed: int) -> RecordSource:
         induction_fraction=data.induction_fraction,
         text_only_fraction=data.text_only_fraction,
     )
-
-
-class BatchPreparer:
-    """Encodes records, chooses kept visual tokens and collates, for one stage's static shapes."""
-
-    def __init__(self, resolved: Resolved, stage: ResolvedStage, *, needs_pixels: bool, checks_pixels: bool) -> None:
-        vtc, vision = stage.config.vtc, resolved.config.model.vision
-        self.tokenizer = Tokenizer.load(stage.data.tokenizer)
-        self._stage = stage
-        self._image_size = vision.image_size if vision else 0
-        self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
-        self._positions = vtc.positions if vtc else "original"
-        self._needs_pixels, self._checks_pixels = needs_pixels, checks_pixels
-
-    def batch(self, records: list[tuple[int, Record | None]]) -> Batch:
-        """One micro-batch from (sample index, record) pairs; a None record was unusable already."""
-        stage = self._stage
-        prepared = [None if record is None else self._prepare(index, record) for index, record in records]
-        return collate(prepared, stage.sequence_length, self.tokenizer.pad_id, stage.visual_tokens_out)
-
-    def _prepare(self, index: int, record: Record) -> PreparedSample | None:
-        stage = self._stage
-        try:
-            encoded = encode(record, self.tokenizer, stage.data.template, stage.visual_tokens_out)
-            if len(encoded.tokens) > stage.sequence_length:
-                raise BadSampleError(
-                    f"sample {record.key}: {len(encoded.tokens)} tokens exceed the stage's {stage.sequence_length} "
-                    f"(stages.{stage.name}.batch.sequence_length={stage.config.batch.sequence_length})"
-                )
-        except BadSampleError as error:
-            logger.warning("skipped %s", error)
-            return None
-        return self._with_images(index, record, encoded)
-
-    def _with_images(self, index: int, record: Record, encoded: EncodedSample) -> PreparedSample:
-        stage = self._stage
-        keys = [(index, number) for number in range(encoded.num_images)]
-        kept = torch.empty(0, stage.visual_tokens_out, dtype=torch.int64)
-        if keys:
-            kept = self._sampler.indices(keys, stage.visual_tokens_in, stage.visual_tokens_out)
-        places = position_ids(torch.tensor(encoded.is_visual), kept, stage.visual_tokens_in, self._positions)
-        pixels, is_bad = None, False
-        if self._needs_pixels or self._checks_pixels:
-            pixels = []
-            try:
-                pixels = [fit_square(decode(), self._image_size) for decode in record.images]
-            except BadSampleError as error:
-                logger.warning("skipped sample %s: %s", record.key, error)
-                # The placeholders stay, because shapes must agree on all stages; they show a black image without loss.
-                blank = torch.zeros(self._image_size, self._image_size, 3, dtype=torch.uint8).numpy()
-                pixels, is_bad = [blank] * encoded.num_images, True
-        return PreparedSample(encoded, places, kept, tuple(pixels) if self._needs_pixels and pixels else None, is_bad)
 
 
 class StageBatches:

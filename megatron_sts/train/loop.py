@@ -16,6 +16,7 @@ from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_group
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.train.checkpoint import Checkpointer, Progress
+from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.metrics import RunLog, StepCosts
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
@@ -40,6 +41,7 @@ def run(resolved: Resolved, run_dir: Path) -> None:
             stage = build_stage(resolved, spec, place, chunks, gate)
             train_stage(stage, checkpointer, progress, log)
             progress = Progress(stage=spec.index + 1)
+        evaluate_once(resolved, place, chunks, gate, run_dir, log)
         log.close()
 
 
