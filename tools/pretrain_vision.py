@@ -70,6 +70,8 @@ class PatchBatch:
 class PatchClassifier(torch.nn.Module):
     """The tower and the two heads that teach it."""
 
+    class_weight: torch.Tensor
+
     def __init__(self, resolved: Resolved) -> None:
         super().__init__()
         self.tower = VisionTower(resolved)

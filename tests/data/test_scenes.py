@@ -14,7 +14,7 @@ from megatron_sts.data.scenes.catalog import KINDS, asset, load_catalog
 from megatron_sts.data.scenes.patches import PATCHES, num_patch_classes, patch_labels
 from megatron_sts.data.scenes.questions import EVALUATED_FAMILIES, FAMILIES, NEGATIVES, ask, ask_pair, existence_variant
 from megatron_sts.data.scenes.render import DigitSplit, Style, render
-from megatron_sts.data.scenes.scene import Scene, draw_scene, load_pool
+from megatron_sts.data.scenes.scene import CROWD, Scene, draw_crowded_scene, draw_scene, load_pool
 from megatron_sts.data.scenes.source import EvalQuestion, Mode, ScenesSource, Split, evaluation_questions
 from megatron_sts.data.scenes.words import caption, grid_map
 
@@ -218,6 +218,19 @@ def test_evaluation_questions_are_right_and_exactly_balanced(family: str, split:
 
 def questions_text(questions: list[EvalQuestion]) -> list[tuple[str, str]]:
     return [(question.question, question.words) for question in questions]
+
+
+def test_crowded_scenes_show_different_sprites_of_the_pool_and_a_number() -> None:
+    rng, pool, sizes, shown = random.Random(0), load_pool("train"), set(), set()
+    for _ in range(300):
+        scene = draw_crowded_scene(rng, pool)
+        cells = [placed.cell for placed in scene.objects]
+        assert scene.number and len({*cells, scene.number.cell}) == len(cells) + 1
+        assert set(scene.counts().values()) == {1}
+        sizes.add(len(scene.objects))
+        shown.update(scene.counts())
+    assert sizes == set(range(CROWD[0], CROWD[1] + 1))
+    assert shown == {sprite for sprite, heldout in enumerate(load_catalog().heldout) if not heldout}
 
 
 @pytest.mark.parametrize("style", ["google", "twitter"])
