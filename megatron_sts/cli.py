@@ -54,6 +54,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_report(commands)
     _add_doctor(commands)
     return parser
 
@@ -78,6 +79,18 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     train.set_defaults(command=_train)
 
 
+def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
+    report = commands.add_parser(
+        "report",
+        help="write what a run came to, or compare two runs",
+        description="Write report.html into each run's folder. Two folders, dense then STS, are also compared: "
+        "comparison.json, comparison.md and comparison.png.",
+    )
+    report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="folder that train wrote")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where to compare (default: the folder above both)")
+    report.set_defaults(command=_report)
+
+
 def _add_doctor(commands: argparse._SubParsersAction[_Parser]) -> None:
     doctor = commands.add_parser(
         "doctor",
@@ -100,6 +113,12 @@ def _train(args: argparse.Namespace) -> int:
     from megatron_sts.train import command
 
     return command.train(args.config, args.overrides, args.run_dir, args.nproc, dry_run=args.dry_run, as_json=args.json)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from megatron_sts.report import command
+
+    return command.report(args.run_dirs, args.out)
 
 
 def _doctor(args: argparse.Namespace) -> int:

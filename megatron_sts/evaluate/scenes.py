@@ -145,11 +145,9 @@ class Examiner:
 
 def record_of(question: EvalQuestion, in_words: bool) -> Record:
     """The conversation that asks a question, of the image or of the scene in words."""
-    if in_words:
-        asked, images = words_prompt(question.words, question.question), ()
-    else:
-        asked, images = f"{IMAGE_MARKER} {question.question}", (question.image,)
-    return Record(question.key, (Turn("user", asked), Turn("assistant", question.answer)), images)
+    text = words_prompt(question.words, question.question) if in_words else f"{IMAGE_MARKER} {question.question}"
+    turns = Turn("user", text), Turn("assistant", question.answer)
+    return Record(question.key, turns, () if in_words else (question.image,))
 
 
 def asking_stage(resolved: Resolved, longest: int, num_questions: int) -> ResolvedStage:

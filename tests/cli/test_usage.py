@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "doctor")
+COMMANDS = ("train", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
@@ -47,6 +47,8 @@ def test_help_imports_nothing_heavy() -> None:
             "parallel.data_parallel_size=4",
         ),
         (["doctor", "extra"], "extra"),
+        (["report"], "RUN_DIR"),
+        (["report", "nowhere"], "nowhere"),
     ],
 )
 def test_refusal_is_one_line(words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:

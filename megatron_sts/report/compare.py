@@ -1,0 +1,165 @@
+"""Dense against sparse: what two runs of the same config cost and how good they became. Measures nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.report.run import Line, Run, read_run
+
+Comparison = dict[str, Any]
+"""JSON-ready: ``runs.{dense,sts}.{stages,accuracy,standard_error,pope_f1,mme_accuracy_plus}`` and ``ratios`` (STS / dense)."""
+
+
+def compare(dense_dir: Path, sts_dir: Path) -> Comparison:
+    """Compares two finished runs, on the split that they were evaluated on first.
+
+    Raises:
+        ConfigError: a folder is not that of a finished, fully logged run, or the two do not match.
+    """
+    dense, sts = read_run(dense_dir), read_run(sts_dir)
+    if list(dense.steps) != list(sts.steps):
+        raise ConfigError(
+            f"{sts_dir}: has stages {list(sts.steps)}, {dense_dir} has {list(dense.steps)}; compare runs of one config"
+        )
+    settings = [_evaluation(run)["settings"] for run in (dense, sts)]
+    if settings[0] != settings[1]:
+        raise ConfigError(
+            f"{sts_dir}: was evaluated with {settings[1]}, {dense_dir} with {settings[0]}; use the same settings"
+        )
+    runs = {"dense": describe(dense), "sts": describe(sts)}
+    return {"runs": runs, "ratios": ratios(runs["dense"], runs["sts"])}
+
+
+def describe(run: Run) -> Comparison:
+    """Costs by stage, and accuracy by family on the first split (all splits under ``splits``)."""
+    evaluation = _evaluation(run)
+    split = evaluation["settings"]["splits"][0]
+    families = evaluation["splits"][split]
+    return {
+        "folder": run.folder.name,
+        "split": split,
+        "stages": {name: stage_costs(run, name) for name in run.steps},
+        "accuracy": {name: found["accuracy"] for name, found in families.items()},
+        "standard_error": {name: found["standard_error"] for name, found in families.items()},
+        "pope_f1": families.get("existence", {}).get("f1"),
+        "mme_accuracy_plus": families.get("paired", {}).get("accuracy_plus"),
+        "mme_standard_error_plus": families.get("paired", {}).get("standard_error_plus"),
+        "splits": evaluation["splits"],
+    }
+
+
+def stage_costs(run: Run, stage: str) -> Comparison:
+    """FLOPs and seconds summed over the steps of a stage, throughput and the largest memory peak.
+
+    Raises:
+        ConfigError: a step has no line, so that sums would be wrong.
+    """
+    lines = run.steps[stage]
+    if (expected := run.num_steps(stage)) != len(lines):
+        raise ConfigError(
+            f"{run.folder}: stage {stage} has lines for {len(lines)} of {expected} steps; "
+            "a comparison needs a finished run with logging.interval_steps=1"
+        )
+    wall_s = _sum(lines, "step_time_s")
+    return {
+        "flops_executed": _sum(lines, "flops_executed"),
+        "flops_dense": _sum(lines, "flops_dense"),
+        "wall_s": wall_s,
+        "tokens_per_s": _sum(lines, "tokens") / wall_s,
+        "peak_memory_bytes": max(line["peak_memory_bytes"] for line in lines),
+    }
+
+
+def ratios(dense: Comparison, sts: Comparison) -> Comparison:
+    """STS / dense: FLOPs and wall-clock of all stages and of each, accuracy by family and of the means. None: 0 / 0."""
+
+    def costs(key: str, *stages: str) -> float | None:
+        return _ratio(*(sum(run["stages"][name][key] for name in stages) for run in (sts, dense)))
+
+    def mean(run: Comparison) -> float:
+        return sum(run["accuracy"].values()) / len(run["accuracy"])
+
+    names = list(dense["stages"])
+    return {
+        "flops": costs("flops_executed", *names),
+        "wall": costs("wall_s", *names),
+        "accuracy_mean": _ratio(mean(sts), mean(dense)),
+        "accuracy": {name: _ratio(sts["accuracy"][name], value) for name, value in dense["accuracy"].items()},
+        "stages": {name: {"flops": costs("flops_executed", name), "wall": costs("wall_s", name)} for name in names},
+    }
+
+
+def _evaluation(run: Run) -> dict[str, Any]:
+    if run.evaluation is None:
+        raise ConfigError(
+            f"{run.folder}: holds no evaluation.json; train it to the end with evaluation.num_questions > 0"
+        )
+    return run.evaluation
+
+
+def _ratio(value: float, base: float) -> float | None:
+    return value / base if base else None
+
+
+def _sum(lines: list[Line], key: str) -> float:
+    return sum(line[key] for line in lines)
+
+
+Row = tuple[str, str, str, str]
+"""What is compared, dense, STS, STS / dense."""
+
+
+def table_rows(comparison: Comparison) -> list[Row]:
+    """The comparison as the rows of its table, costs by stage first."""
+    dense, sts, ratio = comparison["runs"]["dense"], comparison["runs"]["sts"], comparison["ratios"]
+    rows = [row for name in dense["stages"] for row in _stage_rows(name, dense["stages"][name], sts["stages"][name])]
+    rows += [
+        ("all stages: FLOPs", "", "", _times(ratio["flops"])),
+        ("all stages: wall-clock", "", "", _times(ratio["wall"])),
+    ]
+    rows += [
+        (f"accuracy: {name}", _share(dense, name), _share(sts, name), _times(ratio["accuracy"][name]))
+        for name in dense["accuracy"]
+    ]
+    rows += [("accuracy: mean", "", "", _times(ratio["accuracy_mean"]))]
+    for key, label in (("pope_f1", "POPE F1"), ("mme_accuracy_plus", "MME acc+")):
+        if dense[key] is not None and sts[key] is not None:
+            rows.append((label, f"{dense[key]:.3f}", f"{sts[key]:.3f}", _times(_ratio(sts[key], dense[key]))))
+    return rows
+
+
+def _stage_rows(name: str, dense: Comparison, sts: Comparison) -> list[Row]:
+    shown: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+        ("FLOPs", "flops_executed", lambda value: f"{value:.3g}"),
+        ("wall-clock", "wall_s", lambda value: f"{value:.1f} s"),
+        ("tokens/s", "tokens_per_s", lambda value: f"{value:,.0f}"),
+        ("peak memory", "peak_memory_bytes", lambda value: f"{value / 2**20:,.0f} MiB"),
+    )
+    return [
+        (f"{name}: {label}", write(dense[key]), write(sts[key]), _times(_ratio(sts[key], dense[key])))
+        for label, key, write in shown
+    ]
+
+
+def _share(run: Comparison, family: str) -> str:
+    return f"{run['accuracy'][family]:.3f} ± {run['standard_error'][family]:.3f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "n/a" if ratio is None else f"{ratio:.3f}"
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table as Markdown."""
+    split = comparison["runs"]["dense"]["split"]
+    lines = ["# Dense and STS", "", "| | dense | STS | STS / dense |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join(row)} |" for row in table_rows(comparison)]
+    lines += [
+        "",
+        f"Accuracies on split `{split}` with their standard errors; FLOPs and seconds are sums over all steps.",
+        "",
+    ]
+    return "\n".join(lines)

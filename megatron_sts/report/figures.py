@@ -1,0 +1,95 @@
+"""Pictures of runs, drawn with matplotlib. Knows no page and no file format."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_sts.report.run import Line, Run
+
+matplotlib.use("Agg")
+
+DENSE, STS = "#7f7f7f", "#1f77b4"
+
+
+def comparison_figure(comparison: dict[str, Any]) -> Figure:
+    """Left: what each stage of STS costs against dense; right: accuracy by family, with standard errors."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    costs, accuracy = figure.subplots(1, 2, width_ratios=(2, 3))
+    _draw_costs(costs, comparison["ratios"])
+    _draw_accuracy(accuracy, comparison["runs"])
+    return figure
+
+
+def _draw_costs(axes: Axes, ratios: dict[str, Any]) -> None:
+    groups = {**ratios["stages"], "all": ratios}
+    for offset, (key, label, colour) in enumerate((("flops", "FLOPs", "#aec7e8"), ("wall", "wall-clock", STS))):
+        heights = [group[key] or 0.0 for group in groups.values()]
+        bars = axes.bar(
+            [place + 0.4 * offset for place in range(len(groups))], heights, 0.38, label=label, color=colour
+        )
+        axes.bar_label(bars, fmt="%.2f")
+    axes.axhline(1.0, color=DENSE, linestyle="--", linewidth=1, label="dense")
+    axes.set_xticks([place + 0.2 for place in range(len(groups))], list(groups))
+    axes.set_ylabel("STS / dense")
+    axes.legend(loc="lower right")
+
+
+def _draw_accuracy(axes: Axes, runs: dict[str, Any]) -> None:
+    families = list(runs["dense"]["accuracy"])
+    for offset, (name, colour) in enumerate((("dense", DENSE), ("sts", STS))):
+        run, places = runs[name], [place + 0.4 * offset for place in range(len(families))]
+        heights, errors = ([run[key][family] for family in families] for key in ("accuracy", "standard_error"))
+        axes.bar(places, heights, 0.38, yerr=errors, capsize=3, label=name.replace("sts", "STS"), color=colour)
+    axes.set_xticks([place + 0.2 for place in range(len(families))], families)
+    axes.set_ylim(0, 1)
+    axes.set_ylabel(f"accuracy ({runs['dense']['split']})")
+    axes.legend(loc="lower right")
+
+
+def run_figures(run: Run) -> dict[str, Figure]:
+    """A run's curves over all its steps: loss, share of decoder layers executed, throughput."""
+    return {
+        "Loss": _curve(run, "loss", lambda line: line["loss"]),
+        "Layers executed": _curve(
+            run, "share of decoder layers", lambda line: 1 - line["layers_skipped"] / run.num_layers
+        ),
+        "Throughput": _curve(run, "tokens/s", lambda line: line["tokens_per_s"]),
+    }
+
+
+def _curve(run: Run, label: str, value_of: Any) -> Figure:
+    figure = Figure(figsize=(8, 2.6), layout="constrained")
+    axes, first = figure.subplots(), 0
+    for name, lines in run.steps.items():
+        axes.plot([first + line["step"] for line in lines], _values(lines, value_of), linewidth=1, label=name)
+        first += lines[-1]["step"] + 1
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return figure
+
+
+def _values(lines: Sequence[Line], value_of: Any) -> list[float]:
+    """A gap where a step has no value."""
+    return [float("nan") if (value := value_of(line)) is None else float(value) for line in lines]
+
+
+def as_svg(figure: Figure) -> str:
+    """The picture as an element to put into a page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    svg = text.getvalue()
+    return svg[svg.index("<svg") :]
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Writes the picture."""
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,65 @@
+"""A run as one self-contained HTML page. Knows no torch and fetches nothing."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_sts.report.figures import as_svg, run_figures
+from megatron_sts.report.run import Line, Run
+
+STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
+    "table{border-collapse:collapse}td,th{border:1px solid #ccc;padding:.2rem .6rem;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}svg{max-width:100%;height:auto}"
+    "pre{background:#f6f6f6;padding:1rem;overflow:auto}"
+)
+
+
+def run_page(run: Run) -> str:
+    """Stages, curves, accuracy and config of a run."""
+    title = html.escape(f"Run {run.folder.resolve().name}")
+    sections = [
+        ("Stages", _table(("stage", "steps", "last loss", "layers executed", "tokens/s", "seconds"), _stage_rows(run))),
+        *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
+        *(_accuracy_sections(run.evaluation) if run.evaluation else ()),
+        ("Config", f"<pre>{html.escape(OmegaConf.to_yaml(OmegaConf.create(run.config)))}</pre>"),
+    ]
+    body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in sections)
+    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n'
+
+
+def _stage_rows(run: Run) -> Iterable[tuple[str, ...]]:
+    for name, lines in run.steps.items():
+        seconds, loss = sum(line["step_time_s"] for line in lines), lines[-1]["loss"]
+        yield (
+            name,
+            f"{lines[-1]['step'] + 1} of {run.num_steps(name)}",
+            "n/a" if loss is None else f"{loss:.3f}",
+            f"{_executed(run, lines):.1%}",
+            f"{sum(line['tokens'] for line in lines) / seconds:,.0f}",
+            f"{seconds:.1f}",
+        )
+
+
+def _executed(run: Run, lines: list[Line]) -> float:
+    return 1 - sum(line["layers_skipped"] for line in lines) / (run.num_layers * len(lines))
+
+
+def _accuracy_sections(evaluation: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    for split, families in evaluation["splits"].items():
+        rows = [
+            (name, f"{found['accuracy']:.3f}", f"{found['standard_error']:.3f}", str(found["num_questions"]))
+            for name, found in families.items()
+        ]
+        yield f"Accuracy: {split}", _table(("family", "accuracy", "standard error", "questions"), rows)
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    def row(cells: Iterable[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    return "<table>" + row(header, "th") + "".join(row(cells, "td") for cells in rows) + "</table>"

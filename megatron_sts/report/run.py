@@ -1,0 +1,77 @@
+"""Reads a run's folder: its config, its step lines and its evaluation. Knows no page and no figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from megatron_sts.config.errors import ConfigError
+
+Line = dict[str, Any]
+"""One line of metrics.jsonl."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run wrote."""
+
+    folder: Path
+    config: dict[str, Any]
+    """config.resolved.yaml, with derived values under ``resolved``."""
+    steps: dict[str, list[Line]]
+    """The step lines of each stage that has any, in order of steps; stages in order of the run."""
+    evaluation: dict[str, Any] | None
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.config["model"]["language"]["num_layers"])
+
+    def num_steps(self, stage: str) -> int:
+        """Steps that the config gives a stage."""
+        names = [entry["name"] for entry in self.config["resolved"]["stages"]]
+        return int(self.config["resolved"]["stages"][names.index(stage)]["num_steps"])
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        ConfigError: it is not the folder of a run.
+    """
+    for name in ("config.resolved.yaml", "metrics.jsonl"):
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: holds no {name}; give the folder that train wrote (--run-dir)")
+    config = OmegaConf.to_container(OmegaConf.load(folder / "config.resolved.yaml"))
+    assert isinstance(config, dict)
+    result = folder / "evaluation.json"
+    return Run(
+        folder=folder,
+        config={str(key): value for key, value in config.items()},
+        steps=_steps((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()),
+        evaluation=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None,
+    )
+
+
+def _steps(lines: Iterable[str]) -> dict[str, list[Line]]:
+    """Step lines by stage. The last line of a step wins: after a crash, steps behind the checkpoint run again."""
+    stages: dict[str, dict[int, Line]] = {}
+    for text in lines:
+        line = _parse(text)
+        if "step" in line and "event" not in line:
+            stages.setdefault(line["stage"], {})[line["step"]] = line
+    return {name: [found[step] for step in sorted(found)] for name, found in stages.items()}
+
+
+def _parse(text: str) -> Line:
+    """A line; nothing for one that a crash cut off."""
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return {}
+    return line if isinstance(line, dict) else {}

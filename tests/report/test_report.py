@@ -1,0 +1,127 @@
+"""Comparison and page of two small run folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sts.cli import main
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.load import dump
+from megatron_sts.config.resolve import resolve
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.report.command import report
+from megatron_sts.report.compare import compare
+
+STAGE = {
+    "steps": 2,
+    "optimizer": {"lr": 1e-3},
+    "batch": {"global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32},
+}
+CONFIG = {
+    "model": {
+        "vision": None,
+        "language": {
+            "num_layers": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 4,
+            "ffn_hidden_size": 64,
+            "vocab_size": 64,
+        },
+    },
+    "data": {"mode": "words"},
+    "stages": [{"name": "alignment", **STAGE}, {"name": "finetune", **STAGE}],
+}
+FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "paired")
+
+
+def line(stage: str, step: int, time_s: float, flops: int, **more: Any) -> dict[str, Any]:
+    return {"stage": stage, "step": step, "loss": 2.0 - step, "tokens": 100, "layers_skipped": 1, "flops_dense": 1000,
+            "flops_executed": flops, "step_time_s": time_s, "tokens_per_s": 100 / time_s, "peak_memory_bytes": 10 + step, **more}  # fmt: skip
+
+
+def write_run(
+    folder: Path, flops: int, time_s: float, accuracy: float, lines: list[dict[str, Any]] | None = None
+) -> Path:
+    """A finished run of two stages of two steps, in which a crash made step 1 of finetune run twice."""
+    folder.mkdir()
+    dump(resolve(RunConfig.model_validate(CONFIG)), folder / "config.resolved.yaml")
+    crashed = [line("finetune", 1, 99.0, 99, peak_memory_bytes=99), {"event": "resume", "stage": "finetune", "step": 1}]
+    lines = lines or [
+        *(line("alignment", step, time_s, flops) for step in range(2)),
+        line("finetune", 0, time_s, flops),
+        *crashed,
+        line("finetune", 1, time_s, flops),
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in lines) + '{"stage": "fine')
+    found = {"accuracy": accuracy, "standard_error": 0.05, "num_questions": 12}
+    families: dict[str, Any] = {name: found for name in FAMILIES}
+    families["existence"] = {**found, "f1": accuracy + 0.1}
+    families["paired"] = {**found, "accuracy_plus": accuracy - 0.1, "standard_error_plus": 0.06}
+    evaluation = {"settings": {"splits": ["eval"], "families": FAMILIES}, "splits": {"eval": families}}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> tuple[Path, Path]:
+    return write_run(tmp_path / "dense", 1000, 2.0, 0.8), write_run(tmp_path / "sts", 700, 1.0, 0.6)
+
+
+def test_compare(runs: tuple[Path, Path]) -> None:
+    found = compare(*runs)
+    costs = {"flops_executed": 1400, "flops_dense": 2000, "wall_s": 2.0, "tokens_per_s": 100.0, "peak_memory_bytes": 11}
+    assert found["runs"]["sts"]["stages"] == {"alignment": costs, "finetune": costs}
+    assert found["runs"]["dense"]["stages"]["finetune"]["wall_s"] == 4.0
+    assert found["runs"]["dense"]["accuracy"] == dict.fromkeys(FAMILIES, 0.8)
+    assert found["runs"]["sts"]["standard_error"] == dict.fromkeys(FAMILIES, 0.05)
+    assert found["runs"]["sts"]["pope_f1"] == pytest.approx(0.7)
+    assert found["runs"]["sts"]["mme_accuracy_plus"] == pytest.approx(0.5)
+    assert found["ratios"]["flops"] == 0.7 and found["ratios"]["wall"] == 0.5
+    assert found["ratios"]["accuracy_mean"] == pytest.approx(0.75)
+    assert found["ratios"]["accuracy"] == pytest.approx(dict.fromkeys(FAMILIES, 0.75))
+    assert found["ratios"]["stages"]["alignment"] == {"flops": 0.7, "wall": 0.5}
+
+
+def test_no_ratio_to_zero(tmp_path: Path) -> None:
+    found = compare(write_run(tmp_path / "dense", 1000, 2.0, 0.0), write_run(tmp_path / "sts", 700, 1.0, 0.6))
+    assert found["ratios"]["accuracy_mean"] is None and math.isclose(found["runs"]["sts"]["accuracy"]["ocr"], 0.6)
+
+
+def test_command_writes_everything(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", *map(str, runs)]) == 0
+    printed = capsys.readouterr().out
+    assert "alignment: FLOPs" in printed and "0.700" in printed and "0.800 ± 0.050" in printed
+    assert json.loads((tmp_path / "comparison.json").read_text()) == compare(*runs)
+    assert "| accuracy: ocr | 0.800 ± 0.050 | 0.600 ± 0.050 | 0.750 |" in (tmp_path / "comparison.md").read_text()
+    assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    for folder in runs:
+        page = (folder / "report.html").read_text()
+        assert page.count("<svg") == 3 and "Accuracy: eval" in page and "hidden_size: 32" in page
+        assert "2 of 2" in page and "75.0%" in page
+        assert "<script" not in page and "<link" not in page
+
+
+def test_page_of_a_run_that_is_not_finished(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", 1000, 2.0, 0.8, [line("alignment", 0, 1.0, 1, loss=None)])
+    (folder / "evaluation.json").unlink()
+    assert main(["report", str(folder)]) == 0
+    assert "1 of 2" in (folder / "report.html").read_text()
+
+
+def test_refuses_what_cannot_be_compared(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    dense, sts = runs
+    gaps = write_run(tmp_path / "gaps", 1, 1.0, 0.5, [line("alignment", 1, 1.0, 1), line("finetune", 1, 1.0, 1)])
+    with pytest.raises(ConfigError, match=r"1 of 2 steps.*logging.interval_steps=1"):
+        compare(dense, gaps)
+    (sts / "evaluation.json").unlink()
+    with pytest.raises(ConfigError, match=r"holds no evaluation.json"):
+        compare(dense, sts)
+    with pytest.raises(ConfigError, match=r"holds no config.resolved.yaml"):
+        compare(tmp_path / "nowhere", sts)
+    with pytest.raises(ConfigError, match="3 run folders"):
+        report([dense, sts, gaps], None)
