@@ -43,6 +43,8 @@ class ProjectorConfig(Section):
     """Maps visual features to the language model's width."""
 
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    init: str | None = None
+    """Weights to start from: a safetensors file. None: random."""
 
 
 class LanguageConfig(Section):

@@ -27,7 +27,9 @@ class PreparedSample:
     """Keeps its tokens (shapes must agree on all ranks) but none carries loss."""
 
 
-def collate(samples: Sequence[PreparedSample | None], sequence_length: int, pad_id: int, tokens_per_image: int) -> Batch:
+def collate(
+    samples: Sequence[PreparedSample | None], sequence_length: int, pad_id: int, tokens_per_image: int
+) -> Batch:
     """Right-pads to [b, sequence_length]; a None row is padding only and counts as skipped. All tensors on the CPU."""
     shape = (len(samples), sequence_length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)

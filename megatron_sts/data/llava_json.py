@@ -46,5 +46,7 @@ class LlavaJsonSource:
         try:
             turns = tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"])
         except (KeyError, TypeError) as error:
-            raise BadSampleError(f"sample {key}: conversations need turns with 'from' and 'value' ({error!r})") from error
+            raise BadSampleError(
+                f"sample {key}: conversations need turns with 'from' and 'value' ({error!r})"
+            ) from error
         return Record(key, turns, tuple(partial(decode_image, self._image_dir / path) for path in paths))

@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_sts.mcore import groups
 from megatron_sts.mcore.optim import StageOptimizer
 from megatron_sts.mcore.pipeline import unwrap
 
@@ -37,19 +38,22 @@ def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
 def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer) -> dict[str, Any]:
     """Restores what ``save`` wrote and returns ``common``; a collective over all ranks.
 
-    Random states come back only in the layout that they were saved in.
+    Another layout may load it. Random states have no meaning there, and stay as the seed made them.
     """
+    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
+    is_same_layout = common["layout"] == _layout()
     state = _sharded_state(chunks, optimizer, is_loading=True)
-    state["rng"] = _sharded_rng()
+    if is_same_layout:
+        state["rng"] = _sharded_rng()
     loaded = dist_checkpointing.load(state, str(path), verify_integrity=True)
     _load_model(chunks, loaded)
     with torch.no_grad():
         optimizer.optimizer.load_state_dict(loaded["optimizer"])
-    common: dict[str, Any] = loaded["common"]
     optimizer.num_updates, optimizer.num_layer_updates = common["num_updates"], common["num_layer_updates"]
     optimizer.scheduler.load_state_dict(common["scheduler"])
     optimizer.set_adam_steps()
-    _restore_rng(loaded["rng"])
+    if is_same_layout:
+        _restore_rng(loaded["rng"])
     return common
 
 
@@ -64,7 +68,9 @@ def _load_model(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> No
 
 
 def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
-    return {f"model{i}": unwrap(chunk).sharded_state_dict(prefix="", metadata=_metadata()) for i, chunk in enumerate(chunks)}
+    return {
+        f"model{i}": unwrap(chunk).sharded_state_dict(prefix="", metadata=_metadata()) for i, chunk in enumerate(chunks)
+    }
 
 
 def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, *, is_loading: bool) -> dict[str, Any]:
@@ -84,10 +90,16 @@ def _metadata() -> dict[str, Any]:
 
 def _counters(optimizer: StageOptimizer) -> dict[str, Any]:
     return {
+        "layout": _layout(),
         "num_updates": optimizer.num_updates,
         "num_layer_updates": optimizer.num_layer_updates,
         "scheduler": optimizer.scheduler.state_dict(),
     }
+
+
+def _layout() -> list[int]:
+    here = groups.place()
+    return [here.tp_size, here.pp_size, here.dp_size]
 
 
 def _sharded_rng() -> ShardedObject:

@@ -32,14 +32,20 @@ def check_precision(precision: PrecisionConfig) -> None:
     if precision.fp8 == "off":
         return
     if not current_device().is_cuda:
-        raise ConfigError(f"precision.fp8={precision.fp8}: FP8 needs a CUDA device (Hopper or newer); set precision.fp8=off")
+        raise ConfigError(
+            f"precision.fp8={precision.fp8}: FP8 needs a CUDA device (Hopper or newer); set precision.fp8=off"
+        )
     usable, reason = transformer_engine_status()
     if not usable:
-        raise ConfigError(f"precision.fp8={precision.fp8}: Transformer Engine is not usable ({reason}); install it or set fp8=off")
+        raise ConfigError(
+            f"precision.fp8={precision.fp8}: Transformer Engine is not usable ({reason}); install it or set fp8=off"
+        )
     capability = torch.cuda.get_device_capability()
     needed = (10, 0) if precision.fp8 == "mxfp8" else (8, 9) if precision.fp8 != "blockwise" else (9, 0)
     if capability < needed:
-        raise ConfigError(f"precision.fp8={precision.fp8}: needs compute capability {needed}, this device has {capability}")
+        raise ConfigError(
+            f"precision.fp8={precision.fp8}: needs compute capability {needed}, this device has {capability}"
+        )
 
 
 def _common(resolved: Resolved) -> dict[str, Any]:
@@ -126,7 +132,7 @@ def projector_config(resolved: Resolved) -> TransformerConfig:
         **_common(resolved),
         num_layers=1,
         hidden_size=language.hidden_size,
-        num_attention_heads=1,
+        num_attention_heads=resolved.config.parallel.tensor_model_parallel_size,  # has none; must divide
         ffn_hidden_size=language.hidden_size,
         activation_func=F.gelu,
         gated_linear_unit=False,
@@ -135,4 +141,11 @@ def projector_config(resolved: Resolved) -> TransformerConfig:
     )
 
 
-__all__ = ["PARAMS_DTYPE", "check_precision", "has_transformer_engine", "language_config", "projector_config", "vision_config"]
+__all__ = [
+    "PARAMS_DTYPE",
+    "check_precision",
+    "has_transformer_engine",
+    "language_config",
+    "projector_config",
+    "vision_config",
+]

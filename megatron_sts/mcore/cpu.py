@@ -14,7 +14,19 @@ from typing import Any
 
 import torch
 
-_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "empty_like", "zeros_like", "ones_like")
+_FACTORIES = (
+    "empty",
+    "zeros",
+    "ones",
+    "full",
+    "tensor",
+    "arange",
+    "rand",
+    "randn",
+    "empty_like",
+    "zeros_like",
+    "ones_like",
+)
 _CPU = torch.device("cpu")
 
 
@@ -39,8 +51,8 @@ def _creates_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch
 
 def _install_devices() -> None:
     torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
-    torch.cuda.current_stream = lambda *_a, **_k: _NoStream()  # type: ignore[assignment,return-value]
-    torch.cuda.synchronize = lambda *_a, **_k: None  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_a, **_k: _NoStream()  # type: ignore[assignment]
+    torch.cuda.synchronize = lambda *_a, **_k: None
     torch.cuda.empty_cache = lambda: None
     for name in _FACTORIES:
         setattr(torch, name, _creates_on_cpu(getattr(torch, name)))
@@ -55,8 +67,8 @@ def _install_tensor_methods() -> None:
         return real_type(tensor).replace("torch.", "torch.cuda.", 1)
 
     torch.Tensor.type = type_as_cuda  # type: ignore[assignment]
-    torch.Tensor.cuda = lambda tensor, *_a, **_k: tensor  # type: ignore[assignment,method-assign]
-    torch.nn.Module.cuda = lambda module, *_a, **_k: module  # type: ignore[assignment,method-assign,return-value]
+    torch.Tensor.cuda = lambda tensor, *_a, **_k: tensor  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda module, *_a, **_k: module  # type: ignore[method-assign]
 
 
 def _import_megatron_random() -> Any:
@@ -81,7 +93,7 @@ def _install_random_state() -> None:
     def set_state(state: torch.Tensor, *_args: Any, **_kwargs: Any) -> None:
         torch.set_rng_state(state)
 
-    class CpuRngStatesTracker(random.CudaRNGStatesTracker):
+    class CpuRngStatesTracker(random.CudaRNGStatesTracker):  # type: ignore[name-defined]
         """The tracker without its check that the CPU generator stays untouched: here that generator is the one tracked."""
 
         @contextmanager

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.config import language_config
-from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, has_transformer_engine, torch_norm
+from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, TorchNorm, has_transformer_engine
 
 
 def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
@@ -27,7 +27,7 @@ def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer
     return ModuleSpec(
         module=module,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=torch_norm,
+            input_layernorm=TorchNorm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": attn_mask_type},
@@ -38,7 +38,7 @@ def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=torch_norm,
+            pre_mlp_layernorm=TorchNorm,
             mlp=ModuleSpec(
                 module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
             ),
@@ -58,15 +58,19 @@ def skippable_layer_spec(gate: SkipGate) -> ModuleSpec:
     return spec
 
 
-def _block_spec(config: TransformerConfig, gate: SkipGate, vp_stage: int | None) -> TransformerBlockSubmodules | ModuleSpec:
+def _block_spec(
+    config: TransformerConfig, gate: SkipGate, vp_stage: int | None
+) -> TransformerBlockSubmodules | ModuleSpec:
     layer_spec = skippable_layer_spec(gate)
     if has_transformer_engine():
         return layer_spec
     num_layers = get_num_layers_to_build(config, vp_stage, get_pipeline_model_parallel_rank())
-    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=torch_norm)
+    return TransformerBlockSubmodules(layer_specs=[layer_spec] * num_layers, layer_norm=TorchNorm)
 
 
-def build_decoder(resolved: Resolved, gate: SkipGate, *, pre_process: bool, post_process: bool, vp_stage: int | None) -> GPTModel:
+def build_decoder(
+    resolved: Resolved, gate: SkipGate, *, pre_process: bool, post_process: bool, vp_stage: int | None
+) -> GPTModel:
     """One chunk of the decoder; ``pre_process`` adds the embedding, ``post_process`` the final norm and head.
 
     Rotary angles come from each token's own position id, so that a compressed image's tokens can keep the positions they

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
@@ -41,6 +42,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
         context_parallel_size=parallel.context_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    # Initial weights: stages must not repeat each other's draws, tensor- and data-parallel ranks must share theirs.
+    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
     return place()
 
 

@@ -26,7 +26,7 @@ class SkippableTransformerLayer(TransformerLayer):
         self.gate = gate
         for parameter in self.parameters():
             # Lets the optimizer find what a skipped layer owns, after any wrapping and sharding.
-            parameter.decoder_layer = self.layer  # type: ignore[attr-defined]
+            parameter.decoder_layer = self.layer
 
     @property
     def layer(self) -> int:
@@ -40,16 +40,19 @@ class SkippableTransformerLayer(TransformerLayer):
         return super().forward(*args, **kwargs)
 
 
-def torch_norm(config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.Module:
+class TorchNorm:
     """LayerNorm or RMSNorm of torch, usable under sequence parallelism.
 
-    The mark tells megatron-core to sum the gradient over tensor-parallel ranks, each of which saw a slice of the sequence.
+    A class, because megatron-core builds only classes; what comes out is torch's own module. The mark tells megatron-core to
+    sum the gradient over tensor-parallel ranks, each of which saw a slice of the sequence.
     """
-    norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
-    norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype)
-    for parameter in norm.parameters():
-        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-    return norm
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_unused: Any) -> torch.nn.Module:  # type: ignore[misc]
+        norm_class = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        norm = norm_class(hidden_size, eps=eps, dtype=config.params_dtype)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return norm
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -79,7 +82,9 @@ class SdpaCoreAttention(torch.nn.Module):
         """``query`` [s, b, n, d], ``key``/``value`` [s, b, groups, d] -> [s, b, n * d]. A mask is True where hidden."""
         sequence, batch, heads, _ = query.shape
         attended = F.scaled_dot_product_attention(
-            *(tensor.permute(1, 2, 0, 3) for tensor in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
             attn_mask=None if attention_mask is None else attention_mask.logical_not(),
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=self.is_causal and attention_mask is None,

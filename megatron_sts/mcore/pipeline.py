@@ -44,7 +44,9 @@ def build_chunks(resolved: Resolved, make_chunk: ChunkFactory) -> list[torch.nn.
 def unwrap(module: torch.nn.Module) -> PipelineChunk:
     """The chunk inside DDP and precision wrappers."""
     while not isinstance(module, PipelineChunk):
-        module = module.module
+        inner = module.module
+        assert isinstance(inner, torch.nn.Module)
+        module = inner
     return module
 
 

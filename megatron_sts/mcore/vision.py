@@ -12,7 +12,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.config import projector_config, vision_config
 from megatron_sts.mcore.decoder import torch_layer_spec
-from megatron_sts.mcore.layer import torch_norm
+from megatron_sts.mcore.layer import TorchNorm
 
 
 def build_clip_encoder(resolved: Resolved) -> CLIPViTModel:
@@ -22,7 +22,7 @@ def build_clip_encoder(resolved: Resolved) -> CLIPViTModel:
     encoder = CLIPViTModel(
         vision_config(resolved),
         torch_layer_spec(AttnMaskType.no_mask),
-        ln_pre_impl=torch_norm,
+        ln_pre_impl=TorchNorm,
         patch_dim=vision.patch_size,
         img_h=vision.image_size,
         img_w=vision.image_size,

@@ -41,7 +41,9 @@ def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
             if not name.startswith(f"{part}."):
                 continue
             if name not in available:
-                raise ValueError(f"model.{part}.init={path}: has no tensor {name}; does it belong to this architecture?")
+                raise ValueError(
+                    f"model.{part}.init={path}: has no tensor {name}; does it belong to this architecture?"
+                )
             shard = shard_of(name, file.get_tensor(name), parameter)
             if shard.shape != parameter.shape:
                 raise ValueError(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def masked_loss(token_losses: torch.Tensor, loss_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+def masked_loss(
+    token_losses: torch.Tensor, loss_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     """``token_losses`` and ``loss_mask`` [b, s] -> (loss sum, number of tokens as int, both detached for reporting).
 
     The triple is what megatron-core's schedules expect under ``calculate_per_token_loss``: gradients of the sum are divided

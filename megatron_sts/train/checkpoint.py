@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import distributed as dist
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.runtime.dist import is_rank_zero
@@ -67,7 +68,12 @@ class Checkpointer:
         if newest is None or progress.stage != stage.spec.index or progress.step == 0:
             return progress
         common = mcore_checkpoint.load(newest / "state", stage.chunks, stage.optimizer)
-        if stage.masks is not None and common["masks"] is not None:
+        if (stage.masks is None) != (common["masks"] is None):
+            raise ConfigError(
+                f"stages.{stage.spec.name}.lds: checkpoint {newest.name} was trained {'without' if stage.masks else 'with'} "
+                "LDS; restore that setting or start the stage anew"
+            )
+        if stage.masks is not None:
             stage.masks.load_state_dict(common["masks"])
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
         return progress
@@ -88,7 +94,9 @@ class Checkpointer:
         try:
             mcore_checkpoint.save(partial / "state", stage.chunks, stage.optimizer, common)
         except OSError as error:
-            raise CheckpointError(f"checkpoint {name} could not be written: {error}; earlier ones are intact") from error
+            raise CheckpointError(
+                f"checkpoint {name} could not be written: {error}; earlier ones are intact"
+            ) from error
         dist.barrier()
         if is_rank_zero():
             (partial / COMPLETE).write_text(json.dumps(asdict(progress)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_grou
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.train.checkpoint import Checkpointer, Progress
 from megatron_sts.train.evaluation import evaluate_once
+from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
@@ -37,16 +39,20 @@ def run(resolved: Resolved, run_dir: Path) -> None:
         chunks = build_model(resolved, gate)
         checkpointer = Checkpointer(resolved, run_dir / "checkpoints", log)
         progress = checkpointer.find()
+        stop = StopRequest()
         for spec in resolved.stages[progress.stage :]:
-            stage = build_stage(resolved, spec, place, chunks, gate)
-            train_stage(stage, checkpointer, progress, log)
+            train_stage(build_stage(resolved, spec, place, chunks, gate), checkpointer, progress, log, stop)
+            gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other
+            if stop.agreed:
+                break
             progress = Progress(stage=spec.index + 1)
-        evaluate_once(resolved, place, chunks, gate, run_dir, log)
+        else:
+            evaluate_once(resolved, place, chunks, gate, run_dir, log)
         log.close()
 
 
-def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog) -> None:
-    """Trains one stage from ``progress`` to its end and saves it."""
+def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog, stop: StopRequest) -> None:
+    """Trains one stage from ``progress`` to its end, or until a stop is asked for, and saves it."""
     spec, logging = stage.spec, stage.resolved.config.logging
     progress = checkpointer.restore(stage, progress)
     costs = StepCosts(stage.resolved, spec)
@@ -58,12 +64,17 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         current_device().synchronize()
         progress = progress.after(result)
         check_bad_samples(spec, progress)
-        is_last = step + 1 == spec.num_steps
+        step_time_s = time.perf_counter() - started
+        step_time_s, peak_bytes, stopping = max_over_ranks([step_time_s, peak_memory_bytes(), stop.received])
+        is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
-            step_time_s, peak_bytes = max_over_ranks([time.perf_counter() - started, peak_memory_bytes()])
             log.step(costs.describe(result, step_time_s, int(peak_bytes)), len(result.mask.skipped))
         if is_last or checkpointer.is_due(step):
             checkpointer.save(stage, progress)
+        if stopping:
+            stop.agreed = True
+            log.event("stop", stage=spec.name, step=progress.step)
+            break
     log.end_stage()
 
 

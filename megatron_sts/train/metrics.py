@@ -26,7 +26,9 @@ class StepCosts:
         self._resolved, self._stage = resolved, stage
         precision = resolved.config.precision
         dtype = "bf16" if precision.fp8 == "off" else "fp8"
-        self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(current_device().name, dtype)
+        self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(
+            current_device().name, dtype
+        )
 
     def describe(self, result: StepResult, step_time_s: float, peak_bytes: int) -> dict[str, Any]:
         """The step's line for metrics.jsonl."""

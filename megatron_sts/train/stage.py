@@ -55,16 +55,21 @@ def build_stage(
         optimizer=StageOptimizer(resolved, spec, wrapped),
         batches=StageBatches(resolved, spec, place),
         gate=gate,
-        masks=lds
-        and MaskPlan(
-            lds,
-            resolved.config.seed,
-            spec.index,
-            spec.num_steps,
-            resolved.config.model.language.num_layers,
-            group=dist.group.WORLD,
-            device=current_device().torch_device,
-        ),
+        masks=build_masks(resolved, spec) if spec.config.lds else None,
+    )
+
+
+def build_masks(resolved: Resolved, spec: ResolvedStage) -> MaskPlan:
+    """The stage's skip masks, agreed on by all ranks of the run."""
+    assert spec.config.lds is not None
+    return MaskPlan(
+        spec.config.lds,
+        resolved.config.seed,
+        spec.index,
+        spec.num_steps,
+        resolved.config.model.language.num_layers,
+        group=dist.group.WORLD,
+        device=current_device().torch_device,
     )
 
 

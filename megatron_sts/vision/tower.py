@@ -15,6 +15,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 class VisionTower(torch.nn.Module):
     """Normalises pixels, runs the encoder to its feature layer and drops the class token."""
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, resolved: Resolved) -> None:
         super().__init__()
         self.encoder = build_clip_encoder(resolved)

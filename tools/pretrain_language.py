@@ -1,0 +1,117 @@
+"""Makes the embedded tiny language model with this framework, from text only. Resumable: run it again after a stop.
+
+Six layers are trained first, then grown to twelve by inserting after each layer a copy that starts as the identity (its two
+output matrices are zero; LLaMA Pro, arXiv 2401.02415), then trained on with random layer skipping (LDS), so that the
+network lives with skipped layers. Two thirds of the way a scene is also given as a map of 64 words, one a patch.
+
+    python tools/pretrain_language.py --run-dir runs/pretrain_language
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from megatron_sts.config.load import load
+from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.schema import LanguageConfig
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore import checkpoint, groups
+from megatron_sts.mcore.weights import named_weights, save_weights
+from megatron_sts.model.init import build_model
+from megatron_sts.runtime.dist import process_group
+
+CONFIGS = Path(__file__).parent / "pretrain"
+EMBEDDED = Path(__file__).parents[1] / "megatron_sts" / "model" / "tiny" / "language.safetensors"
+OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
+"""The two matrices through which a layer writes to the residual stream."""
+
+
+def starting_weights(language: LanguageConfig, seed: int) -> dict[str, torch.Tensor]:
+    """Unit-variance embeddings, a head aligned with them (copying a word is then easy), small residual outputs."""
+    torch.manual_seed(seed)
+    hidden, ffn, layers = language.hidden_size, language.ffn_hidden_size, language.num_layers
+    embedding = torch.randn(language.vocab_size, hidden)
+    weights = {
+        "language.embedding.word_embeddings.weight": embedding,
+        "language.output_layer.weight": embedding / hidden**0.5,
+        "language.decoder.final_layernorm.weight": torch.ones(hidden),
+    }
+    for layer in range(layers):
+        prefix = f"language.decoder.layers.{layer}."
+        shapes = {
+            "self_attention.linear_qkv.weight": (3 * hidden, hidden),
+            "self_attention.linear_proj.weight": (hidden, hidden),
+            "mlp.linear_fc1.weight": (2 * ffn, hidden),
+            "mlp.linear_fc2.weight": (hidden, ffn),
+        }
+        for name, shape in shapes.items():
+            std = 0.5 / shape[1] ** 0.5 * (2 / (2 * layers) ** 0.5 if name in OUTPUTS else 1.0)
+            weights[prefix + name] = torch.randn(shape) * std
+        for norm in ("input_layernorm", "pre_mlp_layernorm"):
+            weights[f"{prefix}{norm}.weight"] = torch.ones(hidden)
+    return weights
+
+
+def grow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Twice the layers, the same function: layer i becomes layer 2i, followed by its copy with zero outputs."""
+    grown: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        if not name.startswith("language.decoder.layers."):
+            grown[name] = tensor
+            continue
+        *prefix, layer, rest = name.split(".", 4)
+        for copy in (0, 1):
+            is_silent = copy == 1 and rest in OUTPUTS
+            grown[".".join([*prefix, str(2 * int(layer) + copy), rest])] = (
+                torch.zeros_like(tensor) if is_silent else tensor
+            )
+    return grown
+
+
+def train(config: Path, run_dir: Path, *overrides: str) -> None:
+    """Runs (or goes on with) one training run."""
+    command = [sys.executable, "-m", "megatron_sts", "train", str(config), *overrides, "--run-dir", str(run_dir)]
+    subprocess.run(command, check=True)
+
+
+def trained_weights(resolved: Resolved, run_dir: Path) -> dict[str, torch.Tensor]:
+    """The whole weights of a finished run's last checkpoint."""
+    newest = max((run_dir / "checkpoints").glob(f"{len(resolved.stages) - 1}-*"))
+    with process_group(60):
+        groups.initialize(resolved.config.parallel, resolved.config.seed)
+        chunks = build_model(resolved, SkipGate())
+        checkpoint.load_model(newest / "state", chunks)
+        groups.destroy()
+    return {name: parameter.detach().clone() for name, parameter in named_weights(chunks)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run-dir", type=Path, required=True, help="keeps checkpoints and logs of both runs")
+    parser.add_argument("--out", type=Path, default=EMBEDDED, help="safetensors file to write (bf16)")
+    arguments = parser.parse_args()
+
+    small = resolve(load(CONFIGS / "language_6.yaml", []))
+    start = arguments.run_dir / "start.safetensors"
+    if not start.exists():
+        save_weights(starting_weights(small.config.model.language, small.config.seed), start, torch.float32)
+    train(CONFIGS / "language_6.yaml", arguments.run_dir / "six", f"model.language.init={start}")
+
+    grown = arguments.run_dir / "grown.safetensors"
+    if not grown.exists():
+        save_weights(grow(trained_weights(small, arguments.run_dir / "six")), grown, torch.float32)
+    train(CONFIGS / "language_12.yaml", arguments.run_dir / "twelve", f"model.language.init={grown}")
+
+    large = resolve(load(CONFIGS / "language_12.yaml", []))
+    save_weights(trained_weights(large, arguments.run_dir / "twelve"), arguments.out, torch.bfloat16)
+    print(f"wrote {arguments.out}, {load_file(arguments.out).keys().__len__()} tensors")
+
+
+if __name__ == "__main__":
+    main()
