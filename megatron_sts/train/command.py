@@ -57,8 +57,8 @@ def run_rank(resolved: Resolved, run_dir: Path) -> int:
 
 
 def _print_summary(resolved: Resolved, *, as_json: bool) -> int:
-    from megatron_sts.train import summary
+    from megatron_sts.train.summary import outline, print_json, print_table
 
-    outline = summary.outline(resolved)
-    summary.print_json(outline, sys.stdout) if as_json else summary.print_table(outline)
+    facts = outline(resolved)
+    print_json(facts, sys.stdout) if as_json else print_table(facts)
     return 0
