@@ -1,0 +1,56 @@
+"""The quickstart's script from its first line to the comparison, at a size that takes seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "run.sh"
+TINY = [
+    "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=4",
+    "parallel.pipeline_model_parallel_size=1", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
+    "stages.*.batch.global_batch_size=2", "stages.*.batch.micro_batch_size=2", "evaluation.num_questions=12",
+    "logging.tensorboard=false",
+]  # fmt: skip
+FAMILIES = {"existence", "relation", "counting", "ocr", "choice", "paired"}
+
+
+def start(folder: Path) -> subprocess.CompletedProcess[str]:
+    """Runs the script in ``folder``, with this interpreter's ``megatron-sts``."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        ["bash", SCRIPT, *TINY], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+    )
+
+
+def evaluations(runs: Path) -> int:
+    """How often the two runs were evaluated."""
+    lines = [line for name in ("dense", "sts") for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    return sum(json.loads(line).get("event") == "evaluation" for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(420)
+def test_quickstart_end_to_end_and_again(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert "STS / dense" in first.stdout and "finetune: FLOPs" in first.stdout
+    runs = tmp_path / "runs" / "quickstart"
+    comparison = json.loads((runs / "comparison.json").read_text())
+    assert set(comparison["runs"]["sts"]["accuracy"]) == FAMILIES
+    dense, sts = (comparison["runs"][name]["stages"] for name in ("dense", "sts"))
+    assert set(dense) == set(sts) == {"alignment", "finetune"}
+    assert dense["alignment"]["flops_executed"] == dense["alignment"]["flops_dense"] == sts["alignment"]["flops_dense"]
+    assert comparison["ratios"]["stages"]["alignment"]["flops"] < 0.8
+    assert comparison["ratios"]["stages"]["finetune"]["flops"] <= 1
+    assert (runs / "comparison.png").exists() and (runs / "dense" / "report.html").exists()
+    again = start(tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert evaluations(runs) == 2
+    assert json.loads((runs / "comparison.json").read_text()) == comparison
