@@ -15,6 +15,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -45,6 +46,8 @@ BATCH = 48
 """Images a step."""
 CROWDED = 0.75
 """Share of batches whose scenes are crowded; the others look like the scenes of the training source."""
+BENT_FROM = 1500
+"""Step from which handwriting is also shown bent: by then its 1,400 samples are known far better than new ones."""
 LR, WARMUP_STEPS, WEIGHT_DECAY, BETAS, CLIP_GRAD = 1.5e-3, 100, 0.02, (0.9, 0.98), 1.0
 BACKGROUND_WEIGHT = 0.3
 """Of class 0, which fills most patches."""
@@ -53,6 +56,8 @@ COVERAGE_WEIGHT = 0.5
 SAVE_EVERY, LOG_EVERY = 250, 50
 """Steps."""
 EVAL_BATCHES = 10
+RESIDUAL_WRITERS = (".ln_pre.", ".linear_proj.", ".linear_fc2.")
+"""Parts of the names of the weights whose outputs make up the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,8 @@ def draw_batch(rng: random.Random, num_images: int, crowded: bool, style: Style,
 def train_batch(step: int) -> PatchBatch:
     """The batch of a step, a pure function of its number."""
     rng = random.Random(f"{SEED}/train/{step}")
-    return draw_batch(rng, BATCH, rng.random() < CROWDED, "google", "train")
+    digits: DigitSplit = "train_bent" if step >= BENT_FROM else "train"
+    return draw_batch(rng, BATCH, rng.random() < CROWDED, "google", digits)
 
 
 @torch.no_grad()
@@ -148,6 +154,20 @@ def evaluate(model: PatchClassifier, style: Style) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items()) + (
         f", false alarms {(got > 0)[want == 0].float().mean():.4f}"
     )
+
+
+@torch.no_grad()
+def exported_weights(tower: VisionTower) -> dict[str, torch.Tensor]:
+    """The tower's weights under their layout-free names, scaled so that its features have a standard deviation of one.
+
+    The layers read the residual stream through LayerNorms: what writes to it can be scaled without another effect.
+    """
+    features = tower(draw_batch(random.Random(f"{SEED}/scale"), BATCH, False, "google", "train").pixels)
+    weights = {}
+    for name, parameter in tower.named_parameters():
+        writes = any(part in name for part in RESIDUAL_WRITERS)
+        weights[f"vision.{name}"] = parameter / features.std() if writes else parameter
+    return weights
 
 
 def learning_rate(step: int, num_steps: int) -> float:
@@ -189,14 +209,13 @@ class Run:
         partial = self.state_path.with_suffix(".part")
         torch.save({**state, "step": self.step, "seconds": self.seconds, "log": self.log}, partial)
         os.replace(partial, self.state_path)
-        weights = {f"vision.{name}": parameter for name, parameter in self.model.tower.named_parameters()}
         partial = self.out.with_suffix(".part")
-        save_weights(weights, partial, torch.bfloat16)
+        save_weights(exported_weights(self.model.tower), partial, torch.bfloat16)
         os.replace(partial, self.out)
         self.out.with_suffix(".log").write_text("\n".join(self.log) + "\n")
 
     def fit(self) -> None:
-        """Goes on to the last step."""
+        """Goes on to the last step; a finished run writes its weights again."""
         while self.step < self.num_steps:
             began = time.perf_counter()
             loss = self._train_step()
@@ -205,9 +224,10 @@ class Run:
             if self.step % LOG_EVERY == 0:
                 self.note(f"loss {loss.item():.3f}")
             if self.step % SAVE_EVERY == 0 or self.step == self.num_steps:
-                for style in ("google", "twitter"):
+                for style in get_args(Style):
                     self.note(f"{style} style: {evaluate(self.model, style)}")
                 self.save()
+        self.save()
 
     def _train_step(self) -> torch.Tensor:
         for group in self.optimizer.param_groups:

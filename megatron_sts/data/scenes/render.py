@@ -22,7 +22,8 @@ from megatron_sts.data.scenes.scene import (
 )
 
 Style = Literal["google", "twitter"]
-DigitSplit = Literal["train", "test"]
+DigitSplit = Literal["train", "train_bent", "test"]
+"""``train_bent``: the handwriting of ``train``, and slanted, turned and stretched copies of it."""
 
 SHEET_CELL_PX = 32
 SHEET_COLUMNS = 16
@@ -30,6 +31,10 @@ PAPER = (0.6, 1.0)
 """Range of a background channel, 0..1; inks below stay clearly darker."""
 INK = (0.0, 0.3)
 GRADIENT = 0.15
+NUM_BENT = 7
+"""Bent copies of a digit."""
+BEND = 0.2
+"""Largest change of a coordinate's coefficients: turn and slant in radians, stretch as a share."""
 CLUTTER_PX = (3, 9)
 CLUTTER_CONTRAST = 0.12
 
@@ -116,7 +121,17 @@ def _load_digits(split: DigitSplit) -> list[list[np.ndarray]]:
     with asset("digits.npz").open("rb") as file, np.load(file) as archive:
         images, labels, is_test = archive["images"], archive["labels"], archive["is_test"]
     samples: list[list[np.ndarray]] = [[] for _ in range(10)]
+    rng = random.Random("bent")
     for image, label in zip(images[is_test == (split == "test")], labels[is_test == (split == "test")], strict=True):
-        opacity = Image.fromarray(image.astype(np.float32) / 16)
-        samples[label].append(np.asarray(opacity.resize(DIGIT_PX[::-1], Image.Resampling.BILINEAR)))
+        opacity = Image.fromarray(image.astype(np.float32) / 16).resize(DIGIT_PX[::-1], Image.Resampling.BILINEAR)
+        bent = [_bend(opacity, rng) for _ in range(NUM_BENT)] if split == "train_bent" else []
+        samples[label] += [np.asarray(shape) for shape in (opacity, *bent)]
     return samples
+
+
+def _bend(digit: Image.Image, rng: random.Random) -> Image.Image:
+    """A random affine image of a digit about its centre."""
+    xx, xy, yx, yy = (same + rng.uniform(-BEND, BEND) for same in (1, 0, 0, 1))
+    x, y = (digit.width - 1) / 2, (digit.height - 1) / 2
+    inverse = (xx, xy, x - xx * x - xy * y, yx, yy, y - yx * x - yy * y)
+    return digit.transform(digit.size, Image.Transform.AFFINE, inverse, Image.Resampling.BILINEAR)
