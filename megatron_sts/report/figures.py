@@ -38,7 +38,8 @@ def _draw_costs(axes: Axes, ratios: dict[str, Any]) -> None:
     axes.axhline(1.0, color=DENSE, linestyle="--", linewidth=1, label="dense")
     axes.set_xticks([place + 0.2 for place in range(len(groups))], list(groups))
     axes.set_ylabel("STS / dense")
-    axes.legend(loc="lower right")
+    axes.set_ylim(0, 1.3 * max(1.0, *(group[key] or 0.0 for group in groups.values() for key in ("flops", "wall"))))
+    axes.legend(loc="upper center", ncols=3)
 
 
 def _draw_accuracy(axes: Axes, runs: dict[str, Any]) -> None:
@@ -48,9 +49,9 @@ def _draw_accuracy(axes: Axes, runs: dict[str, Any]) -> None:
         heights, errors = ([run[key][family] for family in families] for key in ("accuracy", "standard_error"))
         axes.bar(places, heights, 0.38, yerr=errors, capsize=3, label=name.replace("sts", "STS"), color=colour)
     axes.set_xticks([place + 0.2 for place in range(len(families))], families)
-    axes.set_ylim(0, 1)
+    axes.set_ylim(0, 1.15)
     axes.set_ylabel(f"accuracy ({runs['dense']['split']})")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", ncols=2)
 
 
 def run_figures(run: Run) -> dict[str, Figure]:
