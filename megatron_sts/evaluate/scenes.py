@@ -99,6 +99,10 @@ class Examiner:
         """``found``: how many answer tokens are right, and the first wrong one (-1: none)."""
         num_right, wrong_token = found
         if wrong_token < 0:
+            if not num_right:
+                raise ValueError(
+                    f"question {question.key} could not be asked: its sample was skipped, see the warnings"
+                )
             return question.answer
         right = self._tokenizer.encode(question.answer)[:num_right]
         text = self._tokenizer.decode([*right, wrong_token])

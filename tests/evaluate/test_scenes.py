@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sts.evaluate.scenes import asking_stage, draw_questions, rows_of
+from megatron_sts.evaluate.scenes import Examiner, asking_stage, draw_questions, rows_of
+from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place
 from tests.dist.launch import run_ranks
 from tests.evaluate.examination import ask_in_layout, check_against_greedy, resolved_for
@@ -47,6 +48,18 @@ def test_stage_is_dense_and_padded_to_whole_microbatches() -> None:
     assert stage.num_microbatches == 2
     ranks = [rows_of(stage, Place(0, 1, 0, 2, dp_rank, 2)) for dp_rank in range(2)]
     assert ranks == [[range(0, 5), range(10, 15)], [range(5, 10), range(15, 20)]]
+
+
+def test_a_question_that_was_skipped_is_not_right() -> None:
+    resolved = resolved_for({})
+    examiner = Examiner(resolved, Place(0, 1, 0, 1, 0, 1), [], SkipGate())
+    question = draw_questions(resolved.config.evaluation, "eval", "ocr")[0]
+    with pytest.raises(ValueError, match="could not be asked"):
+        examiner._prediction(question, (0, -1))
+    assert examiner._prediction(question, (3, -1)) == question.answer
+    eos = examiner._tokenizer.eos_id
+    assert examiner._prediction(question, (1, eos)) == question.answer.split()[0]
+    assert examiner._prediction(question, (2, examiner._tokenizer.pad_id)) == f"{question.answer} unfinished"
 
 
 def test_relation_asks_both_of_its_families() -> None:
