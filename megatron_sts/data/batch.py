@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from megatron_sts.data.records import SkippedSample
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -32,8 +34,8 @@ class Batch:
     """uint8 [n, 3, h, w], images in reading order."""
     num_tokens: int
     """Tokens that are not padding."""
-    num_skipped: int = 0
-    """Samples that could not be used; their rows are padding."""
+    skipped: tuple[SkippedSample, ...] = ()
+    """Samples that could not be used; their rows are padding, or carry no loss."""
 
     @property
     def num_images(self) -> int:

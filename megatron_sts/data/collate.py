@@ -30,7 +30,7 @@ class PreparedSample:
 def collate(
     samples: Sequence[PreparedSample | None], sequence_length: int, pad_id: int, tokens_per_image: int
 ) -> Batch:
-    """Right-pads to [b, sequence_length]; a None row is padding only and counts as skipped. All tensors on the CPU."""
+    """Right-pads to [b, sequence_length]; a None row is padding only. All tensors on the CPU."""
     shape = (len(samples), sequence_length)
     tokens = torch.full(shape, pad_id, dtype=torch.int64)
     labels = torch.full(shape, pad_id, dtype=torch.int64)
@@ -60,7 +60,6 @@ def collate(
         ),
         pixels=_stack_pixels(present),
         num_tokens=sum(len(sample.encoded.tokens) for sample in present),
-        num_skipped=sum(sample is None or sample.is_bad for sample in samples),
     )
 
 

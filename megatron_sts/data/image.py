@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from megatron_sts.data.records import BadSampleError
 
@@ -19,8 +19,10 @@ def decode_image(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise BadSampleError(f"image {path}: {error}") from error
+    except FileNotFoundError as error:
+        raise BadSampleError(f"image {path}: no such file") from error
+    except Exception as error:  # decoders raise anything on corrupt bytes: SyntaxError, struct.error, IndexError ...
+        raise BadSampleError(f"image {path}: {str(error) or type(error).__name__}") from error
 
 
 def fit_square(image: np.ndarray, size: int) -> np.ndarray:

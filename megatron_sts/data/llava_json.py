@@ -30,7 +30,7 @@ class LlavaJsonSource:
 
     def __getitem__(self, index: int) -> Record:
         epoch, place = divmod(index, len(self._entries))
-        return self._record(self._entries[self._order(epoch)[place]])
+        return self._record(self._order(epoch)[place])
 
     def _order(self, epoch: int) -> list[int]:
         if epoch not in self._orders:
@@ -39,14 +39,20 @@ class LlavaJsonSource:
             self._orders = {epoch: order}
         return self._orders[epoch]
 
-    def _record(self, entry: dict[str, Any]) -> Record:
-        key = str(entry.get("id", "without id"))
-        images = entry.get("image", [])
-        paths = [images] if isinstance(images, str) else list(images)
+    def _record(self, number: int) -> Record:
+        entry = self._entries[number]
+        key = str(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
         try:
-            turns = tuple(Turn(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"])
+            turns = tuple(_turn(turn) for turn in entry["conversations"])
+            images = entry.get("image") or []
+            paths = [self._image_dir / path for path in ([images] if isinstance(images, str) else images)]
         except (KeyError, TypeError) as error:
-            raise BadSampleError(
-                f"sample {key}: conversations need turns with 'from' and 'value' ({error!r})"
-            ) from error
-        return Record(key, turns, tuple(partial(decode_image, self._image_dir / path) for path in paths))
+            reason = f"not {{id, image, conversations: [{{from, value}}, ...]}} ({type(error).__name__}: {error})"
+            raise BadSampleError(reason, key) from error
+        return Record(key, turns, tuple(partial(decode_image, path) for path in paths))
+
+
+def _turn(turn: dict[str, Any]) -> Turn:
+    if not isinstance(turn["value"], str):
+        raise TypeError("value is no text")
+    return Turn(ROLES[turn["from"]], turn["value"])

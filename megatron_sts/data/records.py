@@ -16,7 +16,22 @@ ImageSource = Callable[[], np.ndarray]
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be used (corrupt image, too long, marker/image mismatch); training skips and counts it."""
+    """A sample that cannot be used (corrupt image, too long, marker/image mismatch); training skips and counts it.
+
+    ``key`` names the sample where the caller does not hold its record.
+    """
+
+    def __init__(self, reason: str, key: str | None = None) -> None:
+        super().__init__(reason)
+        self.key = key
+
+
+@dataclass(frozen=True)
+class SkippedSample:
+    """A sample that was not used, and why."""
+
+    key: str
+    reason: str
 
 
 @dataclass(frozen=True)

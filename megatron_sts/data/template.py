@@ -34,15 +34,13 @@ def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_
     """
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
-        raise BadSampleError(
-            f"sample {record.key}: {num_markers} {IMAGE_MARKER} markers but {len(record.images)} images"
-        )
+        raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images")
     encoder = _Encoder(tokenizer, tokens_per_image)
     encoder.add([tokenizer.bos_id])
     for turn in record.turns:
         _add_turn(encoder, turn, template)
     if not any(encoder.is_target):
-        raise BadSampleError(f"sample {record.key}: no assistant turn with text")
+        raise BadSampleError("no assistant turn with text")
     return EncodedSample(encoder.tokens, encoder.is_target, encoder.is_visual, num_markers)
 
 

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.optim import StageOptimizer
 from megatron_sts.mcore.pipeline import unwrap
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written or read. The message is the cause alone."""
+
+
 def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, common: dict[str, Any]) -> None:
     """Writes everything needed to go on; a collective over all ranks. ``path`` must be an empty folder.
 
     ``common`` is stored once, as plain Python values.
+
+    Raises:
+        CheckpointError: with the same cause on every rank, if a rank's own files could not be written; if those that
+            rank 0 writes for all could not, on rank 0 only.
     """
     optimizer.set_adam_steps(common=True)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["rng"] = _sharded_rng()
     state["common"] = {**common, **_counters(optimizer)}
     content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
-    dist_checkpointing.save(
-        state, str(path), TorchDistSaveShardedStrategy(), content_metadata=content, verify_integrity=True
-    )
+    with _causes():
+        dist_checkpointing.save(
+            state, str(path), TorchDistSaveShardedStrategy(), content_metadata=content, verify_integrity=True
+        )
     optimizer.set_adam_steps()
 
 
@@ -39,13 +52,23 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
     """Restores what ``save`` wrote and returns ``common``; a collective over all ranks.
 
     Another layout may load it. Random states have no meaning there, and stay as the seed made them.
+
+    Raises:
+        CheckpointError: a file is missing or is not as it was written.
     """
+    with _causes():
+        # First, because reading .metadata unpickles it.
+        verify_integrity_manifest(str(path))
+        return _load(path, chunks, optimizer)
+
+
+def _load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer) -> dict[str, Any]:
     common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
     is_same_layout = common["layout"] == _layout()
     state = _sharded_state(chunks, optimizer, is_loading=True)
     if is_same_layout:
         state["rng"] = _sharded_rng()
-    loaded = dist_checkpointing.load(state, str(path), verify_integrity=True)
+    loaded = dist_checkpointing.load(state, str(path))
     _load_model(chunks, loaded)
     with torch.no_grad():
         optimizer.optimizer.load_state_dict(loaded["optimizer"])
@@ -59,7 +82,29 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
 
 def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Restores weights only; a collective over all ranks. Any layout."""
-    _load_model(chunks, dist_checkpointing.load(_sharded_model(chunks), str(path), verify_integrity=True))
+    with _causes():
+        verify_integrity_manifest(str(path))
+        _load_model(chunks, dist_checkpointing.load(_sharded_model(chunks), str(path)))
+
+
+@contextmanager
+def _causes() -> Iterator[None]:
+    """Turns what the checkpoint libraries raise into the cause: theirs is a BaseException with tracebacks for a text."""
+    try:
+        yield
+    except CheckpointException as error:
+        # Raised by all ranks together, but only the first knows of all failures.
+        known: list[str | None] = [_first_failure(error)]
+        torch.distributed.broadcast_object_list(known, src=0)
+        raise CheckpointError(known[0]) from error
+    except (CheckpointingException, OSError) as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _first_failure(error: CheckpointException) -> str:
+    for rank, (cause, _trace) in error.failures.items():
+        return f"rank {rank}: {cause}"
+    return "no cause is known"
 
 
 def _load_model(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:

@@ -8,12 +8,9 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.config.schema import PrecisionConfig
 from megatron_sts.mcore.layer import has_transformer_engine
 from megatron_sts.runtime.device import current_device
-from megatron_sts.runtime.probe import transformer_engine_status
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,31 +18,6 @@ PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """CLIP's activation: x * sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
-
-
-def check_precision(precision: PrecisionConfig) -> None:
-    """Refuses FP8 where it cannot run: megatron-core without Transformer Engine would silently train in bf16.
-
-    Raises:
-        ConfigError: naming what is missing.
-    """
-    if precision.fp8 == "off":
-        return
-    if not current_device().is_cuda:
-        raise ConfigError(
-            f"precision.fp8={precision.fp8}: FP8 needs a CUDA device (Hopper or newer); set precision.fp8=off"
-        )
-    usable, reason = transformer_engine_status()
-    if not usable:
-        raise ConfigError(
-            f"precision.fp8={precision.fp8}: Transformer Engine is not usable ({reason}); install it or set fp8=off"
-        )
-    capability = torch.cuda.get_device_capability()
-    needed = (10, 0) if precision.fp8 == "mxfp8" else (8, 9) if precision.fp8 != "blockwise" else (9, 0)
-    if capability < needed:
-        raise ConfigError(
-            f"precision.fp8={precision.fp8}: needs compute capability {needed}, this device has {capability}"
-        )
 
 
 def _common(resolved: Resolved) -> dict[str, Any]:
@@ -143,7 +115,6 @@ def projector_config(resolved: Resolved) -> TransformerConfig:
 
 __all__ = [
     "PARAMS_DTYPE",
-    "check_precision",
     "has_transformer_engine",
     "language_config",
     "projector_config",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -10,13 +11,11 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
 from megatron_sts.data.image import fit_square
-from megatron_sts.data.records import BadSampleError, Record
+from megatron_sts.data.records import BadSampleError, Record, SkippedSample
 from megatron_sts.data.template import EncodedSample, encode
 from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
-
-logger = logging.getLogger(__name__)
 
 
 class BatchPreparer:
@@ -31,27 +30,38 @@ class BatchPreparer:
         self._positions = vtc.positions if vtc else "original"
         self._needs_pixels, self._checks_pixels = needs_pixels, checks_pixels
 
-    def batch(self, records: list[tuple[int, Record | None]]) -> Batch:
-        """One micro-batch from (sample index, record) pairs; a None record was unusable already."""
+    def batch(self, records: Sequence[tuple[int, Record | SkippedSample | None]]) -> Batch:
+        """One micro-batch from (sample index, record) pairs; None and skipped samples become rows of padding."""
         stage = self._stage
-        prepared = [None if record is None else self._prepare(index, record) for index, record in records]
-        return collate(prepared, stage.sequence_length, self.tokenizer.pad_id, stage.visual_tokens_out)
+        skipped: list[SkippedSample] = []
+        prepared = [self._prepare(index, record, skipped) for index, record in records]
+        batch = collate(prepared, stage.sequence_length, self.tokenizer.pad_id, stage.visual_tokens_out)
+        return replace(batch, skipped=tuple(skipped))
 
-    def _prepare(self, index: int, record: Record) -> PreparedSample | None:
+    def _prepare(
+        self, index: int, record: Record | SkippedSample | None, skipped: list[SkippedSample]
+    ) -> PreparedSample | None:
+        """A row; None where there is none, and then ``skipped`` says why."""
         stage = self._stage
+        if isinstance(record, SkippedSample):
+            skipped.append(record)
+        if not isinstance(record, Record):
+            return None
         try:
             encoded = encode(record, self.tokenizer, stage.data.template, stage.visual_tokens_out)
             if len(encoded.tokens) > stage.sequence_length:
                 raise BadSampleError(
-                    f"sample {record.key}: {len(encoded.tokens)} tokens exceed the stage's {stage.sequence_length} "
+                    f"{len(encoded.tokens)} tokens exceed the stage's {stage.sequence_length} "
                     f"(stages.{stage.name}.batch.sequence_length={stage.config.batch.sequence_length})"
                 )
         except BadSampleError as error:
-            logger.warning("skipped %s", error)
+            skipped.append(SkippedSample(record.key, str(error)))
             return None
-        return self._with_images(index, record, encoded)
+        return self._with_images(index, record, encoded, skipped)
 
-    def _with_images(self, index: int, record: Record, encoded: EncodedSample) -> PreparedSample:
+    def _with_images(
+        self, index: int, record: Record, encoded: EncodedSample, skipped: list[SkippedSample]
+    ) -> PreparedSample:
         stage = self._stage
         keys = [(index, number) for number in range(encoded.num_images)]
         kept = torch.empty(0, stage.visual_tokens_out, dtype=torch.int64)
@@ -64,7 +74,7 @@ class BatchPreparer:
             try:
                 pixels = [fit_square(decode(), self._image_size) for decode in record.images]
             except BadSampleError as error:
-                logger.warning("skipped sample %s: %s", record.key, error)
+                skipped.append(SkippedSample(record.key, str(error)))
                 # The placeholders stay, because shapes must agree on all stages; they show a black image without loss.
                 blank = torch.zeros(self._image_size, self._image_size, 3, dtype=torch.uint8).numpy()
                 pixels, is_bad = [blank] * encoded.num_images, True

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 
 from megatron_sts import __version__
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.schema import PrecisionConfig
 
 Importer = Callable[[str], ModuleType]
 
@@ -148,6 +150,31 @@ def fp8_recipes(capability: tuple[int, int], cuda_version: str | None) -> tuple[
     if capability >= (10, 0):
         recipes.append("mxfp8")
     return tuple(recipes)
+
+
+def check_fp8(precision: PrecisionConfig, importer: Importer = importlib.import_module) -> None:
+    """Refuses FP8 where it cannot run: megatron-core without Transformer Engine would silently train in bf16.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    fp8 = precision.fp8
+    if fp8 == "off":
+        return
+    gpus, (cuda_version, _) = _gpus(importer), _cuda_versions(importer)
+    if not gpus:
+        raise ConfigError(f"precision.fp8={fp8}: FP8 needs a CUDA device (Hopper or newer); set precision.fp8=off")
+    usable, reason = transformer_engine_status(importer)
+    if not usable:
+        raise ConfigError(
+            f"precision.fp8={fp8}: Transformer Engine is not usable ({reason}); install it or set precision.fp8=off"
+        )
+    recipes = fp8_recipes(min(gpu.capability for gpu in gpus), cuda_version)
+    if fp8 not in recipes:
+        raise ConfigError(
+            f"precision.fp8={fp8}: {gpus[0].name} with CUDA {cuda_version} offers {', '.join(recipes) or 'no recipe'}; "
+            f"set precision.fp8={recipes[0] if recipes else 'off'}"
+        )
 
 
 def _why(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +9,11 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import DataConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.llava_json import LlavaJsonSource
-from megatron_sts.data.records import BadSampleError, Record, RecordSource
+from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device
-
-logger = logging.getLogger(__name__)
 
 
 def build_source(data: DataConfig, seed: int) -> RecordSource:
@@ -59,9 +56,8 @@ class StageBatches:
             records = [(index, self._record(index)) for index in range(start, start + batch.micro_batch_size)]
             yield self._preparer.batch(records).to(current_device().torch_device)
 
-    def _record(self, index: int) -> Record | None:
+    def _record(self, index: int) -> Record | SkippedSample:
         try:
             return self._source[index]
         except BadSampleError as error:
-            logger.warning("skipped %s", error)
-            return None
+            return SkippedSample(error.key or f"number {index}", str(error))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.train import environment
+from megatron_sts.runtime.probe import check_fp8
+from megatron_sts.train import environment, resume
 
 
 def train(
@@ -28,9 +29,15 @@ def train(
     run_dir = run_dir or default_run_dir(config)
     if dry_run:
         return _print_summary(resolved, as_json=as_json)
+    resume.check_same_run(resolved, run_dir)
+    if resume.is_finished(resolved, run_dir):
+        if rank is None or rank.rank == 0:
+            print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
+        return 0
     if rank is not None:
         environment.join(rank, os.environ)
         return run_rank(resolved, run_dir)
+    check_fp8(resolved.config.precision)
     from megatron_sts.train.launch import launch_local
 
     return launch_local([str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
@@ -46,11 +53,13 @@ def default_run_dir(config: Path) -> Path:
 def run_rank(resolved: Resolved, run_dir: Path) -> int:
     """This process is one rank: train, and leave what went wrong where the launcher finds it."""
     from megatron_sts.train import failure
+    from megatron_sts.train.interrupt import StopRequest
 
+    stop = StopRequest()  # before the imports below: the signal may come during them
     try:
         from megatron_sts.train.loop import run
 
-        run(resolved, run_dir)
+        run(resolved, run_dir, stop)
     except Exception as error:
         return failure.report(error)
     return 0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,33 +14,19 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place
 from megatron_sts.runtime.dist import is_rank_zero
 from megatron_sts.train.metrics import RunLog
-
-RESULT = "evaluation.json"
+from megatron_sts.train.resume import EVALUATION, evaluation_of, is_evaluated
 
 
 def evaluate_once(
     resolved: Resolved, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate, run_dir: Path, log: RunLog
 ) -> None:
     """Evaluates the trained model, unless ``run_dir`` holds this very evaluation already; a collective."""
-    last = resolved.stages[-1]
-    what = {
-        "stage": last.name,
-        "step": last.num_steps,
-        "settings": resolved.config.evaluation.model_dump(mode="json", exclude={"micro_batch_size"}),
-    }
     # No rank can be late to look: the result is written only after a collective that all ranks take part in.
-    if not resolved.config.evaluation.num_questions or _is_done(run_dir / RESULT, what):
+    if not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir):
         return
-    result = {**what, **evaluate(resolved, place, chunks, gate)}
+    result = {**evaluation_of(resolved), **evaluate(resolved, place, chunks, gate)}
     log.event("evaluation", **result)
     if is_rank_zero():
-        partial = run_dir / f".{RESULT}"
+        partial = run_dir / f".{EVALUATION}"
         partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.rename(run_dir / RESULT)
-
-
-def _is_done(path: Path, what: dict[str, Any]) -> bool:
-    if not path.exists():
-        return False
-    found = json.loads(path.read_text())
-    return all(found.get(key) == value for key, value in what.items())
+        partial.rename(run_dir / EVALUATION)

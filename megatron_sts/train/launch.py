@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_sts.train.failure import LAUNCHED
@@ -37,6 +40,7 @@ def launch_local(argv: Sequence[str], nproc: int) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
     )
+    signal.signal(signal.SIGUSR1, _forward)
     try:
         elastic_launch(config, sys.executable)("-m", "megatron_sts", "train", *argv)
     except ChildFailedError as error:
@@ -45,6 +49,14 @@ def launch_local(argv: Sequence[str], nproc: int) -> int:
         print(f"megatron-sts: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
         return 128 + error.sigval
     return 0
+
+
+def _forward(sig: int, _frame: FrameType | None) -> None:
+    """Hands a signal to the ranks, which are this process's children."""
+    for children in Path("/proc/self/task").glob("*/children"):
+        for child in children.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), sig)
 
 
 def _prepare_environment(nproc: int) -> None:

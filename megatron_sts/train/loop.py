@@ -6,20 +6,20 @@ import gc
 import time
 from pathlib import Path
 
-from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.data.records import BadSampleError
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
-from megatron_sts.mcore.config import check_precision
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_group
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
-from megatron_sts.train.checkpoint import Checkpointer, Progress
+from megatron_sts.runtime.probe import check_fp8
+from megatron_sts.train.checkpoint import Checkpointer, advance
 from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
+from megatron_sts.train.resume import CHECKPOINTS, Progress, write_config
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
 
@@ -27,19 +27,18 @@ BAD_SAMPLES_GRACE = 100
 """Samples before the share of skipped ones is judged."""
 
 
-def run(resolved: Resolved, run_dir: Path) -> None:
+def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
-    check_precision(resolved.config.precision)
+    check_fp8(resolved.config.precision)
     with process_group(resolved.config.parallel.timeout_s):
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
-            dump(resolved, run_dir / "config.resolved.yaml")
+            write_config(resolved, run_dir)
         gate = SkipGate()
         chunks = build_model(resolved, gate)
-        checkpointer = Checkpointer(resolved, run_dir / "checkpoints", log)
+        checkpointer = Checkpointer(resolved, run_dir / CHECKPOINTS, log)
         progress = checkpointer.find()
-        stop = StopRequest()
         for spec in resolved.stages[progress.stage :]:
             train_stage(build_stage(resolved, spec, place, chunks, gate), checkpointer, progress, log, stop)
             gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other
@@ -62,7 +61,8 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         started = time.perf_counter()
         result = train_step(stage, step)
         current_device().synchronize()
-        progress = progress.after(result)
+        progress = advance(progress, result)
+        log.skipped_samples(spec.name, step, result.skipped)
         check_bad_samples(spec, progress)
         step_time_s = time.perf_counter() - started
         step_time_s, peak_bytes, stopping = max_over_ranks([step_time_s, peak_memory_bytes(), stop.received])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import dense_step_flops, device_peak_tflops, step_flops
+from megatron_sts.data.records import SkippedSample
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.step import StepResult
 
@@ -81,7 +82,11 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._board = SummaryWriter(str(run_dir / "tensorboard")) if tensorboard else None
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # half a second
+
+            self._board = SummaryWriter(str(run_dir / "tensorboard"))
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -115,6 +120,13 @@ class RunLog:
             for name, value in line.items():
                 if name not in _TENSORBOARD_SKIPS and value is not None:
                     self._board.add_scalar(f"{line['stage']}/{name}", float(value), line["step"])
+
+    def skipped_samples(self, stage: str, step: int, samples: Iterable[SkippedSample]) -> None:
+        """Says on the console and in the lines which samples were not used, and why."""
+        for sample in samples if self._enabled else ():
+            reason = " ".join(sample.reason.split())
+            print(f"megatron-sts: warning: skipped sample {sample.key}: {reason}", file=sys.stderr, flush=True)
+            self.event("skipped_sample", stage=stage, step=step, key=sample.key, reason=reason)
 
     def event(self, event: str, **details: Any) -> None:
         """Writes a line that is no step."""

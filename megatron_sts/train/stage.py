@@ -46,7 +46,6 @@ def build_stage(
     """Freezes what the stage freezes, then builds DDP and the optimizer over the rest."""
     set_trainable(chunks, spec.config.freeze)
     wrapped = wrap_data_parallel(resolved, chunks)
-    lds = spec.config.lds
     return Stage(
         resolved=resolved,
         spec=spec,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from megatron_sts.data.batch import Batch
+from megatron_sts.data.records import SkippedSample
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
@@ -31,6 +32,15 @@ class Totals:
     num_skipped_samples: float = 0.0
 
 
+@dataclass
+class Counted:
+    """What this rank saw of a step's samples."""
+
+    num_tokens: int = 0
+    num_images: int = 0
+    skipped: list[SkippedSample] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What one step did; the same on every rank."""
@@ -43,11 +53,13 @@ class StepResult:
     """False when the gradient was not finite: parameters and moments stayed as they were."""
     mask: SkipMask
     totals: Totals
+    skipped: tuple[SkippedSample, ...]
+    """The global batch's samples that could not be used."""
 
 
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
-    mask, counted, lr = stage.mask(step), Totals(), stage.optimizer.lr
+    mask, counted, lr = stage.mask(step), Counted(), stage.optimizer.lr
     stage.gate.set(mask)
     stage.optimizer.zero_grad()
     reports = run_microbatches(
@@ -62,7 +74,8 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.gate.clear()
     totals = reduce_totals(stage, reports, counted)
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
-    return StepResult(loss, grad_norm, lr, math.isfinite(grad_norm), mask, totals)
+    skipped = gather_skipped(stage, counted) if totals.num_skipped_samples else ()
+    return StepResult(loss, grad_norm, lr, math.isfinite(grad_norm), mask, totals, skipped)
 
 
 def forward(batch: Batch, chunk: torch.nn.Module) -> ForwardResult:
@@ -70,23 +83,35 @@ def forward(batch: Batch, chunk: torch.nn.Module) -> ForwardResult:
     return chunk(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
 
 
-def count(batches: Iterable[Batch], into: Totals) -> Iterator[Batch]:
+def count(batches: Iterable[Batch], into: Counted) -> Iterator[Batch]:
     """Passes batches on and counts what they hold."""
     for batch in batches:
         into.num_tokens += batch.num_tokens
         into.num_images += batch.num_images
-        into.num_skipped_samples += batch.num_skipped
+        into.skipped += batch.skipped
         yield batch
 
 
-def reduce_totals(stage: Stage, reports: list[dict[str, Any]], counted: Totals) -> Totals:
-    """Sums over the global batch on every rank: each last stage contributes once. One small all-reduce."""
-    device, place = current_device().torch_device, stage.place
+def reduce_totals(stage: Stage, reports: list[dict[str, Any]], counted: Counted) -> Totals:
+    """Sums over the global batch on every rank: one rank contributes for each data-parallel rank. One small all-reduce."""
+    device = current_device().torch_device
     values = torch.zeros(len(fields(Totals)), dtype=torch.float64, device=device)
-    if place.is_last_stage and place.tp_rank == 0:
+    if speaks(stage):
         for report in reports:
             values[0] += report["loss_sum"]
             values[1] += report["num_tokens"]
-        values[2:] = torch.tensor([counted.num_tokens, counted.num_images, counted.num_skipped_samples])
+        values[2:] = torch.tensor([counted.num_tokens, counted.num_images, len(counted.skipped)])
     dist.all_reduce(values)
     return Totals(*values.tolist())
+
+
+def gather_skipped(stage: Stage, counted: Counted) -> tuple[SkippedSample, ...]:
+    """What could not be used in the global batch, on every rank; a collective, only for steps that have any."""
+    found: list[list[SkippedSample]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, counted.skipped if speaks(stage) else [])
+    return tuple(sample for samples in found for sample in samples)
+
+
+def speaks(stage: Stage) -> bool:
+    """Whether this rank counts for its data-parallel rank: one of those that compute the loss, and so look at everything."""
+    return stage.place.is_last_stage and stage.place.tp_rank == 0

@@ -25,7 +25,7 @@ stages:
 STAND_IN = """
 import json, os, pathlib, sys, time, types
 
-def run(resolved, run_dir):
+def run(resolved, run_dir, stop):
     rank = os.environ["RANK"]
     run_dir.mkdir(parents=True, exist_ok=True)
     seen = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "OMP_NUM_THREADS")}
