@@ -2,7 +2,7 @@
 
 Six layers are trained first, then grown to twelve by inserting after each layer a copy that starts as the identity (its two
 output matrices are zero; LLaMA Pro, arXiv 2401.02415), then trained on with random layer skipping (LDS), so that the
-network lives with skipped layers. Two thirds of the way a scene is also given as a map of 64 words, one a patch.
+network lives with skipped layers. In the last stages a scene is also given as a map of 64 words, one a patch, the layout of projected visual tokens.
 
     python tools/pretrain_language.py --run-dir runs/pretrain_language
 """
@@ -33,13 +33,13 @@ OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
 
 
 def starting_weights(language: LanguageConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Unit-variance embeddings, a head aligned with them (copying a word is then easy), small residual outputs."""
+    """Unit-length embeddings, a head equal to them (copying a word is then easy), small residual outputs."""
     torch.manual_seed(seed)
     hidden, ffn, layers = language.hidden_size, language.ffn_hidden_size, language.num_layers
-    embedding = torch.randn(language.vocab_size, hidden)
+    embedding = torch.randn(language.vocab_size, hidden) / hidden**0.5
     weights = {
         "language.embedding.word_embeddings.weight": embedding,
-        "language.output_layer.weight": embedding / hidden**0.5,
+        "language.output_layer.weight": embedding.clone(),
         "language.decoder.final_layernorm.weight": torch.ones(hidden),
     }
     for layer in range(layers):
