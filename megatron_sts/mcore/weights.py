@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from megatron_sts.mcore.groups import place
 from megatron_sts.mcore.pipeline import unwrap
 
+_HEAD, _EMBEDDING = "language.output_layer.weight", "language.embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
 
 
@@ -26,6 +27,8 @@ def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
             if match := _LAYER.match(name):
                 layer = chunk.language.decoder.layers[int(match[1])].layer
                 name = f"language.decoder.layers.{layer}.{name[match.end() :]}"
+            elif name == _HEAD and chunk.share_embeddings_and_output_weights:
+                name = _EMBEDDING  # the last stage's copy of the tied weight
             yield name, parameter
 
 
