@@ -243,7 +243,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="keeps the state to go on from")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=EMBEDDED, help="safetensors file to write (bf16), a log beside it")
     arguments = parser.parse_args()
