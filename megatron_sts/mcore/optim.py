@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -21,6 +22,7 @@ from megatron_sts.runtime.device import current_device
 
 def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
     """DDP around each chunk: gradient buffers for what trains now, reduced over data-parallel ranks."""
+    _forget_wrapping(chunks)
     parallel = resolved.config.parallel
     ddp_config = DistributedDataParallelConfig(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -31,6 +33,19 @@ def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) ->
         DistributedDataParallel(unwrap(chunk).config, ddp_config, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
+
+
+def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
+    """Frees the DDP and the optimizer of the stage before, to which the chunks' configs and parameters still refer.
+
+    Not only for memory: DDP's hooks live as long as it does, take each gradient and leave none for the next DDP's hooks.
+    """
+    for chunk in map(unwrap, chunks):
+        config = chunk.config
+        config.finalize_model_grads_func = config.grad_scale_func = config.no_sync_func = config.grad_sync_func = None
+        for parameter in chunk.parameters():
+            parameter.__dict__.pop("main_grad", None)
+    gc.collect()
 
 
 class StageOptimizer:

@@ -133,18 +133,21 @@ def train(resolved: Resolved) -> Trained:
     chunks = build_model(resolved, gate)
     trained.weights.append(gather_weights(chunks))
     for spec in resolved.stages:
-        stage = build_stage(resolved, spec, place, chunks, gate)
-        for step in range(spec.num_steps):
-            before = skipped_state(stage, step)
-            result = train_step(stage, step)
-            check_frozen(stage, before, skipped_state(stage, step))
-            trained.losses.append(result.loss)
-            trained.grad_norms.append(result.grad_norm)
-            trained.lrs.append(result.lr)
-            trained.masks.append(result.mask.skipped)
+        train_stage(build_stage(resolved, spec, place, chunks, gate), trained)
         trained.weights.append(gather_weights(chunks))
     groups.destroy()
     return trained
+
+
+def train_stage(stage: Stage, trained: Trained) -> None:
+    for step in range(stage.spec.num_steps):
+        before = skipped_state(stage, step)
+        result = train_step(stage, step)
+        check_frozen(stage, before, skipped_state(stage, step))
+        trained.losses.append(result.loss)
+        trained.grad_norms.append(result.grad_norm)
+        trained.lrs.append(result.lr)
+        trained.masks.append(result.mask.skipped)
 
 
 def skipped_state(stage: Stage, step: int) -> dict[tuple[int, int], list[torch.Tensor]]:
