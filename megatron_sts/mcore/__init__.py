@@ -7,6 +7,8 @@ from megatron_sts.runtime.device import current_device
 
 # megatron-core announces missing optional kernels and its own deprecations on every rank; `doctor` says it once, in order.
 warnings.filterwarnings("ignore", module=r"megatron\.")
+# It passes these on from torch at every load, which a user can do nothing about.
+warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 if not current_device().is_cuda:

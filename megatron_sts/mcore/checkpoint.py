@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -43,7 +45,11 @@ def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
     content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
     with _causes():
         dist_checkpointing.save(
-            state, str(path), TorchDistSaveShardedStrategy(), content_metadata=content, verify_integrity=True
+            state,
+            str(path),
+            TorchDistSaveShardedStrategy(thread_count=1),
+            content_metadata=content,
+            verify_integrity=True,
         )
     optimizer.set_adam_steps()
 
@@ -103,7 +109,7 @@ def _causes() -> Iterator[None]:
 
 def _first_failure(error: CheckpointException) -> str:
     for rank, (cause, _trace) in error.failures.items():
-        return f"rank {rank}: {cause}"
+        return f"rank {rank}: {str(cause).rpartition('error: ')[2]}"
     return "no cause is known"
 
 
@@ -178,4 +184,19 @@ def _ignore_saved_step() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = without_step
 
 
+def _keep_write_errors() -> None:
+    """megatron-core's writer logs an OSError and hands on only its type. Raised, it arrives (with one thread a rank)."""
+    logging.getLogger(FileSystemWriterAsync.__module__).setLevel(logging.CRITICAL)
+    original = FileSystemWriterAsync.write_preloaded_data
+
+    def raising(*args: Any, **options: Any) -> Any:
+        result = original(*args, **options)
+        if result is not None and isinstance(result[1], Exception):
+            raise result[1]
+        return result
+
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(raising)
+
+
 _ignore_saved_step()
+_keep_write_errors()

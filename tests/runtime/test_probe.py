@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.schema import PrecisionConfig
 from megatron_sts.runtime import probe
 
 H100 = probe.Gpu("H100", (9, 0), 80 * 2**30)
@@ -106,3 +108,33 @@ def test_pyramid_apex_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_fp8_recipes(capability: tuple[int, int], cuda: str | None, recipes: tuple[str, ...]) -> None:
     assert probe.fp8_recipes(capability, cuda) == recipes
+
+
+B200 = probe.Gpu("B200", (10, 0), 180 * 2**30)
+A100 = probe.Gpu("A100", (8, 0), 80 * 2**30)
+
+
+@pytest.mark.parametrize(
+    ("fp8", "modules", "reason"),
+    [
+        ("tensorwise", {}, "FP8 needs a CUDA device"),
+        ("tensorwise", {"torch": torch_with()}, "FP8 needs a CUDA device"),
+        ("tensorwise", {"torch": torch_with(H100)}, "Transformer Engine is not usable (no module"),
+        (
+            "tensorwise",
+            {"torch": torch_with(A100), **ENGINE},
+            "A100 with CUDA 13.0 offers no recipe; set precision.fp8=off",
+        ),
+        ("mxfp8", {"torch": torch_with(H100), **ENGINE}, "offers tensorwise, delayed, blockwise"),
+    ],
+)
+def test_fp8_is_refused_where_it_cannot_run(fp8: str, modules: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        probe.check_fp8(PrecisionConfig.model_validate({"fp8": fp8}), importer(**modules))
+    assert str(refused.value).startswith(f"precision.fp8={fp8}: ") and reason in str(refused.value)
+
+
+def test_fp8_is_allowed_where_it_can_run() -> None:
+    probe.check_fp8(PrecisionConfig(), importer())
+    probe.check_fp8(PrecisionConfig(fp8="tensorwise"), importer(torch=torch_with(H100), **ENGINE))
+    probe.check_fp8(PrecisionConfig(fp8="mxfp8"), importer(torch=torch_with(B200), **ENGINE))

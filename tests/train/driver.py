@@ -1,0 +1,138 @@
+"""Plays a list of training runs on the ranks that ``run_ranks`` started, all in the same processes: imports cost most.
+
+A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
+``kill``/``stop``/``nan``: [stage, step]; ``full_disk``: rank whose files cannot be written in the first save.
+Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
+and step counters at every checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import os
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from megatron_sts.config.resolve import resolve
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.data.batch import Batch
+from megatron_sts.mcore import checkpoint as mcore_checkpoint
+from megatron_sts.mcore import groups
+from megatron_sts.train import command, step
+from megatron_sts.train.batches import StageBatches
+from megatron_sts.train.checkpoint import Checkpointer
+from megatron_sts.train.resume import Progress
+from megatron_sts.train.stage import Stage
+
+Scene = dict[str, Any]
+RANK = int(os.environ.get("RANK", "0"))
+FEW_BYTES = 2000
+
+
+def play() -> None:
+    """What the ranks run."""
+    for number, scene in enumerate(json.loads(os.environ["SCENES"])):
+        with pytest.MonkeyPatch.context() as patch:
+            started = time.monotonic()
+            config = RunConfig.model_validate(scene["config"])
+            plant(scene, patch)
+            meet_at(Path(f"{scene['run_dir']}.{os.environ['MASTER_PORT']}.{number}"), patch)
+            status = command.run_rank(resolve(config, world_size=int(os.environ["WORLD_SIZE"])), Path(scene["run_dir"]))
+            groups.destroy()
+            gc.collect()
+        print("SCENE", json.dumps({"status": status, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+
+
+def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
+    """Each scene's process group has a store of its own: ranks that are a scene apart must not meet in one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    size = int(os.environ["WORLD_SIZE"])
+    initialize = dist.init_process_group
+
+    def with_store(backend: str, timeout: timedelta) -> None:
+        initialize(backend, timeout=timeout, store=dist.FileStore(str(path), size), rank=RANK, world_size=size)
+
+    patch.setattr(dist, "init_process_group", with_store)
+
+
+def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
+    """Digests, and the scene's mishaps."""
+    watch_checkpoints(Path(scene["run_dir"]), patch)
+    watch_batches({name: tuple(scene[name]) for name in ("kill", "stop", "nan") if name in scene}, patch)
+    if scene.get("full_disk") == RANK:
+        fill_disk(patch)
+
+
+def watch_checkpoints(run_dir: Path, patch: pytest.MonkeyPatch) -> None:
+    save = Checkpointer.save
+
+    def save_and_tell(self: Checkpointer, stage: Stage, progress: Progress) -> None:
+        save(self, stage, progress)
+        line = {"stage": stage.spec.name, "step": progress.step, "digest": digest(stage)}
+        with (run_dir / f"digests.{RANK}.jsonl").open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+
+    patch.setattr(Checkpointer, "save", save_and_tell)
+
+
+def digest(stage: Stage) -> str:
+    """Of this rank's weights and of all that its Adam holds."""
+    tensors = [parameter for chunk in stage.chunks for parameter in chunk.parameters()]
+    for part in stage.optimizer._torch_adams():
+        for state in part.state.values():
+            tensors += [state[name] for name in sorted(state)]
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch) -> None:
+    """Mishaps that come in the middle of a step: after its first micro-batch."""
+    batches, masked_loss = StageBatches.step, step.masked_loss
+    now: list[tuple[int, int]] = [(-1, -1)]
+    is_last = int(os.environ["WORLD_SIZE"]) - 1 == RANK
+
+    def some(self: StageBatches, number: int) -> Iterator[Batch]:
+        now[0] = (self._stage.index, number)
+        for micro, batch in enumerate(batches(self, number)):
+            if micro == 1 and mishaps.get("kill") == now[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if micro == 1 and mishaps.get("stop") == now[0] and is_last:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            yield batch
+
+    def loss(*args: Any, **options: Any) -> Any:
+        loss_sum, *others = masked_loss(*args, **options)
+        is_planted = mishaps.get("nan") == now[0] and is_last
+        return (loss_sum * float("nan") if is_planted else loss_sum, *others)
+
+    patch.setattr(StageBatches, "step", some)
+    patch.setattr(step, "masked_loss", loss)
+
+
+def fill_disk(patch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses to let this rank's files of the first checkpoint grow, as it would on a full disk."""
+    save, saves = mcore_checkpoint.save, []
+
+    def cramped(*args: Any) -> None:
+        saves.append(1)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if len(saves) > 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (FEW_BYTES, hard))
+        try:
+            save(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    patch.setattr(mcore_checkpoint, "save", cramped)

@@ -1,0 +1,140 @@
+"""Real ``megatron-sts train`` processes: signals, kills, and what is said when a run is started again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train import stagehand
+from tests.train.stagehand import events, steps
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TIMEOUT_S = 240
+
+
+@contextmanager
+def started(config: Path, run_dir: Path, *overrides: str) -> Iterator[subprocess.Popen[str]]:
+    """A training run in a process group of its own, which does not outlive the block."""
+    launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "megatron_sts", "train", str(config), "--run-dir", str(run_dir), *overrides],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        ranks = children(process.pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        for rank in ranks:  # they lead groups of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+        process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """Processes that ``pid`` started."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in found for child in path.read_text().split()]
+
+
+def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate(timeout=10)
+        time.sleep(0.02)
+
+
+def has_step(run_dir: Path, stage: str, step: int) -> Callable[[], bool]:
+    return lambda: (run_dir / "metrics.jsonl").exists() and (stage, step) in steps(run_dir)
+
+
+def ends(process: subprocess.Popen[str], timeout_s: float = TIMEOUT_S) -> tuple[int, str, list[str]]:
+    """Exit status, stdout, and the lines of stderr that are ours."""
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, [line for line in err.splitlines() if line.startswith("megatron-sts:")]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    written = stagehand.config()
+    written["stages"][1]["steps"] = 20
+    path.write_text(yaml.safe_dump(written))
+    return path
+
+
+def test_one_rank_killed_resumed_finished(config: Path, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    with started(config, run) as process:
+        wait_for(has_step(run, "finetune", 3), process)
+        ranks = children(process.pid)
+        os.killpg(process.pid, signal.SIGKILL)
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signal.SIGKILL)
+    assert ("finetune", 19) not in steps(run)
+    for folder in (run, whole):
+        with started(config, folder) as process:
+            assert ends(process)[0] == 0
+    assert steps(run) == steps(whole) and len(steps(run)) == 24
+    assert [event["stage"] for event in events(run, "resume")] == ["finetune"]
+    with started(config, run) as process:
+        status, out, errors = ends(process, 60)
+    assert (status, errors) == (0, [])
+    assert out == f"megatron-sts: the run in {run} is finished; nothing is left to do\n"
+    with started(config, run, "stages.finetune.lds.alpha=0.5") as process:
+        status, _, errors = ends(process, 60)
+    assert status == 2
+    assert errors == [
+        f"megatron-sts: error: stages.finetune.lds.alpha=0.5: {run} holds a run with stages.finetune.lds.alpha=0.6; "
+        "restore that value to go on, or give another --run-dir"
+    ]
+
+
+def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
+    path, run = tmp_path / "tiny.yaml", tmp_path / "run"
+    written = stagehand.config_on(stagehand.write_samples(tmp_path), 0.9)
+    stage = written["stages"][0] | {"steps": 500}
+    path.write_text(yaml.safe_dump(written | {"stages": [stage], "parallel": {"data_parallel_size": 2}}))
+    with started(path, run) as process:
+        wait_for(has_step(run, "finetune", 0), process)
+        os.kill(process.pid, signal.SIGUSR1)  # the launcher hands it on
+        status, _, errors = ends(process)
+    assert status == 0
+    (stop,) = events(run, "stop")
+    told = events(run, "skipped_sample")
+    assert errors == [f"megatron-sts: warning: skipped sample {event['key']}: {event['reason']}" for event in told]
+    assert len(told) >= 28
+    with started(path, run) as process:
+        wait_for(has_step(run, "finetune", stop["step"]), process)
+        assert [event["step"] for event in events(run, "resume")] == [stop["step"]]
+        os.kill(max(children(process.pid)), signal.SIGKILL)
+        status, _, errors = ends(process, 60)
+    assert status == 1
+    (last,) = [line for line in errors if "error" in line]
+    assert last.startswith("megatron-sts: error: rank ") and last.endswith(" was killed by SIGKILL (out of memory?)")
+
+
+def test_fp8_is_refused_before_ranks_start(config: Path, tmp_path: Path) -> None:
+    with started(config, tmp_path / "run", "precision.fp8=tensorwise") as process:
+        status, _, errors = ends(process, 120)
+    assert status == 2
+    (line,) = errors
+    assert line.startswith("megatron-sts: error: precision.fp8=tensorwise: ")
+    assert not (tmp_path / "run").exists()

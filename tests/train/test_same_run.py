@@ -1,0 +1,109 @@
+"""What may change between two starts in one RUN_DIR, and which checkpoint is the newest. No run is needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.train.resume import (
+    Progress,
+    check_same_run,
+    is_finished,
+    read_progress,
+    whole_checkpoints,
+    write_config,
+)
+from tests.train import stagehand
+
+
+def resolved(**changes: Any) -> Resolved:
+    return resolve(RunConfig.model_validate(stagehand.config(**changes)))
+
+
+def checkpoint(run_dir: Path, name: str, **progress: int) -> None:
+    folder = run_dir / "checkpoints" / name
+    folder.mkdir(parents=True)
+    (folder / "progress.json").write_text(json.dumps(progress))
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run that has saved its first checkpoint."""
+    write_config(resolved(), tmp_path)
+    checkpoint(tmp_path, "0-alignment-0000002", stage=0, step=2)
+    return tmp_path
+
+
+def stages(**finetune: Any) -> list[Any]:
+    first, second = stagehand.config()["stages"]
+    return [first, second | finetune]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel": {"pipeline_model_parallel_size": 2}},
+        {"logging": {"interval_steps": 3}},
+        {"checkpoint": {"keep_last": 1}},
+        {"evaluation": {"num_questions": 10}},
+        {"stages": stages(data={"mode": "questions", "num_turns": 1, "max_bad_fraction": 0.5})},
+    ],
+)
+def test_may_change(run_dir: Path, changes: dict[str, Any]) -> None:
+    check_same_run(resolved(**changes), run_dir)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "new", "old"),
+    [
+        ({"seed": 2}, "seed", "2", "1"),
+        ({"precision": {"params": "bf16"}}, "precision.params", '"bf16"', '"fp32"'),
+        ({"data": {"num_turns": 2}}, "data.num_turns", "2", "4"),
+        ({"stages": stages(steps=9)}, "stages.finetune.steps", "9", "4"),
+        ({"stages": stages(lds={"alpha": 0.5})}, "stages.finetune.lds.alpha", "0.5", "0.6"),
+        ({"stages": stages(name="other")}, "stages", '["alignment", "other"]', '["alignment", "finetune"]'),
+        ({"stages": stages()[::-1]}, "stages", '["finetune", "alignment"]', '["alignment", "finetune"]'),
+        ({"parallel": {"use_distributed_optimizer": True}}, "parallel.use_distributed_optimizer", "true", "false"),
+    ],
+)
+def test_must_stay(run_dir: Path, changes: dict[str, Any], field: str, new: str, old: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_same_run(resolved(**changes), run_dir)
+    assert str(refused.value).startswith(f"{field}={new}: {run_dir} holds a run with {field}={old}; ")
+
+
+def test_without_checkpoint_anything_may_change(tmp_path: Path) -> None:
+    check_same_run(resolved(seed=2), tmp_path)
+    write_config(resolved(), tmp_path)
+    check_same_run(resolved(seed=2), tmp_path)
+
+
+def test_whole_checkpoints_in_order(run_dir: Path) -> None:
+    for name in ("1-finetune-0000001", "0-alignment-0000010", ".partial-1-finetune-0000002"):
+        checkpoint(run_dir, name)
+    (run_dir / "checkpoints" / "1-finetune-0000003").mkdir()
+    names = [path.name for path in whole_checkpoints(run_dir / "checkpoints")]
+    assert names == ["0-alignment-0000002", "0-alignment-0000010", "1-finetune-0000001"]
+
+
+def test_finished(run_dir: Path) -> None:
+    assert not is_finished(resolved(), run_dir)
+    checkpoint(run_dir, "1-finetune-0000002", stage=1, step=2)
+    assert not is_finished(resolved(), run_dir)
+    checkpoint(run_dir, "1-finetune-0000004", stage=1, step=4)
+    assert is_finished(resolved(), run_dir)
+    assert not is_finished(resolved(evaluation={"num_questions": 10}), run_dir)
+
+
+def test_damaged_progress(run_dir: Path) -> None:
+    (newest,) = whole_checkpoints(run_dir / "checkpoints")
+    assert read_progress(newest) == Progress(stage=0, step=2)
+    (newest / "progress.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"progress.json is damaged .*; delete .*0-alignment-0000002 to go on"):
+        read_progress(newest)
