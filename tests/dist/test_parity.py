@@ -34,8 +34,8 @@ from tests.dist.launch import run_ranks
 # tensor's squares are summed in two parts (TP2, tied embeddings). What reaches a weight is one rounding or two of the weight
 # itself, so weights are compared in units in the last place of a tensor's largest element; a step moves it by thousands.
 LOSS_RTOL, NORM_RTOL, WEIGHT_ULPS = 5 * 1.3e-7, 5 * 1.8e-6, 5 * 1.5
-# bf16 keeps 8 bits: two partial sums rounded before they meet.
-BF16_LOSS_RTOL, BF16_NORM_RTOL = 5 * 2e-3, 5 * 1e-2
+# bf16 keeps 8 bits, and TP2 rounds two partial sums to them before they meet (PP2: no difference but in the norm).
+BF16_LOSS_RTOL, BF16_NORM_RTOL = 5 * 3.8e-4, 5 * 4.4e-3
 
 pytestmark = pytest.mark.timeout(300)  # the first test of a number of ranks trains all its layouts
 
