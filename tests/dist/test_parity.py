@@ -6,8 +6,10 @@ training of everything. Samples have no, one or two images; on two data-parallel
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -82,6 +84,7 @@ LAYOUTS = {1: ONE_RANK, 2: TWO_RANKS, 4: FOUR_RANKS}
 def folder() -> Path:
     """Samples and weights; kept until the interpreter ends."""
     path = Path(tempfile.mkdtemp(prefix="parity"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
     write_inputs(path)
     return path
 
