@@ -48,9 +48,10 @@ def play() -> None:
             plant(scene, patch)
             meet_at(Path(f"{scene['run_dir']}.{os.environ['MASTER_PORT']}.{number}"), patch)
             status = command.run_rank(resolve(config, world_size=int(os.environ["WORLD_SIZE"])), Path(scene["run_dir"]))
+        print("SCENE", json.dumps({"status": status, "seconds": round(time.monotonic() - started, 1)}), flush=True)
+        if status == 0:
             groups.destroy()
             gc.collect()
-        print("SCENE", json.dumps({"status": status, "seconds": round(time.monotonic() - started, 1)}), flush=True)
 
 
 def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:

@@ -44,21 +44,22 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     act(num_ranks, scene(folder / "whole", written), scene(broken, written, kill=[0, 3]), killed=True)
     (broken / "checkpoints" / ".partial-0-alignment-0000099" / "state").mkdir(parents=True)
     act(num_ranks, scene(broken, written, stop=[1, 0]), scene(broken, written, kill=[1, 3]), killed=True)
-    outputs = act_out(
+    # A run that fails comes last: process groups cannot be taken down safely after an error, and need not be.
+    first = act_out(
         num_ranks,
         scene(broken, written),
         scene(folder / "nan", each, nan=[1, 1]),
-        scene(folder / "full", written, full_disk=1),
-        scene(folder / "full", written),
         scene(folder / "bad", lenient),
-        scene(folder / "too bad", strict),
+        scene(folder / "full", written, full_disk=1),
     )
+    second = act_out(num_ranks, scene(folder / "full", written), scene(folder / "too bad", strict))
+    outputs = [one + other for one, other in zip(first, second, strict=True)]
     statuses = [[outcome["status"] for outcome in rank] for rank in stagehand.outcomes(outputs)]
     return Played(folder, num_ranks, written, statuses, outputs)
 
 
 def test_statuses(played: Played) -> None:
-    assert played.statuses == [[0, 0, 1, 0, 0, 1]] * played.num_ranks
+    assert played.statuses == [[0, 0, 0, 1, 0, 1]] * played.num_ranks, "\n".join(played.outputs)
 
 
 def test_killed_and_stopped_run_is_the_whole_one(played: Played) -> None:
@@ -78,8 +79,7 @@ def test_killed_and_stopped_run_is_the_whole_one(played: Played) -> None:
 def test_nan_gradient_changes_nothing_but_the_count(played: Played) -> None:
     run = played / "nan"
     assert [line["updated"] for line in steps(run).values()] == [True] * 5 + [False] + [True] * 2
-    planted = steps(run)["finetune", 1]
-    assert planted["loss"] is None and planted["grad_norm"] is None
+    assert steps(run)["finetune", 1]["grad_norm"] is None
     for rank in range(played.num_ranks):
         found = digests(run, rank)
         assert found["finetune", 1] == found["finetune", 2] != found["finetune", 3]
