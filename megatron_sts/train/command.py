@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.runtime.probe import check_fp8
-from megatron_sts.train import environment, resume
+from megatron_sts.train import environment, failure, resume
 
 
 def train(
@@ -36,7 +36,8 @@ def train(
         return 0
     if rank is not None:
         environment.join(rank, os.environ)
-        return run_rank(resolved, run_dir)
+        status = run_rank(resolved, run_dir)
+        return failure.leave(status) if status else 0
     check_fp8(resolved.config.precision)
     from megatron_sts.train.launch import launch_local
 
@@ -52,7 +53,6 @@ def default_run_dir(config: Path) -> Path:
 
 def run_rank(resolved: Resolved, run_dir: Path) -> int:
     """This process is one rank: train, and leave what went wrong where the launcher finds it."""
-    from megatron_sts.train import failure
     from megatron_sts.train.interrupt import StopRequest
 
     stop = StopRequest()  # before the imports below: the signal may come during them

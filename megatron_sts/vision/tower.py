@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from megatron_sts.config.resolve import Resolved
@@ -30,3 +32,8 @@ class VisionTower(torch.nn.Module):
         normalised = (pixels.to(torch.float32) / 255.0 - self.mean) / self.std
         features = self.encoder(normalised.to(weight.dtype))
         return features[:, self.encoder.class_token_len :]
+
+    def sharded_state_dict(self, prefix: str = "", *args: Any, **options: Any) -> dict[str, Any]:
+        """For checkpoints. A module without it is taken to hold the same tensors on all tensor-parallel ranks."""
+        sharded: dict[str, Any] = self.encoder.sharded_state_dict(f"{prefix}encoder.", *args, **options)
+        return sharded

@@ -28,7 +28,7 @@ from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore import groups
-from megatron_sts.train import command, step
+from megatron_sts.train import command, failure, step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.resume import Progress
@@ -49,9 +49,10 @@ def play() -> None:
             meet_at(Path(f"{scene['run_dir']}.{os.environ['MASTER_PORT']}.{number}"), patch)
             status = command.run_rank(resolve(config, world_size=int(os.environ["WORLD_SIZE"])), Path(scene["run_dir"]))
         print("SCENE", json.dumps({"status": status, "seconds": round(time.monotonic() - started, 1)}), flush=True)
-        if status == 0:
-            groups.destroy()
-            gc.collect()
+        if status:
+            failure.leave(0)  # as a rank does, which would say ``status``
+        groups.destroy()
+        gc.collect()
 
 
 def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
