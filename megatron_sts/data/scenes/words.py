@@ -20,6 +20,7 @@ TEMPLATE_WORDS = (
 """Every word of questions, captions and drills, besides sprite names and digits."""
 DIGITS = tuple("0123456789")
 
+REPEAT_PROBABILITY = 0.5
 CLUTTER_PROBABILITY = 0.15
 BLANK_PROBABILITY = 0.4
 
@@ -77,13 +78,15 @@ def _place_hint(rng: random.Random, patch_row: int, patch_column: int) -> str:
 def induction(rng: random.Random, key: str) -> Record:
     """A drill that teaches a fresh language model to look back: repeat a word list, tell what followed, what occurs."""
     vocabulary = load_catalog().names + ROWS + COLUMNS + DIGITS
-    words = rng.sample(vocabulary, rng.randint(6, 16) + 3)
-    absent, listed = words[:3], words[3:]
-    asked = [(f"{' '.join(listed)} . repeat", " ".join(listed))]
-    asked += [(f"what followed {listed[i]}", listed[i + 1]) for i in rng.sample(range(len(listed) - 1), 4)]
-    checks = [(word, "yes") for word in rng.sample(listed, 3)] + [(word, "no") for word in absent]
+    words = rng.sample(vocabulary, rng.randint(4, 12) + 4)
+    absent, listed = words[:4], words[4:]
+    asked = [("repeat", " ".join(listed))] if rng.random() < REPEAT_PROBABILITY else []
+    places = rng.sample(range(len(listed) - 1), min(5, len(listed) - 1))
+    asked += [(f"what followed {listed[i]}", listed[i + 1]) for i in places]
+    checks = [(word, "yes") for word in rng.sample(listed, 4)] + [(word, "no") for word in absent]
     rng.shuffle(checks)
     asked += [(f"is there a {word} ?", answer) for word, answer in checks]
+    asked[0] = (f"{' '.join(listed)} . {asked[0][0]}", asked[0][1])
     return Record(key, turns_of(asked))
 
 
