@@ -40,10 +40,13 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.timeout_s / 60,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    # Initial weights: stages must not repeat each other's draws, tensor- and data-parallel ranks must share theirs.
-    torch.manual_seed(seed + 100 * parallel_state.get_pipeline_model_parallel_rank())
+    # Initial weights: stages must not repeat each other's draws; data-parallel ranks must share theirs, and tensor-parallel
+    # ranks those of what they all hold whole. On CUDA, sharded weights come from megatron-core's tracker.
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+    torch.manual_seed(stage_seed)
     return place()
 
 
