@@ -18,6 +18,11 @@ from megatron_sts.mcore.pipeline import unwrap
 
 _HEAD, _EMBEDDING = "language.output_layer.weight", "language.embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
+_FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+"""Transformer Engine keeps a norm in the linear layer that follows it."""
 
 
 def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -26,7 +31,8 @@ def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
         for name, parameter in chunk.named_parameters():
             if match := _LAYER.match(name):
                 layer = chunk.language.decoder.layers[int(match[1])].layer
-                name = f"language.decoder.layers.{layer}.{name[match.end() :]}"
+                rest = name[match.end() :]
+                name = f"language.decoder.layers.{layer}.{_FUSED_NORMS.get(rest, rest)}"
             elif name == _HEAD and chunk.share_embeddings_and_output_weights:
                 name = _EMBEDDING  # the last stage's copy of the tied weight
             yield name, parameter
