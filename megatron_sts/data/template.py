@@ -30,7 +30,7 @@ def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_
     LLaVA's alignment stage, which drops the question's words. Loss falls on answers and the ``</s>`` after each.
 
     Raises:
-        BadSampleError: markers and images differ in number, or there is nothing to learn from.
+        BadSampleError: markers and images differ in number, an answer holds a marker, or there is nothing to learn from.
     """
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
@@ -47,6 +47,8 @@ def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_
 def _add_turn(encoder: _Encoder, turn: Turn, template: TemplateName) -> None:
     tokenizer = encoder.tokenizer
     if turn.role == "assistant":
+        if IMAGE_MARKER in turn.text:
+            raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
         if template == "chat":
             encoder.add([tokenizer.assistant_id])
         encoder.add([*tokenizer.encode(turn.text), tokenizer.eos_id], is_target=True)
