@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import sentencepiece
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.data.scenes.catalog import asset
 
 EMBEDDED = "scenes"
@@ -51,6 +52,8 @@ class Tokenizer:
         """``scenes`` for the embedded one, a ``*.model`` file of SentencePiece, else a folder for transformers."""
         if name_or_path == EMBEDDED:
             return cls(_SentencePieceCodec(asset("tokenizer.model").read_bytes()))
+        if not Path(name_or_path).exists():
+            raise ConfigError(f"data.tokenizer={name_or_path}: no such file or folder; correct it, or use {EMBEDDED}")
         if name_or_path.endswith(".model"):
             return cls(_SentencePieceCodec(Path(name_or_path).read_bytes()))
         return cls(_HuggingFaceCodec(name_or_path))
@@ -92,7 +95,10 @@ class _HuggingFaceCodec:
     """Adds the special pieces it lacks at the end; ``vocab_size`` counts them."""
 
     def __init__(self, folder: str) -> None:
-        from transformers import AutoTokenizer
+        try:
+            from transformers import AutoTokenizer
+        except ModuleNotFoundError:
+            raise ConfigError(f"data.tokenizer={folder}: needs transformers; pip install transformers") from None
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         known = self._tokenizer.get_vocab()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
@@ -23,7 +24,7 @@ class BatchPreparer:
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, *, needs_pixels: bool, checks_pixels: bool) -> None:
         vtc, vision = stage.config.vtc, resolved.config.model.vision
-        self.tokenizer = Tokenizer.load(stage.data.tokenizer)
+        self.tokenizer = _tokenizer_for(stage, resolved.config.model.language.vocab_size)
         self._stage = stage
         self._image_size = vision.image_size if vision else 0
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
@@ -79,3 +80,14 @@ class BatchPreparer:
                 blank = torch.zeros(self._image_size, self._image_size, 3, dtype=torch.uint8).numpy()
                 pixels, is_bad = [blank] * encoded.num_images, True
         return PreparedSample(encoded, places, kept, tuple(pixels) if self._needs_pixels and pixels else None, is_bad)
+
+
+def _tokenizer_for(stage: ResolvedStage, vocab_size: int) -> Tokenizer:
+    """The stage's tokenizer; refused if it has ids beyond the vocabulary, which tensor-parallel embeddings take for zeros."""
+    tokenizer = Tokenizer.load(stage.data.tokenizer)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.language.vocab_size={vocab_size}: tokenizer {stage.data.tokenizer} of stage {stage.name} has "
+            f"{tokenizer.vocab_size} ids, <image> and the role pieces included; raise it"
+        )
+    return tokenizer

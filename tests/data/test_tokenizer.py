@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import sentencepiece
 
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.data.records import BadSampleError, Record, Turn
 from megatron_sts.data.scenes.catalog import load_catalog
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.data.scenes.words import DIGITS, TEMPLATE_WORDS
+from megatron_sts.data.template import encode
 from megatron_sts.data.tokenizer import Tokenizer
 
 FAMILIES = ("existence", "relation", "category", "counting", "ocr", "choice", "paired", "locate", "name")
@@ -69,3 +72,14 @@ def test_a_model_without_the_special_pieces_is_refused(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="<image>"):
         Tokenizer.load(str(path))
+
+
+def test_a_missing_tokenizer_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data\.tokenizer=/nowhere: no such file"):
+        Tokenizer.load("/nowhere")
+
+
+def test_an_answer_with_an_image_marker_is_a_bad_sample(tokenizer: Tokenizer) -> None:
+    turns = Turn("user", "what ?"), Turn("assistant", "<image> this")
+    with pytest.raises(BadSampleError, match="assistant turn"):
+        encode(Record("key", turns, (lambda: None,)), tokenizer, "chat", 4)  # type: ignore[arg-type,return-value]
