@@ -24,6 +24,7 @@ def compare(dense_dir: Path, sts_dir: Path) -> Comparison:
         raise ConfigError(
             f"{sts_dir}: has stages {list(sts.steps)}, {dense_dir} has {list(dense.steps)}; compare runs of one config"
         )
+    _check_same(dense, sts)
     settings = [_evaluation(run)["settings"] for run in (dense, sts)]
     if settings[0] != settings[1]:
         raise ConfigError(
@@ -31,6 +32,22 @@ def compare(dense_dir: Path, sts_dir: Path) -> Comparison:
         )
     runs = {"dense": describe(dense), "sts": describe(sts)}
     return {"runs": runs, "ratios": ratios(runs["dense"], runs["sts"])}
+
+
+SHARED = ("seed", "model", "parallel", "precision", "data", "stages")
+"""Sections of the config that two compared runs have in common, save each stage's vtc and lds."""
+
+
+def _check_same(dense: Run, sts: Run) -> None:
+    """Ratios mean something only if nothing but VTC and LDS differs."""
+    for section in SHARED:
+        values = [run.config[section] for run in (dense, sts)]
+        if section == "stages":
+            values = [[{**stage, "vtc": None, "lds": None} for stage in stages] for stages in values]
+        if values[0] != values[1]:
+            raise ConfigError(
+                f"{sts.folder}: {section} is not as in {dense.folder}, vtc and lds aside; compare runs of one config"
+            )
 
 
 def describe(run: Run) -> Comparison:

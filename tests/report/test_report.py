@@ -125,3 +125,12 @@ def test_refuses_what_cannot_be_compared(runs: tuple[Path, Path], tmp_path: Path
         compare(tmp_path / "nowhere", sts)
     with pytest.raises(ConfigError, match="3 run folders"):
         report([dense, sts, gaps], None)
+
+
+def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path]) -> None:
+    stages = [{**CONFIG["stages"][0], "lds": {"alpha": 0.3}}, CONFIG["stages"][1]]
+    dump(resolve(RunConfig.model_validate({**CONFIG, "stages": stages})), runs[1] / "config.resolved.yaml")
+    assert compare(*runs)
+    dump(resolve(RunConfig.model_validate({**CONFIG, "seed": 5})), runs[1] / "config.resolved.yaml")
+    with pytest.raises(ConfigError, match=r"seed is not as in"):
+        compare(*runs)
