@@ -244,7 +244,7 @@ class LoggingConfig(Section):
     """Steps between lines of metrics.jsonl. Lines in between are not written."""
     tensorboard: bool = True
     device_peak_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Peak of one device, for MFU. None: taken from the device table; unknown devices (CPU) report null."""
+    """Peak of one device, for MFU. None: from the device table; unknown devices (CPU) and fp32 report null."""
 
 
 class EvaluationConfig(Section):

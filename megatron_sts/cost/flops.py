@@ -153,7 +153,7 @@ def dense_step_flops(resolved: Resolved, stage: ResolvedStage, *, num_images: in
 def device_peak_tflops(device_name: str, dtype: str) -> float | None:
     """Peak dense matrix TFLOP/s of a device by the name that the CUDA driver gives it; None if unknown.
 
-    ``dtype`` is ``"bf16"`` or ``"fp8"``. A MIG slice is unknown: it has a fraction of its device's units.
+    ``dtype`` is ``"bf16"`` or ``"fp8"``; fp32 has no peak here. A MIG slice is unknown: it has a fraction of its device's units.
     """
     if "MIG" in device_name:
         return None
