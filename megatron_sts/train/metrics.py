@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ class StepCosts:
     def __init__(self, resolved: Resolved, stage: ResolvedStage) -> None:
         self._resolved, self._stage = resolved, stage
         precision = resolved.config.precision
-        dtype = "bf16" if precision.fp8 == "off" else "fp8"
+        dtype = precision.params if precision.fp8 == "off" else "fp8"
         self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(
             current_device().name, dtype
         )
@@ -73,6 +74,14 @@ def finite_or_none(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+def _ends_whole(path: Path) -> bool:
+    """Whether a file's last line, if it has any, is complete."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        return file.read() in (b"", b"\n")
+
+
 class RunLog:
     """Writes a run's lines. ``enabled=False`` (every rank but 0) turns all of it off."""
 
@@ -82,6 +91,8 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        if not _ends_whole(run_dir / "metrics.jsonl"):  # a crash in the middle of a line
+            self._lines.write("\n")
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second
