@@ -15,7 +15,15 @@ from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.runtime.dist import is_rank_zero
 from megatron_sts.train.metrics import RunLog
-from megatron_sts.train.resume import COMPLETE, PARTIAL_PREFIX, Progress, read_progress, remedy, whole_checkpoints
+from megatron_sts.train.resume import (
+    COMPLETE,
+    EVALUATION,
+    PARTIAL_PREFIX,
+    Progress,
+    read_progress,
+    remedy,
+    whole_checkpoints,
+)
 from megatron_sts.train.stage import Stage
 from megatron_sts.train.step import StepResult
 
@@ -36,6 +44,7 @@ class Checkpointer:
     def __init__(self, resolved: Resolved, folder: Path, log: RunLog) -> None:
         self._resolved, self._folder, self._log = resolved, folder, log
         self._settings = resolved.config.checkpoint
+        self._newest: Path | None = None
 
     def is_due(self, step: int) -> bool:
         """Whether to save after ``step``."""
@@ -43,21 +52,35 @@ class Checkpointer:
         return interval is not None and (step + 1) % interval == 0
 
     def find(self) -> Progress:
-        """Where the newest whole checkpoint stopped; the beginning without one. Every rank reads the same folder."""
+        """Where the newest whole checkpoint stopped; the beginning without one. A collective: rank 0 says which.
+
+        Raises:
+            ConfigError: this rank does not see it.
+        """
+        names: list[str | None] = [None]
         if is_rank_zero():
             for partial in self._folder.glob(f"{PARTIAL_PREFIX}*"):  # a crash in the middle of a save
                 shutil.rmtree(partial, ignore_errors=True)
-        newest = self._newest()
-        return read_progress(newest) if newest else Progress()
+            names = [path.name for path in whole_checkpoints(self._folder)[-1:]] or names
+        dist.broadcast_object_list(names, src=0)
+        if names[0] is None:
+            return Progress()
+        self._newest = self._folder / names[0]
+        if not (self._newest / COMPLETE).is_file():
+            raise ConfigError(
+                f"--run-dir={self._folder.parent}: this rank does not see checkpoint {names[0]}, which rank 0 goes on from; "
+                "give a folder that all nodes share"
+            )
+        return read_progress(self._newest)
 
     def restore(self, stage: Stage, progress: Progress) -> Progress:
-        """Loads the newest checkpoint into ``stage`` if it was saved within it; a collective.
+        """Loads the checkpoint that ``find`` found into ``stage`` if it was saved within it; a collective.
 
         Raises:
             CheckpointError: it is damaged.
             ConfigError: it was trained with other skip masks.
         """
-        newest = self._newest()
+        newest = self._newest
         if newest is None or progress.stage != stage.spec.index or progress.step == 0:
             return progress
         try:
@@ -104,10 +127,8 @@ class Checkpointer:
             (partial / COMPLETE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
             partial.rename(self._folder / name)
             self._forget_old()
+            (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these
         dist.barrier()
-
-    def _newest(self) -> Path | None:
-        return next(reversed(whole_checkpoints(self._folder)), None)
 
     def _forget_old(self) -> None:
         for path in whole_checkpoints(self._folder)[: -self._settings.keep_last]:
