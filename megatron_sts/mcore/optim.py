@@ -161,7 +161,13 @@ class StageOptimizer:
 
     def _allocate_moments(self) -> None:
         """Zero moments for every parameter from the start: checkpoints hold all of them, skipped layers included."""
-        for part in self._torch_adams():
+        for wrapper in self.optimizer.chained_optimizers:
+            if wrapper.is_stub_optimizer:
+                continue
+            part = wrapper.optimizer
+            if not isinstance(part, torch.optim.Adam):  # a fused kernel of another package
+                wrapper.init_state_fn(part, wrapper.config)
+                continue
             for group in part.param_groups:
                 for parameter in group["params"]:
                     zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
