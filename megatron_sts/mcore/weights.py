@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.mcore.groups import place
 from megatron_sts.mcore.pipeline import unwrap
 
@@ -42,7 +43,7 @@ def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
     """Copies the weights of ``part`` (vision, projector or language) from a safetensors file into this rank's shards.
 
     Raises:
-        ValueError: a tensor is missing or has another shape than the model.
+        ConfigError: a tensor is missing or has another shape than the model.
     """
     with safe_open(path, framework="pt") as file:
         available = set(file.keys())
@@ -50,12 +51,12 @@ def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
             if not name.startswith(f"{part}."):
                 continue
             if name not in available:
-                raise ValueError(
+                raise ConfigError(
                     f"model.{part}.init={path}: has no tensor {name}; does it belong to this architecture?"
                 )
             shard = shard_of(name, file.get_tensor(name), parameter)
             if shard.shape != parameter.shape:
-                raise ValueError(
+                raise ConfigError(
                     f"model.{part}.init={path}: {name} has shape {tuple(shard.shape)} on this rank, "
                     f"the model needs {tuple(parameter.shape)}"
                 )

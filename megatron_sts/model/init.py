@@ -33,6 +33,8 @@ def build_model(resolved: Resolved, gate: SkipGate) -> list[torch.nn.Module]:
 def _load(chunks: Sequence[torch.nn.Module], part: str, init: str) -> None:
     if init.startswith(EMBEDDED_PREFIX):
         resource = files("megatron_sts.model") / "tiny" / f"{init.removeprefix(EMBEDDED_PREFIX)}.safetensors"
+        if not resource.is_file():
+            raise ConfigError(f"model.{part}.init={init}: this package embeds no such weights")
         with as_file(resource) as path:
             load_part(chunks, part, path)
         return
