@@ -57,11 +57,6 @@ class ForwardFlops:
     """One decoder layer."""
     head: Flops
 
-    def total(self, num_layers: int) -> int:
-        """The forward pass with ``num_layers`` decoder layers executed."""
-        once = (self.patch_embedding, self.vision_layers, self.projector_in, self.projector_out, self.head)
-        return sum(piece.forward for piece in once) + num_layers * self.decoder_layer.forward
-
 
 def forward_flops(
     model: ModelConfig,

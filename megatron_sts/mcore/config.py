@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.mcore.layer import has_transformer_engine
 from megatron_sts.runtime.device import current_device
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -111,12 +110,3 @@ def projector_config(resolved: Resolved) -> TransformerConfig:
         add_bias_linear=True,
         init_method_std=language.init_std,
     )
-
-
-__all__ = [
-    "PARAMS_DTYPE",
-    "has_transformer_engine",
-    "language_config",
-    "projector_config",
-    "vision_config",
-]

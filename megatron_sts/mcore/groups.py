@@ -67,21 +67,6 @@ def place() -> Place:
     )
 
 
-def data_parallel_group() -> dist.ProcessGroup:
-    """Ranks that hold the same parameters and see different samples."""
-    return parallel_state.get_data_parallel_group(with_context_parallel=True)
-
-
 def tensor_parallel_group() -> dist.ProcessGroup:
     """Ranks that share each layer's matrices."""
     return parallel_state.get_tensor_model_parallel_group()
-
-
-def last_stage_global_rank() -> int:
-    """Global rank of this rank's pipeline's last stage, the source of losses and predictions."""
-    return parallel_state.get_pipeline_model_parallel_last_rank()
-
-
-def pipeline_group() -> dist.ProcessGroup:
-    """Ranks that hold the stages of one pipeline."""
-    return parallel_state.get_pipeline_model_parallel_group()

@@ -13,11 +13,6 @@ import torch.distributed as dist
 from megatron_sts.runtime.device import current_device
 
 
-def world_size_from_env() -> int:
-    """Ranks that the launcher announced (1 without a launcher)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 @contextmanager
 def process_group(timeout_s: float) -> Iterator[None]:
     """Joins the launcher's process group (or makes one of a single rank) and leaves it afterwards.
