@@ -59,7 +59,7 @@ class LanguageConfig(Section):
     kv_channels: PositiveInt | None = None
     """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
     vocab_size: PositiveInt
-    rotary_base: float = 10000.0
+    rotary_base: PositiveInt = 10000
     norm_epsilon: float = 1e-5
     tie_word_embeddings: bool = False
     init_std: float = 0.02

@@ -86,7 +86,7 @@ def build_decoder(
         pre_process=pre_process,
         post_process=post_process,
         position_embedding_type="mrope",
-        rotary_base=int(language.rotary_base),
+        rotary_base=language.rotary_base,
         share_embeddings_and_output_weights=language.tie_word_embeddings,
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,

@@ -26,6 +26,8 @@ class MultimodalModel(PipelineChunk):
         )
         self.pre_process = pre_process
         self.post_process = post_process
+        self.awaited = resolved.config.parallel.overlap_grad_reduce
+        """Whether other ranks wait for the gradients of tower and projector in every micro-batch."""
         self.vision: VisionTower | None = None
         if pre_process and resolved.config.model.vision is not None:
             self.vision = VisionTower(resolved)
@@ -42,14 +44,14 @@ class MultimodalModel(PipelineChunk):
         if self.vision is not None:
             if batch.pixels is not None:
                 embeddings = merge_visual(embeddings, self.see(batch.pixels, batch.visual_indices), batch.is_visual)
-            elif self.training and torch.is_grad_enabled():
+            elif self.awaited and torch.is_grad_enabled():
                 embeddings = embeddings + self.see_nothing(batch)
         return self.to_sequence_parallel(embeddings)
 
     def see_nothing(self, batch: Batch) -> torch.Tensor:
-        """A zero that depends on tower and projector: without an image in a micro-batch their gradients must still
+        """A zero that depends on tower and projector.
 
-        become ready, or ranks that had one would wait for them in an overlapped reduction.
+        In an overlapped reduction their gradients must become ready without an image too, or ranks that had one would wait.
         """
         assert self.vision is not None
         size = self.vision.encoder.img_h

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.runtime.device import current_device
 
 
@@ -36,6 +38,21 @@ def process_group(timeout_s: float) -> Iterator[None]:
 def is_rank_zero() -> bool:
     """Whether this process reports for the whole run."""
     return dist.get_rank() == 0
+
+
+def check_same_everywhere(what: str, text: str) -> None:
+    """Refuses to go on when ranks hold different ``text``; a collective. They would wait for each other later.
+
+    Raises:
+        ConfigError: on every rank, naming ``what`` differs.
+    """
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    digest = digest.to(current_device().torch_device, torch.int64)
+    lowest, highest = digest.clone(), digest.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
+    if not torch.equal(lowest, highest):
+        raise ConfigError(f"{what} differs between ranks; start every rank with the same file, overrides and version")
 
 
 def max_over_ranks(values: list[float]) -> list[float]:

@@ -12,7 +12,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
-from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_group
+from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, max_over_ranks, process_group
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.runtime.probe import check_fp8
 from megatron_sts.train.checkpoint import Checkpointer, advance
@@ -31,6 +31,7 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
     check_fp8(resolved.config.precision)
     with process_group(resolved.config.parallel.timeout_s):
+        check_same_everywhere("the resolved config", resolved.model_dump_json())
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
