@@ -200,6 +200,10 @@ def check_evaluation(config: RunConfig) -> None:
     for family in evaluation.families:
         if family not in EVALUATION_FAMILIES:
             refuse("evaluation.families", family, "unknown family", f"choose from {', '.join(EVALUATION_FAMILIES)}")
+    if unknown := set(evaluation.left_out_of_mean) - set(evaluation.families):
+        refuse("evaluation.left_out_of_mean", sorted(unknown)[0], "not in evaluation.families", "remove it")
+    if evaluation.families and set(evaluation.families) == set(evaluation.left_out_of_mean):
+        refuse("evaluation.left_out_of_mean", "all families", "no family is left for the mean", "remove one")
     if config.model.vision is None and evaluation.num_questions and not evaluation.words:
         refuse("evaluation.words", "false", "model.vision is null", "set it to true or evaluation.num_questions=0")
 

@@ -253,6 +253,8 @@ class EvaluationConfig(Section):
     num_questions: Annotated[int, Field(ge=0)] = 0
     """Questions a family; 0 turns evaluation off."""
     families: tuple[str, ...] = ("existence", "relation", "counting", "ocr", "choice", "paired")
+    left_out_of_mean: tuple[str, ...] = ()
+    """Families that are asked and shown, but not part of a comparison's mean: those the model cannot learn at its size."""
     splits: tuple[Literal["eval", "eval_heldout", "eval_style"], ...] = ("eval",)
     words: bool = False
     """Give the scene in words instead of the image (text-only models; the gate of the backbones)."""

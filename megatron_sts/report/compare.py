@@ -60,6 +60,7 @@ def describe(run: Run) -> Comparison:
         "split": split,
         "stages": {name: stage_costs(run, name) for name in run.steps},
         "accuracy": {name: found["accuracy"] for name, found in families.items()},
+        "left_out_of_mean": run.config["evaluation"].get("left_out_of_mean", []),
         "standard_error": {name: found["standard_error"] for name, found in families.items()},
         "pope_f1": families.get("existence", {}).get("f1"),
         "mme_accuracy_plus": families.get("paired", {}).get("accuracy_plus"),
@@ -97,7 +98,8 @@ def ratios(dense: Comparison, sts: Comparison) -> Comparison:
         return _ratio(*(sum(run["stages"][name][key] for name in stages) for run in (sts, dense)))
 
     def mean(run: Comparison) -> float:
-        return sum(run["accuracy"].values()) / len(run["accuracy"])
+        kept = [value for name, value in run["accuracy"].items() if name not in run["left_out_of_mean"]]
+        return sum(kept) / len(kept)
 
     names = list(dense["stages"])
     return {
@@ -138,10 +140,16 @@ def table_rows(comparison: Comparison) -> list[Row]:
         ("all stages: wall-clock", "", "", _times(ratio["wall"])),
     ]
     rows += [
-        (f"accuracy: {name}", _share(dense, name), _share(sts, name), _times(ratio["accuracy"][name]))
+        (
+            f"accuracy: {name}{_mark(dense, name)}",
+            _share(dense, name),
+            _share(sts, name),
+            _times(ratio["accuracy"][name]),
+        )
         for name in dense["accuracy"]
     ]
-    rows += [("accuracy: mean", "", "", _times(ratio["accuracy_mean"]))]
+    without = " (without *)" if dense["left_out_of_mean"] else ""
+    rows += [(f"accuracy: mean{without}", "", "", _times(ratio["accuracy_mean"]))]
     for key, label in (("pope_f1", "POPE F1"), ("mme_accuracy_plus", "MME acc+")):
         if dense[key] is not None and sts[key] is not None:
             rows.append((label, f"{dense[key]:.3f}", f"{sts[key]:.3f}", _times(_ratio(sts[key], dense[key]))))
@@ -159,6 +167,10 @@ def _stage_rows(name: str, dense: Comparison, sts: Comparison) -> list[Row]:
         (f"{name}: {label}", write(dense[key]), write(sts[key]), _times(_ratio(sts[key], dense[key])))
         for label, key, write in shown
     ]
+
+
+def _mark(run: Comparison, family: str) -> str:
+    return " *" if family in run["left_out_of_mean"] else ""
 
 
 def _share(run: Comparison, family: str) -> str:
