@@ -69,7 +69,7 @@ def grow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         for copy in (0, 1):
             is_silent = copy == 1 and rest in OUTPUTS
             grown[".".join([*prefix, str(2 * int(layer) + copy), rest])] = (
-                torch.zeros_like(tensor) if is_silent else tensor
+                torch.zeros_like(tensor) if is_silent else tensor.clone()
             )
     return grown
 
