@@ -15,6 +15,8 @@ EMBEDDED = "scenes"
 IMAGE_PIECE = "<image>"
 USER_PIECE = "<|user|>"
 ASSISTANT_PIECE = "<|assistant|>"
+RESERVED = "reserved_special_token"
+"""In the names of ids that a vocabulary keeps free for its users."""
 
 
 class _Codec(Protocol):
@@ -92,7 +94,10 @@ class _SentencePieceCodec:
 
 
 class _HuggingFaceCodec:
-    """Adds the special pieces it lacks at the end; ``vocab_size`` counts them."""
+    """Gives the special pieces it lacks an id that it reserves for such use (Llama-3 does), else one at the end.
+
+    ``vocab_size`` counts added ids.
+    """
 
     def __init__(self, folder: str) -> None:
         try:
@@ -103,7 +108,10 @@ class _HuggingFaceCodec:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         known = self._tokenizer.get_vocab()
         missing = [piece for piece in (IMAGE_PIECE, USER_PIECE, ASSISTANT_PIECE) if piece not in known]
-        self._tokenizer.add_special_tokens({"additional_special_tokens": missing})
+        reserved = sorted((piece for piece in known if RESERVED in piece), key=known.__getitem__)
+        self._stand_ins = dict(zip(missing, reserved, strict=False)) if len(reserved) >= len(missing) else {}
+        if not self._stand_ins:
+            self._tokenizer.add_tokens(missing, special_tokens=True)
         self.vocab_size: int = len(self._tokenizer)
         self.eos_id: int = self._tokenizer.eos_token_id
         bos, pad = self._tokenizer.bos_token_id, self._tokenizer.pad_token_id
@@ -119,5 +127,5 @@ class _HuggingFaceCodec:
         return text
 
     def piece_id(self, piece: str) -> int:
-        found: int = self._tokenizer.convert_tokens_to_ids(piece)
+        found: int = self._tokenizer.convert_tokens_to_ids(self._stand_ins.get(piece, piece))
         return found

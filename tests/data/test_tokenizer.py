@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+import tokenizers
+import transformers
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.data.records import BadSampleError, Record, Turn
@@ -83,3 +85,25 @@ def test_an_answer_with_an_image_marker_is_a_bad_sample(tokenizer: Tokenizer) ->
     turns = Turn("user", "what ?"), Turn("assistant", "<image> this")
     with pytest.raises(BadSampleError, match="assistant turn"):
         encode(Record("key", turns, (lambda: None,)), tokenizer, "chat", 4)  # type: ignore[arg-type,return-value]
+
+
+@pytest.mark.parametrize("num_reserved", [0, 4])
+def test_a_hugging_face_folder_gets_the_special_pieces_without_outgrowing_a_vocabulary_that_reserves_ids(
+    tmp_path: Path, num_reserved: int
+) -> None:
+    words = ["<pad>", "<s>", "</s>", "cat", *(f"<|reserved_special_token_{i}|>" for i in range(num_reserved))]
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>")
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    fast.save_pretrained(tmp_path)
+
+    tokenizer = Tokenizer.load(str(tmp_path))
+
+    special = [tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id]
+    assert special == [4, 5, 6]
+    assert tokenizer.vocab_size == max(len(words), 7)
+    assert tokenizer.encode("cat") == [3]
