@@ -10,6 +10,7 @@ warnings.filterwarnings("ignore", module=r"megatron\.")
 # It passes these on from torch at every load, which a user can do nothing about.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
 logging.getLogger("megatron").setLevel(logging.ERROR)
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 if not current_device().is_cuda:
     from megatron_sts.mcore import cpu
