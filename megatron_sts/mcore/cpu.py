@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = (
     "empty",
@@ -54,6 +55,7 @@ def _install_devices() -> None:
     torch.cuda.current_stream = lambda *_a, **_k: _NoStream()  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_a, **_k: None
     torch.cuda.empty_cache = lambda: None
+    _device_constructors()  # caches the real factories now, or `with torch.device("meta")` would no longer know them
     for name in _FACTORIES:
         setattr(torch, name, _creates_on_cpu(getattr(torch, name)))
 
