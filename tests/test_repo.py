@@ -78,4 +78,4 @@ def test_named_config_resolves(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_example_resolves(path: Path) -> None:
-    resolve(load(path))
+    assert all(stage.num_steps > 0 for stage in resolve(load(path)).stages)

@@ -17,6 +17,8 @@ from megatron_sts.config.schema import PrecisionConfig
 
 Importer = Callable[[str], ModuleType]
 
+BROKEN_INSTALL_ERRORS = (ImportError, AssertionError, AttributeError, OSError, RuntimeError)
+"""What importing or asking a partial installation may raise."""
 APEX_EXTENSIONS = ("amp_C", "fused_layer_norm_cuda", "fused_weight_gradient_mlp_cuda")
 """NVIDIA apex as built with its CUDA extensions. ``import apex`` proves nothing: PyPI's apex is a Pyramid toolkit."""
 
@@ -243,7 +245,7 @@ def _apex(importer: Importer) -> Component:
         try:
             importer("torch")
             importer(extension)
-        except Exception:
+        except BROKEN_INSTALL_ERRORS:
             missing.append(extension)
     problem = f"no {', '.join(missing)}" if missing else ""
     if missing and _is_pyramid_apex():
@@ -272,7 +274,7 @@ def _gpus(importer: Importer) -> tuple[Gpu, ...]:
     try:
         cuda = importer("torch").cuda
         properties = [cuda.get_device_properties(i) for i in range(cuda.device_count())] if cuda.is_available() else []
-    except Exception:  # a driver that torch cannot talk to
+    except BROKEN_INSTALL_ERRORS:  # a driver that torch cannot talk to
         return ()
     return tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in properties)
 
@@ -283,7 +285,7 @@ def _cuda_versions(importer: Importer) -> tuple[str | None, str | None]:
         torch = importer("torch")
         nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None
         return torch.version.cuda, nccl
-    except Exception:
+    except BROKEN_INSTALL_ERRORS:
         return None, None
 
 
