@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Part = Literal["vision", "projector", "language"]
 PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -89,10 +90,16 @@ class ParallelConfig(Section):
     sequence_parallel: bool = False
     data_parallel_size: PositiveInt | None = None
     """None: the world size divided by tensor x pipeline x context sizes (1 for a local launch)."""
-    layout: Literal["even"] = "even"
-    """How decoder layers are dealt to pipeline chunks."""
+    layout: Literal["even", "auto"] | tuple[NonNegativeInt, ...] = "even"
+    """Decoder layers of each pipeline chunk, in the order in which data pass (chunk v x pp + p is pipeline rank p's).
+
+    even: as many in each; auto: planned for the run's LDS schedule (``megatron-sts plan`` shows it).
+    """
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False
+    """Reduce a layer's gradients while earlier layers still run backward."""
+    overlap_param_gather: bool = False
+    """Gather a layer's updated parameters while the layers before it run forward; needs the distributed optimizer."""
     overlap_p2p_comm: bool = True
     """Individual, overlapped stage-to-stage transfers; interleaving with two pipeline ranks is wrong without it."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -182,23 +189,37 @@ class VtcConfig(Section):
 
 
 class LdsConfig(Section):
-    """Layer Dynamic Skipper: p_l(e) = alpha ((E-e)/E)^2 (1 + epsilon (2l-(L-1))/(L-1))."""
+    """Layer Dynamic Skipper: p_l(e) = alpha x decay(e) x depth(l), arXiv 2509.18150.
+
+    The paper's: decay(e) = ((E-e)/E)^2 and depth(l) = 1 + epsilon (2l-(L-1))/(L-1).
+    """
 
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
     epsilon: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.5
-    schedule: Literal["paper", "constant"] = "paper"
-    depth_profile: Literal["linear", "flat"] = "linear"
-    sampler: Literal["bernoulli", "fixed"] = "bernoulli"
+    schedule: Literal["paper", "linear", "cosine", "constant", "piecewise"] = "paper"
+    """decay(e) with x = e/E: paper (1-x)^2, linear 1-x, cosine (1+cos(pi x))/2, constant 1, piecewise ``schedule_points``."""
+    schedule_points: tuple[tuple[Fraction, Fraction], ...] = ()
+    """piecewise: (x, decay) with rising x, joined by straight lines and held before the first and after the last."""
+    depth_profile: Literal["linear", "flat", "protect"] = "linear"
+    """depth(l): linear as the paper's, flat 1, protect 0 for the protected layers and linear over the rest."""
+    protect_first: NonNegativeInt = 0
+    """protect: so many layers next to the input are never skipped."""
+    protect_last: NonNegativeInt = 0
+    """protect: so many layers next to the output are never skipped."""
+    sampler: Literal["bernoulli", "balanced", "quota", "fixed"] = "bernoulli"
+    """How masks with these probabilities are drawn; balanced and quota even out what pipeline ranks execute."""
     fixed_layers: tuple[int, ...] = ()
     """fixed: the 0-based layers skipped in every step."""
-    granularity: Literal["step"] = "step"
+    granularity: Literal["step", "microbatch"] = "step"
+    """Whether a step's micro-batches share one mask."""
     skipped_update: Literal["freeze", "zero_grad"] = "freeze"
-    """freeze: a skipped layer's weights and moments stay untouched; zero_grad: Adam sees a zero gradient."""
-    residual_scale: Literal["none"] = "none"
+    """Layers skipped in a whole step. freeze: weights and moments stay untouched; zero_grad: Adam sees a zero gradient."""
+    residual_scale: Literal["none", "inverse_keep"] = "none"
+    """inverse_keep: what a layer that runs adds to the residual stream is divided by 1 - p_l (stochastic depth)."""
 
     @model_validator(mode="after")
     def _probabilities(self) -> LdsConfig:
-        largest = self.alpha * (1 + abs(self.epsilon)) if self.depth_profile == "linear" else self.alpha
+        largest = self.alpha * (1 + abs(self.epsilon)) if self.depth_profile != "flat" else self.alpha
         if largest > 1:
             raise ValueError(
                 f"alpha*(1+|epsilon|) = {largest:g} > 1 (alpha={self.alpha:g}, epsilon={self.epsilon:g}): "

@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sts.config.checks import IMAGE_MODES
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig
 
@@ -94,15 +95,21 @@ def forward_flops(
     )
 
 
-def step_flops(
-    resolved: Resolved,
-    stage: ResolvedStage,
-    *,
-    layers_executed: int,
-    num_images: int,
-    compressed: bool,
-    causal: Causal = "half",
-) -> int:
+@dataclass(frozen=True)
+class StepWork:
+    """Training FLOPs of one global step, over all ranks, by where they are spent."""
+
+    before: int
+    """Vision tower and projector: on the first pipeline rank."""
+    layer: int
+    """One decoder layer that runs in every micro-batch."""
+    after: int
+    """The head: on the last pipeline rank."""
+
+
+def step_work(
+    resolved: Resolved, stage: ResolvedStage, *, num_images: int, compressed: bool, causal: Causal = "half"
+) -> StepWork:
     """Training FLOPs of one global step, over all ranks.
 
     A piece computes its weight gradient if its part trains, and its input gradient if anything that trains lies
@@ -111,7 +118,6 @@ def step_flops(
     Args:
         resolved: the run.
         stage: which stage; its freeze list, batch and token counts apply.
-        layers_executed: decoder layers that were not skipped in this step.
         num_images: images in the global batch.
         compressed: count the sequence after VTC; False: what the same batch costs without VTC.
         causal: how much of the decoder's score matrix counts.
@@ -127,14 +133,28 @@ def step_flops(
     )
     vision, projector, language = (_trains(stage, part) for part in ("vision", "projector", "language"))
     before_decoder = vision or projector or language  # the word embedding is part of the language model
-    once = (
-        pieces.patch_embedding.training(trains=vision, gradient_passes=False)
+    return StepWork(
+        before=pieces.patch_embedding.training(trains=vision, gradient_passes=False)
         + pieces.vision_layers.training(trains=vision, gradient_passes=vision)
         + pieces.projector_in.training(trains=projector, gradient_passes=vision)
-        + pieces.projector_out.training(trains=projector, gradient_passes=vision or projector)
-        + pieces.head.training(trains=language, gradient_passes=before_decoder)
+        + pieces.projector_out.training(trains=projector, gradient_passes=vision or projector),
+        layer=pieces.decoder_layer.training(trains=language, gradient_passes=before_decoder),
+        after=pieces.head.training(trains=language, gradient_passes=before_decoder),
     )
-    return once + layers_executed * pieces.decoder_layer.training(trains=language, gradient_passes=before_decoder)
+
+
+def step_flops(
+    resolved: Resolved,
+    stage: ResolvedStage,
+    *,
+    layers_executed: float,
+    num_images: int,
+    compressed: bool,
+    causal: Causal = "half",
+) -> int:
+    """``step_work`` of a step in which ``layers_executed`` decoder layers ran, in the mean over micro-batches."""
+    work = step_work(resolved, stage, num_images=num_images, compressed=compressed, causal=causal)
+    return work.before + round(layers_executed * work.layer) + work.after
 
 
 def dense_step_flops(resolved: Resolved, stage: ResolvedStage, *, num_images: int, causal: Causal = "half") -> int:
@@ -143,6 +163,14 @@ def dense_step_flops(resolved: Resolved, stage: ResolvedStage, *, num_images: in
     return step_flops(
         resolved, stage, layers_executed=num_layers, num_images=num_images, compressed=False, causal=causal
     )
+
+
+def images_per_step(resolved: Resolved, stage: ResolvedStage) -> int:
+    """The most images a global batch of the stage can hold."""
+    has_images = stage.data.source == "llava_json" or stage.data.mode in IMAGE_MODES
+    if resolved.config.model.vision is None or not has_images:
+        return 0
+    return stage.config.batch.global_batch_size * stage.config.batch.max_images
 
 
 def device_peak_tflops(device_name: str, dtype: str) -> float | None:

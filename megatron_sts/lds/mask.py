@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -16,23 +17,35 @@ STREAM = 1
 
 @dataclass(frozen=True)
 class SkipMask:
-    """The layers (0-based) that every rank and every micro-batch of one step skips."""
+    """The layers (0-based) that every rank skips in one step."""
 
     stage: int
     step: int
-    skipped: tuple[bool, ...]
+    rows: tuple[tuple[bool, ...], ...]
+    """[micro-batches, layers], True where skipped; a single row holds for every micro-batch."""
 
     @property
-    def num_skipped(self) -> int:
-        return sum(self.skipped)
+    def num_layers(self) -> int:
+        return len(self.rows[0])
 
-    def skips(self, layer: int) -> bool:
-        return self.skipped[layer]
+    def row(self, microbatch: int) -> tuple[bool, ...]:
+        """What one micro-batch (0-based within the step, the same for all data-parallel ranks) skips."""
+        return self.rows[microbatch] if len(self.rows) > 1 else self.rows[0]
+
+    @cached_property
+    def idle(self) -> tuple[bool, ...]:
+        """The layers that no micro-batch of the step runs."""
+        return tuple(all(column) for column in zip(*self.rows, strict=True))
+
+    @property
+    def num_skipped(self) -> float:
+        """Layers skipped, in the mean over micro-batches."""
+        return sum(map(sum, self.rows)) / len(self.rows)
 
     @property
     def digest(self) -> str:
         """16 hex digits of SHA-256 over stage, step and bits, for logs and comparisons."""
-        bits = "".join("01"[skip] for skip in self.skipped)
+        bits = "/".join("".join("01"[skip] for skip in row) for row in self.rows)
         return hashlib.sha256(f"{self.stage}:{self.step}:{bits}".encode()).hexdigest()[:16]
 
 
@@ -45,9 +58,9 @@ def draw_mask(lds: LdsConfig, seed: int, stage: int, step: int, num_steps: int, 
     probabilities = skip_probabilities(lds, step, num_steps, num_layers)
     raw = np.random.Philox(key=[seed, stage], counter=[0, step, 0, STREAM]).random_raw(num_layers)
     uniform = (raw >> np.uint64(11)) * 2.0**-53
-    return SkipMask(stage, step, tuple((uniform < probabilities).tolist()))
+    return SkipMask(stage, step, (tuple((uniform < probabilities).tolist()),))
 
 
 def dense_mask(stage: int, step: int, num_layers: int) -> SkipMask:
     """The mask of a step that skips nothing."""
-    return SkipMask(stage, step, (False,) * num_layers)
+    return SkipMask(stage, step, ((False,) * num_layers,))

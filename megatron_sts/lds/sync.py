@@ -114,7 +114,7 @@ class MaskPlan:
         """uint8 [16 + block_steps * num_layers]: stage and first step as int64, then the bits, zero past the end."""
         header = np.array([self._stage, start], dtype=np.int64).view(np.uint8)
         bits = np.zeros((self._block_steps, self._num_layers), dtype=np.uint8)
-        bits[: len(block)] = [mask.skipped for mask in block]
+        bits[: len(block)] = [mask.rows[0] for mask in block]
         return torch.from_numpy(np.concatenate([header, bits.ravel()])).to(self._device)
 
     def _explain(self, payloads: list[np.ndarray]) -> str:

@@ -39,7 +39,7 @@ class StepCosts:
         executed = step_flops(
             self._resolved,
             stage,
-            layers_executed=len(result.mask.skipped) - result.mask.num_skipped,
+            layers_executed=result.mask.num_layers - result.mask.num_skipped,
             num_images=num_images,
             compressed=True,
         )

@@ -70,7 +70,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
         sequence_length=stage.spec.sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
     )
-    grad_norm = stage.optimizer.step(skipped_layers=[i for i, skipped in enumerate(mask.skipped) if skipped])
+    grad_norm = stage.optimizer.step(skipped_layers=[i for i, idle in enumerate(mask.idle) if idle])
     stage.gate.clear()
     totals = reduce_totals(stage, reports, counted)
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan

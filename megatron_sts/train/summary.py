@@ -8,9 +8,8 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.config.checks import IMAGE_MODES
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import dense_step_flops, step_flops
+from megatron_sts.cost.flops import dense_step_flops, images_per_step, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
 from megatron_sts.lds.schedule import mean_skip_fraction
 
@@ -45,7 +44,7 @@ def outline(resolved: Resolved) -> Outline:
 
 def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
     config = stage.config
-    num_images = _images_per_step(resolved, stage)
+    num_images = images_per_step(resolved, stage)
     num_layers = resolved.config.model.language.num_layers
     no_layers, all_layers = (
         step_flops(resolved, stage, layers_executed=count, num_images=num_images, compressed=True)
@@ -73,14 +72,6 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "vtc": None if config.vtc is None else config.vtc.model_dump(mode="json"),
         "lds": None if config.lds is None else config.lds.model_dump(mode="json"),
     }
-
-
-def _images_per_step(resolved: Resolved, stage: ResolvedStage) -> int:
-    """The most images a global batch can hold."""
-    has_images = stage.data.source == "llava_json" or stage.data.mode in IMAGE_MODES
-    if resolved.config.model.vision is None or not has_images:
-        return 0
-    return stage.config.batch.global_batch_size * stage.config.batch.max_images
 
 
 def print_json(outline: Outline, stream: TextIO) -> None:

@@ -147,7 +147,7 @@ def train_stage(stage: Stage, trained: Trained) -> None:
         trained.losses.append(result.loss)
         trained.grad_norms.append(result.grad_norm)
         trained.lrs.append(result.lr)
-        trained.masks.append(result.mask.skipped)
+        trained.masks.append(result.mask.idle)
 
 
 def skipped_state(stage: Stage, step: int) -> dict[tuple[int, int], list[torch.Tensor]]:
@@ -159,7 +159,7 @@ def skipped_state(stage: Stage, step: int) -> dict[tuple[int, int], list[torch.T
     by_layer = stage.optimizer._layer_params
     return {
         (layer, number): [tensor.clone() for tensor in (parameter, *states[parameter].values())]
-        for layer, skipped in enumerate(stage.mask(step).skipped)
+        for layer, skipped in enumerate(stage.mask(step).idle)
         for number, parameter in enumerate(by_layer.get(layer, ()))
         if skipped
     }

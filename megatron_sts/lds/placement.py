@@ -1,0 +1,31 @@
+"""Where the decoder layers run, and what each pipeline rank computes besides them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.cost.flops import images_per_step, step_work
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a stage's work lies on the pipeline ranks."""
+
+    owner: tuple[int, ...]
+    """Pipeline rank of each 0-based decoder layer."""
+    fixed_work: tuple[float, ...]
+    """What each pipeline rank computes in every step besides decoder layers, in units of one layer's FLOPs."""
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.fixed_work)
+
+
+def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
+    """The run's layout with a full batch of the stage: vision tower and projector on the first rank, head on the last."""
+    work = step_work(resolved, stage, num_images=images_per_step(resolved, stage), compressed=True)
+    fixed = [0.0] * resolved.config.parallel.pipeline_model_parallel_size
+    fixed[0] += work.before / work.layer
+    fixed[-1] += work.after / work.layer
+    return Placement(resolved.layer_owner, tuple(fixed))
