@@ -66,6 +66,9 @@ class MaskPlan:
         self._step = step
         return self._block[step - start]
 
+    def residual_scales(self, step: int) -> None:
+        return None
+
     def state_dict(self) -> dict[str, Any]:
         """What decides the masks, and the digest of the last one handed out (step 0 before the first)."""
         return {**self._fingerprint(), "step": self._step, "digest": self._draw(self._step).digest}

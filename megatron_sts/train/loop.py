@@ -76,6 +76,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             stop.agreed = True
             log.event("stop", stage=spec.name, step=progress.step)
             break
+    stage.optimizer.close()
     log.end_stage()
 
 

@@ -39,6 +39,10 @@ class Stage:
             return dense_mask(self.spec.index, step, self.resolved.config.model.language.num_layers)
         return self.masks.mask(step)
 
+    def residual_scales(self, step: int) -> Sequence[float] | None:
+        """For each decoder layer, what its contribution to the residual stream is multiplied by; None: 1."""
+        return None if self.masks is None else self.masks.residual_scales(step)
+
 
 def build_stage(
     resolved: Resolved, spec: ResolvedStage, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate

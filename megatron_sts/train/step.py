@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import SkippedSample
+from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
@@ -60,17 +61,17 @@ class StepResult:
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
     mask, counted, lr = stage.mask(step), Counted(), stage.optimizer.lr
-    stage.gate.set(mask)
-    stage.optimizer.zero_grad()
+    stage.gate.set(mask, stage.residual_scales(step))
+    stage.optimizer.begin_step(mask)
     reports = run_microbatches(
         stage.chunks,
-        forward,
-        count(stage.batches.step(step), counted),
+        partial(forward, stage.gate),
+        enumerate(count(stage.batches.step(step), counted)),
         num_microbatches=stage.spec.num_microbatches,
         sequence_length=stage.spec.sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
     )
-    grad_norm = stage.optimizer.step(skipped_layers=[i for i, idle in enumerate(mask.idle) if idle])
+    grad_norm = stage.optimizer.step(mask)
     stage.gate.clear()
     totals = reduce_totals(stage, reports, counted)
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
@@ -78,8 +79,10 @@ def train_step(stage: Stage, step: int) -> StepResult:
     return StepResult(loss, grad_norm, lr, math.isfinite(grad_norm), mask, totals, skipped)
 
 
-def forward(batch: Batch, chunk: torch.nn.Module) -> ForwardResult:
+def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module) -> ForwardResult:
     """One micro-batch through one model chunk, and the loss that the last one applies."""
+    microbatch, batch = numbered
+    gate.enter(microbatch)
     return chunk(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
 
 

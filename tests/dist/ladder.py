@@ -148,6 +148,7 @@ def train_stage(stage: Stage, trained: Trained) -> None:
         trained.grad_norms.append(result.grad_norm)
         trained.lrs.append(result.lr)
         trained.masks.append(result.mask.idle)
+    stage.optimizer.close()
 
 
 def skipped_state(stage: Stage, step: int) -> dict[tuple[int, int], list[torch.Tensor]]:

@@ -165,7 +165,7 @@ def train_plainly(written: Written, like: Updated) -> Updated:
         optimizer = make_adamw(resolved, list(weights.values()))
         for step, (lr, mask) in enumerate(zip(like.lrs, like.masks, strict=True)):
             gate.set(mask)
-            backward(stage, model, step)
+            backward(stage, gate, model, step)
             assert spec.config.lds is not None
             for name, parameter in weights.items():
                 assert (parameter.grad is None) == is_idle(name, mask)
@@ -189,12 +189,12 @@ def make_adamw(resolved: Resolved, weights: list[torch.nn.Parameter]) -> torch.o
     return torch.optim.AdamW(split, betas=settings.betas, eps=settings.eps)
 
 
-def backward(stage: Stage, model: torch.nn.Module, step: int) -> None:
+def backward(stage: Stage, gate: SkipGate, model: torch.nn.Module, step: int) -> None:
     """Gradients of the mean loss over the step's tokens."""
     num_tokens = 0
-    for batch in stage.batches.step(step):
+    for numbered in enumerate(stage.batches.step(step)):
         model.set_input_tensor([None])
-        token_losses, masked = forward(batch, model)
+        token_losses, masked = forward(gate, numbered, model)
         loss_sum, count, _ = masked(token_losses)
         loss_sum.backward()
         num_tokens += int(count)
@@ -205,7 +205,7 @@ def backward(stage: Stage, model: torch.nn.Module, step: int) -> None:
 
 def is_idle(name: str, mask: SkipMask) -> bool:
     return any(
-        mask.skips(layer) and name.startswith(f"language.decoder.layers.{layer}.") for layer in range(NUM_LAYERS)
+        mask.idle[layer] and name.startswith(f"language.decoder.layers.{layer}.") for layer in range(NUM_LAYERS)
     )
 
 
@@ -215,7 +215,7 @@ def test_updates_are_those_of_torch_adamw(folder: Path, skipped_update: str) -> 
     written = written_run(folder, stage)
     ours = train_ours(written)
     plain = train_plainly(written, ours)
-    counts = [sum(not mask.skips(layer) for mask in ours.masks) for layer in range(NUM_LAYERS)]
+    counts = [sum(not mask.idle[layer] for mask in ours.masks) for layer in range(NUM_LAYERS)]
     assert any(0 < count < 6 for count in counts)
     worst = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
     for name, expected in plain.state.items():
