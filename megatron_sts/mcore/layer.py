@@ -43,6 +43,7 @@ class SkippableTransformerLayer(TransformerLayer):
         """``hidden_states`` [s, b, h] -> ([s, b, h], cross-attention context)."""
         if self.gate.skips(self.layer):
             return hidden_states, kwargs.get("context")
+        self.gate.num_runs[self.layer] += 1
         run = partial(super().forward, **kwargs)
         output, context = (
             self._recomputed(run, hidden_states) if self.recompute and self.training else run(hidden_states)

@@ -33,10 +33,15 @@ class Stage:
     gate: SkipGate
     masks: MaskPlan | None
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return self.resolved.config.model.language.num_layers
+
     def mask(self, step: int) -> SkipMask:
         """The step's skip mask; a collective at the first step of each block."""
         if self.masks is None:
-            return dense_mask(self.spec.index, step, self.resolved.config.model.language.num_layers)
+            return dense_mask(self.spec.index, step, self.num_layers)
         return self.masks.mask(step)
 
     def residual_scales(self, step: int) -> Sequence[float] | None:
