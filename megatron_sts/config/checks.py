@@ -5,6 +5,7 @@ Every refusal is one line: the dotted field, its value, why, and what to do.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,6 +46,7 @@ def check_run(config: RunConfig) -> None:
     for stage in config.stages:
         check_parts(stage, config.model)
         check_sparsity(stage, config)
+        check_skipping(stage, config.model.language.num_layers)
         check_data(stage, config)
 
 
@@ -244,6 +246,47 @@ def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
                 f"the language model has {config.model.language.num_layers} layers",
                 f"use 0 to {config.model.language.num_layers - 1}",
             )
+
+
+def check_skipping(stage: StageConfig, num_layers: int) -> None:
+    """LDS settings are read by the schedule, profile or sampler that is chosen, and leave it something to skip."""
+    if stage.lds is None:
+        return
+    lds, field = stage.lds, f"stages.{stage.name}.lds"
+    points = f"[{', '.join(f'[{x:g}, {decay:g}]' for x, decay in lds.schedule_points)}]"
+    if (lds.schedule == "piecewise") != bool(lds.schedule_points):
+        refuse(
+            f"{field}.schedule_points",
+            points,
+            f"schedule={lds.schedule} {'needs points' if lds.schedule == 'piecewise' else 'reads none'}",
+            "give points with schedule=piecewise, and only there",
+        )
+    if any(later <= x for (x, _), (later, _) in pairwise(lds.schedule_points)):
+        refuse(f"{field}.schedule_points", points, "x does not rise from point to point", "sort them, each x once")
+    for name in ("protect_first", "protect_last"):
+        if lds.depth_profile != "protect" and (value := getattr(lds, name)):
+            refuse(f"{field}.{name}", value, f"depth_profile={lds.depth_profile} protects none", "set it to 0")
+    if lds.depth_profile == "protect" and lds.protect_first + lds.protect_last >= num_layers:
+        refuse(
+            f"{field}.protect_first",
+            lds.protect_first,
+            f"with protect_last={lds.protect_last} it leaves none of the language model's {num_layers} layers to skip",
+            "lower either",
+        )
+    if lds.fixed_layers and lds.sampler != "fixed":
+        refuse(
+            f"{field}.fixed_layers",
+            f"[{', '.join(map(str, lds.fixed_layers))}]",
+            f"sampler={lds.sampler} draws the layers",
+            "set sampler=fixed or remove them",
+        )
+    if lds.residual_scale != "none" and lds.sampler == "fixed":
+        refuse(
+            f"{field}.residual_scale",
+            lds.residual_scale,
+            "sampler=fixed always runs the same layers, so there is no probability to make up for",
+            "set it to none",
+        )
 
 
 def check_data(stage: StageConfig, config: RunConfig) -> None:

@@ -1,4 +1,4 @@
-"""Which layers one step skips: a pure function of seed, stage and step, whatever the parallel layout."""
+"""Which layers one step skips: a pure function of seed, stage and step, and of the layout only where balance asks it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from megatron_sts.config.schema import LdsConfig
-from megatron_sts.lds.schedule import skip_probabilities
+from megatron_sts.lds.effective import effective_probabilities
+from megatron_sts.lds.placement import Placement
+from megatron_sts.lds.samplers import balanced, bernoulli, stratified_offsets
 
 STREAM = 1
 """Last counter word: keeps these draws apart from those of other rooms that share seed and stage."""
+LAYOUT_SAMPLERS = ("balanced", "quota")
+"""Samplers whose masks depend on which pipeline rank owns which layer."""
+ASCII = bytes.maketrans(b"\0\1", b"01")
 
 
 @dataclass(frozen=True)
@@ -45,22 +51,37 @@ class SkipMask:
     @property
     def digest(self) -> str:
         """16 hex digits of SHA-256 over stage, step and bits, for logs and comparisons."""
-        bits = "/".join("".join("01"[skip] for skip in row) for row in self.rows)
-        return hashlib.sha256(f"{self.stage}:{self.step}:{bits}".encode()).hexdigest()[:16]
+        bits = b"/".join(bytes(row).translate(ASCII) for row in self.rows)
+        return hashlib.sha256(f"{self.stage}:{self.step}:".encode() + bits).hexdigest()[:16]
 
 
-def draw_mask(lds: LdsConfig, seed: int, stage: int, step: int, num_steps: int, num_layers: int) -> SkipMask:
-    """Skips layer l when its uniform number u_l < p_l(step), independently of other layers and steps.
+def draw_mask(
+    lds: LdsConfig, seed: int, stage: int, step: int, num_steps: int, placement: Placement, num_microbatches: int = 1
+) -> SkipMask:
+    """The mask of ``step`` = 0 ... num_steps - 1: one row, or with ``granularity: microbatch`` one a micro-batch.
 
-    Philox with key (seed, stage) and the counter set by the step. Raw output only, which NumPy keeps stable over
-    versions and platforms (its distribution methods may change): u = 53 upper bits / 2^53.
+    ``bernoulli`` and ``fixed`` use nothing of the placement but the number of layers, and their row m is the same
+    however many micro-batches there are. ``balanced`` and ``quota`` follow the pipeline ranks' layers.
+
+    Philox with key (seed, stage) and the counter set by step and row. Raw output only, which NumPy keeps stable over
+    versions and platforms (its distribution methods may change).
     """
-    probabilities = skip_probabilities(lds, step, num_steps, num_layers)
-    raw = np.random.Philox(key=[seed, stage], counter=[0, step, 0, STREAM]).random_raw(num_layers)
-    uniform = (raw >> np.uint64(11)) * 2.0**-53
-    return SkipMask(stage, step, (tuple((uniform < probabilities).tolist()),))
+    probabilities = effective_probabilities(lds, step, num_steps, placement)
+    num_rows, num_layers = num_microbatches if lds.granularity == "microbatch" else 1, placement.num_layers
+    words = np.stack([_random_words(seed, stage, step, row, num_layers + 2) for row in range(num_rows)])
+    if lds.sampler in LAYOUT_SAMPLERS:
+        offsets = stratified_offsets(words[:, num_layers:])
+        skipped = balanced(probabilities, np.asarray(placement.owner), words[:, :num_layers], offsets)
+    else:
+        skipped = bernoulli(probabilities, words[:, :num_layers])
+    return SkipMask(stage, step, tuple(map(tuple, skipped.tolist())))
 
 
 def dense_mask(stage: int, step: int, num_layers: int) -> SkipMask:
     """The mask of a step that skips nothing."""
     return SkipMask(stage, step, ((False,) * num_layers,))
+
+
+def _random_words(seed: int, stage: int, step: int, row: int, count: int) -> NDArray[np.uint64]:
+    """``count`` x 64 random bits; fewer are the first of more."""
+    return np.random.Philox(key=[seed, stage], counter=[0, step, row, STREAM]).random_raw(count)

@@ -18,6 +18,10 @@ class Placement:
     """What each pipeline rank computes in every step besides decoder layers, in units of one layer's FLOPs."""
 
     @property
+    def num_layers(self) -> int:
+        return len(self.owner)
+
+    @property
     def num_ranks(self) -> int:
         return len(self.fixed_work)
 

@@ -1,11 +1,13 @@
-"""Agreement on skip masks: rank 0's masks reach every rank a block of steps ahead and are checked there.
+"""Agreement on skip masks: rank 0's digests reach every rank a block of steps ahead and are checked there.
 
 Every rank draws the masks itself; the exchange only proves that all drew the same, because ranks that skip different
-layers would otherwise hang in, or silently corrupt, the collectives of those layers.
+layers would otherwise hang in, or silently corrupt, the collectives of those layers. What is exchanged are digests, of
+the same size whatever a rank believes the layers and micro-batches to be.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,14 @@ import torch.distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import LdsConfig
+from megatron_sts.lds.effective import inverse_keep_scales
 from megatron_sts.lds.mask import SkipMask, draw_mask
+from megatron_sts.lds.placement import Placement
 
-MASK_FIELDS = ("alpha", "epsilon", "schedule", "depth_profile", "sampler", "fixed_layers")
-"""The LDS settings that decide which masks are drawn."""
+UPDATE_FIELDS = {"skipped_update", "residual_scale"}
+"""The LDS settings that do not decide which masks are drawn."""
+NUM_HEADER_FIELDS = 4
+"""Stage, first step, rows a mask, layers."""
 MAX_NAMED_RANKS = 8
 """An error names at most so many ranks."""
 
@@ -30,9 +36,11 @@ class MaskPlan:
     """The masks of one stage, the same on every rank of ``group`` (None: all ranks; no communication when alone).
 
     ``mask`` must be called by every rank of the group with the same steps. The first call that enters a block of
-    ``block_steps`` steps communicates, always in this order: broadcast from the group's rank 0; all_reduce of "some
-    rank differs"; and only if one does, all_gather of what differs, after which every rank raises MaskMismatchError.
-    Each waits at most the group's timeout. ``device`` is where the group's backend wants its tensors.
+    ``block_steps`` steps communicates, always in this order: broadcast of the block's digests from the group's rank 0;
+    all_reduce of "some rank differs"; and only if one does, all_gather of the digests and, if all have masks of one
+    shape, of the masks, after which every rank raises MaskMismatchError. Each waits at most the group's timeout.
+
+    ``num_microbatches``: per data-parallel rank and step. ``device`` is where the group's backend wants its tensors.
     """
 
     def __init__(
@@ -41,14 +49,15 @@ class MaskPlan:
         seed: int,
         stage: int,
         num_steps: int,
-        num_layers: int,
+        placement: Placement,
+        num_microbatches: int = 1,
         *,
         group: dist.ProcessGroup | None = None,
         device: torch.device | str = "cpu",
         block_steps: int = 64,
     ) -> None:
-        self._lds, self._seed, self._stage = lds, seed, stage
-        self._num_steps, self._num_layers = num_steps, num_layers
+        self._lds, self._seed, self._stage, self._num_steps = lds, seed, stage, num_steps
+        self._placement, self._num_microbatches = placement, num_microbatches
         self._group, self._device, self._block_steps = group, device, block_steps
         self._block: list[SkipMask] = []
         self._start = -1
@@ -60,27 +69,44 @@ class MaskPlan:
             raise ValueError(f"step {step} is outside the stage's {self._num_steps} steps")
         start = step // self._block_steps * self._block_steps
         if start != self._start:
-            block = [self._draw(s) for s in range(start, min(start + self._block_steps, self._num_steps))]
+            steps = range(start, min(start + self._block_steps, self._num_steps))
+            block = [self._draw(s, self._placement, self._num_microbatches) for s in steps]
             self._agree(start, block)
             self._start, self._block = start, block
         self._step = step
         return self._block[step - start]
 
-    def residual_scales(self, step: int) -> None:
-        return None
+    def residual_scales(self, step: int) -> Sequence[float] | None:
+        """What each layer's contribution to the residual stream is multiplied by in ``step``, [num_layers]; None: 1."""
+        if self._lds.residual_scale == "none":
+            return None
+        return inverse_keep_scales(self._lds, step, self._num_steps, self._placement)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the masks, and the digest of the last one handed out (step 0 before the first)."""
-        return {**self._fingerprint(), "step": self._step, "digest": self._draw(self._step).digest}
+        """What decides the masks, the layout they were drawn for, and the last one's digest (step 0 before the first)."""
+        layout = {
+            "owner": list(self._placement.owner),
+            "fixed_work": list(self._placement.fixed_work),
+            "num_microbatches": self._num_microbatches,
+        }
+        digest = self._draw(self._step, self._placement, self._num_microbatches).digest
+        return {**self._fingerprint(), "layout": layout, "step": self._step, "digest": digest}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Refuses to go on from a checkpoint of this stage whose masks this plan would not have drawn."""
+        """Refuses to go on from a checkpoint of this stage whose masks this plan would not have drawn.
+
+        Refused are other LDS settings, seed, stage, number of steps or layers: each would change the probabilities or
+        tie the rest of the run to other random numbers. Another layout (owners, fixed work, micro-batches) is not:
+        ``bernoulli`` masks do not depend on it, and those of the other samplers follow it from the next step on, with
+        the same scheduled probabilities. The digest, drawn again for the layout of the checkpoint, shows whether
+        generator and samplers are still the same.
+        """
         step = state["step"]
         own = self._fingerprint()
         changed = [
             f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value
         ]
-        if not changed and (digest := self._draw(step).digest) != state["digest"]:
+        if not changed and (digest := self._digest_for(state["layout"], step)) != state["digest"]:
             changed = [f"digest of the mask {state['digest']} -> {digest}, although all settings agree"]
         if changed:
             raise ConfigError(
@@ -89,53 +115,81 @@ class MaskPlan:
             )
         self._step = step
 
-    def _draw(self, step: int) -> SkipMask:
-        return draw_mask(self._lds, self._seed, self._stage, step, self._num_steps, self._num_layers)
+    def _digest_for(self, layout: dict[str, Any], step: int) -> str:
+        placement = Placement(tuple(layout["owner"]), tuple(layout["fixed_work"]))
+        return self._draw(step, placement, layout["num_microbatches"]).digest
+
+    def _draw(self, step: int, placement: Placement, num_microbatches: int) -> SkipMask:
+        return draw_mask(self._lds, self._seed, self._stage, step, self._num_steps, placement, num_microbatches)
 
     def _fingerprint(self) -> dict[str, Any]:
-        lds = {
-            f"lds.{name}": value for name, value in self._lds.model_dump(mode="json", include=set(MASK_FIELDS)).items()
-        }
-        run = {"seed": self._seed, "stage": self._stage, "num_steps": self._num_steps, "num_layers": self._num_layers}
-        return {**run, **dict(sorted(lds.items()))}
+        settings = self._lds.model_dump(mode="json", exclude=UPDATE_FIELDS)
+        run = {"seed": self._seed, "stage": self._stage, "num_steps": self._num_steps}
+        lds = {f"lds.{name}": value for name, value in sorted(settings.items())}
+        return {**run, "num_layers": self._placement.num_layers, **lds}
 
     def _agree(self, start: int, block: list[SkipMask]) -> None:
         """Compares this rank's block with rank 0's; raises on all ranks of the group if any differs."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size(self._group) > 1):
             return
-        own = self._payload(start, block)
+        own = self._summary(start, block)
         from_rank_0 = own.clone()
         dist.broadcast(from_rank_0, group=self._group, group_src=0)
         differs = (own != from_rank_0).any().int()
         dist.all_reduce(differs, op=dist.ReduceOp.MAX, group=self._group)
         if differs.item():
-            payloads = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
-            dist.all_gather(payloads, own, group=self._group)
-            raise MaskMismatchError(self._explain([payload.cpu().numpy() for payload in payloads]))
+            ranks = dist.get_process_group_ranks(self._group)
+            summaries = self._gather(own)
+            same_shape = all(np.array_equal(summary[2:4], summaries[0][2:4]) for summary in summaries)
+            masks = self._gather(self._bits(block)) if same_shape else None
+            raise MaskMismatchError(explain(ranks, summaries, masks))
 
-    def _payload(self, start: int, block: list[SkipMask]) -> torch.Tensor:
-        """uint8 [16 + block_steps * num_layers]: stage and first step as int64, then the bits, zero past the end."""
-        header = np.array([self._stage, start], dtype=np.int64).view(np.uint8)
-        bits = np.zeros((self._block_steps, self._num_layers), dtype=np.uint8)
-        bits[: len(block)] = [mask.rows[0] for mask in block]
-        return torch.from_numpy(np.concatenate([header, bits.ravel()])).to(self._device)
+    def _summary(self, start: int, block: list[SkipMask]) -> torch.Tensor:
+        """int64 [4 + block_steps]: stage, first step, rows, layers; then each mask's digest, zero past the end."""
+        summary = np.zeros(NUM_HEADER_FIELDS + self._block_steps, dtype=np.uint64)
+        summary[:NUM_HEADER_FIELDS] = self._stage, start, len(block[0].rows), block[0].num_layers
+        summary[NUM_HEADER_FIELDS : NUM_HEADER_FIELDS + len(block)] = [int(mask.digest, 16) for mask in block]
+        return torch.from_numpy(summary.view(np.int64)).to(self._device)
 
-    def _explain(self, payloads: list[np.ndarray]) -> str:
-        ranks = dist.get_process_group_ranks(self._group)
-        different = [r for r, payload in enumerate(payloads) if not np.array_equal(payload, payloads[0])]
-        lines = [f"rank {ranks[r]}: {self._difference(payloads[r], payloads[0])}" for r in different[:MAX_NAMED_RANKS]]
-        if len(different) > MAX_NAMED_RANKS:
-            lines.append(f"and {len(different) - MAX_NAMED_RANKS} more ranks")
-        return (
-            f"LDS skip masks differ from those of rank {ranks[0]} on {len(different)} of {len(ranks)} ranks; "
-            f"{'; '.join(lines)}. Seed, LDS settings, number of steps and NumPy must be the same on every rank"
-        )
+    def _bits(self, block: list[SkipMask]) -> torch.Tensor:
+        """uint8 [block_steps, rows, layers], zero past the end."""
+        bits = torch.zeros(self._block_steps, len(block[0].rows), block[0].num_layers, dtype=torch.uint8)
+        bits[: len(block)] = torch.tensor([mask.rows for mask in block], dtype=torch.uint8)
+        return bits.to(self._device)
 
-    def _difference(self, payload: np.ndarray, reference: np.ndarray) -> str:
-        (stage, start), (stage_0, start_0) = payload[:16].view(np.int64), reference[:16].view(np.int64)
-        if (stage, start) != (stage_0, start_0):
-            return f"asks for stage {stage}, steps from {start}, instead of stage {stage_0}, steps from {start_0}"
-        differs = (payload[16:] != reference[16:]).reshape(self._block_steps, self._num_layers)
-        rows = np.flatnonzero(differs.any(axis=1))
-        layers = ", ".join(map(str, np.flatnonzero(differs[rows[0]])))
-        return f"stage {stage}, step {start + rows[0]}, layers {layers} ({len(rows)} steps of the block differ)"
+    def _gather(self, own: torch.Tensor) -> list[np.ndarray]:
+        """Every rank's tensor, in the group's order."""
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(self._group))]
+        dist.all_gather(gathered, own, group=self._group)
+        return [tensor.cpu().numpy() for tensor in gathered]
+
+
+def explain(ranks: Sequence[int], summaries: list[np.ndarray], masks: list[np.ndarray] | None) -> str:
+    """One line that names the global ``ranks`` whose summary is not the first one's, and what they would do."""
+    different = [r for r, summary in enumerate(summaries) if not np.array_equal(summary, summaries[0])]
+    lines = [
+        f"rank {ranks[r]}: {_difference(summaries[r], summaries[0], None if masks is None else masks[r] != masks[0])}"
+        for r in different[:MAX_NAMED_RANKS]
+    ]
+    if len(different) > MAX_NAMED_RANKS:
+        lines.append(f"and {len(different) - MAX_NAMED_RANKS} more ranks")
+    return (
+        f"LDS skip masks differ from those of rank {ranks[0]} on {len(different)} of {len(ranks)} ranks; "
+        f"{'; '.join(lines)}. Seed, LDS settings, number of steps, layout and NumPy must be the same on every rank"
+    )
+
+
+def _difference(own: np.ndarray, first: np.ndarray, bits: np.ndarray | None) -> str:
+    """How one rank's summary differs from the first's; ``bits``: where its masks do, if all ranks' have one shape."""
+    (stage, start, rows, layers), (stage_0, start_0, rows_0, layers_0) = own[:4], first[:4]
+    if (stage, start) != (stage_0, start_0):
+        return f"asks for stage {stage}, steps from {start}, instead of stage {stage_0}, steps from {start_0}"
+    if (rows, layers) != (rows_0, layers_0):
+        return f"stage {stage}, {rows} masks of {layers} layers a step instead of {rows_0} of {layers_0}"
+    steps = np.flatnonzero(own[NUM_HEADER_FIELDS:] != first[NUM_HEADER_FIELDS:])
+    where = f"stage {stage}, step {start + steps[0]}"
+    if bits is not None:
+        row = np.flatnonzero(bits[steps[0]].any(axis=1))[0]
+        layers_named = ", ".join(map(str, np.flatnonzero(bits[steps[0], row])))
+        where += f", micro-batch {row}, layers {layers_named}" if rows > 1 else f", layers {layers_named}"
+    return f"{where} ({len(steps)} steps of the block differ)"

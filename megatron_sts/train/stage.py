@@ -11,6 +11,7 @@ from torch import distributed as dist
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask
+from megatron_sts.lds.placement import placement
 from megatron_sts.lds.sync import MaskPlan
 from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
@@ -75,7 +76,8 @@ def build_masks(resolved: Resolved, spec: ResolvedStage) -> MaskPlan:
         resolved.config.seed,
         spec.index,
         spec.num_steps,
-        resolved.config.model.language.num_layers,
+        placement(resolved, spec),
+        spec.num_microbatches,
         group=dist.group.WORLD,
         device=current_device().torch_device,
     )

@@ -135,6 +135,25 @@ REFUSED = [
     ("stages.0.optimizer.warmup_steps=11", "stages.alignment.optimizer.warmup_steps=11: the stage has 10 steps"),
     ("data.num_samples=7", "stages.finetune.epochs=1.0: 7 samples do not fill one global batch of 8"),
     ("stages.1.lds.fixed_layers=[12]", "stages.finetune.lds.fixed_layers=12: the language model has 12 layers"),
+    ("stages.1.lds.fixed_layers=[1,3]", "stages.finetune.lds.fixed_layers=[1, 3]: sampler=bernoulli draws the layers"),
+    (
+        "stages.1.lds.schedule_points=[[0,1],[0.5,0]]",
+        "stages.finetune.lds.schedule_points=[[0, 1], [0.5, 0]]: schedule=paper reads none",
+    ),
+    ("stages.1.lds.schedule=piecewise", "stages.finetune.lds.schedule_points=[]: schedule=piecewise needs points"),
+    (
+        "stages.1.lds={schedule: piecewise, schedule_points: [[0.5, 1], [0.5, 0]]}",
+        "stages.finetune.lds.schedule_points=[[0.5, 1], [0.5, 0]]: x does not rise from point to point",
+    ),
+    ("stages.1.lds.protect_last=1", "stages.finetune.lds.protect_last=1: depth_profile=linear protects none"),
+    (
+        "stages.1.lds={depth_profile: protect, protect_first: 6, protect_last: 6}",
+        "stages.finetune.lds.protect_first=6: with protect_last=6 it leaves none of the language model's 12 layers",
+    ),
+    (
+        "stages.1.lds={sampler: fixed, fixed_layers: [1], residual_scale: inverse_keep}",
+        "stages.finetune.lds.residual_scale=inverse_keep: sampler=fixed always runs the same layers",
+    ),
     ("data.source=llava_json", "data.path=null: llava_json needs a JSON file"),
     ("data.source=llava_json data.path=no.json", "data.path=no.json: no such file"),
     ("stages.1.data={families: [ocr, foo]}", "stages.finetune.data.families=foo: unknown family"),

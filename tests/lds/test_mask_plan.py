@@ -10,14 +10,16 @@ import torch.distributed as dist
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.mask import draw_mask
+from megatron_sts.lds.placement import Placement
 from megatron_sts.lds.sync import MaskMismatchError, MaskPlan
 from tests.dist.launch import RanksFailed, run_ranks
 
 NUM_STEPS, NUM_LAYERS = 150, 6
+ONE_RANK = Placement((0,) * NUM_LAYERS, (0.0,))
 
 
 def plan(**changes: object) -> MaskPlan:
-    arguments = dict(lds=LdsConfig(), seed=5, stage=1, num_steps=NUM_STEPS, num_layers=NUM_LAYERS)
+    arguments = dict(lds=LdsConfig(), seed=5, stage=1, num_steps=NUM_STEPS, placement=ONE_RANK)
     return MaskPlan(**{**arguments, **changes})  # type: ignore[arg-type]
 
 
@@ -69,7 +71,7 @@ def printed(num_ranks: int, label: str) -> list[str]:
 def test_alone_a_plan_is_the_pure_function() -> None:
     masks = plan(block_steps=7)
     for step in (0, 6, 7, 149, 3):
-        assert masks.mask(step) == draw_mask(LdsConfig(), 5, 1, step, NUM_STEPS, NUM_LAYERS)
+        assert masks.mask(step) == draw_mask(LdsConfig(), 5, 1, step, NUM_STEPS, ONE_RANK)
 
 
 @pytest.mark.parametrize("step", [-1, NUM_STEPS])
@@ -90,8 +92,8 @@ def test_ranks_agree_with_each_other_and_with_one_process(num_ranks: int) -> Non
 def test_a_disagreement_ends_all_ranks_with_one_message(num_ranks: int) -> None:
     assert launched(num_ranks).returncodes == [1] * num_ranks  # none had to be killed
     masks, strays = plan(), plan(seed=6)
-    step = next(step for step in range(64) if masks.mask(step).skipped != strays.mask(step).skipped)
-    layers = [n for n in range(NUM_LAYERS) if masks.mask(step).skips(n) != strays.mask(step).skips(n)]
+    step = next(step for step in range(64) if masks.mask(step).rows != strays.mask(step).rows)
+    layers = [n for n in range(NUM_LAYERS) if masks.mask(step).row(0)[n] != strays.mask(step).row(0)[n]]
     message = (
         f"MaskMismatchError: LDS skip masks differ from those of rank 0 on 1 of {num_ranks} ranks; "
         f"rank {num_ranks - 1}: stage 1, step {step}, layers {', '.join(map(str, layers))} ("

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
+from megatron_sts.lds.placement import Placement
 from megatron_sts.lds.schedule import skip_probabilities
 
 NUM_DRAWS = 20_000
@@ -22,10 +23,14 @@ FALSE_ALARM = 1e-6
 counts = st.integers(0, 2**63 - 1)
 
 
+def one_rank(num_layers: int) -> Placement:
+    return Placement((0,) * num_layers, (0.0,))
+
+
 def test_marginals_and_pairs_have_the_stated_probabilities() -> None:
     # Binomial counts of 20,000 draws against z bounds: L marginals and L - 1 pairs of neighbouring layers.
     lds, num_layers = LdsConfig(schedule="constant"), 8
-    drawn = np.array([draw_mask(lds, 7, 1, step, NUM_DRAWS, num_layers).skipped for step in range(NUM_DRAWS)])
+    drawn = np.array([draw_mask(lds, 7, 1, step, NUM_DRAWS, one_rank(num_layers)).row(0) for step in range(NUM_DRAWS)])
     p = skip_probabilities(lds, 0, NUM_DRAWS, num_layers)
     observed = np.concatenate([drawn.mean(0), (drawn[:, 1:] & drawn[:, :-1]).mean(0)])
     expected = np.concatenate([p, p[1:] * p[:-1]])
@@ -40,7 +45,8 @@ def test_consecutive_steps_seeds_and_stages_are_uncorrelated() -> None:
 
     def bits(seed: int, stage: int, first: int) -> np.ndarray:
         drawn = [
-            draw_mask(lds, seed, stage, step, steps + 1, num_layers).skipped for step in range(first, first + steps)
+            draw_mask(lds, seed, stage, step, steps + 1, one_rank(num_layers)).row(0)
+            for step in range(first, first + steps)
         ]
         return np.array(drawn)
 
@@ -54,7 +60,7 @@ def test_mean_over_a_run_is_a_third_of_alpha() -> None:
     # Sum of independent Bernoullis: variance sum p (1 - p); discretisation error alpha (1/(2E) + 1/(6E^2)).
     lds, num_steps, num_layers = LdsConfig(), 1000, 12
     p = np.stack([skip_probabilities(lds, step, num_steps, num_layers) for step in range(num_steps)])
-    skipped = sum(draw_mask(lds, 3, 0, step, num_steps, num_layers).num_skipped for step in range(num_steps))
+    skipped = sum(draw_mask(lds, 3, 0, step, num_steps, one_rank(num_layers)).num_skipped for step in range(num_steps))
     sampling = NormalDist().inv_cdf(1 - FALSE_ALARM / 2) * np.sqrt((p * (1 - p)).sum()) / p.size
     assert abs(skipped / p.size - lds.alpha / 3) < sampling + lds.alpha * (1 / 2000 + 1 / 6e6)
 
@@ -62,24 +68,25 @@ def test_mean_over_a_run_is_a_third_of_alpha() -> None:
 @given(counts, st.integers(0, 9), st.integers(0, 99), st.integers(1, 40))
 def test_a_mask_is_a_pure_function(seed: int, stage: int, step: int, num_layers: int) -> None:
     lds = LdsConfig()
-    mask = draw_mask(lds, seed, stage, step, 100, num_layers)
+    mask = draw_mask(lds, seed, stage, step, 100, one_rank(num_layers))
     np.random.seed(0)  # no global state is read
     for other in (step, 99 - step):
-        draw_mask(lds, seed, stage, other, 100, num_layers)
-    assert draw_mask(lds, seed, stage, step, 100, num_layers) == mask
+        draw_mask(lds, seed, stage, other, 100, one_rank(num_layers))
+    assert draw_mask(lds, seed, stage, step, 100, one_rank(num_layers)) == mask
     # A layer's number does not depend on how many layers follow: same bits under a profile that ignores L.
     flat = LdsConfig(depth_profile="flat")
-    longer = draw_mask(flat, seed, stage, step, 100, num_layers + 5).skipped[:num_layers]
-    assert draw_mask(flat, seed, stage, step, 100, num_layers).skipped == longer
+    longer = draw_mask(flat, seed, stage, step, 100, one_rank(num_layers + 5)).row(0)[:num_layers]
+    assert draw_mask(flat, seed, stage, step, 100, one_rank(num_layers)).row(0) == longer
 
 
 def test_masks_are_the_same_in_a_fresh_process_and_in_later_versions() -> None:
     expected = "0000010010101100"
-    mask = draw_mask(LdsConfig(), 1234, 1, 3, 100, 16)
-    assert "".join("01"[skip] for skip in mask.skipped) == expected
+    mask = draw_mask(LdsConfig(), 1234, 1, 3, 100, one_rank(16))
+    assert "".join("01"[skip] for skip in mask.row(0)) == expected
     code = (
         "from megatron_sts.lds.mask import draw_mask; from megatron_sts.config.schema import LdsConfig;"
-        "print(draw_mask(LdsConfig(), 1234, 1, 3, 100, 16).digest)"
+        "from megatron_sts.lds.placement import Placement;"
+        "print(draw_mask(LdsConfig(), 1234, 1, 3, 100, Placement((0,) * 16, (0.0,))).digest)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == mask.digest
 
@@ -88,31 +95,34 @@ def test_extreme_probabilities() -> None:
     everything = LdsConfig(alpha=1.0, epsilon=0.0, schedule="constant")
     nothing = LdsConfig(alpha=0.0)
     for step in range(50):
-        assert draw_mask(everything, 0, 0, step, 50, 9).num_skipped == 9
-        assert draw_mask(nothing, 0, 0, step, 50, 9).num_skipped == 0
+        assert draw_mask(everything, 0, 0, step, 50, one_rank(9)).num_skipped == 9
+        assert draw_mask(nothing, 0, 0, step, 50, one_rank(9)).num_skipped == 0
 
 
 def test_fixed_layers_are_skipped_in_every_step() -> None:
     lds = LdsConfig(sampler="fixed", fixed_layers=(0, 2))
-    assert {draw_mask(lds, seed, 0, seed, 10, 3).skipped for seed in range(10)} == {(True, False, True)}
+    assert {draw_mask(lds, seed, 0, seed, 10, one_rank(3)).row(0) for seed in range(10)} == {(True, False, True)}
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.lists(st.booleans(), max_size=5), st.data())
 def test_digests_are_equal_exactly_when_masks_are(stage: int, step: int, bits: list[bool], data: st.DataObject) -> None:
-    mask = SkipMask(stage, step, tuple(bits))
+    one = tuple(bits)
+    mask = SkipMask(stage, step, (one,))
     other = SkipMask(
         data.draw(st.integers(stage, stage + 1)),
         data.draw(st.integers(step, step + 1)),
-        tuple(data.draw(st.sampled_from([bits, [*bits, False], bits[:-1], bits[::-1]]))),
+        data.draw(
+            st.sampled_from([(one,), (one[::-1],), ((*one, False),), (one[:-1],), (one, one), (one[:1], one[1:])])
+        ),
     )
     assert (mask.digest == other.digest) == (mask == other)
     assert len(mask.digest) == 16 and int(mask.digest, 16) >= 0
 
 
 def test_mask_reads_by_layer_and_is_frozen() -> None:
-    mask = SkipMask(0, 4, (False, True, True))
-    assert [mask.skips(layer) for layer in range(3)] == [False, True, True] and mask.num_skipped == 2
-    assert dense_mask(0, 4, 3) == SkipMask(0, 4, (False, False, False))
+    mask = SkipMask(0, 4, ((False, True, True),))
+    assert mask.row(0) == mask.row(5) == (False, True, True) and mask.num_skipped == 2
+    assert dense_mask(0, 4, 3) == SkipMask(0, 4, ((False, False, False),))
     with pytest.raises(dataclasses.FrozenInstanceError):
         mask.step = 5  # type: ignore[misc]
 
@@ -120,7 +130,7 @@ def test_mask_reads_by_layer_and_is_frozen() -> None:
 def test_gate_answers_for_the_mask_it_holds() -> None:
     gate = SkipGate()
     assert gate.mask is None and not gate.skips(2)
-    gate.set(mask := SkipMask(0, 4, (False, True, True)))
+    gate.set(mask := SkipMask(0, 4, ((False, True, True),)))
     assert gate.mask is mask and [gate.skips(layer) for layer in range(3)] == [False, True, True]
     gate.clear()
     assert gate.mask is None and not gate.skips(1)

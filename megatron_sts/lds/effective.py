@@ -1,0 +1,44 @@
+"""The probabilities with which masks are really drawn, and what follows from them for a run."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sts.config.schema import LdsConfig
+from megatron_sts.lds.placement import Placement
+from megatron_sts.lds.quota import equal_work_probabilities
+from megatron_sts.lds.schedule import skip_probabilities
+
+
+def effective_probabilities(lds: LdsConfig, step: int, num_steps: int, placement: Placement) -> NDArray[np.float64]:
+    """p'_l, with which layer l is skipped in ``step``, [num_layers]: p_l, but for ``sampler: quota``."""
+    probabilities = skip_probabilities(lds, step, num_steps, placement.num_layers)
+    return equal_work_probabilities(probabilities, placement) if lds.sampler == "quota" else probabilities
+
+
+def largest_change(lds: LdsConfig, num_steps: int, placement: Placement) -> float:
+    """max |p'_l - p_l| over the steps and layers of a run: what ``quota`` pays for equal work, 0 for the others."""
+    if lds.sampler != "quota":
+        return 0.0
+    return max(
+        float(np.abs(effective_probabilities(lds, step, num_steps, placement) - scheduled).max())
+        for step in range(num_steps)
+        for scheduled in [skip_probabilities(lds, step, num_steps, placement.num_layers)]
+    )
+
+
+def executed_fraction(lds: LdsConfig, num_steps: int, placement: Placement) -> NDArray[np.float64]:
+    """Expected share of a run's steps in which each layer runs, [num_layers]: the mean of 1 - p'_l over the steps."""
+    skipped = sum(effective_probabilities(lds, step, num_steps, placement) for step in range(num_steps))
+    return 1 - np.asarray(skipped) / num_steps
+
+
+def inverse_keep_scales(lds: LdsConfig, step: int, num_steps: int, placement: Placement) -> tuple[float, ...]:
+    """1/(1 - p'_l) of each layer, [num_layers]; 1 for a layer that never runs.
+
+    With it the expected contribution of a layer to the residual stream is what it adds in a dense model. Inverted
+    dropout over whole layers: stochastic depth (arXiv 1603.09382) multiplies by 1 - p_l at test time instead.
+    """
+    keep = 1 - effective_probabilities(lds, step, num_steps, placement)
+    return tuple((1 / np.where(keep > 0, keep, 1.0)).tolist())
