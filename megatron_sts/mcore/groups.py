@@ -55,10 +55,11 @@ def destroy() -> None:
 
     megatron-core forgets most of them without ending them, and each gloo group would keep its threads.
     """
-    dist.barrier()  # a peer may still be receiving
-    for group in parallel_state._global_process_group_list or ():
-        if group is not None:  # which stands for the process group itself
-            dist.destroy_process_group(group)
+    if dist.is_initialized():  # else they ended with the process group
+        dist.barrier()  # a peer may still be receiving
+        for group in parallel_state._global_process_group_list or ():
+            if group is not None:  # which stands for the process group itself
+                dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 

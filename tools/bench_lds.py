@@ -1,0 +1,270 @@
+"""How much of the FLOPs that LDS saves arrives as wall-clock: dense and skipping steps, alternated in one run.
+
+    python tools/bench_lds.py [--json]
+
+For each layout (one rank; two pipeline ranks) and sampler, steps with a constant skip probability and with the paper's
+schedule. ideal_saving is 1 - executed / dense FLOPs of the very masks that ran; realised_saving is 1 - their time / that of
+the dense steps between them; efficiency is realised / ideal. Then the cost of a skipped layer, and overlapped against
+plain gradient reduction on two data-parallel ranks. CPU ranks use one thread each. Seconds never leave a run: compare ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.schema import LdsConfig, RunConfig
+from megatron_sts.cost.flops import step_flops
+from megatron_sts.data.batch import Batch
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
+from megatron_sts.lds.placement import placement
+from megatron_sts.mcore import groups
+from megatron_sts.model.init import build_model
+from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.dist import max_over_ranks, process_group
+from megatron_sts.train.stage import Stage, build_stage
+from megatron_sts.train.step import train_step
+
+SKIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, None)
+"""None: the paper's schedule with alpha = epsilon = 0.5."""
+SAMPLERS = ("balanced", "bernoulli")
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one rank": (1, {}),
+    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+}
+RESULT = "BENCH_RESULT"
+
+
+@dataclass(frozen=True)
+class Given:
+    """In place of a stage's mask plan and data: this mask, these batches, in every step."""
+
+    given: SkipMask
+    batches: Sequence[Batch]
+
+    def mask(self, _step: int) -> SkipMask:
+        return self.given
+
+    def residual_scales(self, _step: int) -> None:
+        return None
+
+    def step(self, _step: int) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+class Bench:
+    """One model on this rank, and its steps with any mask."""
+
+    def __init__(self, args: argparse.Namespace, num_layers: int, parallel: dict[str, Any]) -> None:
+        self.resolved = resolved_run(args, num_layers, parallel)
+        self.spec = self.resolved.stages[0]
+        gate = SkipGate()
+        place = groups.place()
+        self.stage = build_stage(self.resolved, self.spec, place, build_model(self.resolved, gate), gate)
+        self.batches = list(self.stage.batches.step(0))
+        self.dense = dense_mask(0, 0, num_layers)
+        for _ in range(2):
+            self.seconds(self.dense)
+
+    def seconds(self, mask: SkipMask) -> float:
+        """One step; the slowest rank's time."""
+        given = Given(mask, self.batches)
+        stage: Stage = replace(self.stage, masks=given, batches=given)  # type: ignore[arg-type]
+        dist.barrier()
+        started = time.perf_counter()
+        train_step(stage, 0)
+        current_device().synchronize()
+        [seconds] = max_over_ranks([time.perf_counter() - started])
+        return seconds
+
+    def flops(self, mask: SkipMask) -> int:
+        """Executed by all ranks in a step with this mask."""
+        num_images = sum(batch.num_images for batch in self.batches) * self.resolved.data_parallel_size
+        executed = mask.num_layers - mask.num_skipped
+        return step_flops(self.resolved, self.spec, layers_executed=executed, num_images=num_images, compressed=True)
+
+
+def resolved_run(args: argparse.Namespace, num_layers: int, parallel: dict[str, Any]) -> Resolved:
+    """A decoder that dwarfs the tower before it, on drawn scenes."""
+    vision = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "image_size": 64, "patch_size": 8}
+    hidden = args.hidden_size
+    language = {"num_layers": num_layers, "hidden_size": hidden, "num_attention_heads": max(hidden // 64, 2)}
+    batch = {"global_batch_size": args.num_microbatches * 4 * parallel.get("data_parallel_size", 1)}
+    return resolve(
+        RunConfig.model_validate(
+            {
+                "model": {
+                    "vision": vision,
+                    "language": {**language, "ffn_hidden_size": hidden * 11 // 4, "vocab_size": 1024},
+                },
+                "parallel": parallel,
+                "stages": [
+                    {
+                        "name": "finetune",
+                        "freeze": ["vision"],
+                        "steps": args.schedule_steps,
+                        "optimizer": {"lr": 1e-4},
+                        "batch": {**batch, "micro_batch_size": 4, "sequence_length": args.sequence_length},
+                        "lds": {},
+                    }
+                ],
+            }
+        ),
+        world_size=dist.get_world_size(),
+    )
+
+
+def masks_of(bench: Bench, sampler: str, skip_fraction: float | None, count: int) -> list[SkipMask]:
+    """``count`` masks, spread over the schedule."""
+    shape = {} if skip_fraction is None else {"alpha": skip_fraction, "epsilon": 0.0, "schedule": "constant"}
+    lds = LdsConfig.model_validate({"sampler": sampler, **shape})
+    num_steps = bench.spec.num_steps
+    steps = [(2 * i + 1) * num_steps // (2 * count) for i in range(count)]
+    here = placement(bench.resolved, bench.spec)
+    return [draw_mask(lds, 1, 0, step, num_steps, here) for step in steps]
+
+
+def saving(bench: Bench, masks: Sequence[SkipMask]) -> tuple[float, float]:
+    """(ideal, realised): each mask's step between dense ones; the median of three passes over all masks."""
+    ideal = 1 - sum(map(bench.flops, masks)) / (bench.flops(bench.dense) * len(masks))
+    realised = []
+    for _ in range(3):
+        dense = skipping = 0.0
+        for mask in masks:
+            dense += bench.seconds(bench.dense)
+            skipping += bench.seconds(mask)
+        realised.append(1 - skipping / dense)
+    return ideal, statistics.median(realised)
+
+
+def bench_cases(args: argparse.Namespace, layout: str) -> dict[str, Any]:
+    """The cases of one layout; on one rank also what a skipped layer costs."""
+    bench = Bench(args, args.num_layers, LAYOUTS[layout][1])
+    cases = []
+    for sampler in SAMPLERS:
+        for skip_fraction in SKIP_FRACTIONS:
+            ideal, realised = saving(bench, masks_of(bench, sampler, skip_fraction, args.num_masks))
+            cases.append(
+                {
+                    "layout": layout,
+                    "sampler": sampler,
+                    "skip_fraction": skip_fraction,
+                    "ideal_saving": ideal,
+                    "realised_saving": realised,
+                    "efficiency": realised / ideal if ideal else None,
+                }
+            )
+    overhead = {"skipped_layer_overhead": skipped_layer_overhead(args)} if dist.get_world_size() == 1 else {}
+    return {"cases": cases, **overhead}
+
+
+def skipped_layer_overhead(args: argparse.Namespace) -> float:
+    """Time of a skipped layer / time of one that runs: two depths, nothing executed, against the shallow one in full."""
+    num_layers = args.num_layers
+    shallow, deep = (Bench(args, count, {}) for count in (num_layers, 5 * num_layers))
+    idle = {bench: SkipMask(0, 0, ((True,) * bench.dense.num_layers,)) for bench in (shallow, deep)}
+    shares = []
+    for _ in range(3 * args.num_masks):
+        nothing, more_nothing = shallow.seconds(idle[shallow]), deep.seconds(idle[deep])
+        everything = shallow.seconds(shallow.dense)
+        shares.append((more_nothing - nothing) / (4 * num_layers) / ((everything - nothing) / num_layers))
+    return statistics.median(shares)
+
+
+def bench_overlap(args: argparse.Namespace) -> dict[str, Any]:
+    """Overlapped against plain gradient reduction on two data-parallel ranks: ratios of step times, dense and skipping."""
+    sizes = {"data_parallel_size": 2, "use_distributed_optimizer": True}
+    overlap = {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    plain, overlapped = Bench(args, args.num_layers, sizes), Bench(args, args.num_layers, {**sizes, **overlap})
+    ratios = {}
+    half = masks_of(plain, "balanced", 0.5, 1)[0]
+    for name, mask in (("dense", plain.dense), ("half_skipped", half)):
+        pairs = [(overlapped.seconds(mask), plain.seconds(mask)) for _ in range(3 * args.num_masks)]
+        ratios[name] = statistics.median(a / b for a, b in pairs)
+    return {"overlap_over_plain": ratios}
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    """What each rank does: one layout; rank 0 leaves the result for the parent."""
+    parallel = LAYOUTS[args.rank_of][1] if args.rank_of in LAYOUTS else {"data_parallel_size": 2}
+    with process_group(600.0):
+        groups.initialize(resolved_run(args, args.num_layers, parallel).config.parallel, seed=1)
+        found = bench_cases(args, args.rank_of) if args.rank_of in LAYOUTS else bench_overlap(args)
+        if dist.get_rank() == 0:
+            Path(os.environ[RESULT]).write_text(json.dumps(found))
+
+
+def start_ranks(argv: Sequence[str], name: str, num_ranks: int) -> dict[str, Any]:
+    """Runs one layout on fresh local ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "result.json"
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+        subprocess.run(
+            [*launcher, __file__, *argv, f"--rank-of={name}"],
+            env={**os.environ, RESULT: str(result), "OMP_NUM_THREADS": "1"},
+            check=True,
+            stdout=sys.stderr,
+        )
+        found: dict[str, Any] = json.loads(result.read_text())
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument("--hidden-size", type=int, default=256)
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens a sample")
+    parser.add_argument(
+        "--num-microbatches", type=int, default=4, help="of four samples, a step and data-parallel rank"
+    )
+    parser.add_argument("--num-masks", type=int, default=4, help="masks a case; each is timed three times")
+    parser.add_argument("--schedule-steps", type=int, default=1000, help="length of the paper's schedule")
+    parser.add_argument("--rank-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of:
+        run_rank(args)
+        return
+    found: dict[str, Any] = {"device": current_device().name, "cases": []}
+    for name, (num_ranks, _) in {**LAYOUTS, "DP2": (2, {})}.items():
+        print(f"bench_lds: {name}", file=sys.stderr, flush=True)
+        result = start_ranks(sys.argv[1:], name, num_ranks)
+        found["cases"] += result.pop("cases", [])
+        found.update(result)
+    print(json.dumps(found)) if args.json else print_tables(found)
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    table = Table(
+        "layout", "sampler", "skipped", "ideal saving", "realised saving", "efficiency", title=found["device"]
+    )
+    for case in found["cases"]:
+        fraction = "paper" if case["skip_fraction"] is None else f"{case['skip_fraction']:g}"
+        efficiency = "-" if case["efficiency"] is None else f"{case['efficiency']:.3f}"
+        numbers = (f"{case['ideal_saving']:.3f}", f"{case['realised_saving']:.3f}", efficiency)
+        table.add_row(case["layout"], case["sampler"], fraction, *numbers)
+    console = Console()
+    console.print(table)
+    console.print(f"a skipped layer costs {found['skipped_layer_overhead']:.2%} of one that runs")
+    for name, ratio in found["overlap_over_plain"].items():
+        console.print(f"DP2, {name}: overlapped / plain step time {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()
