@@ -157,6 +157,13 @@ def check_parallel(config: RunConfig) -> None:
             "interleaving over two pipeline ranks gives wrong gradients without it",
             "set it to true",
         )
+    if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+        refuse(
+            "parallel.overlap_param_gather",
+            "true",
+            "it gathers the shards of the distributed optimizer, between overlapped reductions",
+            "set use_distributed_optimizer=true and overlap_grad_reduce=true too, or this to false",
+        )
     if config.model.language.num_layers % (pp * vpp):
         refuse(
             "model.language.num_layers",
@@ -221,7 +228,7 @@ def check_parts(stage: StageConfig, model: ModelConfig) -> None:
 
 
 def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
-    """VTC has tokens to compress; LDS names existing layers and runs without overlapped reduction."""
+    """VTC has tokens to compress; LDS names existing layers."""
     if stage.vtc is not None and config.model.vision is None:
         refuse(
             f"stages.{stage.name}.vtc",
@@ -239,13 +246,6 @@ def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
                 f"the language model has {config.model.language.num_layers} layers",
                 f"use 0 to {config.model.language.num_layers - 1}",
             )
-    if config.parallel.overlap_grad_reduce:
-        refuse(
-            f"stages.{stage.name}.lds",
-            f"{{alpha: {stage.lds.alpha:g}}}",
-            "overlapped gradient reduction with skipped layers is not supported yet",
-            "set parallel.overlap_grad_reduce=false",
-        )
 
 
 def check_skipping(stage: StageConfig, num_layers: int) -> None:

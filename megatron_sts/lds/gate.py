@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from megatron_sts.lds.mask import SkipMask
@@ -16,6 +17,8 @@ class SkipGate:
     """
 
     def __init__(self) -> None:
+        self.num_runs: Counter[int] = Counter()
+        """How often each decoder layer of this rank ran forward since ``set``, recomputation not counted."""
         self._mask: SkipMask | None = None
         self._row: Sequence[bool] | None = None
         self._residual_scales: Sequence[float] | None = None
@@ -27,6 +30,7 @@ class SkipGate:
     def set(self, mask: SkipMask, residual_scales: Sequence[float] | None = None) -> None:
         """``residual_scales``: for each layer, what its contribution to the residual stream is multiplied by; None: 1."""
         self._mask, self._row, self._residual_scales = mask, mask.row(0), residual_scales
+        self.num_runs.clear()
 
     def enter(self, microbatch: int) -> None:
         """The forward passes that follow are of this micro-batch (0-based within the step)."""

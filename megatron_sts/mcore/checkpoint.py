@@ -38,6 +38,7 @@ def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
         CheckpointError: with the same cause on every rank, if a rank's own files could not be written; if those that
             rank 0 writes for all could not, on rank 0 only.
     """
+    optimizer.gather_params()
     optimizer.set_adam_steps(common=True)
     state = _sharded_state(chunks, optimizer, is_loading=False)
     state["rng"] = _sharded_rng()

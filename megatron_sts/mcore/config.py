@@ -34,12 +34,6 @@ def _common(resolved: Resolved) -> dict[str, Any]:
     }
 
 
-def _recompute(mode: str) -> dict[str, Any]:
-    if mode == "full":
-        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return {"recompute_granularity": "selective"} if mode == "selective" else {}
-
-
 def language_config(resolved: Resolved) -> TransformerConfig:
     """The decoder: RMSNorm, SwiGLU, no biases, the run's tensor, pipeline and sequence parallelism."""
     language, parallel, precision = resolved.config.model.language, resolved.config.parallel, resolved.config.precision
@@ -47,7 +41,9 @@ def language_config(resolved: Resolved) -> TransformerConfig:
     fp8 = {} if precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}
     return TransformerConfig(
         **_common(resolved),
-        **_recompute(parallel.recompute),
+        **(
+            {"recompute_granularity": "selective"} if parallel.recompute == "selective" else {}
+        ),  # full: the layer's own
         **fp8,
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,

@@ -47,21 +47,21 @@ def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer
     )
 
 
-def skippable_layer_spec(gate: SkipGate) -> ModuleSpec:
+def skippable_layer_spec(gate: SkipGate, *, recompute: bool) -> ModuleSpec:
     """The decoder layer: Transformer Engine's modules where they can run, else torch's; skippable either way."""
     if has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec()
         spec.module = SkippableTransformerLayer
     else:
         spec = torch_layer_spec(AttnMaskType.causal, SkippableTransformerLayer)
-    spec.params = {**spec.params, "gate": gate}
+    spec.params = {**spec.params, "gate": gate, "recompute": recompute}
     return spec
 
 
 def _block_spec(
-    config: TransformerConfig, gate: SkipGate, vp_stage: int | None
+    config: TransformerConfig, gate: SkipGate, vp_stage: int | None, *, recompute: bool
 ) -> TransformerBlockSubmodules | ModuleSpec:
-    layer_spec = skippable_layer_spec(gate)
+    layer_spec = skippable_layer_spec(gate, recompute=recompute)
     if has_transformer_engine():
         return layer_spec
     num_layers = get_num_layers_to_build(config, vp_stage, get_pipeline_model_parallel_rank())
@@ -80,7 +80,7 @@ def build_decoder(
     config = language_config(resolved)
     return GPTModel(
         config,
-        _block_spec(config, gate, vp_stage),
+        _block_spec(config, gate, vp_stage, recompute=resolved.config.parallel.recompute == "full"),
         vocab_size=language.vocab_size,
         max_sequence_length=max(stage.uncompressed_sequence_length for stage in resolved.stages),
         pre_process=pre_process,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.recompute import te_checkpoint
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -17,15 +21,17 @@ from megatron_sts.lds.gate import SkipGate
 class SkippableTransformerLayer(TransformerLayer):
     """A ``TransformerLayer`` that is the identity on the residual stream, forward and backward, when ``gate`` says so.
 
-    Name it in a layer spec with ``params={"gate": gate}``. A skipped call launches nothing and saves nothing. The gate must
-    not change between a step's first forward and its last backward: recomputation calls the layer again.
+    Name it in a layer spec with ``params={"gate": gate, "recompute": ...}``. A skipped call launches nothing and saves
+    nothing. ``recompute`` saves the layer's input alone and runs the layer again in the backward pass, as megatron-core's
+    ``recompute_granularity="full"`` does, but within the layer: the gate is asked once, in the forward pass.
     """
 
-    def __init__(self, *args: Any, gate: SkipGate, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, gate: SkipGate, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.gate = gate
+        self.recompute = recompute
         for parameter in self.parameters():
-            # Lets the optimizer find what a skipped layer owns, after any wrapping and sharding.
+            # Lets buckets and optimizer find what a skipped layer owns, after any wrapping and sharding.
             parameter.decoder_layer = self.layer
 
     @property
@@ -33,11 +39,23 @@ class SkippableTransformerLayer(TransformerLayer):
         """0-based index in the whole decoder (megatron counts from 1)."""
         return self.layer_number - 1
 
-    def forward(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """``hidden_states`` [s, b, h] -> ([s, b, h], cross-attention context)."""
         if self.gate.skips(self.layer):
-            return (args[0] if args else kwargs["hidden_states"]), kwargs.get("context")
-        return super().forward(*args, **kwargs)
+            return hidden_states, kwargs.get("context")
+        self.gate.num_runs[self.layer] += 1
+        run = partial(super().forward, **kwargs)
+        output, context = (
+            self._recomputed(run, hidden_states) if self.recompute and self.training else run(hidden_states)
+        )
+        scale = self.gate.residual_scale(self.layer)
+        return output if scale == 1 else torch.lerp(hidden_states, output, scale), context
+
+    def _recomputed(self, run: Callable[..., Any], hidden_states: torch.Tensor) -> Any:
+        if self.config.fp8:
+            tracker = tensor_parallel.random.get_cuda_rng_tracker
+            return te_checkpoint(run, False, tracker, self.pg_collection.tp, hidden_states)
+        return tensor_parallel.checkpoint(run, False, hidden_states)
 
 
 class TorchNorm:

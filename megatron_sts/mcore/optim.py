@@ -4,35 +4,36 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.lds.mask import SkipMask
+from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.config import PARAMS_DTYPE
+from megatron_sts.mcore.frozen import leaving_out, param_pairs
 from megatron_sts.mcore.pipeline import unwrap
 from megatron_sts.runtime.device import current_device
 
 
-def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) -> list[DistributedDataParallel]:
+def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) -> list[LayerDataParallel]:
     """DDP around each chunk: gradient buffers for what trains now, reduced over data-parallel ranks."""
     _forget_wrapping(chunks)
     parallel = resolved.config.parallel
     ddp_config = DistributedDataParallelConfig(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
     )
-    return [
-        DistributedDataParallel(unwrap(chunk).config, ddp_config, chunk, disable_bucketing=index > 0)
-        for index, chunk in enumerate(chunks)
-    ]
+    return [LayerDataParallel(unwrap(chunk).config, ddp_config, chunk) for chunk in chunks]
 
 
 def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
@@ -51,7 +52,7 @@ def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
 class StageOptimizer:
     """Adam over what trains in a stage, with clipping, the learning-rate schedule and frozen skipped layers."""
 
-    def __init__(self, resolved: Resolved, stage: ResolvedStage, chunks: Sequence[DistributedDataParallel]) -> None:
+    def __init__(self, resolved: Resolved, stage: ResolvedStage, chunks: Sequence[LayerDataParallel]) -> None:
         settings = stage.config.optimizer
         dtype = PARAMS_DTYPE[resolved.config.precision.params]
         self._chunks = chunks
@@ -97,7 +98,7 @@ class StageOptimizer:
         self._layer_params = _group_by_layer(self.inner_params())
         self._connect(chunks)
 
-    def _connect(self, chunks: Sequence[DistributedDataParallel]) -> None:
+    def _connect(self, chunks: Sequence[LayerDataParallel]) -> None:
         """Tells the pipeline schedule, through the chunks' configs, how gradients are synchronised and scaled."""
         for chunk in chunks:
             config = unwrap(chunk).config
@@ -114,32 +115,41 @@ class StageOptimizer:
         """The learning rate of the next step."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
 
-    def zero_grad(self) -> None:
-        """Empties the gradient buffers before a step."""
+    def begin_step(self, mask: SkipMask) -> None:
+        """Before the first forward pass of a step: no gradients, and which layers will have none."""
         for chunk in self._chunks:
-            chunk.zero_grad_buffer()
+            chunk.begin_step(mask, launches_early=len(self._chunks) == 1)
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def step(self, skipped_layers: Iterable[int]) -> float:
+    def step(self, mask: SkipMask) -> float:
         """Clips, steps and advances the schedule; returns the global gradient norm before clipping.
 
-        With a non-finite norm (the same on every rank) parameters and moments stay as they are. Layers in
-        ``skipped_layers`` stay untouched under ``skipped_update: freeze``, as torch.optim leaves a parameter whose
-        gradient is None.
+        With a non-finite norm (the same on every rank) parameters and moments stay as they are. Layers that the whole step
+        skipped stay untouched under ``skipped_update: freeze``, as torch.optim leaves a parameter whose gradient is None.
         """
+        frozen = {layer for layer, idle in enumerate(mask.idle) if idle} if self._freeze_skipped else set()
+        with ExitStack() as stack:
+            for part in self._parts():
+                stack.enter_context(leaving_out(part, frozen))
+            grad_norm = self._step(frozen)
+        self.scheduler.step(increment=1)
+        return grad_norm
+
+    def _step(self, frozen: Collection[int]) -> float:
         self.optimizer.prepare_grads()
+        for layer in frozen:
+            for parameter in self._layer_params.get(layer, ()):
+                parameter.grad = None
         grad_norm = float(self.optimizer.get_grad_norm())
         if math.isfinite(grad_norm):
             self._clip(grad_norm)
-            frozen = set(skipped_layers) if self._freeze_skipped else set()
-            for layer in frozen:
-                for parameter in self._layer_params.get(layer, ()):
-                    parameter.grad = None
-            self._step_inner()
+            for chunk in self._chunks:
+                chunk.parameters_move(frozen)
+            for part in self.optimizer.chained_optimizers:
+                part.step_with_ready_grads()
             self.num_updates += 1
             self.num_layer_updates = [n + (layer not in frozen) for layer, n in enumerate(self.num_layer_updates)]
-        self.scheduler.step(increment=1)
         return grad_norm
 
     def _clip(self, grad_norm: float) -> None:
@@ -147,23 +157,28 @@ class StageOptimizer:
         if self._clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, self._clip_grad, grad_norm)
 
-    def _step_inner(self) -> None:
-        for part in self.optimizer.chained_optimizers:
-            part.step_with_ready_grads()
+    def gather_params(self) -> None:
+        """Makes every rank's copy of the parameters whole, where gathers are still due; a collective."""
+        for chunk in self._chunks:
+            chunk.gather_params()
+
+    def close(self) -> None:
+        """Ends the stage: parameters whole on every rank (a collective), and the model free of what wrapped it."""
+        for chunk in self._chunks:
+            chunk.close()
 
     def inner_params(self) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         """Pairs (model parameter, the tensor that Adam updates for it on this rank: itself, a master copy or a shard)."""
-        for part in self.optimizer.chained_optimizers:
-            if part.is_stub_optimizer:
-                continue
-            for owned, updated in _param_pairs(part):
-                yield from zip(owned, updated, strict=True)
+        for part in self._parts():
+            yield from param_pairs(part)
+
+    def _parts(self) -> Iterator[Any]:
+        """megatron-core's optimizers of this rank, without those that have no parameters."""
+        return (part for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer)
 
     def _allocate_moments(self) -> None:
         """Zero moments for every parameter from the start: checkpoints hold all of them, skipped layers included."""
-        for wrapper in self.optimizer.chained_optimizers:
-            if wrapper.is_stub_optimizer:
-                continue
+        for wrapper in self._parts():
             part = wrapper.optimizer
             if not isinstance(part, torch.optim.Adam):  # a fused kernel of another package
                 wrapper.init_state_fn(part, wrapper.config)
@@ -187,20 +202,9 @@ class StageOptimizer:
 
     def _torch_adams(self) -> Iterator[torch.optim.Optimizer]:
         """torch's own Adam counts steps for each parameter; fused kernels of other packages count for all at once."""
-        for part in self.optimizer.chained_optimizers:
-            if not part.is_stub_optimizer and isinstance(part.optimizer, torch.optim.Adam):
+        for part in self._parts():
+            if isinstance(part.optimizer, torch.optim.Adam):
                 yield part.optimizer
-
-
-def _param_pairs(part: object) -> list[tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]]:
-    if isinstance(part, DistributedOptimizer):
-        owned = part.model_float16_groups + part.model_fp32_groups
-        return list(zip(owned, part.shard_fp32_from_float16_groups + part.shard_fp32_groups, strict=True))
-    if isinstance(part, Float16OptimizerWithFloat16Params):
-        owned = part.float16_groups + part.fp32_from_fp32_groups
-        return list(zip(owned, part.fp32_from_float16_groups + part.fp32_from_fp32_groups, strict=True))
-    groups = [group["params"] for group in part.param_groups]  # type: ignore[attr-defined]
-    return list(zip(groups, groups, strict=True))
 
 
 def _group_by_layer(

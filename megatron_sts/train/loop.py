@@ -69,13 +69,14 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         step_time_s, peak_bytes, stopping = max_over_ranks([step_time_s, peak_memory_bytes(), stop.received])
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
-            log.step(costs.describe(result, step_time_s, int(peak_bytes)), result.mask.num_layers)
+            log.step(costs.describe(result, step_time_s, int(peak_bytes)))
         if is_last or checkpointer.is_due(step):
             checkpointer.save(stage, progress)
         if stopping:
             stop.agreed = True
             log.event("stop", stage=spec.name, step=progress.step)
             break
+    stage.optimizer.close()
     log.end_stage()
 
 

@@ -18,7 +18,7 @@ from megatron_sts.data.records import SkippedSample
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.step import StepResult
 
-_TENSORBOARD_SKIPS = {"stage", "step", "skip_digest"}
+_TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs"}
 
 
 class StepCosts:
@@ -36,10 +36,11 @@ class StepCosts:
         """The step's line for metrics.jsonl."""
         stage, totals = self._stage, result.totals
         num_images = int(totals.num_images)
+        layers_executed = sum(result.layer_runs) / stage.num_microbatches
         executed = step_flops(
             self._resolved,
             stage,
-            layers_executed=result.mask.num_layers - result.mask.num_skipped,
+            layers_executed=layers_executed,
             num_images=num_images,
             compressed=True,
         )
@@ -57,7 +58,8 @@ class StepCosts:
             "visual_tokens_in": num_images * stage.visual_tokens_in,
             "visual_tokens_out": num_images * stage.visual_tokens_out,
             "samples_skipped": int(totals.num_skipped_samples),
-            "layers_skipped": result.mask.num_skipped,
+            "layers_skipped": whole(len(result.layer_runs) - layers_executed),
+            "layer_runs": result.layer_runs,
             "skip_digest": result.mask.digest,
             "flops_dense": dense_step_flops(self._resolved, stage, num_images=num_images),
             "flops_executed": executed,
@@ -67,6 +69,11 @@ class StepCosts:
             "mfu": tflops / self._peak_tflops if self._peak_tflops else None,
             "peak_memory_bytes": peak_bytes,
         }
+
+
+def whole(value: float) -> float:
+    """An int where it is one: masks of a whole step skip whole layers, those of micro-batches skip 2.5 in the mean."""
+    return int(value) if value.is_integer() else value
 
 
 def finite_or_none(value: float) -> float | None:
@@ -114,7 +121,7 @@ class RunLog:
             )
             self._progress.start()
 
-    def step(self, line: Mapping[str, Any], num_layers: int) -> None:
+    def step(self, line: Mapping[str, Any]) -> None:
         """Writes a step's line."""
         if not self._enabled:
             return
@@ -124,7 +131,7 @@ class RunLog:
             self._task,
             completed=line["step"] + 1,
             loss=loss,
-            skipped=f"{line['layers_skipped']}/{num_layers}",
+            skipped=f"{line['layers_skipped']:g}/{len(line['layer_runs'])}",
             rate=f"{line['tokens_per_s']:,.0f}",
         )
         if self._board:

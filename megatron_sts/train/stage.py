@@ -34,11 +34,20 @@ class Stage:
     gate: SkipGate
     masks: MaskPlan | None
 
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers of the whole model."""
+        return self.resolved.config.model.language.num_layers
+
     def mask(self, step: int) -> SkipMask:
         """The step's skip mask; a collective at the first step of each block."""
         if self.masks is None:
-            return dense_mask(self.spec.index, step, self.resolved.config.model.language.num_layers)
+            return dense_mask(self.spec.index, step, self.num_layers)
         return self.masks.mask(step)
+
+    def residual_scales(self, step: int) -> Sequence[float] | None:
+        """For each decoder layer, what its contribution to the residual stream is multiplied by; None: 1."""
+        return None if self.masks is None else self.masks.residual_scales(step)
 
 
 def build_stage(

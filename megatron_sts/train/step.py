@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import SkippedSample
+from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
@@ -52,6 +53,8 @@ class StepResult:
     updated: bool
     """False when the gradient was not finite: parameters and moments stayed as they were."""
     mask: SkipMask
+    layer_runs: tuple[int, ...]
+    """Micro-batches in which each decoder layer really ran, on one data-parallel rank."""
     totals: Totals
     skipped: tuple[SkippedSample, ...]
     """The global batch's samples that could not be used."""
@@ -60,26 +63,28 @@ class StepResult:
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
     mask, counted, lr = stage.mask(step), Counted(), stage.optimizer.lr
-    stage.gate.set(mask)
-    stage.optimizer.zero_grad()
+    stage.gate.set(mask, stage.residual_scales(step))
+    stage.optimizer.begin_step(mask)
     reports = run_microbatches(
         stage.chunks,
-        forward,
-        count(stage.batches.step(step), counted),
+        partial(forward, stage.gate),
+        enumerate(count(stage.batches.step(step), counted)),
         num_microbatches=stage.spec.num_microbatches,
         sequence_length=stage.spec.sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
     )
-    grad_norm = stage.optimizer.step(skipped_layers=[i for i, idle in enumerate(mask.idle) if idle])
+    grad_norm = stage.optimizer.step(mask)
+    totals, layer_runs = reduce_totals(stage, reports, counted)
     stage.gate.clear()
-    totals = reduce_totals(stage, reports, counted)
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
     skipped = gather_skipped(stage, counted) if totals.num_skipped_samples else ()
-    return StepResult(loss, grad_norm, lr, math.isfinite(grad_norm), mask, totals, skipped)
+    return StepResult(loss, grad_norm, lr, math.isfinite(grad_norm), mask, layer_runs, totals, skipped)
 
 
-def forward(batch: Batch, chunk: torch.nn.Module) -> ForwardResult:
+def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module) -> ForwardResult:
     """One micro-batch through one model chunk, and the loss that the last one applies."""
+    microbatch, batch = numbered
+    gate.enter(microbatch)
     return chunk(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
 
 
@@ -92,17 +97,21 @@ def count(batches: Iterable[Batch], into: Counted) -> Iterator[Batch]:
         yield batch
 
 
-def reduce_totals(stage: Stage, reports: list[dict[str, Any]], counted: Counted) -> Totals:
-    """Sums over the global batch on every rank: one rank contributes for each data-parallel rank. One small all-reduce."""
-    device = current_device().torch_device
-    values = torch.zeros(len(fields(Totals)), dtype=torch.float64, device=device)
+def reduce_totals(stage: Stage, reports: list[dict[str, Any]], counted: Counted) -> tuple[Totals, tuple[int, ...]]:
+    """Sums over the global batch, and how many micro-batches ran each decoder layer, on every rank. One small all-reduce."""
+    device, num_totals = current_device().torch_device, len(fields(Totals))
+    values = torch.zeros(num_totals + stage.num_layers, dtype=torch.float64, device=device)
     if speaks(stage):
         for report in reports:
             values[0] += report["loss_sum"]
             values[1] += report["num_tokens"]
-        values[2:] = torch.tensor([counted.num_tokens, counted.num_images, len(counted.skipped)])
+        values[2:num_totals] = torch.tensor([counted.num_tokens, counted.num_images, len(counted.skipped)])
+    if stage.place.tp_rank == stage.place.dp_rank == 0:
+        for layer, num_runs in stage.gate.num_runs.items():
+            values[num_totals + layer] = num_runs
     dist.all_reduce(values)
-    return Totals(*values.tolist())
+    reduced = values.tolist()
+    return Totals(*reduced[:num_totals]), tuple(int(count) for count in reduced[num_totals:])
 
 
 def gather_skipped(stage: Stage, counted: Counted) -> tuple[SkippedSample, ...]:

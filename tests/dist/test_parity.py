@@ -45,11 +45,11 @@ FREEZE = {"name": "freeze", "freeze": ["vision"], "steps": 4, "lds": {**BERNOULL
 ZERO_GRAD = {**FREEZE, "name": "zero_grad", "lds": {**BERNOULLI, "skipped_update": "zero_grad"}}
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 VPP = "virtual_pipeline_model_parallel_size"
+ALL_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "use_distributed_optimizer": True}
 
 # What is trained, by name: stages and model; each is also trained on one rank, to compare with.
 RUNS: dict[str, dict[str, Any]] = {
     "all": {},
-    "without LDS": {"stages": ({**ALIGNMENT, "steps": 2}, DENSE)},
     "tied": {"stages": (DENSE,), "tied": True},
     "skipped updates": {"stages": (FREEZE, ZERO_GRAD)},
     "bf16": {"params": "bf16"},
@@ -64,11 +64,13 @@ TWO_RANKS = {
     "PP2": ("all", {PP: 2}),
     "PP2 VPP2": ("all", {PP: 2, VPP: 2}),
     "DP2": ("all", {"use_distributed_optimizer": True}),
-    "DP2 overlap": ("without LDS", {"overlap_grad_reduce": True}),
-    "DP2 distributed overlap": ("without LDS", {"overlap_grad_reduce": True, "use_distributed_optimizer": True}),
+    "DP2 overlap": ("all", {"overlap_grad_reduce": True}),
+    "DP2 distributed overlap": ("all", {"overlap_grad_reduce": True, "use_distributed_optimizer": True}),
+    "DP2 all overlap": ("all", ALL_OVERLAP),
     "PP2 tied": ("tied", {PP: 2}),
     "TP2 tied": ("tied", {TP: 2}),
     "DP2 skipped updates": ("skipped updates", {"use_distributed_optimizer": True}),
+    "DP2 all overlap skipped updates": ("skipped updates", ALL_OVERLAP),
     "bf16 TP2": ("bf16", {TP: 2}),
     "bf16 PP2": ("bf16", {PP: 2}),
     "TP2 again": ("all", {TP: 2}),

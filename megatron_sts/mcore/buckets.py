@@ -1,0 +1,205 @@
+"""Data parallelism that spends nothing on skipped layers: gradient buckets end where decoder layers end.
+
+megatron-core fills buckets by size, across layers, and waits for a gradient of every parameter. Here each decoder layer is
+a bucket of its own, so whether a layer runs decides about whole buckets: one whose layer no micro-batch of a step ran
+is neither emptied nor reduced, and one whose parameters have not moved is not gathered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup, group_params_for_buffers
+from megatron.core.optimizer.param_layout import (
+    FullParamLayout,
+    PerBufferParamLayout,
+    pad_bucket_end,
+    pad_param_start,
+)
+from megatron.core.parallel_state import get_data_parallel_world_size
+
+from megatron_sts.lds.mask import SkipMask
+
+
+class LayerBucketGroup(_ParamAndGradBucketGroup):
+    """The bucket of one decoder layer, or of parameters outside the layers (``layer`` None: they run in every step).
+
+    Every data-parallel rank has the same masks, so all of them leave out the same collectives.
+    """
+
+    layer: int | None
+    runs: bool
+    """Whether any micro-batch of the current step runs the layer."""
+    ends_early: bool
+    """Whether the gradient is complete before the last micro-batch, which skips the layer."""
+    is_stale: bool
+    """With the distributed optimizer: other ranks have moved their shards of the parameters since the last gather."""
+
+    def __init__(self, like: _ParamAndGradBucketGroup) -> None:
+        distributed = like.ddp_config.use_distributed_optimizer
+        group = like.intra_distributed_optimizer_instance_group if distributed else like.data_parallel_group
+        super().__init__(like.buckets, like.ddp_config, group, group.size())
+        layers = {getattr(parameter, "decoder_layer", None) for parameter in self.params}
+        (self.layer,) = layers
+        self.runs, self.ends_early, self.is_stale = True, False, False
+
+    def begin_step(self, mask: SkipMask, *, launches_early: bool) -> None:
+        """Empties the gradients that the last step left, and looks up what this one does with the layer."""
+        if self.runs:
+            for bucket in self.buckets:
+                bucket.grad_data.zero_()
+        self.reset()
+        self.runs = self.layer is None or not mask.idle[self.layer]
+        skipped_last = self.layer is not None and mask.rows[-1][self.layer]
+        self.ends_early = launches_early and self.runs and skipped_last
+
+    def launch_if_complete(self) -> None:
+        """Starts the overlapped reduction of a gradient that the remaining micro-batch adds nothing to."""
+        if self.ends_early and self.grad_reduce_handle is None:
+            self.start_grad_sync()
+
+    def start_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        if self.runs:
+            super().start_grad_sync(force_all_reduce)
+
+    def finish_grad_sync(self, force_all_reduce: bool | None = False) -> None:
+        if not self.runs:
+            self.param_gather_dispatched = False
+            return
+        # No backward hook came in the last micro-batch: the layer ran in earlier ones only.
+        is_overlapped = self.ddp_config.overlap_grad_reduce and not self.grad_reduce_finished
+        if is_overlapped and self.grad_reduce_handle is None:
+            self.start_grad_sync(force_all_reduce)
+        super().finish_grad_sync(force_all_reduce)
+        self.ends_early = False  # evaluation leaves no_sync too
+
+    def scale(self, factor: torch.Tensor | float) -> None:
+        if self.runs:
+            for bucket in self.buckets:
+                bucket.grad_data *= factor
+
+    def start_param_sync(self, force_sync: bool = False) -> None:
+        if self.param_gather_handle is not None or (self.is_stale and (force_sync or self._is_due())):
+            self.is_stale = False
+            super().start_param_sync(force_sync)
+            return
+        self.param_gather_dispatched = True
+        following = self.next_param_gather_bucket_group
+        if not force_sync and following is not None and not following.param_gather_dispatched:
+            following.start_param_sync()  # has its turn now, as this one had nothing to do
+
+    def _is_due(self) -> bool:
+        """Overlapped, a gather waits for a step that runs the layer; otherwise it belongs to the optimizer's step."""
+        return self.runs or not self.ddp_config.overlap_param_gather
+
+
+class LayerDataParallel(DistributedDataParallel):
+    """megatron-core's DDP over ``LayerBucketGroup``s."""
+
+    bucket_groups: list[LayerBucketGroup]
+
+    def __init__(self, config: Any, ddp_config: DistributedDataParallelConfig, module: torch.nn.Module) -> None:
+        super().__init__(config, ddp_config, module, full_param_layout=layer_layout(module, ddp_config))
+        self.bucket_groups = [LayerBucketGroup(group) for group in self.bucket_groups]
+        self.param_to_bucket_group = {p: group for group in self.bucket_groups for p in group.params}
+        if ddp_config.overlap_param_gather:
+            for group, following in zip(self.bucket_groups[1:], self.bucket_groups, strict=False):
+                group.next_param_gather_bucket_group = following
+
+    def begin_step(self, mask: SkipMask, *, launches_early: bool) -> None:
+        """In place of ``zero_grad_buffer``. ``launches_early``: leaving ``no_sync`` means that one micro-batch is left."""
+        for parameter in self.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+        for group in self.bucket_groups:
+            group.begin_step(mask, launches_early=launches_early)
+
+    def parameters_move(self, frozen: Collection[int]) -> None:
+        """Called before an optimizer step that changes everything but the layers in ``frozen``."""
+        for group in self.bucket_groups:
+            group.is_stale |= group.layer not in frozen
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        with super().no_sync():
+            yield
+        for group in self.bucket_groups:
+            group.launch_if_complete()
+
+    def scale_gradients(self, scaling_factor: torch.Tensor | float) -> None:
+        for group in self.bucket_groups:
+            group.scale(scaling_factor)
+
+    def gather_params(self) -> None:
+        """Makes the parameters whole on every rank; a collective where a gather is due."""
+        if self.ddp_config.use_distributed_optimizer:
+            with torch.no_grad():
+                self.start_param_sync(force_sync=True)
+
+    def close(self) -> None:
+        """``gather_params``, then takes all hooks off the module, for the DDP of the next stage."""
+        self.gather_params()
+        self.grad_accs.clear()
+        if self.use_forward_hook:
+            self.disable_forward_pre_hook(param_sync=False)
+
+
+@dataclass
+class _LayoutBuilder:
+    """Places parameters one after the other; ``padding``: data-parallel ranks that share a bucket, None for no padding."""
+
+    padding: int | None
+    layout: PerBufferParamLayout = field(default_factory=PerBufferParamLayout)
+    start: int = 0
+    """Of the open bucket."""
+    end: int = 0
+    """Of the last parameter."""
+
+    def add(self, parameter: torch.nn.Parameter) -> None:
+        start = self.end if self.padding is None else pad_param_start(self.end)
+        self.end = start + parameter.numel()
+        self.layout.param_index_map[parameter] = (start, self.end, len(self.layout.bucket_indices))
+
+    def close_bucket(self) -> None:
+        self.layout.per_bucket_numel_unpadded.append(self.end - self.start)
+        if self.padding is not None:
+            self.end = pad_bucket_end(self.end, self.padding, False)
+        self.layout.bucket_indices.append((self.start, self.end))
+        self.start = self.end
+
+
+def layer_layout(module: torch.nn.Module, ddp_config: DistributedDataParallelConfig) -> FullParamLayout:
+    """Where each trained parameter lies in its gradient buffer: in backward order, a bucket a decoder layer.
+
+    Parameters outside the layers get a bucket a part of the model and side of the layers, so that no gradient waits for
+    one of another part, and shared embeddings their own, as megatron-core's distributed optimizer asks for.
+    """
+    parts = {p: name.split(".", 1)[0] for name, p in module.named_parameters() if p.requires_grad}
+    num_ranks = get_data_parallel_world_size(with_context_parallel=True)
+    padding = num_ranks if ddp_config.use_distributed_optimizer else None
+    layouts = {}
+    for key, (parameters, indices) in group_params_for_buffers(list(parts), ddp_config.grad_reduce_in_fp32).items():
+        layouts[key] = _buffer_layout(parameters[::-1], parts, padding)
+        layouts[key].param_indices, layouts[key].num_optimizer_shards = indices, padding
+    return FullParamLayout(layouts)
+
+
+def _buffer_layout(
+    parameters: Sequence[torch.nn.Parameter], parts: dict[torch.nn.Parameter, str], padding: int | None
+) -> PerBufferParamLayout:
+    builder = _LayoutBuilder(padding)
+    last: Any = None
+    for parameter in parameters:
+        shared = id(parameter) if getattr(parameter, "shared_embedding", False) else None
+        bucket = (parts[parameter], getattr(parameter, "decoder_layer", None), shared)
+        if last is not None and bucket != last:
+            builder.close_bucket()
+        builder.add(parameter)
+        last = bucket
+    if last is not None:
+        builder.close_bucket()
+    return builder.layout
