@@ -192,4 +192,4 @@ def _difference(own: np.ndarray, first: np.ndarray, bits: np.ndarray | None) -> 
         row = np.flatnonzero(bits[steps[0]].any(axis=1))[0]
         layers_named = ", ".join(map(str, np.flatnonzero(bits[steps[0], row])))
         where += f", micro-batch {row}, layers {layers_named}" if rows > 1 else f", layers {layers_named}"
-    return f"{where} ({len(steps)} steps of the block differ)"
+    return f"{where} ({len(steps)} of the block's steps differ)"

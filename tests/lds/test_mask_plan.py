@@ -1,6 +1,7 @@
 """The mask plan: blocks, resuming, and agreement of real processes, with disagreements planted."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 
@@ -9,13 +10,18 @@ import torch.distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import LdsConfig
-from megatron_sts.lds.mask import draw_mask
+from megatron_sts.lds import sync
+from megatron_sts.lds.mask import SkipMask, draw_mask
 from megatron_sts.lds.placement import Placement
 from megatron_sts.lds.sync import MaskMismatchError, MaskPlan
 from tests.dist.launch import RanksFailed, run_ranks
+from tests.lds.layouts import one_rank
 
 NUM_STEPS, NUM_LAYERS = 150, 6
-ONE_RANK = Placement((0,) * NUM_LAYERS, (0.0,))
+ONE_RANK = one_rank(NUM_LAYERS)
+TWO_RANKS = Placement((0, 0, 0, 1, 1, 1), (0.5, 1.0))
+FOUR_RANKS = Placement((0, 1, 2, 3, 3, 3), (0.5, 0.0, 0.0, 1.0))
+PER_MICROBATCH = LdsConfig(granularity="microbatch")
 
 
 def plan(**changes: object) -> MaskPlan:
@@ -36,13 +42,35 @@ def walk(steps: range, **changes: object) -> list[str]:
     return [masks.mask(step).digest for step in steps]
 
 
+def stray_in_the_last_microbatch(strays: bool) -> list[str]:
+    """Three micro-batches; one rank has the last layer of the last of them in step 4 the other way round."""
+    draw = sync.draw_mask
+
+    def stray(lds: LdsConfig, seed: int, stage: int, step: int, *layout: object) -> SkipMask:
+        mask = draw(lds, seed, stage, step, *layout)  # type: ignore[arg-type]
+        *rows, last = mask.rows
+        return replace(mask, rows=(*rows, (*last[:-1], not last[-1]))) if step == 4 else mask
+
+    sync.draw_mask = stray if strays else draw
+    try:
+        return walk(range(1), lds=PER_MICROBATCH, num_microbatches=3)
+    finally:
+        sync.draw_mask = draw
+
+
 def ranks_agree_and_disagree() -> None:
-    """In each rank: agreement, three planted disagreements that are caught, and one that is not."""
+    """In each rank: agreements, planted disagreements that are caught, and one that is not."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     report("agree", lambda: walk(range(NUM_STEPS)))
     report("rank 0 strays", lambda: walk(range(99), num_steps=99 if rank == 0 else NUM_STEPS))
     report("elsewhere", lambda: walk(range(70, 71) if rank == 1 else range(1)))
+    drawn = LdsConfig(sampler="quota", granularity="microbatch")
+    placed = TWO_RANKS if rank else FOUR_RANKS
+    report("micro-batches agree", lambda: walk(range(3), lds=drawn, placement=TWO_RANKS, num_microbatches=3))
+    report("another layout", lambda: walk(range(1), lds=drawn, placement=placed, num_microbatches=3))
+    report("one row strays", lambda: stray_in_the_last_microbatch(rank == 1))
+    report("other micro-batches", lambda: walk(range(1), lds=PER_MICROBATCH, num_microbatches=2 + rank))
     pairs = [dist.new_group([first, first + 1]) for first in range(0, num_ranks, 2)]
     group = pairs[rank // 2]
     report("pairs agree", lambda: walk(range(1), seed=rank // 2, group=group))
@@ -115,6 +143,28 @@ def test_a_rank_at_another_step_is_named(num_ranks: int) -> None:
     assert "rank 1: asks for stage 1, steps from 64, instead of stage 1, steps from 0" in message
 
 
+@both_sizes
+def test_masks_of_microbatches_agree(num_ranks: int) -> None:
+    lds = LdsConfig(sampler="quota", granularity="microbatch")
+    alone = walk(range(3), lds=lds, placement=TWO_RANKS, num_microbatches=3)
+    assert printed(num_ranks, "micro-batches agree") == [str(alone)] * num_ranks
+
+
+@both_sizes
+def test_a_disagreement_names_the_microbatch(num_ranks: int) -> None:
+    (message,) = set(printed(num_ranks, "one row strays"))
+    assert "on 1 of" in message
+    assert "rank 1: stage 1, step 4, micro-batch 2, layers 5 (1 of the block's steps differ)" in message
+
+
+@both_sizes
+def test_ranks_with_other_layouts_or_numbers_of_microbatches_are_named(num_ranks: int) -> None:
+    (message,) = set(printed(num_ranks, "another layout"))
+    assert f"on {num_ranks - 1} of {num_ranks} ranks; rank 1: stage 1, step 0, micro-batch " in message
+    (message,) = set(printed(num_ranks, "other micro-batches"))
+    assert "rank 1: stage 1, 3 masks of 6 layers a step instead of 2 of 6" in message
+
+
 def test_groups_are_independent_and_ranks_are_named_globally() -> None:
     apart = [str(walk(range(1), seed=seed)) for seed in (0, 1)]
     assert printed(4, "pairs agree") == [apart[0], apart[0], apart[1], apart[1]]
@@ -141,6 +191,12 @@ def test_resuming_restores_the_same_masks() -> None:
         ({"lds": LdsConfig(epsilon=0.0)}, "lds.epsilon 0.5 -> 0.0"),
         ({"lds": LdsConfig(schedule="constant")}, "lds.schedule 'paper' -> 'constant'"),
         ({"lds": LdsConfig(sampler="fixed", fixed_layers=(1,))}, r"lds.fixed_layers \[\] -> \[1\]"),
+        ({"lds": PER_MICROBATCH}, "lds.granularity 'step' -> 'microbatch'"),
+        ({"lds": LdsConfig(sampler="quota")}, "lds.sampler 'bernoulli' -> 'quota'"),
+        (
+            {"lds": LdsConfig(depth_profile="protect", protect_first=1)},
+            "lds.depth_profile 'linear' -> 'protect'; lds.protect_first 0 -> 1",
+        ),
         ({"seed": 6}, "seed 5 -> 6"),
         ({"stage": 0}, "stage 1 -> 0"),
         ({"num_steps": 200}, "num_steps 150 -> 200"),
@@ -158,5 +214,32 @@ def test_resuming_with_another_generator_is_refused() -> None:
         plan().load_state_dict({**plan().state_dict(), "digest": "0123"})
 
 
-def test_settings_that_do_not_change_masks_may_change() -> None:
-    plan(lds=LdsConfig(skipped_update="zero_grad")).load_state_dict(plan().state_dict())
+@pytest.mark.parametrize("changes", [{"skipped_update": "zero_grad"}, {"residual_scale": "inverse_keep"}])
+def test_settings_that_do_not_change_masks_may_change(changes: dict[str, object]) -> None:
+    plan(lds=LdsConfig(**changes)).load_state_dict(plan().state_dict())
+
+
+@pytest.mark.parametrize("granularity", ["step", "microbatch"])
+@pytest.mark.parametrize("sampler", ["bernoulli", "balanced", "quota"])
+def test_another_layout_goes_on_with_its_own_masks(sampler: str, granularity: str) -> None:
+    lds = LdsConfig(sampler=sampler, granularity=granularity)
+    saver = plan(lds=lds, placement=TWO_RANKS, num_microbatches=2)
+    saver.mask(70)
+    resumed = plan(lds=lds, placement=FOUR_RANKS, num_microbatches=4)
+    resumed.load_state_dict(saver.state_dict())
+    assert resumed.mask(71) == draw_mask(lds, 5, 1, 71, NUM_STEPS, FOUR_RANKS, 4)
+    again = plan(lds=lds, placement=TWO_RANKS, num_microbatches=2)
+    again.load_state_dict(resumed.state_dict())
+    assert again.mask(72) == saver.mask(72)
+
+
+def test_the_number_of_layers_must_stay() -> None:
+    with pytest.raises(ConfigError, match="num_layers 6 -> 7"):
+        plan(placement=one_rank(7)).load_state_dict(plan().state_dict())
+
+
+def test_residual_scales_only_when_asked() -> None:
+    assert plan().residual_scales(3) is None
+    # alpha 1/2, decay 1, depth 1/2 ... 3/2 in steps of 1/5.
+    scales = plan(lds=LdsConfig(residual_scale="inverse_keep")).residual_scales(0)
+    assert scales == pytest.approx([1 / (1 - 0.5 * (0.5 + 0.2 * layer)) for layer in range(NUM_LAYERS)])
