@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import Resolved, resolve, sequence_multiple
+from megatron_sts.config.resolve import Layout, Resolved, resolve, sequence_multiple
 from megatron_sts.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 
 
