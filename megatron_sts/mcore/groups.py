@@ -51,7 +51,14 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
 
 
 def destroy() -> None:
-    """Forgets the groups, so that another layout can be initialised in this process."""
+    """Ends the groups, so that another layout can be initialised in this process; a collective.
+
+    megatron-core forgets most of them without ending them, and each gloo group would keep its threads.
+    """
+    dist.barrier()  # a peer may still be receiving
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:  # which stands for the process group itself
+            dist.destroy_process_group(group)
     parallel_state.destroy_model_parallel()
 
 

@@ -6,6 +6,7 @@ training); a test process does single-rank ones itself.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Sequence
@@ -224,5 +225,6 @@ def train_layouts() -> None:
     with process_group(60.0):
         for name, written in json.loads(jobs.read_text()).items():
             trained = train(resolved_run(written, dist.get_world_size()))
+            gc.collect()  # frees the gloo groups that the last model refers to, with their threads
             if dist.get_rank() == 0:
                 torch.save(asdict(trained), jobs.with_name(f"{name}.pt"))

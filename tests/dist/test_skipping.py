@@ -24,8 +24,8 @@ from megatron_sts.mcore.layer import SkippableTransformerLayer
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
-from megatron_sts.train.stage import Stage, build_stage, set_trainable
-from megatron_sts.train.step import forward, train_step
+from megatron_sts.train.stage import Stage, build_stage
+from megatron_sts.train.step import train_step
 from tests.dist.ladder import (
     ALIGNMENT,
     BERNOULLI,
@@ -39,6 +39,7 @@ from tests.dist.ladder import (
     write_inputs,
     written_run,
 )
+from tests.dist.plain import train_plainly
 from tests.dist.launch import RanksFailed, run_ranks
 
 # Measured against plain torch over 6 steps, times 5: one rounding of a weight; moments are sums of other roundings.
@@ -152,73 +153,16 @@ def train_ours(written: Written) -> Updated:
     return updated
 
 
-def train_plainly(written: Written, like: Updated) -> Updated:
-    """The same model and samples with torch alone: autograd, ``clip_grad_norm_``, ``AdamW``; a skipped layer's gradient is
-
-    None, as autograd leaves it, or (``zero_grad``) zero.
-    """
-    with one_stage(written) as stage:  # for its samples
-        resolved, spec, gate = stage.resolved, stage.spec, SkipGate()
-        (model,) = build_model(resolved, gate)
-        set_trainable([model], spec.config.freeze)
-        weights = {name: parameter for name, parameter in named_weights([model]) if parameter.requires_grad}
-        optimizer = make_adamw(resolved, list(weights.values()))
-        for step, (lr, mask) in enumerate(zip(like.lrs, like.masks, strict=True)):
-            gate.set(mask)
-            backward(stage, gate, model, step)
-            assert spec.config.lds is not None
-            for name, parameter in weights.items():
-                assert (parameter.grad is None) == is_idle(name, mask)
-                if parameter.grad is None and spec.config.lds.skipped_update == "zero_grad":
-                    parameter.grad = torch.zeros_like(parameter)
-            torch.nn.utils.clip_grad_norm_(weights.values(), spec.config.optimizer.clip_grad)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return Updated(state={name: {"weight": p.detach(), **optimizer.state[p]} for name, p in weights.items()})
-
-
-def make_adamw(resolved: Resolved, weights: list[torch.nn.Parameter]) -> torch.optim.AdamW:
-    """Vectors do not decay, as everywhere in this field."""
-    settings = resolved.stages[0].config.optimizer
-    split = [
-        {"params": [p for p in weights if p.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(split, betas=settings.betas, eps=settings.eps)
-
-
-def backward(stage: Stage, gate: SkipGate, model: torch.nn.Module, step: int) -> None:
-    """Gradients of the mean loss over the step's tokens."""
-    num_tokens = 0
-    for numbered in enumerate(stage.batches.step(step)):
-        model.set_input_tensor([None])
-        token_losses, masked = forward(gate, numbered, model)
-        loss_sum, count, _ = masked(token_losses)
-        loss_sum.backward()
-        num_tokens += int(count)
-    for parameter in model.parameters():
-        if parameter.grad is not None:
-            parameter.grad /= num_tokens
-
-
-def is_idle(name: str, mask: SkipMask) -> bool:
-    return any(
-        mask.idle[layer] and name.startswith(f"language.decoder.layers.{layer}.") for layer in range(NUM_LAYERS)
-    )
-
-
 @pytest.mark.parametrize("skipped_update", ["freeze", "zero_grad"])
 def test_updates_are_those_of_torch_adamw(folder: Path, skipped_update: str) -> None:
     stage = {**SKIPPING, "steps": 6, "lds": {**BERNOULLI, "skipped_update": skipped_update}}
     written = written_run(folder, stage)
     ours = train_ours(written)
-    plain = train_plainly(written, ours)
+    plain = train_plainly(written, ours.lrs, ours.masks)
     counts = [sum(not mask.idle[layer] for mask in ours.masks) for layer in range(NUM_LAYERS)]
     assert any(0 < count < 6 for count in counts)
     worst = {"weight": 0.0, "exp_avg": 0.0, "exp_avg_sq": 0.0}
-    for name, expected in plain.state.items():
+    for name, expected in plain.items():
         found = ours.state[name]
         # A layer that torch never updated has no state there.
         assert float(found["step"]) == float(expected.get("step", torch.tensor(0.0))), name
