@@ -82,4 +82,6 @@ def expected_work(resolved: Resolved, stage: ResolvedStage, steps: list[int]) ->
     else:
         keep = 1 - np.array([skip_probabilities(lds, step, stage.num_steps, num_layers) for step in steps[::8]])
     equal = lds is not None and lds.sampler == "quota"
-    return ExpectedWork(keep, work.before / work.layer, work.after / work.layer, equal, float(stage.num_steps * work.layer))
+    return ExpectedWork(
+        keep, work.before / work.layer, work.after / work.layer, equal, float(stage.num_steps * work.layer)
+    )

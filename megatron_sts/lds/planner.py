@@ -8,6 +8,7 @@ matrix products: neither memory, nor transfers, nor the efficiency of small prod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,10 +65,12 @@ def _stage_time(resolved: Resolved, stage: ResolvedStage, step_time: StepTime) -
     times = step_time(work, stage.num_microbatches) / stage.num_microbatches
     # A ratio estimate: how many layers the masks of the grid happen to skip cancels, how they lie on the ranks remains.
     drawn = work.mean(axis=1).sum(axis=(1, 2)).mean()
-    return float(times.mean() / drawn * _expected_total(resolved, stage)) * stage.num_steps * layer_flops(resolved, stage)
+    return (
+        float(times.mean() / drawn * expected_total(resolved, stage)) * stage.num_steps * layer_flops(resolved, stage)
+    )
 
 
-def _expected_total(resolved: Resolved, stage: ResolvedStage) -> float:
+def expected_total(resolved: Resolved, stage: ResolvedStage) -> float:
     """Work of all ranks in a step, in layers, in the mean over the grid."""
     place, lds = placement(resolved, stage), stage.config.lds
     if lds is None:
@@ -112,7 +115,7 @@ def _candidates(resolved: Resolved) -> Iterator[Layout]:
 def near_even(num_layers: int, pp: int, vpp: int) -> Layout:
     """Chunks that differ by one layer at most."""
     ends = [num_layers * number // (pp * vpp) for number in range(pp * vpp + 1)]
-    counts = [int(end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    counts = [end - start for start, end in pairwise(ends)]
     return tuple(tuple(counts[chunk * pp : (chunk + 1) * pp]) for chunk in range(vpp))
 
 
