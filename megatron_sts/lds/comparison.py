@@ -39,6 +39,8 @@ class Comparison:
     dense_layout: Layout
     ideal_speedup: float
     """If what is executed were spread evenly over the ranks, which wait as they do in the dense run."""
+    flops_speedup: float
+    """FLOPs of the dense run over those executed: what is gained if the ranks' shares are as uneven as in the dense run."""
     naive_speedup: float
     """``bernoulli`` on contiguous stages, one chunk a rank, as even as may be."""
     configured_speedup: float
@@ -71,6 +73,7 @@ def compare(resolved: Resolved, step_time: StepTime = schedule_time) -> Comparis
     return Comparison(
         dense_layout=dense_layout,
         ideal_speedup=ideal,
+        flops_speedup=_flops(dense) / _flops(resolved),
         naive_speedup=dense_time / naive,
         configured_speedup=dense_time / run_time(resolved, resolved.layers_per_chunk, step_time),
         samplers=samplers,
@@ -123,6 +126,12 @@ def _largest_change(resolved: Resolved, stage: ResolvedStage) -> float:
         float(np.abs(effective_probabilities(lds, step, stage.num_steps, place) - scheduled).max())
         for step in steps
         for scheduled in [skip_probabilities(lds, step, stage.num_steps, place.num_layers)]
+    )
+
+
+def _flops(resolved: Resolved) -> float:
+    return sum(
+        expected_total(resolved, stage) * stage.num_steps * layer_flops(resolved, stage) for stage in resolved.stages
     )
 
 

@@ -53,6 +53,7 @@ def _speedups(comparison: Comparison) -> dict[str, Any]:
     return {
         "sampler": comparison.sampler,
         "ideal_speedup": comparison.ideal_speedup,
+        "flops_speedup": comparison.flops_speedup,
         "naive_speedup": comparison.naive_speedup,
         "configured_speedup": comparison.configured_speedup,
         "planned_speedup": comparison.planned.speedup,
@@ -96,7 +97,8 @@ def _print(facts: dict[str, Any]) -> None:
         return
     console.print(f"[bold]Layout planned for {lds['sampler']}[/]: {_words(facts['layout'])}", highlight=False)
     console.print(
-        f"Speed-up over the best dense layout: ideal {lds['ideal_speedup']:.3f}, naive {lds['naive_speedup']:.3f}, "
+        f"Speed-up over the best dense layout: ideal {lds['ideal_speedup']:.3f}, "
+        f"FLOPs {lds['flops_speedup']:.3f}, naive {lds['naive_speedup']:.3f}, "
         f"config {lds['configured_speedup']:.3f}, planned {lds['planned_speedup']:.3f} "
         f"({lds['efficiency']:.2f} of the ideal saving)",
         highlight=False,
