@@ -32,29 +32,33 @@ class ExpectedWork:
 
     def cost(self, counts: NDArray[np.int_], pp: int) -> NDArray[np.float64]:
         """The slowest rank's work over the stage, and a little for chunks of unequal work; ``counts`` [layouts, chunks]."""
-        ends = np.cumsum(counts, axis=1)
-        work = self._of_chunks(self.keep, ends, counts)
+        work = self._of_chunks_with_fixed(counts)
+        return np.asarray((self.slowest(counts, pp) + EVENNESS * work.std(axis=-1)).mean(axis=1) * self.weight)
+
+    def slowest(self, counts: NDArray[np.int_], pp: int) -> NDArray[np.float64]:
+        """The slowest rank's expected work, in layers, [layouts, steps]."""
+        work = self._of_chunks_with_fixed(counts)
+        ranks = work.reshape(*work.shape[:2], -1, pp).sum(axis=2)
+        return self._equalised(ranks, counts, pp) if self.equal else np.asarray(ranks.max(axis=-1))
+
+    def _of_chunks_with_fixed(self, counts: NDArray[np.int_]) -> NDArray[np.float64]:
+        work = self._of_chunks(self.keep, counts)
         work[..., 0] += self.first
         work[..., -1] += self.last
-        ranks = work.reshape(*work.shape[:2], -1, pp).sum(axis=2)
-        slowest = self._equalised(ranks, ends, counts, pp) if self.equal else ranks.max(axis=-1)
-        return np.asarray((slowest + EVENNESS * work.std(axis=-1)).mean(axis=1) * self.weight)
+        return work
 
-    def _of_chunks(
-        self, of_layers: NDArray[np.float64], ends: NDArray[np.int_], counts: NDArray[np.int_]
-    ) -> NDArray[np.float64]:
+    def _of_chunks(self, of_layers: NDArray[np.float64], counts: NDArray[np.int_]) -> NDArray[np.float64]:
         """Sums over each chunk's layers, [layouts, steps, chunks]."""
+        ends = np.cumsum(counts, axis=1)
         sums = np.pad(np.cumsum(of_layers, axis=1), [(0, 0), (1, 0)])
         return np.moveaxis(sums[:, ends] - sums[:, ends - counts], 0, 1)
 
-    def _equalised(
-        self, ranks: NDArray[np.float64], ends: NDArray[np.int_], counts: NDArray[np.int_], pp: int
-    ) -> NDArray[np.float64]:
+    def _equalised(self, ranks: NDArray[np.float64], counts: NDArray[np.int_], pp: int) -> NDArray[np.float64]:
         """The slowest rank when probabilities are scaled to a common level of work, [layouts, steps].
 
         A rank has as much to skip as layers with p > 0 (``quota.equal_work_probabilities``); the sum stays what it was.
         """
-        skippable = self._of_chunks((self.keep < 1).astype(np.float64), ends, counts)
+        skippable = self._of_chunks((self.keep < 1).astype(np.float64), counts)
         skippable = skippable.reshape(*skippable.shape[:2], -1, pp).sum(axis=2)
         layers = counts.reshape(len(counts), 1, -1, pp).sum(axis=2)
         dense = layers + self._fixed(pp)
