@@ -28,10 +28,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _build_parser()
     args, rest = parser.parse_known_args(argv)
-    unknown = [word for word in rest if word.startswith("-") or args.command is not _train]
+    takes_overrides = args.command in (_train, _plan)
+    unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]!r}")
-    if args.command is _train:
+    if takes_overrides:
         args.overrides += rest
     try:
         return args.command(args)
@@ -54,6 +55,7 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
+    _add_plan(commands)
     _add_report(commands)
     _add_doctor(commands)
     return parser
@@ -66,8 +68,7 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Train a model. Under torchrun or srun this process is one rank; otherwise it starts local ranks. "
         "Resumes from RUN_DIR if that holds a checkpoint.",
     )
-    train.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, or a folder that holds config.yaml")
-    train.add_argument("overrides", metavar="key.path=value", nargs="*", help="config values that replace the file's")
+    _add_config(train)
     train.add_argument(
         "--nproc", type=_positive, metavar="N", help="local ranks (default: as many as the config needs)"
     )
@@ -77,6 +78,24 @@ def _add_train(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     train.add_argument("--json", action="store_true", help="with --dry-run: one JSON object on stdout")
     train.set_defaults(command=_train)
+
+
+def _add_plan(commands: argparse._SubParsersAction[_Parser]) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="plan the pipeline layout, and show what layer skipping gains with it",
+        description="Plan the pipeline layout of a run for its layer skipping (what parallel.layout=auto chooses), and show "
+        "the speed-up of each sampler with its best layout. Runs nothing.",
+    )
+    _add_config(plan)
+    plan.add_argument("--nproc", type=_positive, metavar="N", help="ranks (default: as many as the config needs)")
+    plan.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    plan.set_defaults(command=_plan)
+
+
+def _add_config(command: _Parser) -> None:
+    command.add_argument("config", metavar="CONFIG", type=Path, help="YAML file, or a folder that holds config.yaml")
+    command.add_argument("overrides", metavar="key.path=value", nargs="*", help="config values that replace the file's")
 
 
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -113,6 +132,12 @@ def _train(args: argparse.Namespace) -> int:
     from megatron_sts.train import command
 
     return command.train(args.config, args.overrides, args.run_dir, args.nproc, dry_run=args.dry_run, as_json=args.json)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from megatron_sts.train import plan
+
+    return plan.plan(args.config, args.overrides, args.nproc, as_json=args.json)
 
 
 def _report(args: argparse.Namespace) -> int:

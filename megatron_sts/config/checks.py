@@ -14,6 +14,7 @@ from megatron_sts.config.schema import (
     DataConfig,
     LanguageConfig,
     ModelConfig,
+    ParallelConfig,
     Part,
     RunConfig,
     StageConfig,
@@ -164,12 +165,35 @@ def check_parallel(config: RunConfig) -> None:
             "it gathers the shards of the distributed optimizer, between overlapped reductions",
             "set use_distributed_optimizer=true and overlap_grad_reduce=true too, or this to false",
         )
-    if config.model.language.num_layers % (pp * vpp):
+    check_layout(config.model.language.num_layers, parallel)
+
+
+def check_layout(num_layers: int, parallel: ParallelConfig) -> None:
+    """The chunks of the pipeline ranks hold every decoder layer once; a chunk may be empty."""
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
+    if parallel.layout == "even" and num_layers % (pp * vpp):
         refuse(
             "model.language.num_layers",
-            config.model.language.num_layers,
+            num_layers,
             f"cannot be dealt evenly to {pp} pipeline ranks x {vpp} chunks",
-            f"use a multiple of {pp * vpp} or other parallel sizes",
+            f"use a multiple of {pp * vpp}, other parallel sizes, or parallel.layout=auto",
+        )
+    if isinstance(parallel.layout, str):
+        return
+    written = f"[{', '.join(map(str, parallel.layout))}]"
+    if len(parallel.layout) != pp * vpp:
+        refuse(
+            "parallel.layout",
+            written,
+            f"{len(parallel.layout)} chunks for {pp} pipeline ranks x {vpp} chunks",
+            f"give {pp * vpp} numbers of layers",
+        )
+    if sum(parallel.layout) != num_layers:
+        refuse(
+            "parallel.layout",
+            written,
+            f"holds {sum(parallel.layout)} layers, model.language.num_layers={num_layers}",
+            "give numbers that add up to it",
         )
 
 

@@ -25,6 +25,8 @@ from megatron_sts.config.schema import (
 
 DatasetSize = Callable[[DataConfig], int]
 """Number of samples of one epoch."""
+Layout = tuple[tuple[int, ...], ...]
+"""Decoder layers in chunk v of pipeline rank p, as [v][p]. Chunk (v, p) is number v*pp + p from the input."""
 
 
 class ResolvedStage(Section):
@@ -53,13 +55,12 @@ class Resolved(Section):
     """A run with every number that follows from its config."""
 
     config: RunConfig
-    """As written, with parallel.data_parallel_size filled in."""
+    """As written, with parallel.data_parallel_size and a planned number of chunks filled in."""
     world_size: int
     data_parallel_size: int
     num_vision_layers: int
     """Layers of the tower that are built: none after the projected one."""
-    layers_per_chunk: tuple[tuple[int, ...], ...]
-    """Decoder layers in chunk v of pipeline rank p, as [v][p]. Chunk (v, p) is number v*pp + p from the input."""
+    layers_per_chunk: Layout
     layer_owner: tuple[int, ...]
     """Pipeline rank of each 0-based decoder layer."""
     stages: tuple[ResolvedStage, ...]
@@ -73,28 +74,68 @@ class Resolved(Section):
         raise ConfigError(f"stages.{name_or_index}: no such stage; choose from {names}")
 
 
-def resolve(config: RunConfig, *, world_size: int | None = None, dataset_size: DatasetSize | None = None) -> Resolved:
+ChooseLayout = Callable[[Resolved], Layout]
+"""Plans ``parallel.layout: auto`` for a run that is resolved but for that: it stands there with one chunk a rank.
+
+A pure function of the run, so that every rank and every later start comes to the same layout.
+"""
+
+
+def resolve(
+    config: RunConfig,
+    *,
+    world_size: int | None = None,
+    dataset_size: DatasetSize | None = None,
+    choose_layout: ChooseLayout | None = None,
+) -> Resolved:
     """Check a config and derive everything that follows from it.
 
     Args:
         config: what the user wrote, overrides applied.
         world_size: number of ranks that will run; None: as many as the parallel sizes ask for.
         dataset_size: samples of one epoch; None: ``count_samples``. Asked only for stages given in epochs.
+        choose_layout: asked for ``parallel.layout: auto``, which is refused without it.
     """
     check_run(config)
     data_parallel_size = _data_parallel_size(config.parallel, world_size)
     parallel = config.parallel.model_copy(update={"data_parallel_size": data_parallel_size})
     config = config.model_copy(update={"parallel": parallel})
-    layers_per_chunk = _even_layout(config)
     vision = config.model.vision
-    return Resolved(
+    layout = _written_layout(config)
+    resolved = Resolved(
         config=config,
         world_size=_model_parallel_size(parallel) * data_parallel_size,
         data_parallel_size=data_parallel_size,
         num_vision_layers=0 if vision is None else vision.num_layers + 1 + vision.feature_layer,
-        layers_per_chunk=layers_per_chunk,
-        layer_owner=tuple(rank for chunks in layers_per_chunk for rank, n in enumerate(chunks) for _ in range(n)),
+        layers_per_chunk=layout,
+        layer_owner=_layer_owner(layout),
         stages=tuple(_resolve_stage(i, config, dataset_size or count_samples) for i in range(len(config.stages))),
+    )
+    if parallel.layout != "auto":
+        return resolved
+    if choose_layout is None:
+        refuse("parallel.layout", "auto", "nothing here plans layouts", "write even or the layers of each chunk")
+    return with_layout(resolved, choose_layout(resolved))
+
+
+def with_layout(resolved: Resolved, layout: Layout) -> Resolved:
+    """The same run with other chunks."""
+    vpp = len(layout) if len(layout) > 1 else None
+    parallel = resolved.config.parallel.model_copy(update={"virtual_pipeline_model_parallel_size": vpp})
+    config = resolved.config.model_copy(update={"parallel": parallel})
+    return resolved.model_copy(
+        update={"config": config, "layers_per_chunk": layout, "layer_owner": _layer_owner(layout)}
+    )
+
+
+def can_interleave(resolved: Resolved) -> bool:
+    """Whether megatron-core's interleaved schedule can run every stage, with any number of chunks a rank."""
+    parallel = resolved.config.parallel
+    pp = parallel.pipeline_model_parallel_size
+    return (
+        pp > 1
+        and (pp > 2 or parallel.overlap_p2p_comm)
+        and all(stage.num_microbatches % pp == 0 for stage in resolved.stages)
     )
 
 
@@ -149,11 +190,20 @@ def _data_parallel_size(parallel: ParallelConfig, world_size: int | None) -> int
     return world_size // model_size
 
 
-def _even_layout(config: RunConfig) -> tuple[tuple[int, ...], ...]:
-    """The same number of layers in every chunk, as [vpp][pp]."""
+def _written_layout(config: RunConfig) -> Layout:
+    """The chunks as written; for ``auto``, until they are planned, one a rank, as even as may be."""
     pp = config.parallel.pipeline_model_parallel_size
     vpp = config.parallel.virtual_pipeline_model_parallel_size or 1
-    return ((config.model.language.num_layers // (pp * vpp),) * pp,) * vpp
+    num_layers, written = config.model.language.num_layers, config.parallel.layout
+    if written == "even":
+        return ((num_layers // (pp * vpp),) * pp,) * vpp
+    if written == "auto":
+        return (tuple(num_layers * (rank + 1) // pp - num_layers * rank // pp for rank in range(pp)),)
+    return tuple(written[chunk * pp : (chunk + 1) * pp] for chunk in range(vpp))
+
+
+def _layer_owner(layout: Layout) -> tuple[int, ...]:
+    return tuple(rank for chunks in layout for rank, count in enumerate(chunks) for _ in range(count))
 
 
 def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> ResolvedStage:

@@ -61,12 +61,21 @@ def language_config(resolved: Resolved) -> TransformerConfig:
         mrope_section=[_head_width(resolved) // 2, 0, 0],
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        pipeline_model_parallel_layout=_pipeline_layout(resolved),
         pipeline_dtype=PARAMS_DTYPE[precision.params],
         sequence_parallel=parallel.sequence_parallel,
         overlap_p2p_comm=interleaved and parallel.overlap_p2p_comm,
         batch_p2p_comm=not (interleaved and parallel.overlap_p2p_comm),
         deallocate_pipeline_outputs=True,
     )
+
+
+def _pipeline_layout(resolved: Resolved) -> list[list[str]]:
+    """What each chunk holds, in the order in which data pass."""
+    chunks = [["decoder"] * count for of_ranks in resolved.layers_per_chunk for count in of_ranks]
+    chunks[0].insert(0, "embedding")
+    chunks[-1].append("loss")
+    return chunks
 
 
 def _head_width(resolved: Resolved) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.lds.planner import choose_layout
 from megatron_sts.runtime.probe import check_fp8
 from megatron_sts.train import environment, failure, resume
 
@@ -25,7 +26,7 @@ def train(
     """Check the whole config before anything is started, then do what was asked. Returns the exit status."""
     rank = None if dry_run else environment.rank_from(os.environ)
     world_size = nproc if rank is None else rank.world_size
-    resolved = resolve(load(config, overrides), world_size=world_size)
+    resolved = resolve(load(config, overrides), world_size=world_size, choose_layout=choose_layout)
     run_dir = run_dir or default_run_dir(config)
     if dry_run:
         return _print_summary(resolved, as_json=as_json)

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "report", "doctor")
+COMMANDS = ("train", "plan", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import Resolved, resolve, sequence_multiple
+from megatron_sts.config.resolve import Layout, Resolved, resolve, sequence_multiple
 from megatron_sts.config.schema import ParallelConfig, PrecisionConfig, RunConfig
 
 
@@ -116,6 +116,15 @@ REFUSED = [
     ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true: it splits"),
     ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: not supported yet"),
     ("parallel.pipeline_model_parallel_size=5", "model.language.num_layers=12: cannot be dealt evenly to 5"),
+    ("parallel.layout=auto", "parallel.layout=auto: nothing here plans layouts"),
+    (
+        "parallel={pipeline_model_parallel_size: 2, layout: [4, 4, 4]}",
+        "parallel.layout=[4, 4, 4]: 3 chunks for 2 pipeline ranks x 1 chunks; give 2 numbers of layers",
+    ),
+    (
+        "parallel={pipeline_model_parallel_size: 2, layout: [4, 9]}",
+        "parallel.layout=[4, 9]: holds 13 layers, model.language.num_layers=12",
+    ),
     (f"parallel.{VPP}=1", f"parallel.{VPP}=1: one chunk is not interleaved; set it to null"),
     (f"parallel.{VPP}=2", f"parallel.{VPP}=2: interleaving needs at least two pipeline ranks"),
     (
@@ -190,9 +199,32 @@ def test_world_size_must_fit(path: Path, copies: str, world: int) -> None:
         resolve(load(path, overrides), world_size=world)
 
 
+def test_written_layout(path: Path) -> None:
+    """Chunks in the order in which data pass, rank by rank within a round; one may be empty."""
+    resolved = resolve(load(path, [f"parallel={{pipeline_model_parallel_size: 2, {VPP}: 2, layout: [1, 7, 0, 4]}}"]))
+    assert resolved.layers_per_chunk == ((1, 7), (0, 4))
+    assert resolved.layer_owner == (0,) + (1,) * 11
+
+
+def test_planned_layout(path: Path) -> None:
+    asked: list[Resolved] = []
+
+    def plan(resolved: Resolved) -> Layout:
+        asked.append(resolved)
+        return ((3, 2), (2, 5))
+
+    written = load(path, ["parallel={pipeline_model_parallel_size: 2, layout: auto}"])
+    resolved = resolve(written, choose_layout=plan)
+    assert asked[0].layers_per_chunk == ((6, 6),) and asked[0].stages == resolved.stages
+    assert resolved.layers_per_chunk == ((3, 2), (2, 5))
+    assert resolved.layer_owner == (0, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, 1)
+    assert resolved.config.parallel.virtual_pipeline_model_parallel_size == 2
+    assert resolved.config.parallel.layout == "auto"
+
+
 def test_ground_floor_is_torch_free() -> None:
     code = (
         "import sys, megatron_sts.config.resolve, megatron_sts.config.load, megatron_sts.cost.flops, "
-        "megatron_sts.cost.memory; sys.exit('torch' in sys.modules)"
+        "megatron_sts.cost.memory, megatron_sts.cost.simulate; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0

@@ -1,0 +1,172 @@
+"""The planned layout beats every other that is tried, follows what megatron-core accepts, and reaches the targets."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_sts.config.load import dump, load
+from megatron_sts.config.resolve import Layout, Resolved, resolve
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.cost.simulate import bottleneck_time, schedule_time
+from megatron_sts.lds.comparison import compare, with_sampler
+from megatron_sts.lds.expected import expected_work
+from megatron_sts.lds.placement import placement
+from megatron_sts.lds.planner import choose_layout, run_time
+from megatron_sts.lds.quota import equal_work_probabilities
+from megatron_sts.lds.schedule import skip_probabilities
+
+BARE = {"hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 2048, "vocab_size": 1}
+"""A decoder whose head costs 1/10,000 of a layer."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "7B": {"hidden_size": 4096, "num_attention_heads": 32, "ffn_hidden_size": 11008, "vocab_size": 32000},
+    "70B": {"hidden_size": 8192, "num_attention_heads": 64, "num_query_groups": 8, "ffn_hidden_size": 28672, "vocab_size": 128256},
+    "405B": {"hidden_size": 16384, "num_attention_heads": 128, "num_query_groups": 8, "ffn_hidden_size": 53248, "vocab_size": 128256},
+}  # fmt: skip
+CLIP = {"num_layers": 24, "hidden_size": 1024, "num_attention_heads": 16, "image_size": 336, "patch_size": 14}
+MICROBATCHES_PER_RANK = 8
+
+
+def written(
+    num_layers: int,
+    pp: int,
+    lds: dict[str, Any] | None,
+    *,
+    shape: str | None = None,
+    num_microbatches: int | None = None,
+    **parallel: object,
+) -> RunConfig:
+    """One stage of 1,000 steps; with a ``shape`` also a frozen CLIP-L in front, else text alone."""
+    stage = {
+        "name": "only",
+        "freeze": ["vision"] if shape else [],
+        "steps": 1000,
+        "optimizer": {"lr": 1e-4},
+        "batch": {
+            "global_batch_size": num_microbatches or MICROBATCHES_PER_RANK * pp,
+            "micro_batch_size": 1,
+            "sequence_length": 4096,
+        },
+        "lds": lds,
+    }
+    language = {"num_layers": num_layers, **(SHAPES[shape] if shape else BARE)}
+    return RunConfig.model_validate(
+        {
+            "model": {"vision": CLIP if shape else None, "language": language},
+            "parallel": {"pipeline_model_parallel_size": pp, "layout": "auto", **parallel},
+            "data": {"mode": "questions" if shape else "words"},
+            "stages": [stage],
+        }
+    )
+
+
+def draft(*args: Any, **options: Any) -> Resolved:
+    """As the planner gets it."""
+    return resolve(written(*args, **options), choose_layout=lambda resolved: resolved.layers_per_chunk)
+
+
+def planned(*args: Any, **options: Any) -> Layout:
+    return choose_layout(draft(*args, **options))
+
+
+TARGETS = [(32, 4), (80, 8), (80, 16), (126, 16)]
+
+
+@pytest.mark.parametrize(("num_layers", "pp"), TARGETS)
+def test_quota_reaches_the_ideal_saving_in_the_bottleneck_model(num_layers: int, pp: int) -> None:
+    comparison = compare(draft(num_layers, pp, {"sampler": "quota"}), bottleneck_time)
+    assert comparison is not None and comparison.planned.efficiency >= 0.95
+    # alpha/3 of the layers are skipped in the mean of the paper's schedule.
+    assert comparison.flops_speedup == pytest.approx(1.2, rel=0.002)
+    assert comparison.naive_speedup < comparison.samplers["balanced"].speedup < comparison.planned.speedup
+
+
+@pytest.mark.parametrize(("num_layers", "pp"), TARGETS)
+def test_schedule_gives_less_than_the_bottleneck_model_says(num_layers: int, pp: int) -> None:
+    """Ranks that wait for each other's chunks: no plan reaches the target there, with masks balanced over whole ranks."""
+    comparison = compare(draft(num_layers, pp, {"sampler": "quota"}))
+    assert comparison is not None
+    assert 0.4 < comparison.planned.efficiency < 0.95
+    assert comparison.naive_speedup < comparison.planned.speedup < comparison.ideal_speedup
+
+
+@pytest.mark.parametrize(("num_layers", "pp", "shape"), [(32, 4, "7B"), (80, 8, "70B")])
+def test_fixed_costs_are_planned_for(num_layers: int, pp: int, shape: str) -> None:
+    """Head and vision tower take layers' places, so the plan beats the even layout of as many chunks."""
+    resolved = draft(num_layers, pp, {"sampler": "quota"}, shape=shape)
+    layout = choose_layout(resolved, bottleneck_time)
+    even = ((num_layers // pp,) * pp,)
+    assert run_time(resolved, layout, bottleneck_time) < run_time(resolved, even, bottleneck_time)
+
+
+@pytest.mark.parametrize("step_time", [schedule_time, bottleneck_time])
+def test_no_layout_of_a_small_model_is_faster(step_time: Any) -> None:
+    """All 165 ways to deal 8 layers to 4 ranks, one chunk each: the plan is within what a sampled grid can tell apart."""
+    resolved = draft(8, 4, {"sampler": "balanced"}, num_microbatches=6)  # not a multiple of 4: no interleaving
+    plan = choose_layout(resolved, step_time)
+    assert len(plan) == 1
+    every = [(counts,) for counts in product(range(9), repeat=4) if sum(counts) == 8]
+    best = min(run_time(resolved, layout, step_time) for layout in every)
+    assert len(every) == 165 and run_time(resolved, plan, step_time) <= best * 1.01
+
+
+def test_dense_plans() -> None:
+    """Without LDS and fixed costs: even if it divides, as even as may be if not, and as many chunks as pay."""
+    assert planned(8, 4, None, num_microbatches=6) == ((2, 2, 2, 2),)
+    assert sorted(planned(6, 4, None, num_microbatches=6)[0]) == [1, 1, 2, 2]
+    chunks = planned(8, 4, None, num_microbatches=8)
+    assert chunks == ((1, 1, 1, 1), (1, 1, 1, 1))  # 19 chunk times instead of 22
+
+
+@pytest.mark.parametrize(
+    ("num_microbatches", "options"),
+    [(6, {}), (8, {"virtual_pipeline_model_parallel_size": 2}), (8, {"pipeline_model_parallel_size": 1})],
+)
+def test_only_what_can_run(num_microbatches: int, options: dict[str, int]) -> None:
+    layout = planned(8, 4, {"sampler": "quota"}, num_microbatches=num_microbatches, **options)
+    assert len(layout) == options.get("virtual_pipeline_model_parallel_size", 1)
+    assert len(layout[0]) == options.get("pipeline_model_parallel_size", 4)
+    assert sum(map(sum, layout)) == 8
+
+
+def test_two_ranks_interleave_only_with_overlapped_transfers() -> None:
+    assert len(planned(8, 2, None, num_microbatches=4)) > 1
+    assert len(planned(8, 2, None, num_microbatches=4, overlap_p2p_comm=False)) == 1
+
+
+def test_plan_is_stored_and_the_same_again(tmp_path: Any) -> None:
+    config = written(8, 4, {"sampler": "quota"}, num_microbatches=8)
+    resolved = resolve(config, choose_layout=choose_layout)
+    assert resolve(config, choose_layout=choose_layout) == resolved
+    dump(resolved, tmp_path / "config.resolved.yaml")
+    again = resolve(load(tmp_path / "config.resolved.yaml"), choose_layout=choose_layout)
+    assert again.layers_per_chunk == resolved.layers_per_chunk and again.config.parallel.layout == "auto"
+    assert (
+        f"virtual_pipeline_model_parallel_size: {len(resolved.layers_per_chunk)}"
+        in (tmp_path / "config.resolved.yaml").read_text()
+    )
+
+
+@pytest.mark.parametrize("sampler", ["balanced", "quota"])
+@pytest.mark.parametrize("layout", [((3, 3, 3, 3),), ((1, 2, 1, 2), (2, 1, 2, 1)), ((6, 3, 2, 1),)])
+def test_expected_work_is_the_samplers(sampler: str, layout: Layout) -> None:
+    """The search's quick model against the probabilities with which masks are really drawn."""
+    resolved = resolve(written(12, 4, {"sampler": sampler}, shape="7B"), choose_layout=lambda _: layout)
+    [stage] = resolved.stages
+    place, steps = placement(resolved, stage), [100]
+    probabilities = skip_probabilities(stage.config.lds, 100, 1000, 12)  # type: ignore[arg-type]
+    if sampler == "quota":
+        probabilities = equal_work_probabilities(probabilities, place)
+    work = np.bincount(place.owner, weights=1 - probabilities, minlength=4) + place.fixed_work
+    model = expected_work(resolved, stage, steps)
+    found = model.slowest(np.array(layout).ravel()[None], 4)[0, 0]
+    assert found == pytest.approx(work.max(), abs=1e-3)  # the level is bisected to 2^-16 of 12 layers
+
+
+def test_comparison_leaves_fixed_layers_alone() -> None:
+    resolved = draft(8, 4, {"sampler": "fixed", "fixed_layers": [1]}, num_microbatches=8)
+    assert compare(resolved) is None
+    assert with_sampler(resolved, "quota").stages == resolved.stages
