@@ -1,4 +1,4 @@
-"""Which layers one step skips: a pure function of seed, stage and step, and of the layout only where balance asks it."""
+"""Which layers a step skips: a pure function of seed, stage and step, and of the layout only where balance asks it."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def balanced(
     ceil of S - S', because they share the offset.
 
     In one fixed order the skipped layers would be a function of a single number, evenly spread, and neighbours hardly
-    ever skipped together. Hence each row takes a rank's layers in the order of its random words (Hartley and Rao, 1962),
+    ever skipped together. Hence each row takes a rank's layers in the order of its random words (Hartley, Rao, 1962),
     which are independent of the offset: the marginals hold in every order, and so on the whole, while all layers of
     like probability become exchangeable.
 
@@ -41,7 +41,7 @@ def balanced(
         words: 64 random bits for each layer, [rows, layers].
         offsets: uniform on 0 ... 2^53 - 1, [rows].
     """
-    # Integers: sums of floats could step over a point, or round p = 1 so that it holds none. A uint64 takes 2,047 layers.
+    # Integers: sums of floats could step over a point, or round p = 1 so that it holds none. uint64 takes 2,047 layers.
     length = np.rint(probabilities * 2.0**53).astype(np.uint64)
     order = np.lexsort((words, np.broadcast_to(owner, words.shape)))
     end = np.cumsum(length[order], axis=1)

@@ -22,8 +22,8 @@ from megatron_sts.lds.placement import Placement
 
 UPDATE_FIELDS = {"skipped_update", "residual_scale"}
 """The LDS settings that do not decide which masks are drawn."""
-NUM_HEADER_FIELDS = 4
-"""Stage, first step, rows a mask, layers."""
+NUM_HEADER_FIELDS = 5
+"""Stage, first step, the stage's number of steps, rows a mask, layers."""
 MAX_NAMED_RANKS = 8
 """An error names at most so many ranks."""
 
@@ -37,8 +37,8 @@ class MaskPlan:
 
     ``mask`` must be called by every rank of the group with the same steps. The first call that enters a block of
     ``block_steps`` steps communicates, always in this order: broadcast of the block's digests from the group's rank 0;
-    all_reduce of "some rank differs"; and only if one does, all_gather of the digests and, if all have masks of one
-    shape, of the masks, after which every rank raises MaskMismatchError. Each waits at most the group's timeout.
+    all_reduce of "some rank differs"; and only if one does, all_gather of the digests and, if the ranks' headers
+    agree, of the masks, after which every rank raises MaskMismatchError. Each waits at most the group's timeout.
 
     ``num_microbatches``: per data-parallel rank and step. ``device`` is where the group's backend wants its tensors.
     """
@@ -83,7 +83,7 @@ class MaskPlan:
         return inverse_keep_scales(self._lds, step, self._num_steps, self._placement)
 
     def state_dict(self) -> dict[str, Any]:
-        """What decides the masks, the layout they were drawn for, and the last one's digest (step 0 before the first)."""
+        """What decides the masks, the layout they are drawn for and the last one's digest (step 0 before the first)."""
         layout = {
             "owner": list(self._placement.owner),
             "fixed_work": list(self._placement.fixed_work),
@@ -140,14 +140,17 @@ class MaskPlan:
         if differs.item():
             ranks = dist.get_process_group_ranks(self._group)
             summaries = self._gather(own)
-            same_shape = all(np.array_equal(summary[2:4], summaries[0][2:4]) for summary in summaries)
-            masks = self._gather(self._bits(block)) if same_shape else None
+            same_header = all(
+                np.array_equal(summary[:NUM_HEADER_FIELDS], summaries[0][:NUM_HEADER_FIELDS]) for summary in summaries
+            )
+            masks = self._gather(self._bits(block)) if same_header else None
             raise MaskMismatchError(explain(ranks, summaries, masks))
 
     def _summary(self, start: int, block: list[SkipMask]) -> torch.Tensor:
-        """int64 [4 + block_steps]: stage, first step, rows, layers; then each mask's digest, zero past the end."""
+        """int64 [NUM_HEADER_FIELDS + block_steps]: the header, then each mask's digest, zero past the end."""
         summary = np.zeros(NUM_HEADER_FIELDS + self._block_steps, dtype=np.uint64)
-        summary[:NUM_HEADER_FIELDS] = self._stage, start, len(block[0].rows), block[0].num_layers
+        header = self._stage, start, self._num_steps, len(block[0].rows), block[0].num_layers
+        summary[:NUM_HEADER_FIELDS] = header
         summary[NUM_HEADER_FIELDS : NUM_HEADER_FIELDS + len(block)] = [int(mask.digest, 16) for mask in block]
         return torch.from_numpy(summary.view(np.int64)).to(self._device)
 
@@ -180,10 +183,14 @@ def explain(ranks: Sequence[int], summaries: list[np.ndarray], masks: list[np.nd
 
 
 def _difference(own: np.ndarray, first: np.ndarray, bits: np.ndarray | None) -> str:
-    """How one rank's summary differs from the first's; ``bits``: where its masks do, if all ranks' have one shape."""
-    (stage, start, rows, layers), (stage_0, start_0, rows_0, layers_0) = own[:4], first[:4]
+    """How one rank's summary differs from the first's; ``bits``: where its masks do, if all ranks' headers agree."""
+    (stage, start, num_steps, rows, layers), (stage_0, start_0, num_steps_0, rows_0, layers_0) = (
+        summary[:NUM_HEADER_FIELDS] for summary in (own, first)
+    )
     if (stage, start) != (stage_0, start_0):
         return f"asks for stage {stage}, steps from {start}, instead of stage {stage_0}, steps from {start_0}"
+    if num_steps != num_steps_0:
+        return f"stage {stage} of {num_steps} steps instead of {num_steps_0}"
     if (rows, layers) != (rows_0, layers_0):
         return f"stage {stage}, {rows} masks of {layers} layers a step instead of {rows_0} of {layers_0}"
     steps = np.flatnonzero(own[NUM_HEADER_FIELDS:] != first[NUM_HEADER_FIELDS:])

@@ -135,7 +135,10 @@ REFUSED = [
         f"parallel={{pipeline_model_parallel_size: 3, {VPP}: 2}}",
         "stages.alignment.batch.global_batch_size=8: interleaving needs micro-batches (4) in multiples of 3",
     ),
-    ("parallel.overlap_grad_reduce=true", "stages.finetune.lds={alpha: 0.5}: overlapped gradient reduction"),
+    (
+        "parallel.overlap_param_gather=true",
+        "parallel.overlap_param_gather=true: it gathers the shards of the distributed",
+    ),
     ("parallel.data_parallel_size=3", "stages.alignment.batch.global_batch_size=8: not a multiple of"),
     ("stages.0.batch.micro_batch_size=3", "global_batch_size=8: not a multiple of micro_batch_size x"),
     ("stages.0.batch.sequence_length=145", "stages.alignment.batch.sequence_length=145: 1 x 144 visual tokens"),

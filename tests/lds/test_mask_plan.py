@@ -22,6 +22,7 @@ ONE_RANK = one_rank(NUM_LAYERS)
 TWO_RANKS = Placement((0, 0, 0, 1, 1, 1), (0.5, 1.0))
 FOUR_RANKS = Placement((0, 1, 2, 3, 3, 3), (0.5, 0.0, 0.0, 1.0))
 PER_MICROBATCH = LdsConfig(granularity="microbatch")
+NOTHING_SKIPPED = LdsConfig(alpha=0.0)
 
 
 def plan(**changes: object) -> MaskPlan:
@@ -63,7 +64,8 @@ def ranks_agree_and_disagree() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=20))
     rank, num_ranks = dist.get_rank(), dist.get_world_size()
     report("agree", lambda: walk(range(NUM_STEPS)))
-    report("rank 0 strays", lambda: walk(range(99), num_steps=99 if rank == 0 else NUM_STEPS))
+    report("rank 0 strays", lambda: walk(range(99), seed=6 if rank == 0 else 5))
+    report("other lengths", lambda: walk(range(1), lds=NOTHING_SKIPPED, num_steps=50 if rank == 0 else 60))
     report("elsewhere", lambda: walk(range(70, 71) if rank == 1 else range(1)))
     drawn = LdsConfig(sampler="quota", granularity="microbatch")
     placed = TWO_RANKS if rank else FOUR_RANKS
@@ -135,6 +137,12 @@ def test_all_others_are_named_when_rank_0_strays(num_ranks: int) -> None:
     (message,) = set(printed(num_ranks, "rank 0 strays"))
     assert f"differ from those of rank 0 on {num_ranks - 1} of {num_ranks} ranks; rank 1: stage 1, step " in message
     assert all(f"rank {rank}: stage 1" in message for rank in range(1, num_ranks))
+
+
+@both_sizes
+def test_ranks_with_another_number_of_steps_are_named_even_where_masks_agree(num_ranks: int) -> None:
+    (message,) = set(printed(num_ranks, "other lengths"))
+    assert f"on {num_ranks - 1} of {num_ranks} ranks; rank 1: stage 1 of 60 steps instead of 50" in message
 
 
 @both_sizes

@@ -97,7 +97,7 @@ def test_other_samplers_change_nothing(sampler: str) -> None:
 
 def test_largest_change_is_the_papers_skew_at_the_first_step() -> None:
     # 80 layers, 8 ranks, 5 chunks of 2 each. Rank r's chunks start at 2r, 2r + 16, ..., so its mean p is off the
-    # model's by alpha epsilon (2 x 2(r - 3.5)) / 79; a rank's p are scaled by mean / (mean + that), at most at its last layer.
+    # model's by alpha epsilon (2 x 2(r - 3.5)) / 79; its p are scaled by mean / (mean + that), most at its last layer.
     placement = Placement(tuple(layer // 2 % 8 for layer in range(80)), (0.0,) * 8)
     mean = [0.5 * (1 + 0.5 * 4 * (rank - 3.5) / 79) for rank in range(8)]
     last = [0.5 * (1 + 0.5 * (2 * (64 + 2 * rank + 1) - 79) / 79) for rank in range(8)]

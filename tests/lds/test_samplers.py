@@ -99,7 +99,7 @@ def test_stratified_offsets_lower_the_variance_of_a_steps_load() -> None:
     lds = LdsConfig(alpha=0.3, epsilon=0.0, schedule="constant", sampler="balanced", granularity="microbatch")
     counts = [4 * draw_mask(lds, 11, 0, step, 2000, one_rank(12), 4).num_skipped for step in range(2000)]
     assert set(counts) == {14.0, 15.0}
-    # Standard error of the sample variance of a two-point variable: |1 - 2 f| sqrt(f (1 - f) / n) = 0.0022; six of them.
+    # Standard error of a two-point variable's sample variance: |1 - 2 f| sqrt(f (1 - f) / n) = 0.0022; six of them.
     assert abs(np.var(counts) - 0.24) < 6 * 0.0022 + 0.24 / 2000
 
 

@@ -13,18 +13,14 @@ from hypothesis import strategies as st
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
-from megatron_sts.lds.placement import Placement
 from megatron_sts.lds.schedule import skip_probabilities
+from tests.lds.layouts import one_rank
 
 NUM_DRAWS = 20_000
 FALSE_ALARM = 1e-6
 """Chance that a test below fails although the sampler is right, over all comparisons it makes (Bonferroni)."""
 
 counts = st.integers(0, 2**63 - 1)
-
-
-def one_rank(num_layers: int) -> Placement:
-    return Placement((0,) * num_layers, (0.0,))
 
 
 def test_marginals_and_pairs_have_the_stated_probabilities() -> None:
@@ -125,6 +121,28 @@ def test_mask_reads_by_layer_and_is_frozen() -> None:
     assert dense_mask(0, 4, 3) == SkipMask(0, 4, ((False, False, False),))
     with pytest.raises(dataclasses.FrozenInstanceError):
         mask.step = 5  # type: ignore[misc]
+
+
+def test_mask_of_microbatches() -> None:
+    mask = SkipMask(0, 4, ((False, True, True), (True, False, True)))
+    assert [mask.row(microbatch) for microbatch in range(2)] == [(False, True, True), (True, False, True)]
+    assert mask.idle == (False, False, True) and mask.num_layers == 3 and mask.num_skipped == 2
+    with pytest.raises(IndexError):
+        mask.row(2)
+
+
+def test_gate_answers_for_the_microbatch_it_was_told() -> None:
+    gate = SkipGate()
+    gate.enter(1)  # evaluation has no mask
+    assert not gate.skips(0)
+    gate.set(SkipMask(0, 4, ((False, True), (True, False))), residual_scales=(2.0, 4.0))
+    answers = []
+    for microbatch in (1, 0):
+        gate.enter(microbatch)
+        answers.append([gate.skips(layer) for layer in range(2)])
+    assert answers == [[True, False], [False, True]] and gate.residual_scale(1) == 4.0
+    gate.clear()
+    assert gate.residual_scale(1) == 1.0
 
 
 def test_gate_answers_for_the_mask_it_holds() -> None:
