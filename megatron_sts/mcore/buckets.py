@@ -165,9 +165,11 @@ class _LayoutBuilder:
         self.layout.param_index_map[parameter] = (start, self.end, len(self.layout.bucket_indices))
 
     def close_bucket(self) -> None:
-        self.layout.per_bucket_numel_unpadded.append(self.end - self.start)
         if self.padding is not None:
             self.end = pad_bucket_end(self.end, self.padding, False)
+        # Padding counted: megatron-core's fully reshardable checkpoints cut it out between buckets, and then look
+        # parameters up at the places they have with it.
+        self.layout.per_bucket_numel_unpadded.append(self.end - self.start)
         self.layout.bucket_indices.append((self.start, self.end))
         self.start = self.end
 
