@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,6 +47,9 @@ def test_help_imports_nothing_heavy() -> None:
             ["train", "CONFIG", "--dry-run", "--nproc", "2", "parallel.data_parallel_size=4"],
             "parallel.data_parallel_size=4",
         ),
+        (["plan"], "CONFIG"),
+        (["plan", "CONFIG", "sead=1"], "did you mean seed?"),
+        (["plan", "CONFIG", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),
@@ -93,6 +97,45 @@ def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixt
     stage = json.loads(capsys.readouterr().out)["stages"][0]
     assert stage["mean_skip_fraction"] == 0.5
     assert stage["flops_per_step_mean"] < stage["flops_per_step_all_layers"]
+
+
+def plan_of(config: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["plan", str(config), *overrides, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parallel = "parallel={pipeline_model_parallel_size: 2, layout: auto}"
+    plan = plan_of(config, parallel, "stages.only.lds={sampler: quota}", capsys=capsys)
+    lds, layout = plan["lds"], plan["layout"]
+    assert layout["pp"] == 2 and len(layout["chunks"]) == 2 * layout["vpp"] and sum(layout["chunks"]) == 4
+    assert plan["configured_layout"] == layout == lds["samplers"]["quota"]["layout"]
+    assert lds["sampler"] == "quota" and set(lds["samplers"]) == {"bernoulli", "balanced", "quota"}
+    assert lds["configured_speedup"] == pytest.approx(lds["planned_speedup"])
+    assert lds["naive_speedup"] <= lds["planned_speedup"] and lds["ideal_speedup"] > 1
+    saving, ideal = 1 - 1 / lds["planned_speedup"], 1 - 1 / lds["ideal_speedup"]
+    assert lds["efficiency"] == pytest.approx(saving / ideal)
+    assert lds["bottleneck"].keys() == lds.keys() - {"bottleneck", "rank_work"}
+    work = lds["rank_work"]["only"]
+    assert sum(work["start"]) < sum(work["middle"]) < sum(work["end"])
+    assert main(["plan", str(config), parallel, "stages.only.lds={sampler: bernoulli}"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("bernoulli", "balanced", "quota", "Bottleneck model", "pipeline rank"))
+
+
+def test_plan_without_skipping(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(config, "parallel.pipeline_model_parallel_size=2", "stages.*.lds=null", capsys=capsys)
+    assert plan["lds"] is None and plan["layout"] == {"pp": 2, "vpp": 1, "chunks": [2, 2]}
+    assert main(["plan", str(config), "stages.*.lds=null"]) == 0
+
+
+def test_dry_run_shows_the_planned_layout(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = ["parallel={pipeline_model_parallel_size: 2, layout: auto}", "stages.only.lds={sampler: quota}"]
+    assert main(["train", str(config), *overrides, "--dry-run", "--json"]) == 0
+    outline = json.loads(capsys.readouterr().out)
+    plan = plan_of(config, *overrides, capsys=capsys)
+    assert [count for chunks in outline["layers_per_chunk"] for count in chunks] == plan["layout"]["chunks"]
+    assert outline["parallel"]["virtual_pipeline"] == plan["layout"]["vpp"]
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
