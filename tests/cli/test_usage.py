@@ -106,7 +106,7 @@ def plan_of(config: Path, *overrides: str, capsys: pytest.CaptureFixture[str]) -
 
 def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parallel = "parallel={pipeline_model_parallel_size: 2, layout: auto}"
-    plan = plan_of(config, parallel, "stages.only.lds={sampler: quota}", capsys=capsys)
+    plan = plan_of(config, parallel, "stages.only.lds={sampler: quota}", "stages.only.steps=10", capsys=capsys)
     lds, layout = plan["lds"], plan["layout"]
     assert layout["pp"] == 2 and len(layout["chunks"]) == 2 * layout["vpp"] and sum(layout["chunks"]) == 4
     assert plan["configured_layout"] == layout == lds["samplers"]["quota"]["layout"]
