@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_lds.py"
-SMALL = "--num-layers 4 --hidden-size 64 --sequence-length 152 --num-microbatches 2 --num-masks 1 --json".split()
+SMALL = [
+    "--num-layers",
+    "4",
+    "--hidden-size",
+    "64",
+    "--sequence-length",
+    "152",
+    "--num-microbatches",
+    "2",
+    "--num-masks",
+    "1",
+    "--json",
+]
 
 
 def test_bench_reports_every_case() -> None:
