@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import LdsConfig
-from megatron_sts.lds.effective import inverse_keep_scales
+from megatron_sts.lds.effective import executed_fraction, inverse_keep_scales
 from megatron_sts.lds.mask import SkipMask, draw_mask
 from megatron_sts.lds.placement import Placement
 
@@ -81,6 +81,10 @@ class MaskPlan:
         if self._lds.residual_scale == "none":
             return None
         return inverse_keep_scales(self._lds, step, self._num_steps, self._placement)
+
+    def executed_fraction(self) -> list[float]:
+        """Expected share of the stage's micro-batches in which each layer runs, [num_layers]."""
+        return executed_fraction(self._lds, self._num_steps, self._placement).tolist()
 
     def state_dict(self) -> dict[str, Any]:
         """What decides the masks, the layout they are drawn for and the last one's digest (step 0 before the first)."""

@@ -12,19 +12,25 @@ from rich.table import Table
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.compare import Comparison, compare, markdown, table_rows
-from megatron_sts.report.figures import comparison_figure, save_png
+from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
 from megatron_sts.report.page import run_page
 from megatron_sts.report.run import read_run
+from megatron_sts.report.utilisation import utilisation
 
 
 def report(run_dirs: Sequence[Path], out: Path | None) -> int:
-    """Writes ``report.html`` into each folder; two folders, dense then STS, are also compared. Returns the exit status."""
+    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two folders, dense then STS, are also compared. Returns the exit status."""
     if len(run_dirs) > 2:
         raise ConfigError(f"report: {len(run_dirs)} run folders; give one, or two to compare (dense, then STS)")
-    pages = {folder / "report.html": run_page(read_run(folder)) for folder in run_dirs}
+    runs = [read_run(folder) for folder in run_dirs]
+    pages = {run.folder / "report.html": run_page(run) for run in runs}
     for path, page in pages.items():
         path.write_text(page, encoding="utf-8")
         print(path)
+    for run in runs:
+        if found := utilisation(run):
+            save_png(utilisation_figure(found), run.folder / "utilisation.png")
+            print(run.folder / "utilisation.png")
     if len(run_dirs) == 2:
         folder = out or Path(os.path.commonpath([path.absolute() for path in run_dirs]))
         write_comparison(compare(*run_dirs), folder)

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_sts.report.run import Line, Run
+from megatron_sts.report.utilisation import Utilisation
 
 matplotlib.use("Agg")
 
@@ -63,6 +64,27 @@ def run_figures(run: Run) -> dict[str, Figure]:
         ),
         "Throughput": _curve(run, "tokens/s", lambda line: line["tokens_per_s"]),
     }
+
+
+def utilisation_figure(stages: dict[str, Utilisation]) -> Figure:
+    """A row a stage. Left: each decoder layer's executed share, planned and real; right: the mean of each pipeline rank."""
+    figure = Figure(figsize=(11, 2.8 * len(stages)), layout="constrained")
+    for (name, found), (layers, ranks) in zip(
+        stages.items(), figure.subplots(len(stages), 2, squeeze=False, width_ratios=(3, 1)), strict=True
+    ):
+        layers.bar(range(len(found.executed)), found.executed, color="#aec7e8", label="executed")
+        layers.plot(range(len(found.planned)), found.planned, color=STS, marker=".", label="planned")
+        layers.set_xlabel("decoder layer")
+        layers.set_ylabel(f"{name}: executed share")
+        layers.legend(loc="lower left")
+        places = range(len(found.by_rank(found.executed)))
+        ranks.bar(places, found.by_rank(found.executed), color="#aec7e8")
+        ranks.plot(places, found.by_rank(found.planned), color=STS, marker="o", linestyle="none")
+        ranks.set_xticks(places)
+        ranks.set_xlabel("pipeline rank")
+        for axes in (layers, ranks):
+            axes.set_ylim(0, 1.05)
+    return figure
 
 
 def _curve(run: Run, label: str, value_of: Any) -> Figure:

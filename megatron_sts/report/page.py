@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_sts.report.figures import as_svg, run_figures
+from megatron_sts.report.figures import as_svg, run_figures, utilisation_figure
 from megatron_sts.report.run import Line, Run
+from megatron_sts.report.utilisation import utilisation
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -25,6 +26,7 @@ def run_page(run: Run) -> str:
     sections = [
         ("Stages", _table(("stage", "steps", "last loss", "layers executed", "tokens/s", "seconds"), _stage_rows(run))),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
+        *((("Executed layers", as_svg(utilisation_figure(used))),) if (used := utilisation(run)) else ()),
         *(_accuracy_sections(run.evaluation) if run.evaluation else ()),
         ("Config", f"<pre>{html.escape(OmegaConf.to_yaml(OmegaConf.create(run.config)))}</pre>"),
     ]

@@ -26,6 +26,8 @@ class Run:
     steps: dict[str, list[Line]]
     """The step lines of each stage that has any, in order of steps; stages in order of the run."""
     evaluation: dict[str, Any] | None
+    skipping: dict[str, Line]
+    """For stages with LDS: what was planned, as the event of the stage's last start says."""
 
     @property
     def num_layers(self) -> int:
@@ -50,19 +52,20 @@ def read_run(folder: Path) -> Run:
     config = OmegaConf.to_container(OmegaConf.load(folder / "config.resolved.yaml"))
     assert isinstance(config, dict)
     result = folder / "evaluation.json"
+    lines = [_parse(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return Run(
         folder=folder,
         config={str(key): value for key, value in config.items()},
-        steps=_steps((folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()),
+        steps=_steps(lines),
         evaluation=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None,
+        skipping={line["stage"]: line for line in lines if line.get("event") == "skipping"},
     )
 
 
-def _steps(lines: Iterable[str]) -> dict[str, list[Line]]:
+def _steps(lines: Iterable[Line]) -> dict[str, list[Line]]:
     """Step lines by stage. The last line of a step wins: after a crash, steps behind the checkpoint run again."""
     stages: dict[str, dict[int, Line]] = {}
-    for text in lines:
-        line = _parse(text)
+    for line in lines:
         if "step" in line and "event" not in line:
             stages.setdefault(line["stage"], {})[line["step"]] = line
     return {name: [found[step] for step in sorted(found)] for name, found in stages.items()}

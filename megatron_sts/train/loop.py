@@ -58,6 +58,9 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
     costs = StepCosts(stage.resolved, spec)
     reset_peak_memory()
     log.start_stage(spec, progress.step)
+    if stage.masks is not None:
+        plan = {"executed_planned": stage.masks.executed_fraction(), "layer_owner": stage.resolved.layer_owner}
+        log.event("skipping", stage=spec.name, num_microbatches=spec.num_microbatches, **plan)
     for step in range(progress.step, spec.num_steps):
         started = time.perf_counter()
         result = train_step(stage, step)

@@ -16,6 +16,8 @@ from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.report.command import report
 from megatron_sts.report.compare import compare
+from megatron_sts.report.run import read_run
+from megatron_sts.report.utilisation import utilisation
 
 STAGE = {
     "steps": 2,
@@ -134,3 +136,19 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
     dump(resolve(RunConfig.model_validate({**CONFIG, "seed": 5})), runs[1] / "config.resolved.yaml")
     with pytest.raises(ConfigError, match=r"seed is not as in"):
         compare(*runs)
+
+
+def test_utilisation_is_what_ran(tmp_path: Path) -> None:
+    """Two pipeline ranks of two layers, two micro-batches a step; a stage that was started twice counts its last plan."""
+    plan = {"event": "skipping", "stage": "finetune", "num_microbatches": 2, "layer_owner": [0, 0, 1, 1]}
+    ran = [
+        line("finetune", step, 1.0, 700, layer_runs=counts) for step, counts in enumerate(([2, 1, 0, 0], [2, 2, 1, 0]))
+    ]
+    plans = [{**plan, "executed_planned": [planned] * 4} for planned in (0.1, 0.6)]
+    run = read_run(write_run(tmp_path / "run", 700, 1.0, 0.6, [plans[0], ran[0], plans[1], ran[1]]))
+    found = utilisation(run)["finetune"]
+    assert found.executed == [1.0, 0.75, 0.25, 0.0] and list(found.planned) == [0.6] * 4
+    assert found.by_rank(found.executed) == [0.875, 0.125]
+    assert report([run.folder], None) == 0
+    assert (run.folder / "utilisation.png").stat().st_size > 0
+    assert "Executed layers" in (run.folder / "report.html").read_text()
