@@ -18,9 +18,10 @@ import yaml
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds import sync
 from megatron_sts.lds.gate import SkipGate
-from megatron_sts.lds.mask import SkipMask
+from megatron_sts.lds.mask import SkipMask, dense_mask
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.layer import SkippableTransformerLayer
+from megatron_sts.mcore.pipeline import unwrap
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
@@ -197,3 +198,16 @@ def test_a_rank_that_draws_other_masks_ends_the_run_on_all(folder: Path, tmp_pat
     assert failure.value.returncodes == [1, 1]
     line = "MaskMismatchError: LDS skip masks differ from those of rank 0 on 1 of 2 ranks; rank 1: stage 1, step 0, layers "
     assert all(line in output for output in failure.value.outputs)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_residual_scale_multiplies_what_a_layer_adds(folder: Path, recompute: str) -> None:
+    with one_stage(written_run(folder, {**SKIPPING, "lds": {}}, recompute=recompute)) as stage:
+        layer = unwrap(stage.chunks[0]).language.decoder.layers[1]
+        hidden = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        plain, _ = layer(hidden_states=hidden, attention_mask=None)
+        stage.gate.set(dense_mask(0, 0, NUM_LAYERS), (1.0, 2.5, 1.0, 1.0))
+        scaled, _ = layer(hidden_states=hidden, attention_mask=None)
+        expected = hidden + 2.5 * (plain - hidden)
+        # The same numbers, added in another order: a few roundings of fp32.
+        torch.testing.assert_close(scaled, expected, rtol=1e-6, atol=1e-6)
