@@ -34,20 +34,21 @@ def test_marginals_and_pairs_have_the_stated_probabilities() -> None:
     assert np.abs(z).max() < NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * z.size))
 
 
-def test_consecutive_steps_seeds_and_stages_are_uncorrelated() -> None:
+def test_consecutive_steps_seeds_stages_and_microbatches_are_uncorrelated() -> None:
     # Agreement of two independent masks at p = 1/2 is Binomial(NUM_DRAWS, 1/2).
-    lds, num_layers = LdsConfig(schedule="constant", epsilon=0.0), 20
+    lds, num_layers = LdsConfig(schedule="constant", epsilon=0.0, granularity="microbatch"), 20
     steps = NUM_DRAWS // num_layers
 
-    def bits(seed: int, stage: int, first: int) -> np.ndarray:
+    def bits(seed: int, stage: int, first: int, microbatch: int = 0) -> np.ndarray:
         drawn = [
-            draw_mask(lds, seed, stage, step, steps + 1, one_rank(num_layers)).row(0)
+            draw_mask(lds, seed, stage, step, steps + 1, one_rank(num_layers), 2).row(microbatch)
             for step in range(first, first + steps)
         ]
         return np.array(drawn)
 
     base = bits(7, 1, 0)
-    agreements = [(base == other).mean() for other in (bits(7, 1, 1), bits(8, 1, 0), bits(7, 2, 0), bits(1, 7, 0))]
+    others = bits(7, 1, 1), bits(8, 1, 0), bits(7, 2, 0), bits(1, 7, 0), bits(7, 1, 0, microbatch=1)
+    agreements = [(base == other).mean() for other in others]
     z = (np.array(agreements) - 0.5) / (0.5 / np.sqrt(NUM_DRAWS))
     assert np.abs(z).max() < NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * z.size))
 
