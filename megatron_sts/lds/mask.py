@@ -61,19 +61,21 @@ def draw_mask(
     """The mask of ``step`` = 0 ... num_steps - 1: one row, or with ``granularity: microbatch`` one a micro-batch.
 
     ``bernoulli`` and ``fixed`` use nothing of the placement but the number of layers, and their row m is the same
-    however many micro-batches there are. ``balanced`` and ``quota`` follow the pipeline ranks' layers.
+    however many micro-batches there are. ``balanced`` and ``quota`` follow the pipeline ranks' layers and their rounds.
 
     Philox with key (seed, stage) and the counter set by step and row. Raw output only, which NumPy keeps stable over
     versions and platforms (its distribution methods may change).
     """
     probabilities = effective_probabilities(lds, step, num_steps, placement)
     num_rows, num_layers = num_microbatches if lds.granularity == "microbatch" else 1, placement.num_layers
-    words = np.stack([_random_words(seed, stage, step, row, num_layers + 2) for row in range(num_rows)])
+    num_words = num_layers + 2 + placement.num_rounds
+    words = np.stack([_random_words(seed, stage, step, row, num_words) for row in range(num_rows)])
+    of_layers, of_offsets, of_rounds = np.split(words, [num_layers, num_layers + 2], axis=1)
     if lds.sampler in LAYOUT_SAMPLERS:
-        offsets = stratified_offsets(words[:, num_layers:])
-        skipped = balanced(probabilities, np.asarray(placement.owner), words[:, :num_layers], offsets)
+        owner, rounds = np.asarray(placement.owner), np.asarray(placement.round)
+        skipped = balanced(probabilities, owner, rounds, of_layers, of_rounds, stratified_offsets(of_offsets))
     else:
-        skipped = bernoulli(probabilities, words[:, :num_layers])
+        skipped = bernoulli(probabilities, of_layers)
     return SkipMask(stage, step, tuple(map(tuple, skipped.tolist())))
 
 

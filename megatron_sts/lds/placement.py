@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import images_per_step, step_work
@@ -14,12 +15,18 @@ class Placement:
 
     owner: tuple[int, ...]
     """Pipeline rank of each 0-based decoder layer."""
+    round: tuple[int, ...]
+    """Number of its rank's chunk that each layer is in: an interleaved schedule runs chunk v of every rank in turn."""
     fixed_work: tuple[float, ...]
     """What each pipeline rank computes in every step besides decoder layers, in units of one layer's FLOPs."""
 
     @property
     def num_layers(self) -> int:
         return len(self.owner)
+
+    @property
+    def num_rounds(self) -> int:
+        return max(self.round) + 1
 
     @property
     def num_ranks(self) -> int:
@@ -32,4 +39,5 @@ def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
     fixed = [0.0] * resolved.config.parallel.pipeline_model_parallel_size
     fixed[0] += work.before / work.layer
     fixed[-1] += work.after / work.layer
-    return Placement(resolved.layer_owner, tuple(fixed))
+    rounds = [[number] * sum(counts) for number, counts in enumerate(resolved.layers_per_chunk)]
+    return Placement(resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed))

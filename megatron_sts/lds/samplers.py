@@ -20,7 +20,9 @@ def bernoulli(probabilities: NDArray[np.float64], words: NDArray[np.uint64]) -> 
 def balanced(
     probabilities: NDArray[np.float64],
     owner: NDArray[np.int_],
+    rounds: NDArray[np.int_],
     words: NDArray[np.uint64],
+    round_words: NDArray[np.uint64],
     offsets: NDArray[np.uint64],
 ) -> NDArray[np.bool_]:
     """Systematic sampling within each pipeline rank, one offset a row for all ranks, [rows, layers].
@@ -31,19 +33,27 @@ def balanced(
     ceil of S - S', because they share the offset.
 
     In one fixed order the skipped layers would be a function of a single number, evenly spread, and neighbours hardly
-    ever skipped together. Hence each row takes a rank's layers in the order of its random words (Hartley, Rao, 1962),
-    which are independent of the offset: the marginals hold in every order, and so on the whole, while all layers of
-    like probability become exchangeable.
+    ever skipped together. Hence each row takes the layers in an order of random words (Hartley, Rao, 1962), which are
+    independent of the offset: the marginals hold in every order, and so on the whole.
+
+    The order goes round by round, because ranks wait for each other within a round of an interleaved schedule: the
+    rounds in one random order for all ranks, the layers in a random order within their chunk. A chunk of sum s thus
+    skips floor(s) or ceil(s) layers, and ranks whose chunks have equal sums skip equally many in every round. Layers of
+    like probability are exchangeable within a chunk.
 
     Args:
         probabilities: [layers].
         owner: pipeline rank of each layer, [layers].
+        rounds: which of its rank's chunks each layer is in, [layers].
         words: 64 random bits for each layer, [rows, layers].
+        round_words: 64 random bits for each round, [rows, number of rounds].
         offsets: uniform on 0 ... 2^53 - 1, [rows].
     """
     # Integers: sums of floats could step over a point, or round p = 1 so that it holds none. uint64 takes 2,047 layers.
     length = np.rint(probabilities * 2.0**53).astype(np.uint64)
-    order = np.lexsort((words, np.broadcast_to(owner, words.shape)))
+    # The round itself is a key too: two rounds with the same word must not mix.
+    keys = (words, np.broadcast_to(rounds, words.shape), round_words[:, rounds], np.broadcast_to(owner, words.shape))
+    order = np.lexsort(keys)
     end = np.cumsum(length[order], axis=1)
     begin = end - length[order]
     first_of_rank = np.searchsorted(np.sort(owner), np.sort(owner))

@@ -90,6 +90,7 @@ class MaskPlan:
         """What decides the masks, the layout they are drawn for and the last one's digest (step 0 before the first)."""
         layout = {
             "owner": list(self._placement.owner),
+            "round": list(self._placement.round),
             "fixed_work": list(self._placement.fixed_work),
             "num_microbatches": self._num_microbatches,
         }
@@ -100,9 +101,9 @@ class MaskPlan:
         """Refuses to go on from a checkpoint of this stage whose masks this plan would not have drawn.
 
         Refused are other LDS settings, seed, stage, number of steps or layers: each would change the probabilities or
-        tie the rest of the run to other random numbers. Another layout (owners, fixed work, micro-batches) is not:
-        ``bernoulli`` masks do not depend on it, and those of the other samplers follow it from the next step on, with
-        the same scheduled probabilities. The digest, drawn again for the layout of the checkpoint, shows whether
+        tie the rest of the run to other random numbers. Another layout (owners, rounds, fixed work, micro-batches) is
+        not: ``bernoulli`` masks do not depend on it, and those of the other samplers follow it from the next step on,
+        with the same scheduled probabilities. The digest, drawn again for the layout of the checkpoint, shows whether
         generator and samplers are still the same.
         """
         step = state["step"]
@@ -120,7 +121,7 @@ class MaskPlan:
         self._step = step
 
     def _digest_for(self, layout: dict[str, Any], step: int) -> str:
-        placement = Placement(tuple(layout["owner"]), tuple(layout["fixed_work"]))
+        placement = Placement(tuple(layout["owner"]), tuple(layout["round"]), tuple(layout["fixed_work"]))
         return self._draw(step, placement, layout["num_microbatches"]).digest
 
     def _draw(self, step: int, placement: Placement, num_microbatches: int) -> SkipMask:

@@ -8,13 +8,14 @@ import pytest
 
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.mask import draw_mask
+from megatron_sts.lds.placement import Placement
 from megatron_sts.lds.quota import equal_work_probabilities
 from megatron_sts.lds.schedule import skip_probabilities
-from tests.lds.layouts import LAYOUTS, one_rank
+from tests.lds.layouts import LAYOUTS
 
 NUM_DRAWS = 20_000
-FAMILY = 18 * 2 * 12 + 45
-"""Comparisons in this file: at most two rows of 12 layers in each of 18 cases, and 45 pairs."""
+FAMILY = 18 * 2 * 12 + 2 * 45
+"""Comparisons in this file: at most two rows of 12 layers in each of 18 cases, and twice 45 pairs."""
 LARGEST_Z = NormalDist().inv_cdf(1 - 1e-6 / (2 * FAMILY))
 """Chance that any test of this file fails although the samplers are right: at most 4e-6 (Bonferroni; see z_scores)."""
 
@@ -40,10 +41,13 @@ def test_every_layer_is_skipped_as_often_as_its_probability(sampler: str, granul
     assert np.abs(z_scores(drawn, p)).max() < LARGEST_Z
 
 
-def test_balanced_pairs_come_up_alike() -> None:
+@pytest.mark.parametrize("rounds", [(0,) * 10, tuple(range(10))])
+def test_balanced_pairs_come_up_alike(rounds: tuple[int, ...]) -> None:
+    # One chunk of ten layers, or ten of one: neither the order in a chunk nor that of the rounds may be a fixed one.
     # Equal probabilities with a whole sum: 5 of 10 layers, every set equally likely, so a pair with 5 x 4 / (10 x 9).
     # In one fixed order neighbours would come up together never, and layers at distance 2 in every other draw.
     lds = LdsConfig(alpha=0.5, schedule="constant", depth_profile="flat", sampler="balanced")
-    drawn = np.array([draw_mask(lds, 7, 1, step, NUM_DRAWS, one_rank(10)).row(0) for step in range(NUM_DRAWS)])
+    place = Placement((0,) * 10, rounds, (0.0,))
+    drawn = np.array([draw_mask(lds, 7, 1, step, NUM_DRAWS, place).row(0) for step in range(NUM_DRAWS)])
     together = np.stack([drawn[:, a] & drawn[:, b] for a, b in combinations(range(10), 2)], axis=1)
     assert together.shape[1] == 45 and np.abs(z_scores(together, np.array(2 / 9))).max() < LARGEST_Z

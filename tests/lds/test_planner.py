@@ -86,7 +86,7 @@ def test_quota_reaches_the_ideal_saving_in_the_bottleneck_model(num_layers: int,
 
 @pytest.mark.parametrize(("num_layers", "pp"), TARGETS)
 def test_schedule_gives_less_than_the_bottleneck_model_says(num_layers: int, pp: int) -> None:
-    """Ranks that wait for each other's chunks: no plan reaches the target there, with masks balanced over whole ranks."""
+    """Ranks that wait for each other's chunks: no plan reaches the target there."""
     comparison = compare(draft(num_layers, pp, {"sampler": "quota"}))
     assert comparison is not None
     assert 0.4 < comparison.planned.efficiency < 0.95
@@ -170,3 +170,11 @@ def test_comparison_leaves_fixed_layers_alone() -> None:
     resolved = draft(8, 4, {"sampler": "fixed", "fixed_layers": [1]}, num_microbatches=8)
     assert compare(resolved) is None
     assert with_sampler(resolved, "quota").stages == resolved.stages
+
+
+def test_placement_knows_the_round_of_each_layer() -> None:
+    """megatron-core deals the layers out chunk by chunk: first chunk 0 of every rank, then chunk 1."""
+    resolved = resolve(written(13, 4, None), choose_layout=lambda _: ((1, 2, 1, 2), (2, 2, 0, 3)))
+    place = placement(resolved, resolved.stages[0])
+    assert place.owner == (0, 1, 1, 2, 3, 3, 0, 0, 1, 1, 3, 3, 3)
+    assert place.round == (0,) * 6 + (1,) * 7 and place.num_rounds == 2

@@ -21,6 +21,8 @@ ROUNDING = 1e-9
 """Loads below 50 layers, found by a few dozen operations in double precision: errors of 1e-13."""
 
 QUOTA = LdsConfig(sampler="quota")
+TWO_OF_TWO = Placement((0, 0, 1, 1), (0,) * 4, (0.0, 1.0))
+"""Two ranks of two layers, the second with a head worth a layer."""
 probability_values = st.one_of(st.sampled_from([0.0, 1.0, 1e-300, 5e-324]), st.floats(0, 1))
 
 
@@ -70,13 +72,13 @@ def test_a_ranks_layers_are_scaled_by_one_factor_up_to_one(case: tuple[Placement
 
 def test_values_by_hand() -> None:
     # Two ranks of two layers, one with a head worth a layer: 2 + 3 layers of work, 1 skipped, so 2 on either rank.
-    level = equal_work_probabilities(np.array([0.1, 0.3, 0.2, 0.4]), Placement((0, 0, 1, 1), (0.0, 1.0)))
+    level = equal_work_probabilities(np.array([0.1, 0.3, 0.2, 0.4]), TWO_OF_TWO)
     np.testing.assert_allclose(level, [0, 0, 1 / 3, 2 / 3], atol=1e-15)
     # 1.6 skipped: 1.7 left on either rank, 0.3 and 1.3 skipped; 1.3 x 3/4 and 1.3 / 4.
-    level = equal_work_probabilities(np.array([0.1, 0.3, 0.9, 0.3]), Placement((0, 0, 1, 1), (0.0, 1.0)))
+    level = equal_work_probabilities(np.array([0.1, 0.3, 0.9, 0.3]), TWO_OF_TWO)
     np.testing.assert_allclose(level, [0.075, 0.225, 0.975, 0.325], rtol=1e-12)
     # 1.9 skipped, of which 1.45 on the second rank: one factor would give 1.16 and 0.29; one is clipped, 0.45 remains.
-    level = equal_work_probabilities(np.array([0.3, 0.4, 0.96, 0.24]), Placement((0, 0, 1, 1), (0.0, 1.0)))
+    level = equal_work_probabilities(np.array([0.3, 0.4, 0.96, 0.24]), TWO_OF_TWO)
     np.testing.assert_allclose(level, [0.45 * 3 / 7, 0.45 * 4 / 7, 1, 0.45], rtol=1e-12)
 
 
@@ -98,7 +100,8 @@ def test_other_samplers_change_nothing(sampler: str) -> None:
 def test_largest_change_is_the_papers_skew_at_the_first_step() -> None:
     # 80 layers, 8 ranks, 5 chunks of 2 each. Rank r's chunks start at 2r, 2r + 16, ..., so its mean p is off the
     # model's by alpha epsilon (2 x 2(r - 3.5)) / 79; its p are scaled by mean / (mean + that), most at its last layer.
-    placement = Placement(tuple(layer // 2 % 8 for layer in range(80)), (0.0,) * 8)
+    owner, rounds = [layer // 2 % 8 for layer in range(80)], [layer // 16 for layer in range(80)]
+    placement = Placement(tuple(owner), tuple(rounds), (0.0,) * 8)
     mean = [0.5 * (1 + 0.5 * 4 * (rank - 3.5) / 79) for rank in range(8)]
     last = [0.5 * (1 + 0.5 * (2 * (64 + 2 * rank + 1) - 79) / 79) for rank in range(8)]
     expected = max(abs(0.5 / m - 1) * p for m, p in zip(mean, last, strict=True))

@@ -32,8 +32,10 @@ def balanced_draws(draw: st.DrawFn) -> tuple[np.ndarray, Placement, np.ndarray]:
     size = placement.num_layers
     probabilities = np.array(draw(st.lists(probability_values, min_size=size, max_size=size)))
     keys = np.array([draw(st.lists(words, min_size=size, max_size=size))], dtype=np.uint64)
+    of_rounds = np.array([draw(st.lists(words, min_size=4, max_size=4))], dtype=np.uint64)
     offset = np.array([draw(st.one_of(st.sampled_from([0, 1, 2**53 - 1]), st.integers(0, 2**53 - 1)))], dtype=np.uint64)
-    return probabilities, placement, balanced(probabilities, np.array(placement.owner), keys, offset)[0]
+    owner, rounds = np.array(placement.owner), np.array(placement.round)
+    return probabilities, placement, balanced(probabilities, owner, rounds, keys, of_rounds, offset)[0]
 
 
 def per_rank(values: np.ndarray, placement: Placement) -> list[float]:
@@ -54,6 +56,31 @@ def test_balanced_counts_are_the_expected_ones_rounded(drawn: tuple[np.ndarray, 
 
 
 @given(balanced_draws())
+def test_a_chunk_skips_its_expected_number_rounded(drawn: tuple[np.ndarray, Placement, np.ndarray]) -> None:
+    probabilities, placement, skipped = drawn
+    chunk = np.array(placement.owner) * placement.num_rounds + np.array(placement.round)
+    for number in np.unique(chunk):
+        mean, count = math.fsum(probabilities[chunk == number]), skipped[chunk == number].sum()
+        assert math.floor(mean - ROUNDING) <= count <= math.ceil(mean + ROUNDING)
+
+
+@given(st.lists(st.lists(probability_values, max_size=5), min_size=1, max_size=5), st.integers(1, 4), st.data())
+def test_ranks_with_equal_chunk_sums_skip_the_same_count_in_every_round(
+    chunks: list[list[float]], num_ranks: int, data: st.DataObject
+) -> None:
+    # Every rank has the same probabilities in a round, each in an order of its own: sums equal to the last bit.
+    p = [value for chunk in chunks for _ in range(num_ranks) for value in data.draw(st.permutations(chunk))]
+    owner = np.array([rank for chunk in chunks for rank in range(num_ranks) for _ in chunk], dtype=int)
+    rounds = np.array([number for number, chunk in enumerate(chunks) for _ in chunk * num_ranks], dtype=int)
+    keys = np.array([data.draw(st.lists(words, min_size=len(p), max_size=len(p)))], dtype=np.uint64)
+    of_rounds = np.array([data.draw(st.lists(words, min_size=len(chunks), max_size=len(chunks)))], dtype=np.uint64)
+    offset = np.array([data.draw(st.integers(0, 2**53 - 1))], dtype=np.uint64)
+    [skipped] = balanced(np.array(p), owner, rounds, keys, of_rounds, offset)
+    for number in range(len(chunks)):
+        assert len({skipped[(owner == rank) & (rounds == number)].sum() for rank in range(num_ranks)}) == 1
+
+
+@given(balanced_draws())
 def test_balanced_never_skips_at_zero_and_always_at_one(drawn: tuple[np.ndarray, Placement, np.ndarray]) -> None:
     probabilities, _, skipped = drawn
     assert not skipped[probabilities == 0].any() and skipped[probabilities == 1].all()
@@ -65,8 +92,11 @@ def test_balanced_marginals_are_exact_in_every_order(placement: Placement, data:
     size, num_offsets = placement.num_layers, 512
     probabilities = np.array(data.draw(st.lists(probability_values, min_size=size, max_size=size)))
     order = np.array(data.draw(st.lists(words, min_size=size, max_size=size)), dtype=np.uint64)
+    of_rounds = np.array(data.draw(st.lists(words, min_size=4, max_size=4)), dtype=np.uint64)
     offsets = np.arange(num_offsets, dtype=np.uint64) * np.uint64(2**53 // num_offsets)
-    skipped = balanced(probabilities, np.array(placement.owner), np.tile(order, (num_offsets, 1)), offsets)
+    owner, rounds = np.array(placement.owner), np.array(placement.round)
+    tiled = np.tile(order, (num_offsets, 1)), np.tile(of_rounds, (num_offsets, 1))
+    skipped = balanced(probabilities, owner, rounds, *tiled, offsets)
     assert np.abs(skipped.sum(0) - num_offsets * probabilities).max() <= 1 + ROUNDING
 
 
@@ -148,7 +178,7 @@ def test_a_bernoulli_mask_is_what_it_was_before_there_were_other_samplers(
 )
 def test_masks_are_the_same_in_later_versions(sampler: str, expected: tuple[str, ...]) -> None:
     lds = LdsConfig(sampler=sampler, granularity="microbatch")
-    placement = Placement((0, 0, 1, 1) * 4, (0.5, 2.0))
+    placement = Placement((0, 0, 1, 1) * 4, (0,) * 16, (0.5, 2.0))
     mask = draw_mask(lds, 1234, 1, 3, 100, placement, 2)
     assert tuple("".join("01"[skip] for skip in row) for row in mask.rows) == expected
 
