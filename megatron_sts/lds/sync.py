@@ -22,6 +22,8 @@ from megatron_sts.lds.placement import Placement
 
 UPDATE_FIELDS = {"skipped_update", "residual_scale"}
 """The LDS settings that do not decide which masks are drawn."""
+MASK_FORMAT = 2
+"""Goes up when the same settings draw other masks than before."""
 NUM_HEADER_FIELDS = 5
 """Stage, first step, the stage's number of steps, rows a mask, layers."""
 MAX_NAMED_RANKS = 8
@@ -129,7 +131,7 @@ class MaskPlan:
 
     def _fingerprint(self) -> dict[str, Any]:
         settings = self._lds.model_dump(mode="json", exclude=UPDATE_FIELDS)
-        run = {"seed": self._seed, "stage": self._stage, "num_steps": self._num_steps}
+        run = {"format": MASK_FORMAT, "seed": self._seed, "stage": self._stage, "num_steps": self._num_steps}
         lds = {f"lds.{name}": value for name, value in sorted(settings.items())}
         return {**run, "num_layers": self._placement.num_layers, **lds}
 

@@ -77,8 +77,9 @@ def _load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimiz
         state["rng"] = _sharded_rng()
     loaded = dist_checkpointing.load(state, str(path))
     _load_model(chunks, loaded)
-    with torch.no_grad():
-        optimizer.optimizer.load_state_dict(loaded["optimizer"])
+    if "optimizer" in state:
+        with torch.no_grad():
+            optimizer.optimizer.load_state_dict(loaded["optimizer"])
     optimizer.num_updates, optimizer.num_layer_updates = common["num_updates"], common["num_layer_updates"]
     optimizer.scheduler.load_state_dict(common["scheduler"])
     optimizer.set_adam_steps()
@@ -116,7 +117,7 @@ def _first_failure(error: CheckpointException) -> str:
 
 def _load_model(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(chunks):
-        unwrap(chunk).load_state_dict(loaded[f"model{index}"], strict=True)
+        unwrap(chunk).load_state_dict(loaded.get(f"model{index}", {}), strict=True)  # none: no layers
 
 
 def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
@@ -127,7 +128,9 @@ def _sharded_model(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
 
 def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, *, is_loading: bool) -> dict[str, Any]:
     state = _sharded_model(chunks)
-    state["optimizer"] = optimizer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata())
+    # A pipeline rank on which nothing trains has no optimizer state; all its data-parallel copies agree on that.
+    if any(parameter.requires_grad for chunk in chunks for parameter in chunk.parameters()):
+        state["optimizer"] = optimizer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=_metadata())
     return state
 
 

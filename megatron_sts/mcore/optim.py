@@ -153,7 +153,7 @@ class StageOptimizer:
         return grad_norm
 
     def _clip(self, grad_norm: float) -> None:
-        parameters = self.optimizer.get_parameters()
+        parameters = [parameter for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
         if self._clip_grad > 0 and parameters:
             clip_grad_by_total_norm_fp32(parameters, self._clip_grad, grad_norm)
 

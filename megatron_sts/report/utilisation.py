@@ -32,7 +32,7 @@ def utilisation(run: Run) -> dict[str, Utilisation]:
     found = {}
     for stage, plan in run.skipping.items():
         if lines := run.steps.get(stage):
-            runs = [sum(counts) for counts in zip(*(line["layer_runs"] for line in lines), strict=True)]
-            executed = [count / (len(lines) * plan["num_microbatches"]) for count in runs]
+            shares = ([count / line["num_microbatches"] for count in line["layer_runs"]] for line in lines)
+            executed = [sum(of_layer) / len(lines) for of_layer in zip(*shares, strict=True)]
             found[stage] = Utilisation(plan["executed_planned"], executed, plan["layer_owner"])
     return found

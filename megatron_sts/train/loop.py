@@ -60,7 +60,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
     log.start_stage(spec, progress.step)
     if stage.masks is not None:
         plan = {"executed_planned": stage.masks.executed_fraction(), "layer_owner": stage.resolved.layer_owner}
-        log.event("skipping", stage=spec.name, num_microbatches=spec.num_microbatches, **plan)
+        log.event("skipping", stage=spec.name, **plan)
     for step in range(progress.step, spec.num_steps):
         started = time.perf_counter()
         result = train_step(stage, step)

@@ -60,6 +60,7 @@ class StepCosts:
             "samples_skipped": int(totals.num_skipped_samples),
             "layers_skipped": whole(len(result.layer_runs) - layers_executed),
             "layer_runs": result.layer_runs,
+            "num_microbatches": stage.num_microbatches,
             "skip_digest": result.mask.digest,
             "flops_dense": dense_step_flops(self._resolved, stage, num_images=num_images),
             "flops_executed": executed,

@@ -140,9 +140,10 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
 
 def test_utilisation_is_what_ran(tmp_path: Path) -> None:
     """Two pipeline ranks of two layers, two micro-batches a step; a stage that was started twice counts its last plan."""
-    plan = {"event": "skipping", "stage": "finetune", "num_microbatches": 2, "layer_owner": [0, 0, 1, 1]}
+    plan = {"event": "skipping", "stage": "finetune", "layer_owner": [0, 0, 1, 1]}
     ran = [
-        line("finetune", step, 1.0, 700, layer_runs=counts) for step, counts in enumerate(([2, 1, 0, 0], [2, 2, 1, 0]))
+        line("finetune", step, 1.0, 700, layer_runs=counts, num_microbatches=2)
+        for step, counts in enumerate(([2, 1, 0, 0], [2, 2, 1, 0]))
     ]
     plans = [{**plan, "executed_planned": [planned] * 4} for planned in (0.1, 0.6)]
     run = read_run(write_run(tmp_path / "run", 700, 1.0, 0.6, [plans[0], ran[0], plans[1], ran[1]]))
