@@ -166,6 +166,10 @@ class StageOptimizer:
         """Ends the stage: parameters whole on every rank (a collective), and the model free of what wrapped it."""
         for chunk in self._chunks:
             chunk.close()
+        # The distributed optimizer's fp32 shards are views that autograd tracks: through them the gradient hooks would
+        # keep this stage's buffers and process groups alive, in a cycle that Python cannot collect.
+        self.optimizer.chained_optimizers.clear()
+        self._layer_params.clear()
 
     def inner_params(self) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         """Pairs (model parameter, the tensor that Adam updates for it on this rank: itself, a master copy or a shard)."""

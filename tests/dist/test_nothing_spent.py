@@ -26,8 +26,8 @@ from megatron_sts.train.step import train_step
 from tests.dist.ladder import NUM_LAYERS, SKIPPING, Written, resolved_run, write_inputs, written_run
 from tests.dist.launch import run_ranks
 
-RTOL = 0.02
-"""The issue's bound. Measured: 0 for kernels and activations; bytes differ by the padding of buckets, below 1 %."""
+BYTES_RTOL = 0.02
+"""Buckets are padded: measured below 1 %. Kernels and activations are compared exactly."""
 
 
 class Spent(TorchDispatchMode):
@@ -120,9 +120,9 @@ def test_kernels_and_activations_are_those_of_the_layers_that_run(folder: Path, 
     (all_kernels, all_saved, _), (no_kernels, no_saved, _) = spent[0], spent[-1]
     assert all_kernels > no_kernels > 0 and all_saved > no_saved > 0
     for mask, (kernels, saved, _) in zip(masks, spent, strict=True):
-        share = 1 - len(mask) / NUM_LAYERS
-        assert (kernels - no_kernels) / (all_kernels - no_kernels) == pytest.approx(share, abs=RTOL)
-        assert (saved - no_saved) / (all_saved - no_saved) == pytest.approx(share, abs=RTOL)
+        num_run = NUM_LAYERS - len(mask)
+        assert (kernels - no_kernels) * NUM_LAYERS == (all_kernels - no_kernels) * num_run
+        assert (saved - no_saved) * NUM_LAYERS == (all_saved - no_saved) * num_run
 
 
 def test_a_model_without_its_layers_costs_what_a_smaller_one_does(folder: Path) -> None:
@@ -151,7 +151,7 @@ def measure_bytes() -> None:
             found[name] = (sent, layer)
             stage.optimizer.close()
             groups.destroy()
-    if dist.is_initialized() is False and os.environ["RANK"] == "0":
+    if os.environ["RANK"] == "0":
         Path(os.environ["FOUND"]).write_text(json.dumps(found))
 
 
@@ -185,7 +185,7 @@ def test_bytes_between_ranks_are_those_of_the_layers_that_run(sent: dict[str, An
     (dense, one, two, idle, microbatches), layer = sent[name]
     # fp32 gradients in; with the distributed optimizer fp32 parameters out.
     layer_bytes = layer * 4 * (2 if name.startswith("distributed") else 1)
-    assert dense - idle == pytest.approx(NUM_LAYERS * layer_bytes, rel=RTOL)
-    assert one - idle == pytest.approx(3 * layer_bytes, rel=RTOL)
-    assert two - idle == pytest.approx(2 * layer_bytes, rel=RTOL)
-    assert microbatches - idle == pytest.approx(3 * layer_bytes, rel=RTOL)
+    assert dense - idle == pytest.approx(NUM_LAYERS * layer_bytes, rel=BYTES_RTOL)
+    assert one - idle == pytest.approx(3 * layer_bytes, rel=BYTES_RTOL)
+    assert two - idle == pytest.approx(2 * layer_bytes, rel=BYTES_RTOL)
+    assert microbatches - idle == pytest.approx(3 * layer_bytes, rel=BYTES_RTOL)

@@ -28,7 +28,7 @@ NUM_STEPS, NUM_COPIES = 10, 2
 BATCH = {"global_batch_size": 8, "micro_batch_size": 1, "sequence_length": 72, "max_images": 2}
 LDS = {"alpha": 0.75, "epsilon": 0.2, "schedule": "constant"}
 # 5 x the largest difference measured over the 90 runs: ten steps of the rounding that tests/dist/test_parity.py explains.
-WEIGHT_ULPS = 5 * 2.0
+WEIGHT_ULPS = 5 * 1.8
 
 DISTRIBUTED, OVERLAP = {"use_distributed_optimizer": True}, {"overlap_grad_reduce": True}
 REDUCTIONS: dict[str, dict[str, Any]] = {

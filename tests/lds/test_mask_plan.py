@@ -224,7 +224,9 @@ def test_resuming_with_another_generator_is_refused() -> None:
 
 @pytest.mark.parametrize("changes", [{"skipped_update": "zero_grad"}, {"residual_scale": "inverse_keep"}])
 def test_settings_that_do_not_change_masks_may_change(changes: dict[str, object]) -> None:
-    plan(lds=LdsConfig(**changes)).load_state_dict(plan().state_dict())
+    saver, resumed = plan(), plan(lds=LdsConfig(**changes))
+    resumed.load_state_dict(saver.state_dict())
+    assert [resumed.mask(step) for step in (0, 1, 49)] == [saver.mask(step) for step in (0, 1, 49)]
 
 
 @pytest.mark.parametrize("granularity", ["step", "microbatch"])
