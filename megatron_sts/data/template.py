@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +24,10 @@ class EncodedSample:
     num_images: int
 
 
-def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_per_image: int) -> EncodedSample:
-    """Encodes a record; every ``<image>`` marker becomes ``tokens_per_image`` placeholders.
+def encode(
+    record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_of_image: Callable[[int], int]
+) -> EncodedSample:
+    """Encodes a record; ``<image>`` marker number i (from 0) becomes ``tokens_of_image(i)`` placeholders.
 
     chat: ``<s> <|user|> question <|assistant|> answer </s> <|user|> ...``; plain: ``<s> image answer </s>``, the format of
     LLaVA's alignment stage, which drops the question's words. Loss falls on answers and the ``</s>`` after each.
@@ -35,7 +38,7 @@ def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
         raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images")
-    encoder = _Encoder(tokenizer, tokens_per_image)
+    encoder = _Encoder(tokenizer, tokens_of_image)
     encoder.add([tokenizer.bos_id])
     for turn in record.turns:
         _add_turn(encoder, turn, template)
@@ -60,9 +63,10 @@ def _add_turn(encoder: _Encoder, turn: Turn, template: TemplateName) -> None:
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, tokens_per_image: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens_of_image: Callable[[int], int]) -> None:
         self.tokenizer = tokenizer
-        self.tokens_per_image = tokens_per_image
+        self.tokens_of_image = tokens_of_image
+        self.num_images = 0
         self.tokens: list[int] = []
         self.is_target: list[bool] = []
         self.is_visual: list[bool] = []
@@ -76,5 +80,6 @@ class _Encoder:
         before, *after_each = text.split(IMAGE_MARKER)
         self.add(self.tokenizer.encode(before.strip()))
         for text_after in after_each:
-            self.add([self.tokenizer.image_id] * self.tokens_per_image, is_visual=True)
+            self.add([self.tokenizer.image_id] * self.tokens_of_image(self.num_images), is_visual=True)
+            self.num_images += 1
             self.add(self.tokenizer.encode(text_after.strip()))
