@@ -1,0 +1,91 @@
+"""Packed rows against transformers, which gets each sample in a row of its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_sts.data.collate import collate
+from megatron_sts.mcore.packing import hidden_pairs, packed_seq_params
+from megatron_sts.mcore.weights import named_weights
+from megatron_sts.model.loss import masked_loss
+from tests.parity.test_hf import (
+    FORWARD_RTOL,
+    GRADIENT_RTOL,
+    NUM_KEPT,
+    NUM_PATCHES,
+    WEIGHTS,
+    build_like,
+    composed_loss,
+    hf_clip,
+    hf_llama,
+    hf_projector,
+    make_sample,
+    one_rank,
+    relative,
+    resolved_model,
+)  # fmt: skip
+
+__all__ = ["one_rank"]
+
+ROWS = [[[1, 0, 2], [0, 0, 0, 1]], [[3], [0, 1]], [[0]]]
+"""Images of each sample of each row."""
+
+
+@pytest.mark.parametrize("num_images", ROWS, ids=["two rows", "one sample a row", "text only"])
+@pytest.mark.parametrize("kept", [NUM_PATCHES, NUM_KEPT], ids=["dense", "compressed"])
+def test_loss_and_gradients_of_packed_rows(one_rank: None, num_images: list[list[int]], kept: int) -> None:
+    references = {"vision": hf_clip(), "projector": hf_projector(), "language": hf_llama()}
+    resolved = resolved_model(feature_layer=-2, keep_ratio=kept / NUM_PATCHES)
+    random = np.random.default_rng(3)
+    rows = [[make_sample(random, count, kept) for count in row] for row in num_images]
+    length = max(sum(sample.length for sample in row) for row in rows) + 5
+    packed = collate(rows, sequence_length=length, dense_length=None, pad_id=0, packed=True)
+    apart = collate([[sample] for row in rows for sample in row],
+                    sequence_length=length, dense_length=None, pad_id=0, packed=False)  # fmt: skip
+    assert packed.num_tokens == apart.num_tokens and packed.loss_mask.sum() == apart.loss_mask.sum()
+
+    model = build_like(resolved, **references)
+    model.set_input_tensor([None])
+    found = masked_loss(model(packed, packed.labels), packed.loss_mask)[0]
+    expected = composed_loss(references["vision"], references["projector"], references["language"], apart)
+    assert relative(found.detach(), expected.detach()) <= FORWARD_RTOL
+    found.backward()
+    expected.backward()
+    gradients = {
+        part: {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in reference.named_parameters()}
+        for part, reference in references.items()
+    }
+    for name, parameter in named_weights([model]):
+        part = name.split(".")[0]
+        wanted = WEIGHTS[part](name, gradients[part]).view_as(parameter)
+        if wanted.any():
+            assert relative(parameter.grad, wanted) <= GRADIENT_RTOL, name
+        else:  # nothing to see
+            assert parameter.grad is None or not parameter.grad.any(), name
+
+
+def test_load_counts_pairs_within_samples_only() -> None:
+    random = np.random.default_rng(3)
+    rows = [[make_sample(random, 1, NUM_KEPT), make_sample(random, 2, NUM_KEPT)], []]
+    batch = collate(rows, sequence_length=80, dense_length=None, pad_id=0, packed=True)
+    first, second = (sample.length for sample in rows[0])
+    dropped = NUM_PATCHES - NUM_KEPT
+    rest = 80 - first - second
+    assert (batch.load.num_tokens, batch.load.num_images, batch.load.num_visual_tokens) == (160, 3, 3 * NUM_KEPT)
+    assert batch.load.num_pairs == first**2 + second**2 + rest**2 + 80**2
+    assert batch.dense_load.num_tokens == 160 + 3 * dropped
+    assert batch.dense_load.num_visual_tokens == 3 * NUM_PATCHES
+    assert batch.dense_load.num_pairs == (first + dropped) ** 2 + (second + 2 * dropped) ** 2 + rest**2 + 80**2
+
+
+def test_attention_stays_within_segments() -> None:
+    segments = torch.tensor([[1, 1, 2, 2, 2, 0]], dtype=torch.int32)
+    visible = ~hidden_pairs(segments)[0, 0]
+    expected = [[segments[0, q] == segments[0, k] and k <= q for k in range(6)] for q in range(6)]
+    assert visible.tolist() == expected
+    params = packed_seq_params(segments)
+    assert params.cu_seqlens_q.tolist() == [0, 2, 5, 6] and params.max_seqlen_q == 3
+    alone = packed_seq_params(torch.ones(1, 4, dtype=torch.int32))
+    assert alone.cu_seqlens_q.tolist() == [0, 4] and alone.max_seqlen_q == 4

@@ -1,0 +1,127 @@
+"""Reading a stage's samples: rows, what is pending, and going on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.data.batch import Batch
+from megatron_sts.mcore.groups import Place
+from megatron_sts.train.feed import Feed, pack
+from tests.dist.ladder import BATCH, Written, resolved_run, write_samples, written_run
+
+
+@given(st.lists(st.integers(1, 50), max_size=40), st.integers(1, 6))
+def test_every_sample_is_in_one_row_or_left(lengths: list[int], num_rows: int) -> None:
+    rows, left = pack(lengths, num_rows, 50)
+    assert sorted([*left, *(number for row in rows for number in row)]) == list(range(len(lengths)))
+    room = [50 - sum(lengths[number] for number in row) for row in rows]
+    assert min(room) >= 0 and all(row == sorted(row) for row in rows)
+    assert all(lengths[number] > max(room) for number in left)
+
+
+def test_the_longest_find_the_fullest_row() -> None:
+    assert pack([4, 6, 5, 5], 2, 10) == ([[0, 1], [2, 3]], [])
+    assert pack([3, 7, 5, 2, 6], 2, 10) == ([[0, 1], [3, 4]], [2])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("feed")
+    write_samples(path)
+    return path
+
+
+def resolved(folder: Path, packing: str, **vtc: Any) -> Resolved:
+    stage: Written = {"name": "one", "steps": 6, "batch": {**BATCH, "sequence_length": 96, "packing": packing}}
+    return resolved_run(written_run(folder, {**stage, "vtc": vtc or None}), 1)
+
+
+def place(dp_rank: int = 0, dp_size: int = 1) -> Place:
+    return Place(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=dp_rank, dp_size=dp_size)
+
+
+def feed(run: Resolved, dp_rank: int = 0, dp_size: int = 1) -> Feed:
+    return Feed(run, run.stages[0], place(dp_rank, dp_size))
+
+
+def texts(batches: list[Batch]) -> Iterator[tuple[int, ...]]:
+    """The tokens of each sample, images left out."""
+    for batch in batches:
+        segments = batch.segments if batch.segments is not None else (batch.tokens != 0).int()
+        for row, numbers in zip(batch.tokens, segments, strict=True):
+            for number in range(1, int(numbers.max()) + 1):
+                yield tuple(row[(numbers == number) & (row != batch.tokens.max())].tolist())
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    return all(
+        torch.equal(a.tokens, b.tokens) and torch.equal(a.position_ids, b.position_ids)
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def test_packing_loses_and_repeats_no_sample(folder: Path) -> None:
+    run = resolved(folder, "pack")
+    packed = feed(run)
+    batches = [batch for step in range(6) for batch in packed.step(step).batches]
+    pending = len(packed.state_dict()["pending"])
+    found = list(texts(batches))
+    epoch = list(texts(feed(resolved(folder, "pad")).step(0).batches))
+    assert len(found) > 6 * BATCH["global_batch_size"] > len(epoch)  # type: ignore[operator]
+    assert (
+        sum(batch.num_samples for batch in batches) == len(found) == packed.state_dict()["stream"]["num_read"] - pending
+    )
+    # The JSON has 24 samples; those of the first epochs, each once.
+    whole = len(found) // 24
+    counts = [found.count(text) for text in set(found)]
+    assert whole >= 1 and all(whole - 1 <= count <= whole + 2 for count in counts)
+
+
+@pytest.mark.parametrize("packing", ["none", "pad", "pack"])
+@pytest.mark.parametrize("cut", [1, 4])
+def test_reading_goes_on_where_it_stopped(folder: Path, packing: str, cut: int) -> None:
+    run = resolved(folder, packing, keep_ratio=1.0, schedule="linear", final_keep_ratio=0.25)
+    whole = feed(run)
+    fed = [whole.step(step) for step in range(6)]
+    resumed = feed(run)
+    resumed.load_state_dict(fed[cut - 1].state)
+    assert all(same(resumed.step(step).batches, fed[step].batches) for step in range(cut, 6))
+
+
+@pytest.mark.parametrize("packing", ["none", "pad"])
+def test_rows_of_one_sample_are_the_same_on_any_number_of_ranks(folder: Path, packing: str) -> None:
+    run = resolved(folder, packing)
+    one = feed(run)
+    assert one.seek(2)
+    whole = sorted(texts(one.step(2).batches))
+    halves = []
+    two = resolved_run(run.config.model_dump() | {"parallel": {"data_parallel_size": 2}}, 2)
+    for rank in range(2):
+        part = feed(two, rank, 2)
+        assert part.seek(2)
+        halves += list(texts(part.step(2).batches))
+    assert sorted(halves) == whole
+
+
+def test_rows_are_as_long_as_they_must_be(folder: Path) -> None:
+    for step in range(3):
+        short, padded = (feed(resolved(folder, packing)) for packing in ("none", "pad"))
+        short.seek(step)
+        padded.seek(step)
+        one, other = short.step(step).batches, padded.step(step).batches
+        longest = max(int((batch.tokens != 0).sum(1).max()) for batch in other)
+        assert {batch.sequence_length for batch in one} == {longest} and other[0].sequence_length == 96
+        assert sum(batch.load.num_tokens for batch in one) == longest * 4
+        assert all(torch.equal(a.tokens, b.tokens[:, :longest]) for a, b in zip(one, other, strict=True))
+
+
+def test_packed_reading_depends_on_the_ranks(folder: Path) -> None:
+    assert not feed(resolved(folder, "pack")).seek(2)
