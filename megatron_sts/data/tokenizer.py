@@ -162,6 +162,7 @@ class _HuggingFaceCodec:
         reserved = sorted((piece for piece in known if RESERVED in piece), key=known.__getitem__)
         self._stand_ins = dict(zip(missing, reserved, strict=False))
         self._tokenizer.add_tokens(missing[len(self._stand_ins) :], special_tokens=True)
+        self._ids: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size: int = len(self._tokenizer)
         self.eos_id: int = self._tokenizer.eos_token_id
         bos, pad = self._tokenizer.bos_token_id, self._tokenizer.pad_token_id
@@ -182,8 +183,7 @@ class _HuggingFaceCodec:
         return text
 
     def piece_id(self, piece: str) -> int | None:
-        found: int | None = self._tokenizer.get_vocab().get(self._stand_ins.get(piece, piece))
-        return found
+        return self._ids.get(self._stand_ins.get(piece, piece))
 
 
 def _targets(pieces: Sequence[Piece], ends: Sequence[int]) -> list[bool]:
