@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,14 +45,16 @@ def not_legacy(tmp_path_factory: pytest.TempPathFactory) -> Pair:
     return Pair(vicuna_like(tmp_path_factory.mktemp("new"), legacy=False), "vicuna_v1")
 
 
-def llava_prompt(rounds: list[tuple[str, str]]) -> str:
-    """``preprocess_multimodal`` and ``get_prompt`` of conv_vicuna_v1."""
+def llava_prompts(rounds: list[tuple[str, str]]) -> Iterator[str]:
+    """``preprocess_multimodal`` and ``get_prompt`` of conv_vicuna_v1: all up to each question's end, and to each answer's."""
     prompt = SYSTEM + " "
     for asked, said in rounds:
         if "<image>" in asked:
             asked = ("<image>\n" + asked.replace("<image>", "").strip()).strip()
-        prompt += "USER: " + asked + " ASSISTANT: " + said + "</s>"
-    return prompt
+        prompt += "USER: " + asked + " ASSISTANT:"
+        yield prompt
+        prompt += " " + said + "</s>"
+        yield prompt
 
 
 def llava_tokens(prompt: str, pair: Pair) -> list[int]:
@@ -78,7 +81,7 @@ def llava_mask(prompt: str, pair: Pair) -> list[int]:
 
 def usable(rounds: list[tuple[str, str]]) -> bool:
     """LLaVA leaves out empty texts with their separators, and gives up on a text that spells a separator."""
-    return all(asked and said for asked, said in rounds) and llava_prompt(rounds).count(" ASSISTANT: ") == len(rounds)
+    return all(text and "ASSISTANT:" not in text for texts in rounds for text in texts)
 
 
 def has_words(asked: str) -> bool:
@@ -88,24 +91,21 @@ def has_words(asked: str) -> bool:
 @given(rounds=conversations(max_images=1))
 def test_tokens_and_mask_are_those_of_preprocess_v1(legacy: Pair, rounds: list[tuple[str, str]]) -> None:
     assume(usable(rounds))
-    prompt = llava_prompt(rounds)
+    *_, prompt = llava_prompts(rounds)
     expected = expanded(llava_tokens(prompt, legacy), llava_mask(prompt, legacy), legacy.image_id)
     assert encode(record_of(rounds), legacy.ours, "vicuna_v1", NUM_TOKENS) == expected
 
 
 @given(rounds=conversations(max_images=1))
-def test_a_tokenizer_that_is_not_legacy_gives_llavas_tokens_and_its_own_prompts(
+def test_a_tokenizer_that_is_not_legacy_gives_llavas_tokens_and_what_follows_each_prompt_carries_loss(
     not_legacy: Pair, rounds: list[tuple[str, str]]
 ) -> None:
-    """LLaVA's rule of lengths counts on Vicuna's vocabulary there. Instead: the tokens before each answer are its prompt's."""
-    assume(usable(rounds))
-    prompt = llava_prompt(rounds)
-    ids, mask, start = llava_tokens(prompt, not_legacy), [], 0
-    for _, said in rounds:
-        answer = prompt.index(" ASSISTANT: ", start) + len(" ASSISTANT:")
-        start = answer + len(f" {said}</s>")
-        mask += [0] * (len(llava_tokens(prompt[:answer], not_legacy)) - len(mask))
-        mask += [1] * (len(llava_tokens(prompt[:start], not_legacy)) - len(mask))
+    """LLaVA's rule of lengths counts on words of Vicuna's vocabulary there."""
+    ids: list[int] = []
+    mask: list[int] = []
+    for i, prompt in enumerate(llava_prompts(rounds)):
+        ids = llava_tokens(prompt, not_legacy)
+        mask += [i % 2] * (len(ids) - len(mask))
     found = encode(record_of(rounds), not_legacy.ours, "vicuna_v1", NUM_TOKENS)
     assert found == expanded(ids, mask, not_legacy.image_id)
 
