@@ -35,7 +35,8 @@ class ChatFormat:
 
 
 FORMATS = {
-    # Vicuna v1.1 as LLaVA-1.5 trains it: conv_vicuna_v1 in llava/conversation.py, preprocess_multimodal in llava/train/train.py.
+    # Vicuna v1.1 as LLaVA-1.5 trains it: conv_vicuna_v1 in llava/conversation.py and preprocess_multimodal in
+    # llava/train/train.py. llava-hf's chat_template has the same prompt, but a space in place of the end piece.
     "vicuna_v1": ChatFormat(
         special=("</s>",),
         starts_with_bos=True,
@@ -58,8 +59,8 @@ FORMATS = {
         end_of_answer="<|eot_id|>",
         strips_turns=True,
     ),
-    # Qwen2's and Qwen2-VL's chat_template, with its default system prompt. (Qwen2.5's text models name themselves there, Qwen3
-    # has none.)
+    # Qwen2's chat_template with its default system prompt, which LLaVA-NeXT's Qwen models and Qwen2-VL share. (Qwen2.5's
+    # text models name themselves there, Qwen3 has none.)
     "chatml": ChatFormat(
         special=("<|im_start|>", "<|im_end|>"),
         starts_with_bos=False,
