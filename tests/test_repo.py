@@ -73,7 +73,7 @@ def test_named_config_resolves(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     assert resolve(load(tmp_path)).world_size == 2
     overrides = ["stages.alignment.vtc.keep_ratio=0.25", "stages.*.vtc=null", "stages.*.lds=null"]
-    assert resolve(load(tmp_path, overrides)).stage("alignment").visual_tokens_out == 144
+    assert resolve(load(tmp_path, overrides)).stage("alignment").tokens(0).of_image(0) == 144
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from rich.table import Table
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import LdsConfig, RunConfig
-from megatron_sts.cost.flops import step_flops
+from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.data.batch import Batch
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
@@ -64,8 +64,8 @@ class Given:
     def residual_scales(self, _step: int) -> None:
         return None
 
-    def step(self, _step: int) -> Iterator[Batch]:
-        return iter(self.batches)
+    def step(self, _step: int) -> Sequence[Batch]:
+        return self.batches
 
 
 class Bench:
@@ -77,7 +77,7 @@ class Bench:
         gate = SkipGate()
         place = groups.place()
         self.stage = build_stage(self.resolved, self.spec, place, build_model(self.resolved, gate), gate)
-        self.batches = list(self.stage.batches.step(0))
+        self.batches = self.stage.batches.step(0)
         self.dense = dense_mask(0, 0, num_layers)
         for _ in range(2):
             self.seconds(self.dense)
@@ -95,9 +95,8 @@ class Bench:
 
     def flops(self, mask: SkipMask) -> int:
         """Executed by all ranks in a step with this mask."""
-        num_images = sum(batch.num_images for batch in self.batches) * self.resolved.data_parallel_size
-        executed = mask.num_layers - mask.num_skipped
-        return step_flops(self.resolved, self.spec, layers_executed=executed, num_images=num_images, compressed=True)
+        load = planned_load(self.resolved, self.spec, self.spec.tokens(0))
+        return step_flops(self.resolved, self.spec, load, layers_executed=mask.num_layers - mask.num_skipped)
 
 
 def resolved_run(args: argparse.Namespace, num_layers: int, parallel: dict[str, Any]) -> Resolved:

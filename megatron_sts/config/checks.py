@@ -47,6 +47,7 @@ def check_run(config: RunConfig) -> None:
     for stage in config.stages:
         check_parts(stage, config.model)
         check_sparsity(stage, config)
+        check_keeping(stage)
         check_skipping(stage, config.model.language.num_layers)
         check_data(stage, config)
 
@@ -272,21 +273,48 @@ def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
             )
 
 
+def check_keeping(stage: StageConfig) -> None:
+    """VTC settings are read by the schedule that is chosen, and do not contradict each other."""
+    if stage.vtc is None:
+        return
+    vtc, field = stage.vtc, f"stages.{stage.name}.vtc"
+    moves = vtc.schedule in ("linear", "cosine")
+    if moves != (vtc.final_keep_ratio is not None):
+        refuse(
+            f"{field}.final_keep_ratio",
+            "null" if vtc.final_keep_ratio is None else vtc.final_keep_ratio,
+            f"schedule={vtc.schedule} {'ends there' if moves else 'reads none'}",
+            "give it with schedule=linear or cosine, and only there",
+        )
+    check_points(f"{field}.schedule_points", vtc.schedule, vtc.schedule_points)
+    if vtc.keep_ratio_by_image and vtc.schedule != "constant":
+        refuse(f"{field}.keep_ratio_by_image", list(vtc.keep_ratio_by_image), f"schedule={vtc.schedule} moves keep_ratio",
+               "set schedule=constant or remove it")  # fmt: skip
+    if vtc.full_every is not None and vtc.full_fraction:
+        refuse(f"{field}.full_fraction", vtc.full_fraction, f"full_every={vtc.full_every} says which steps already",
+               "set one of the two")  # fmt: skip
+
+
+def check_points(field: str, schedule: str, points: tuple[tuple[float, float], ...]) -> None:
+    """A piecewise schedule has points, in order, and no other schedule has any."""
+    written = f"[{', '.join(f'[{x:g}, {y:g}]' for x, y in points)}]"
+    if (schedule == "piecewise") != bool(points):
+        refuse(
+            field,
+            written,
+            f"schedule={schedule} {'needs points' if schedule == 'piecewise' else 'reads none'}",
+            "give points with schedule=piecewise, and only there",
+        )
+    if any(later <= x for (x, _), (later, _) in pairwise(points)):
+        refuse(field, written, "x does not rise from point to point", "sort them, each x once")
+
+
 def check_skipping(stage: StageConfig, num_layers: int) -> None:
     """LDS settings are read by the schedule, profile or sampler that is chosen, and leave it something to skip."""
     if stage.lds is None:
         return
     lds, field = stage.lds, f"stages.{stage.name}.lds"
-    points = f"[{', '.join(f'[{x:g}, {decay:g}]' for x, decay in lds.schedule_points)}]"
-    if (lds.schedule == "piecewise") != bool(lds.schedule_points):
-        refuse(
-            f"{field}.schedule_points",
-            points,
-            f"schedule={lds.schedule} {'needs points' if lds.schedule == 'piecewise' else 'reads none'}",
-            "give points with schedule=piecewise, and only there",
-        )
-    if any(later <= x for (x, _), (later, _) in pairwise(lds.schedule_points)):
-        refuse(f"{field}.schedule_points", points, "x does not rise from point to point", "sort them, each x once")
+    check_points(f"{field}.schedule_points", lds.schedule, lds.schedule_points)
     for name in ("protect_first", "protect_last"):
         if lds.depth_profile != "protect" and (value := getattr(lds, name)):
             refuse(f"{field}.{name}", value, f"depth_profile={lds.depth_profile} protects none", "set it to 0")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from pathlib import Path
 
 from megatron_sts.config.checks import check_run, fp8_alignment, refuse
@@ -21,6 +20,15 @@ from megatron_sts.config.schema import (
     Section,
     StageConfig,
     VisionConfig,
+)
+from megatron_sts.config.tokens import (
+    TokenCounts,
+    exact,
+    is_full_step,
+    keep_ratios,
+    kept_tokens,
+    least_keep_ratio,
+    round_up,
 )
 
 DatasetSize = Callable[[DataConfig], int]
@@ -43,12 +51,36 @@ class ResolvedStage(Section):
     """Per data-parallel rank and step."""
     visual_tokens_in: int
     """Tokens an image before VTC; 0 without vision."""
-    visual_tokens_out: int
-    """Tokens an image after VTC."""
-    sequence_length: int
-    """Tokens a (padded) sample as the decoder sees it, after VTC."""
-    uncompressed_sequence_length: int
-    """Tokens a (padded) sample would have without VTC."""
+    uncompressed: TokenCounts
+    """The shape of a step without VTC."""
+    token_multiple: int
+    """Rows are a multiple of this long: what FP8, sequence and context parallelism need."""
+    visual_multiple: int
+    """Kept tokens of an image are a multiple of this, or all: what FP8 needs of the projector's rows."""
+
+    def tokens(self, step: int) -> TokenCounts:
+        """The shape of a step. Packed rows stay as long as without VTC: more samples fit in."""
+        vtc, batch = self.config.vtc, self.config.batch
+        if vtc is None:
+            return self.uncompressed
+        kept = tuple(
+            kept_tokens(ratio, self.visual_tokens_in, self.visual_multiple)
+            for ratio in keep_ratios(vtc, step, self.num_steps)
+        )
+        if batch.packing == "pack":
+            return TokenCounts(visual_tokens_out=kept, sequence_length=self.uncompressed.sequence_length)
+        of_images = [kept[min(number, len(kept) - 1)] for number in range(batch.max_images)]
+        length = batch.sequence_length - sum(self.visual_tokens_in - count for count in of_images)
+        return TokenCounts(visual_tokens_out=kept, sequence_length=round_up(length, self.token_multiple))
+
+    @property
+    def typical(self) -> TokenCounts:
+        """The shape in the middle of the schedule, for plans; steps that see all tokens are left out."""
+        partial = [step for step in range(self.num_steps // 2, self.num_steps) if not self._is_full(step)]
+        return self.tokens(partial[0] if partial else self.num_steps - 1)
+
+    def _is_full(self, step: int) -> bool:
+        return self.config.vtc is not None and is_full_step(self.config.vtc, step)
 
 
 class Resolved(Section):
@@ -211,7 +243,9 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
     stage = config.stages[index]
     data = stage.data or config.data
     tokens_in = _patches(config.model.vision)
-    tokens_out = _kept_tokens(stage, tokens_in)
+    multiple = sequence_multiple(config.parallel, config.precision)
+    visual_multiple = fp8_alignment(config.precision.fp8)
+    check_kept(stage, tokens_in, visual_multiple)
     uncompressed = stage.batch.sequence_length
     if config.model.vision is not None and uncompressed < (needed := stage.batch.max_images * tokens_in + 2):
         refuse(
@@ -220,8 +254,6 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
             f"{stage.batch.max_images} x {tokens_in} visual tokens and 2 of text do not fit",
             f"use at least {needed}",
         )
-    compressed = uncompressed - stage.batch.max_images * (tokens_in - tokens_out)
-    multiple = sequence_multiple(config.parallel, config.precision)
     return ResolvedStage(
         index=index,
         name=stage.name,
@@ -230,9 +262,9 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         num_steps=_num_steps(stage, data, dataset_size),
         num_microbatches=_num_microbatches(stage, config.parallel),
         visual_tokens_in=tokens_in,
-        visual_tokens_out=tokens_out,
-        sequence_length=_round_up(compressed, multiple),
-        uncompressed_sequence_length=_round_up(uncompressed, multiple),
+        uncompressed=TokenCounts(visual_tokens_out=(tokens_in,), sequence_length=round_up(uncompressed, multiple)),
+        token_multiple=multiple,
+        visual_multiple=visual_multiple,
     )
 
 
@@ -241,27 +273,30 @@ def _patches(vision: VisionConfig | None) -> int:
     return 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
 
 
-def _kept_tokens(stage: StageConfig, tokens_in: int) -> int:
-    """Visual tokens of one image after VTC: keep_ratio x tokens, rounded half up, in exact decimal arithmetic."""
-    if stage.vtc is None:
-        return tokens_in
-    kept = math.floor(_exact(stage.vtc.keep_ratio) * tokens_in + Fraction(1, 2))
-    if kept == 0:
+def check_kept(stage: StageConfig, tokens_in: int, multiple: int) -> None:
+    """Every step keeps something of every image."""
+    if stage.vtc is not None and kept_tokens(least := least_keep_ratio(stage.vtc), tokens_in, multiple) == 0:
         refuse(
             f"stages.{stage.name}.vtc.keep_ratio",
-            stage.vtc.keep_ratio,
+            least,
             f"keeps none of an image's {tokens_in} tokens",
             f"use at least {1 / tokens_in:.3g}",
         )
-    return kept
 
 
 def _num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -> int:
     """Steps as given, or the full global batches that the epochs hold."""
     steps = stage.steps
+    if steps is None and stage.batch.packing == "pack":
+        refuse(
+            f"stages.{stage.name}.epochs",
+            stage.epochs,
+            "how many samples fit a packed row shows only when they are read",
+            "give steps instead",
+        )
     if steps is None:
         size, batch = dataset_size(data), stage.batch.global_batch_size
-        steps = math.floor(_exact(stage.epochs or 0) * size / batch)
+        steps = math.floor(exact(stage.epochs or 0) * size / batch)
         if steps == 0:
             refuse(
                 f"stages.{stage.name}.epochs",
@@ -299,12 +334,3 @@ def _num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:
             f"use a multiple of {pp * batch.micro_batch_size * copies}",
         )
     return count
-
-
-def _exact(value: float) -> Fraction:
-    """The number as the user wrote it: 0.29 is 29/100, not the nearest binary float."""
-    return Fraction(repr(value))
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

@@ -14,6 +14,7 @@ TemplateName = Literal["chat", "plain", "vicuna_v1", "llama3", "chatml"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 
 
 class Section(BaseModel):
@@ -178,14 +179,30 @@ class BatchConfig(Section):
     sequence_length: PositiveInt
     """Tokens a sample without compression, visual placeholders included. VTC shortens it."""
     max_images: PositiveInt = 1
-    """Images a sample may carry; VTC shortens the sequence by max_images x the tokens it drops from each."""
+    """Images a sample may carry. Without packing VTC shortens every row by what it drops from so many images."""
+    packing: Literal["none", "pad", "pack"] = "pad"
+    """How samples become rows. pad: one a row, padded to the sequence length; none: one a row, padded to the longest of
+    the step; pack: as many as fit a row, each attending to itself alone. VTC then leaves rows as long, for more samples."""
 
 
 class VtcConfig(Section):
     """Visual Token Compressor: which of an image's projected tokens the language model sees."""
 
     sampler: Literal["uniform", "random"] = "uniform"
-    keep_ratio: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    keep_ratio: Ratio = 0.5
+    schedule: Literal["constant", "linear", "cosine", "piecewise"] = "constant"
+    """How the keep ratio moves over the stage: from ``keep_ratio`` to ``final_keep_ratio``, or along ``schedule_points``."""
+    final_keep_ratio: Ratio | None = None
+    """linear, cosine: the keep ratio towards which the stage moves."""
+    schedule_points: tuple[tuple[Fraction, Ratio], ...] = ()
+    """piecewise: (share of the stage, keep ratio) with rising shares, joined by straight lines."""
+    full_every: PositiveInt | None = None
+    """Every n-th step sees all tokens."""
+    full_fraction: Fraction = 0.0
+    """Share of steps, evenly spread, that see all tokens (DualSpeed's slow steps)."""
+    keep_ratio_by_image: tuple[Ratio, ...] = ()
+    """Keep ratios of a sample's first, second, ... image, the last one for all further: an overview and its tiles, or
+    frames. Replaces ``keep_ratio``."""
     positions: Literal["original", "compact"] = "original"
     """original: kept tokens and text keep the RoPE positions of the uncompressed sequence; compact: 0, 1, 2, ..."""
 

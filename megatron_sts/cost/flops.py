@@ -9,12 +9,13 @@ Published TFLOP/s use both attention conventions: name yours.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from megatron_sts.config.checks import IMAGE_MODES
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.tokens import TokenCounts
 
 Causal = Literal["half", "full"]
 """Share of the score matrix that counts in causal attention."""
@@ -59,39 +60,43 @@ class ForwardFlops:
     head: Flops
 
 
+@dataclass(frozen=True)
+class TokenLoad:
+    """What a batch asks of the model. Loads of batches add up."""
+
+    num_tokens: int = 0
+    """Tokens of all rows, padding included."""
+    num_pairs: int = 0
+    """Query-key pairs without the causal mask: the squared lengths of what attends to itself, summed."""
+    num_images: int = 0
+    num_visual_tokens: int = 0
+    """Tokens that the projector computes."""
+
+    def __add__(self, other: TokenLoad) -> TokenLoad:
+        return TokenLoad(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
 def forward_flops(
-    model: ModelConfig,
-    *,
-    num_vision_layers: int,
-    micro_batch_size: int,
-    sequence_length: int,
-    num_images: int,
-    visual_tokens: int,
-    causal: Causal = "half",
+    model: ModelConfig, load: TokenLoad, *, num_vision_layers: int, causal: Causal = "half"
 ) -> ForwardFlops:
-    """Forward FLOPs of ``micro_batch_size`` sequences with ``num_images`` images between them.
+    """Forward FLOPs of a batch.
 
     Args:
         model: the architecture.
+        load: tokens and images of the batch.
         num_vision_layers: layers of the tower that run (``Resolved.num_vision_layers``).
-        micro_batch_size: sequences.
-        sequence_length: tokens a sequence as the decoder sees it.
-        num_images: images in all sequences together.
-        visual_tokens: tokens an image that are projected, after VTC (it selects before the projector).
         causal: how much of the decoder's score matrix counts.
     """
-    tokens = micro_batch_size * sequence_length
-    language, vision = model.language, model.vision
+    language, vision, num_images, projected = model.language, model.vision, load.num_images, load.num_visual_tokens
     nothing = Flops(0)
-    projected = num_images * visual_tokens
     is_mlp = model.projector.type == "mlp2x_gelu"
     return ForwardFlops(
         patch_embedding=nothing if vision is None else Flops(num_images * _patch_embedding(vision)),
         vision_layers=nothing if vision is None else _vision_layers(vision, num_images, num_vision_layers),
         projector_in=nothing if vision is None else Flops(2 * projected * vision.hidden_size * language.hidden_size),
         projector_out=Flops(2 * projected * language.hidden_size**2) if vision is not None and is_mlp else nothing,
-        decoder_layer=_decoder_layer(language, tokens, sequence_length, causal),
-        head=Flops(2 * tokens * language.hidden_size * language.vocab_size),
+        decoder_layer=_decoder_layer(language, load, causal),
+        head=Flops(2 * load.num_tokens * language.hidden_size * language.vocab_size),
     )
 
 
@@ -107,9 +112,7 @@ class StepWork:
     """The head: on the last pipeline rank."""
 
 
-def step_work(
-    resolved: Resolved, stage: ResolvedStage, *, num_images: int, compressed: bool, causal: Causal = "half"
-) -> StepWork:
+def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, causal: Causal = "half") -> StepWork:
     """Training FLOPs of one global step, over all ranks.
 
     A piece computes its weight gradient if its part trains, and its input gradient if anything that trains lies
@@ -117,20 +120,11 @@ def step_work(
 
     Args:
         resolved: the run.
-        stage: which stage; its freeze list, batch and token counts apply.
-        num_images: images in the global batch.
-        compressed: count the sequence after VTC; False: what the same batch costs without VTC.
+        stage: which stage; its freeze list applies.
+        load: of the global batch.
         causal: how much of the decoder's score matrix counts.
     """
-    pieces = forward_flops(
-        resolved.config.model,
-        num_vision_layers=resolved.num_vision_layers,
-        micro_batch_size=stage.config.batch.global_batch_size,
-        sequence_length=stage.sequence_length if compressed else stage.uncompressed_sequence_length,
-        num_images=num_images,
-        visual_tokens=stage.visual_tokens_out if compressed else stage.visual_tokens_in,
-        causal=causal,
-    )
+    pieces = forward_flops(resolved.config.model, load, num_vision_layers=resolved.num_vision_layers, causal=causal)
     vision, projector, language = (_trains(stage, part) for part in ("vision", "projector", "language"))
     before_decoder = vision or projector or language  # the word embedding is part of the language model
     return StepWork(
@@ -144,33 +138,21 @@ def step_work(
 
 
 def step_flops(
-    resolved: Resolved,
-    stage: ResolvedStage,
-    *,
-    layers_executed: float,
-    num_images: int,
-    compressed: bool,
-    causal: Causal = "half",
+    resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, layers_executed: float, causal: Causal = "half"
 ) -> int:
     """``step_work`` of a step in which ``layers_executed`` decoder layers ran, in the mean over micro-batches."""
-    work = step_work(resolved, stage, num_images=num_images, compressed=compressed, causal=causal)
+    work = step_work(resolved, stage, load, causal=causal)
     return work.before + round(layers_executed * work.layer) + work.after
 
 
-def dense_step_flops(resolved: Resolved, stage: ResolvedStage, *, num_images: int, causal: Causal = "half") -> int:
-    """``step_flops`` of the same step without VTC and LDS."""
-    num_layers = resolved.config.model.language.num_layers
-    return step_flops(
-        resolved, stage, layers_executed=num_layers, num_images=num_images, compressed=False, causal=causal
-    )
-
-
-def images_per_step(resolved: Resolved, stage: ResolvedStage) -> int:
-    """The most images a global batch of the stage can hold."""
-    has_images = stage.data.source == "llava_json" or stage.data.mode in IMAGE_MODES
-    if resolved.config.model.vision is None or not has_images:
-        return 0
-    return stage.config.batch.global_batch_size * stage.config.batch.max_images
+def planned_load(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) -> TokenLoad:
+    """A global batch of full rows with as many images as the stage can hold."""
+    batch = stage.config.batch
+    has_images = stage.data.source != "scenes" or stage.data.mode in IMAGE_MODES
+    per_row = batch.max_images if resolved.config.model.vision is not None and has_images else 0
+    rows, length = batch.global_batch_size, counts.sequence_length
+    visual = sum(counts.of_image(number) for number in range(per_row))
+    return TokenLoad(rows * length, rows * length**2, rows * per_row, rows * visual)
 
 
 def device_peak_tflops(device_name: str, dtype: str) -> float | None:
@@ -201,14 +183,15 @@ def _trains(stage: ResolvedStage, part: Part) -> bool:
     return part not in stage.config.freeze
 
 
-def _decoder_layer(language: LanguageConfig, tokens: int, sequence_length: int, causal: Causal) -> Flops:
-    """Grouped-query attention and SwiGLU: 2 t h d (a + 2g) + 2 t a d h + 6 t h f, and 4 t s a d of attention."""
+def _decoder_layer(language: LanguageConfig, load: TokenLoad, causal: Causal) -> Flops:
+    """Grouped-query attention and SwiGLU: 2 t h d (a + 2g) + 2 t a d h + 6 t h f, and 4 a d a query-key pair."""
+    tokens = load.num_tokens
     heads, hidden = language.num_attention_heads, language.hidden_size
     groups, channels = language.num_query_groups or heads, language.kv_channels or hidden // heads
     qkv = 2 * tokens * hidden * channels * (heads + 2 * groups)
     output = 2 * tokens * heads * channels * hidden
     mlp = 3 * 2 * tokens * hidden * language.ffn_hidden_size
-    attention = 4 * tokens * sequence_length * heads * channels
+    attention = 4 * load.num_pairs * heads * channels
     return Flops(qkv + output + mlp, attention // 2 if causal == "half" else attention)
 
 

@@ -7,39 +7,48 @@ from typing import Any
 
 import torch
 
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.records import SkippedSample
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Shapes: b samples, s tokens, n images, k kept visual tokens an image.
+    """One micro-batch. Shapes: b rows, s tokens, n images of t tokens each, v kept visual tokens of all images together.
 
-    ``tokens``, ``labels``, ``loss_mask`` and ``position_ids`` are the same on every rank of a pipeline; ``pixels`` is filled
-    on the first stage only.
+    All fields are the same on every rank of a model copy, except that ``pixels`` is filled on the first stage only.
     """
 
     tokens: torch.Tensor
-    """int64 [b, s]; an image is k consecutive placeholder ids."""
+    """int64 [b, s]; an image is as many consecutive placeholder ids as it keeps tokens."""
     labels: torch.Tensor
     """int64 [b, s]: the token that should follow."""
     loss_mask: torch.Tensor
     """float32 [b, s]: 1 where the label counts."""
     position_ids: torch.Tensor
-    """int64 [b, s]: RoPE positions."""
+    """int64 [b, s]: RoPE positions, which start anew with each sample."""
     is_visual: torch.Tensor
     """bool [b, s]: where the placeholders are."""
+    segments: torch.Tensor | None
+    """int32 [b, s]: which of the row's samples a token belongs to, from 1; 0 is padding. None: one sample a row."""
     visual_indices: torch.Tensor
-    """int64 [n, k]: which of an image's tokens are kept, ascending."""
+    """int64 [v]: the kept tokens, as indices into the n x t tokens of all images in reading order, ascending."""
     pixels: torch.Tensor | None
     """uint8 [n, 3, h, w], images in reading order."""
+    num_samples: int
+    """Those that were used."""
     num_tokens: int
     """Tokens that are not padding."""
+    load: TokenLoad
+    """What the model computes, padding included."""
+    dense_load: TokenLoad
+    """The same without VTC."""
     skipped: tuple[SkippedSample, ...] = ()
-    """Samples that could not be used; their rows are padding, or carry no loss."""
+    """Samples that could not be used; without packing their rows are padding."""
 
     @property
-    def num_images(self) -> int:
-        return self.visual_indices.shape[0]
+    def sequence_length(self) -> int:
+        """Tokens of a row."""
+        return self.tokens.shape[1]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on ``device``."""

@@ -1,70 +1,135 @@
-"""Encoded samples become one padded ``Batch`` of the stage's static shape. Knows no source and no template."""
+"""Prepared samples become one ``Batch`` of rows of one length. Knows no source and no template."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
+from megatron_sts.data.records import SkippedSample
 from megatron_sts.data.template import EncodedSample
 
 
 @dataclass(frozen=True)
 class PreparedSample:
-    """An encoded sample with its images decoded (on ranks that use pixels), its kept tokens and its positions."""
+    """An encoded sample with its images decoded, its kept tokens and its positions."""
 
     encoded: EncodedSample
     position_ids: torch.Tensor
-    """int64 [t]."""
-    visual_indices: torch.Tensor
-    """int64 [num_images, k]."""
+    """int64 [length]."""
+    visual_indices: tuple[torch.Tensor, ...]
+    """For each image the kept tokens, int64 [k]."""
+    visual_tokens_in: int
+    """Tokens of an image before VTC."""
     pixels: tuple[np.ndarray, ...] | None
     """uint8 [h, w, 3] each; None on ranks that use none."""
-    is_bad: bool = False
-    """Keeps its tokens (shapes must agree on all ranks) but none carries loss."""
+
+    @property
+    def length(self) -> int:
+        """Tokens after VTC."""
+        return len(self.encoded.tokens)
+
+    @property
+    def num_kept(self) -> int:
+        """Visual tokens after VTC."""
+        return sum(len(indices) for indices in self.visual_indices)
+
+    @property
+    def num_dropped(self) -> int:
+        """Visual tokens that VTC leaves out."""
+        return len(self.visual_indices) * self.visual_tokens_in - self.num_kept
 
 
-def collate(
-    samples: Sequence[PreparedSample | None], sequence_length: int, pad_id: int, tokens_per_image: int
-) -> Batch:
-    """Right-pads to [b, sequence_length]; a None row is padding only. All tensors on the CPU."""
-    shape = (len(samples), sequence_length)
-    tokens = torch.full(shape, pad_id, dtype=torch.int64)
-    labels = torch.full(shape, pad_id, dtype=torch.int64)
-    loss_mask = torch.zeros(shape, dtype=torch.float32)
-    position_ids = torch.zeros(shape, dtype=torch.int64)
-    is_visual = torch.zeros(shape, dtype=torch.bool)
-    for row, sample in enumerate(samples):
-        if sample is None:
-            continue
-        ids = torch.tensor(sample.encoded.tokens, dtype=torch.int64)
-        length = len(ids)
-        tokens[row, :length] = ids
-        labels[row, : length - 1] = ids[1:]
-        if not sample.is_bad:
-            loss_mask[row, : length - 1] = torch.tensor(sample.encoded.is_target[1:], dtype=torch.float32)
-        position_ids[row, :length] = sample.position_ids
-        is_visual[row, :length] = torch.tensor(sample.encoded.is_visual)
-    present = [sample for sample in samples if sample is not None]
-    return Batch(
-        tokens=tokens,
-        labels=labels,
-        loss_mask=loss_mask,
-        position_ids=position_ids,
-        is_visual=is_visual,
-        visual_indices=torch.cat(
-            [torch.empty(0, tokens_per_image, dtype=torch.int64), *(sample.visual_indices for sample in present)]
-        ),
-        pixels=_stack_pixels(present),
-        num_tokens=sum(len(sample.encoded.tokens) for sample in present),
+Row = Sequence[PreparedSample]
+"""The samples of one row, in order; none: padding only."""
+
+
+def collate(rows: Sequence[Row], *, sequence_length: int, dense_length: int | None, pad_id: int, packed: bool) -> Batch:
+    """Right-pads rows to [b, sequence_length]. All tensors on the CPU.
+
+    Args:
+        rows: without ``packed`` at most one sample each.
+        sequence_length: of every row.
+        dense_length: what rows would be padded to without VTC; None: longer by what VTC drops from each.
+        pad_id: token id of padding.
+        packed: several samples share a row, and each attends to itself alone.
+    """
+    shape = (len(rows), sequence_length)
+    batch = Batch(
+        tokens=torch.full(shape, pad_id, dtype=torch.int64),
+        labels=torch.full(shape, pad_id, dtype=torch.int64),
+        loss_mask=torch.zeros(shape, dtype=torch.float32),
+        position_ids=torch.zeros(shape, dtype=torch.int64),
+        is_visual=torch.zeros(shape, dtype=torch.bool),
+        segments=torch.zeros(shape, dtype=torch.int32) if packed else None,
+        visual_indices=_flat_indices(rows),
+        pixels=_stack_pixels(rows),
+        num_samples=sum(map(len, rows)),
+        num_tokens=sum(sample.length for row in rows for sample in row),
+        load=_load(rows, [sequence_length] * len(rows), packed=packed, dense=False),
+        dense_load=_load(rows, _dense_lengths(rows, sequence_length, dense_length), packed=packed, dense=True),
+    )
+    for number, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row, start=1):
+            _write(batch, number, start, segment, sample)
+            start += sample.length
+    return batch
+
+
+def with_skipped(batch: Batch, skipped: Sequence[SkippedSample]) -> Batch:
+    """The same batch, which also tells what could not be used."""
+    return replace(batch, skipped=(*batch.skipped, *skipped))
+
+
+def _write(batch: Batch, row: int, start: int, segment: int, sample: PreparedSample) -> None:
+    here, inner = slice(start, start + sample.length), slice(start, start + sample.length - 1)
+    ids = torch.tensor(sample.encoded.tokens, dtype=torch.int64)
+    batch.tokens[row, here] = ids
+    batch.labels[row, inner] = ids[1:]
+    batch.loss_mask[row, inner] = torch.tensor(sample.encoded.is_target[1:], dtype=torch.float32)
+    batch.position_ids[row, here] = sample.position_ids
+    batch.is_visual[row, here] = torch.tensor(sample.encoded.is_visual)
+    if batch.segments is not None:
+        batch.segments[row, here] = segment
+
+
+def _flat_indices(rows: Sequence[Row]) -> torch.Tensor:
+    found = [torch.empty(0, dtype=torch.int64)]
+    for sample in (sample for row in rows for sample in row):
+        # Every earlier tensor but the empty one is an image.
+        found += [(len(found) - 1 + i) * sample.visual_tokens_in + kept for i, kept in enumerate(sample.visual_indices)]
+    return torch.cat(found)
+
+
+def _dense_lengths(rows: Sequence[Row], sequence_length: int, dense_length: int | None) -> list[int]:
+    if dense_length is not None:
+        return [dense_length] * len(rows)
+    return [sequence_length + sum(sample.num_dropped for sample in row) for row in rows]
+
+
+def _load(rows: Sequence[Row], lengths: Sequence[int], *, packed: bool, dense: bool) -> TokenLoad:
+    samples = [sample for row in rows for sample in row]
+    pairs = sum(length**2 for length in lengths)
+    if packed:
+        pairs = 0
+        for row, length in zip(rows, lengths, strict=True):
+            parts = [sample.length + (sample.num_dropped if dense else 0) for sample in row]
+            pairs += sum(part**2 for part in [*parts, length - sum(parts)])
+    return TokenLoad(
+        num_tokens=sum(lengths),
+        num_pairs=pairs,
+        num_images=sum(len(sample.visual_indices) for sample in samples),
+        num_visual_tokens=sum(sample.num_kept + (sample.num_dropped if dense else 0) for sample in samples),
     )
 
 
-def _stack_pixels(samples: Sequence[PreparedSample]) -> torch.Tensor | None:
-    images = [image for sample in samples for image in sample.pixels or ()]
+def _stack_pixels(rows: Sequence[Row]) -> torch.Tensor | None:
+    images = [image for row in rows for sample in row for image in sample.pixels or ()]
     if not images:
         return None
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -44,8 +44,10 @@ def load_tokenizer(name_or_path: str, template: TemplateName) -> Tokenizer:
     return tokenizer
 
 
-def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_per_image: int) -> EncodedSample:
-    """Encodes a record; every ``<image>`` marker becomes ``tokens_per_image`` placeholders.
+def encode(
+    record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_of_image: Callable[[int], int]
+) -> EncodedSample:
+    """Encodes a record; ``<image>`` marker number i (from 0) becomes ``tokens_of_image(i)`` placeholders.
 
     chat: ``<s> <|user|> question <|assistant|> answer </s> <|user|> ...``; plain: ``<s> image answer </s>``, the format of
     LLaVA's alignment stage, which drops the question's words; others: see ``formats.FORMATS``. Loss falls on answers and
@@ -59,7 +61,7 @@ def encode(record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_
         raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images")
     if any(IMAGE_MARKER in turn.text for turn in record.turns if turn.role == "assistant"):
         raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
-    encoder = _Encoder(tokenizer, tokens_per_image)
+    encoder = _Encoder(tokenizer, tokens_of_image)
     if template in FORMATS:
         _add_conversation(encoder, record.turns, FORMATS[template])
     else:
@@ -99,9 +101,10 @@ def _add_turn(encoder: _Encoder, turn: Turn, template: TemplateName) -> None:
 
 
 class _Encoder:
-    def __init__(self, tokenizer: Tokenizer, tokens_per_image: int) -> None:
+    def __init__(self, tokenizer: Tokenizer, tokens_of_image: Callable[[int], int]) -> None:
         self.tokenizer = tokenizer
-        self.tokens_per_image = tokens_per_image
+        self.tokens_of_image = tokens_of_image
+        self.num_images = 0
         self.tokens: list[int] = []
         self.is_target: list[bool] = []
         self.is_visual: list[bool] = []
@@ -112,7 +115,8 @@ class _Encoder:
         self.is_visual += [is_visual] * len(ids)
 
     def add_image(self) -> None:
-        self.add([self.tokenizer.image_id] * self.tokens_per_image, is_visual=True)
+        self.add([self.tokenizer.image_id] * self.tokens_of_image(self.num_images), is_visual=True)
+        self.num_images += 1
 
     def add_text_with_images(self, text: str) -> None:
         before, *after_each = text.split(IMAGE_MARKER)

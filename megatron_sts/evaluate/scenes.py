@@ -110,14 +110,14 @@ class Examiner:
 
     def _run(self, records: Sequence[Record]) -> list[tuple[int, int]]:
         stage = asking_stage(self._resolved, self._longest(records), len(records))
-        preparer = BatchPreparer(self._resolved, stage, needs_pixels=self._place.is_first_stage, checks_pixels=False)
+        preparer = BatchPreparer(self._resolved, stage, needs_pixels=self._place.is_first_stage)
         with inference(self._chunks, self._gate):
             reports = run_microbatches(
                 self._chunks,
                 forward,
                 self._batches(preparer, stage, records),
                 num_microbatches=stage.num_microbatches,
-                sequence_length=stage.sequence_length,
+                sequence_length=stage.uncompressed.sequence_length,
                 micro_batch_size=stage.config.batch.micro_batch_size,
                 forward_only=True,
             )
@@ -125,15 +125,15 @@ class Examiner:
 
     def _longest(self, records: Sequence[Record]) -> int:
         stage = self._resolved.stages[-1]
-        return max(
-            len(encode(record, self._tokenizer, self._template, stage.visual_tokens_in).tokens) for record in records
-        )
+        counts = stage.uncompressed.of_image
+        return max(len(encode(record, self._tokenizer, self._template, counts).tokens) for record in records)
 
     def _batches(self, preparer: BatchPreparer, stage: ResolvedStage, records: Sequence[Record]) -> Iterator[Batch]:
         """This data-parallel rank's micro-batches; rows behind the last question are padding."""
+        counts = stage.uncompressed
         for rows in rows_of(stage, self._place):
-            batch = preparer.batch([(row, records[row] if row < len(records) else None) for row in rows])
-            yield batch.to(current_device().torch_device)
+            asked = [[preparer.prepare(row, records[row], counts)] if row < len(records) else [] for row in rows]
+            yield preparer.collate(asked, counts).to(current_device().torch_device)
 
     def _collect(
         self, reports: Sequence[torch.Tensor], stage: ResolvedStage, num_questions: int
@@ -170,15 +170,14 @@ def asking_stage(resolved: Resolved, longest: int, num_questions: int) -> Resolv
     if parallel.virtual_pipeline_model_parallel_size:  # interleaving runs groups of as many as there are ranks
         ranks = parallel.pipeline_model_parallel_size
         num_microbatches = -(-num_microbatches // ranks) * ranks
-    batch = last.config.batch.model_copy(update={"micro_batch_size": size, "sequence_length": length})
+    shape = {"micro_batch_size": size, "sequence_length": length, "packing": "pad"}
+    batch = last.config.batch.model_copy(update=shape)
     return last.model_copy(
         update={
             "config": last.config.model_copy(update={"vtc": None, "lds": None, "batch": batch}),
             "data": asking_data(last),
             "num_microbatches": num_microbatches,
-            "visual_tokens_out": last.visual_tokens_in,
-            "sequence_length": length,
-            "uncompressed_sequence_length": length,
+            "uncompressed": last.uncompressed.model_copy(update={"sequence_length": length}),
         }
     )
 

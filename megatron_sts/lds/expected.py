@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import images_per_step, step_work
+from megatron_sts.cost.flops import planned_load, step_work
 from megatron_sts.lds.schedule import skip_probabilities
 
 EVENNESS = 0.02
@@ -80,7 +80,7 @@ class ExpectedWork:
 def expected_work(resolved: Resolved, stage: ResolvedStage, steps: list[int]) -> ExpectedWork:
     """The stage on these steps; dense ones are all alike, so that one stands for all."""
     lds, num_layers = stage.config.lds, resolved.config.model.language.num_layers
-    work = step_work(resolved, stage, num_images=images_per_step(resolved, stage), compressed=True)
+    work = step_work(resolved, stage, planned_load(resolved, stage, stage.typical))
     if lds is None:
         keep = np.ones((1, num_layers))
     else:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import images_per_step, step_work
+from megatron_sts.cost.flops import planned_load, step_work
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class Placement:
 
 
 def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
-    """The run's layout with a full batch of the stage: vision tower and projector on the first rank, head on the last."""
-    work = step_work(resolved, stage, num_images=images_per_step(resolved, stage), compressed=True)
+    """The run's layout with a full batch of the stage's typical shape: vision tower and projector on the first rank, head on the last."""
+    work = step_work(resolved, stage, planned_load(resolved, stage, stage.typical))
     fixed = [0.0] * resolved.config.parallel.pipeline_model_parallel_size
     fixed[0] += work.before / work.layer
     fixed[-1] += work.after / work.layer

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, can_interleave, with_layout
-from megatron_sts.cost.flops import images_per_step, step_work
+from megatron_sts.cost.flops import planned_load, step_work
 from megatron_sts.cost.simulate import schedule_time
 from megatron_sts.lds.effective import effective_probabilities
 from megatron_sts.lds.expected import ExpectedWork, expected_work
@@ -51,7 +51,7 @@ def run_time(resolved: Resolved, layout: Layout, step_time: StepTime = schedule_
 
 def layer_flops(resolved: Resolved, stage: ResolvedStage) -> int:
     """Training FLOPs of one decoder layer in one step of the stage: the unit of its placement's work."""
-    return step_work(resolved, stage, num_images=images_per_step(resolved, stage), compressed=True).layer
+    return step_work(resolved, stage, planned_load(resolved, stage, stage.typical)).layer
 
 
 def grid(num_steps: int) -> list[int]:

@@ -20,6 +20,7 @@ from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.config import language_config
 from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, TorchNorm, has_transformer_engine
+from megatron_sts.mcore.packing import attention_within, check_packing
 
 
 def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
@@ -76,13 +77,14 @@ def build_decoder(
     Rotary angles come from each token's own position id, so that a compressed image's tokens can keep the positions they
     had: megatron-core's multi-axis RoPE with all of the head's channels on one axis, which is plain RoPE.
     """
+    check_packing(resolved)
     language = resolved.config.model.language
     config = language_config(resolved)
     return GPTModel(
         config,
         _block_spec(config, gate, vp_stage, recompute=resolved.config.parallel.recompute == "full"),
         vocab_size=language.vocab_size,
-        max_sequence_length=max(stage.uncompressed_sequence_length for stage in resolved.stages),
+        max_sequence_length=max(stage.uncompressed.sequence_length for stage in resolved.stages),
         pre_process=pre_process,
         post_process=post_process,
         position_embedding_type="mrope",
@@ -97,19 +99,21 @@ def run_decoder(
     decoder: GPTModel,
     tokens: torch.Tensor,
     position_ids: torch.Tensor,
+    segments: torch.Tensor | None,
     embeddings: torch.Tensor | None,
     labels: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``tokens``, ``position_ids``, ``labels`` [b, s]; ``embeddings`` [s, b, h] on the first stage.
+    """``tokens``, ``position_ids``, ``segments``, ``labels`` [b, s]; ``embeddings`` [s, b, h] on the first stage.
 
+    Tokens attend to earlier ones of their own segment; without ``segments`` to all earlier ones of their row.
     Returns per-token losses [b, s] (with labels) or logits [b, s, vocab / tp] on the last stage, else hidden states [s, b, h].
     """
     output = decoder(
         input_ids=tokens,
         position_ids=position_ids.unsqueeze(0).expand(3, -1, -1),
-        attention_mask=None,
         decoder_input=embeddings,
         labels=labels,
+        **attention_within(segments),
     )
     # With every layer of a middle stage skipped the output is the received tensor itself, which the schedule would free.
     return output.clone() if output is decoder.decoder.input_tensor else output

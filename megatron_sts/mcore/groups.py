@@ -78,3 +78,8 @@ def place() -> Place:
 def tensor_parallel_group() -> dist.ProcessGroup:
     """Ranks that share each layer's matrices."""
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def model_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share one copy of the model; the first one has the first tensor-parallel shard of the first stage."""
+    return parallel_state.get_model_parallel_group()

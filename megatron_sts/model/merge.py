@@ -10,13 +10,13 @@ def merge_visual(embeddings: torch.Tensor, visual: torch.Tensor, is_visual: torc
 
     Args:
         embeddings: text embeddings [s, b, h].
-        visual: projected, compressed visual tokens [n, k, h].
+        visual: projected, compressed visual tokens [v, h].
         is_visual: bool [b, s], True at placeholders.
 
     Raises:
         ValueError: the numbers of placeholders and visual tokens differ.
     """
-    num_placeholders, num_visual = int(is_visual.sum()), visual.shape[0] * visual.shape[1]
+    num_placeholders, num_visual = int(is_visual.sum()), len(visual)
     if num_placeholders != num_visual:
         raise ValueError(f"{num_placeholders} visual placeholders but {num_visual} visual tokens in this micro-batch")
     batch_first = embeddings.transpose(0, 1)

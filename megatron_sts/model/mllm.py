@@ -32,11 +32,12 @@ class MultimodalModel(PipelineChunk):
         if pre_process and resolved.config.model.vision is not None:
             self.vision = VisionTower(resolved)
             self.projector = build_projector(resolved)
+            self.vision_multiple = max(stage.visual_multiple for stage in resolved.stages)
 
     def forward(self, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
         """Per-token losses [b, s] or, without labels, logits [b, s, vocab / tp] on the last stage; else hidden [s, b, h]."""
         embeddings = self.embed(batch) if self.pre_process else None
-        return run_decoder(self.language, batch.tokens, batch.position_ids, embeddings, labels)
+        return run_decoder(self.language, batch.tokens, batch.position_ids, batch.segments, embeddings, labels)
 
     def embed(self, batch: Batch) -> torch.Tensor:
         """The decoder's input [s, b, h]: text embeddings with the images merged in."""
@@ -56,11 +57,11 @@ class MultimodalModel(PipelineChunk):
         assert self.vision is not None
         size = self.vision.encoder.img_h
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=batch.tokens.device)
-        first_tokens = torch.arange(batch.visual_indices.shape[1], device=batch.tokens.device).unsqueeze(0)
-        return 0.0 * self.see(blank, first_tokens).sum()
+        few_tokens = torch.arange(self.vision_multiple, device=batch.tokens.device)
+        return 0.0 * self.see(blank, few_tokens).sum()
 
     def see(self, pixels: torch.Tensor, visual_indices: torch.Tensor) -> torch.Tensor:
-        """``pixels`` [n, 3, h, w], ``visual_indices`` [n, k] -> projected visual tokens [n, k, h].
+        """``pixels`` [n, 3, h, w], ``visual_indices`` [v] -> projected visual tokens [v, h].
 
         Selection comes before the projector, which works token by token: the same result for less.
         """
@@ -68,4 +69,5 @@ class MultimodalModel(PipelineChunk):
         frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             features = self.vision(pixels)
-        return self.projector(compress(features, visual_indices))
+        projected: torch.Tensor = self.projector(compress(features, visual_indices).unsqueeze(1))
+        return projected.squeeze(1)

@@ -1,63 +1,114 @@
-"""Turns a stage's data into micro-batches. The samples of a step depend on its number only, never on the layout."""
+"""The micro-batches of each step: one rank of a model copy reads them ahead, and its other ranks get them from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import distributed as dist
+
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.schema import DataConfig
 from megatron_sts.data.batch import Batch
-from megatron_sts.data.llava_json import LlavaJsonSource
-from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample
-from megatron_sts.data.scenes.source import ScenesSource
+from megatron_sts.mcore import groups
 from megatron_sts.mcore.groups import Place
-from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device
-
-
-def build_source(data: DataConfig, seed: int) -> RecordSource:
-    """The record source that a data config names."""
-    if data.source == "llava_json":
-        assert data.path is not None
-        return LlavaJsonSource(Path(data.path), Path(data.image_dir) if data.image_dir else None, seed)
-    return ScenesSource(
-        mode=data.mode,
-        seed=seed,
-        split="train",
-        families=data.families,
-        num_turns=data.num_turns,
-        num_samples=data.num_samples,
-        induction_fraction=data.induction_fraction,
-        text_only_fraction=data.text_only_fraction,
-    )
+from megatron_sts.runtime.dist import broadcast_object
+from megatron_sts.train.feed import Fed, Feed
 
 
 class StageBatches:
-    """The micro-batches of each step of a stage, as this rank needs them. Stateless: resuming needs only the step."""
+    """The micro-batches of a stage's steps on this rank.
+
+    The first rank of each model copy reads, so that a copy's ranks can never see different samples, whatever their
+    files, libraries or pictures do; it prepares the next step in a thread while this one computes.
+    """
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
         self._stage, self._place = stage, place
-        self._source = build_source(stage.data, resolved.config.seed + stage.index)
-        self._preparer = BatchPreparer(
-            resolved,
-            stage,
-            needs_pixels=place.is_first_stage,
-            # Files can be corrupt: the stage that computes the loss must find out too. Drawn scenes cannot.
-            checks_pixels=place.is_last_stage and stage.data.source != "scenes",
-        )
+        self._feed = Feed(resolved, stage, place) if place.is_first_stage and place.tp_rank == 0 else None
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
+        self._ahead: tuple[int, Future[Fed]] | None = None
+        self._state: dict[str, Any] | None = None
 
-    def step(self, step: int) -> Iterator[Batch]:
-        """The step's micro-batches for this data-parallel rank, on the device."""
-        batch, place = self._stage.config.batch, self._place
-        first = step * batch.global_batch_size
-        for micro in range(self._stage.num_microbatches):
-            start = first + (micro * place.dp_size + place.dp_rank) * batch.micro_batch_size
-            records = [(index, self._record(index)) for index in range(start, start + batch.micro_batch_size)]
-            yield self._preparer.batch(records).to(current_device().torch_device)
+    def step(self, step: int) -> list[Batch]:
+        """The step's micro-batches for this model copy, on the host; a collective of its ranks."""
+        batches = None
+        if self._feed is not None:
+            fed = self._take(step, self._feed)
+            self._state, batches = fed.state, fed.batches
+        return share(batches, self._place)
 
-    def _record(self, index: int) -> Record | SkippedSample:
-        try:
-            return self._source[index]
-        except BadSampleError as error:
-            return SkippedSample(error.key or f"number {index}", str(error))
+    def _take(self, step: int, feed: Feed) -> Fed:
+        planned, future = self._ahead or (step, self._thread.submit(feed.step, step))
+        assert planned == step, f"step {planned} was read ahead, but {step} is asked for"
+        fed, self._ahead = future.result(), None
+        if step + 1 < self._stage.num_steps:
+            self._ahead = step + 1, self._thread.submit(feed.step, step + 1)
+        return fed
+
+    def save(self, folder: Path) -> None:
+        """Leaves in ``folder`` where this rank's reading goes on after the last step taken."""
+        if self._feed is not None:
+            folder.mkdir(exist_ok=True)
+            torch.save({"dp_size": self._place.dp_size, **(self._state or {})}, self._file(folder))
+
+    def restore(self, folder: Path, step: int) -> None:
+        """Goes on before ``step``, where ``save`` left off in ``folder``.
+
+        Raises:
+            ConfigError: the reading depends on the number of data-parallel ranks, and that has changed.
+        """
+        if self._feed is None or self._feed.seek(step):
+            return
+        first = self._file(folder, 0)
+        saved = torch.load(first, weights_only=True)["dp_size"]
+        if saved != self._place.dp_size:
+            raise ConfigError(
+                f"parallel.data_parallel_size={self._place.dp_size}: stage {self._stage.name} was saved on {saved}, whose "
+                f"parts of the data cannot be dealt out anew; go on with {saved}, or start the stage anew"
+            )
+        state = torch.load(self._file(folder), weights_only=True)
+        self._feed.load_state_dict(state)
+        self._state = state
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._feed is not None:
+            self._feed.close()
+
+    def _file(self, folder: Path, dp_rank: int | None = None) -> Path:
+        return folder / f"{self._place.dp_rank if dp_rank is None else dp_rank}.pt"
+
+
+def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
+    """The first rank's micro-batches on every rank of the model copy, pixels on those of the first stage; a collective."""
+    if place.tp_size * place.pp_size == 1:
+        assert batches is not None
+        return batches
+    pixels = [batch.pixels for batch in batches or []]
+    header = None
+    if batches is not None:
+        shapes = [None if image is None else tuple(image.shape) for image in pixels]
+        header = [replace(batch, pixels=None) for batch in batches], shapes
+    group = groups.model_parallel_group()
+    bare, shapes = broadcast_object(header, group)
+    if not place.is_first_stage:
+        return list(bare)
+    if place.tp_size > 1:
+        pixels = [_share_pixels(number, pixels, shape) for number, shape in enumerate(shapes)]
+    return [replace(batch, pixels=image) for batch, image in zip(bare, pixels, strict=True)]
+
+
+def _share_pixels(number: int, pixels: list[torch.Tensor | None], shape: tuple[int, ...] | None) -> torch.Tensor | None:
+    if shape is None:
+        return None
+    mine, device = pixels[number] if pixels else None, current_device().torch_device
+    tensor = torch.empty(shape, dtype=torch.uint8, device=device) if mine is None else mine.to(device)
+    group = groups.tensor_parallel_group()
+    dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+    return tensor

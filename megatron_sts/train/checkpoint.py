@@ -33,13 +33,14 @@ def advance(progress: Progress, result: StepResult) -> Progress:
     return replace(
         progress,
         step=progress.step + 1,
-        num_skipped_samples=progress.num_skipped_samples + int(result.totals.num_skipped_samples),
+        num_samples=progress.num_samples + result.totals.num_samples,
+        num_skipped_samples=progress.num_skipped_samples + result.totals.num_skipped_samples,
         num_skipped_updates=progress.num_skipped_updates + (not result.updated),
     )
 
 
 class Checkpointer:
-    """Saves into ``folder`` and restores from it. Data need no state of their own: a step's samples follow from its number."""
+    """Saves into ``folder`` and restores from it."""
 
     def __init__(self, resolved: Resolved, folder: Path, log: RunLog) -> None:
         self._resolved, self._folder, self._log = resolved, folder, log
@@ -94,6 +95,7 @@ class Checkpointer:
             )
         if stage.masks is not None:
             stage.masks.load_state_dict(common["masks"])
+        stage.batches.restore(newest / "data", progress.step)
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
         return progress
 
@@ -121,6 +123,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
             (partial / "state").mkdir(parents=True)
         dist.barrier()
+        stage.batches.save(partial / "data")
         common = {"masks": stage.masks.state_dict() if stage.masks else None}
         mcore_checkpoint.save(partial / "state", stage.chunks, stage.optimizer, common)
         if is_rank_zero():

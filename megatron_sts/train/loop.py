@@ -69,17 +69,19 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         log.skipped_samples(spec.name, step, result.skipped)
         check_bad_samples(spec, progress)
         step_time_s = time.perf_counter() - started
-        step_time_s, peak_bytes, stopping = max_over_ranks([step_time_s, peak_memory_bytes(), stop.received])
+        step_time_s, data_wait_s, peak_bytes, stopping = max_over_ranks(
+            [step_time_s, result.data_wait_s, peak_memory_bytes(), stop.received]
+        )
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
-            log.step(costs.describe(result, step_time_s, int(peak_bytes)))
+            log.step(costs.describe(result, step_time_s, data_wait_s, int(peak_bytes)))
         if is_last or checkpointer.is_due(step):
             checkpointer.save(stage, progress)
         if stopping:
             stop.agreed = True
             log.event("stop", stage=spec.name, step=progress.step)
             break
-    stage.optimizer.close()
+    stage.close()
     log.end_stage()
 
 
@@ -89,8 +91,8 @@ def check_bad_samples(spec: ResolvedStage, progress: Progress) -> None:
     Raises:
         BadSampleError: the share of skipped samples is above ``data.max_bad_fraction``. The same on every rank.
     """
-    num_samples = progress.step * spec.config.batch.global_batch_size
-    fraction = progress.num_skipped_samples / num_samples
+    num_samples = progress.num_samples + progress.num_skipped_samples
+    fraction = progress.num_skipped_samples / max(num_samples, 1)
     if num_samples >= BAD_SAMPLES_GRACE and fraction > spec.data.max_bad_fraction:
         raise BadSampleError(
             f"stage {spec.name}: {progress.num_skipped_samples} of {num_samples} samples could not be used, more than "

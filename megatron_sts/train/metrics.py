@@ -13,7 +13,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import dense_step_flops, device_peak_tflops, step_flops
+from megatron_sts.cost.flops import device_peak_tflops, step_flops
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.step import StepResult
@@ -32,18 +32,12 @@ class StepCosts:
             current_device().name, dtype
         )
 
-    def describe(self, result: StepResult, step_time_s: float, peak_bytes: int) -> dict[str, Any]:
+    def describe(self, result: StepResult, step_time_s: float, data_wait_s: float, peak_bytes: int) -> dict[str, Any]:
         """The step's line for metrics.jsonl."""
         stage, totals = self._stage, result.totals
-        num_images = int(totals.num_images)
         layers_executed = sum(result.layer_runs) / stage.num_microbatches
-        executed = step_flops(
-            self._resolved,
-            stage,
-            layers_executed=layers_executed,
-            num_images=num_images,
-            compressed=True,
-        )
+        executed = step_flops(self._resolved, stage, totals.load, layers_executed=layers_executed)
+        dense = step_flops(self._resolved, stage, totals.dense_load, layers_executed=len(result.layer_runs))
         tflops = executed / step_time_s / self._resolved.world_size / 1e12
         return {
             "stage": stage.name,
@@ -52,19 +46,22 @@ class StepCosts:
             "grad_norm": finite_or_none(result.grad_norm),
             "lr": result.lr,
             "updated": result.updated,
-            "tokens": int(totals.num_tokens),
+            "samples": totals.num_samples,
+            "tokens": totals.num_tokens,
+            "padded_tokens": totals.load.num_tokens,
             "loss_tokens": int(totals.num_loss_tokens),
-            "images": num_images,
-            "visual_tokens_in": num_images * stage.visual_tokens_in,
-            "visual_tokens_out": num_images * stage.visual_tokens_out,
-            "samples_skipped": int(totals.num_skipped_samples),
+            "images": totals.load.num_images,
+            "visual_tokens_in": totals.dense_load.num_visual_tokens,
+            "visual_tokens_out": totals.load.num_visual_tokens,
+            "samples_skipped": totals.num_skipped_samples,
             "layers_skipped": whole(len(result.layer_runs) - layers_executed),
             "layer_runs": result.layer_runs,
             "num_microbatches": stage.num_microbatches,
             "skip_digest": result.mask.digest,
-            "flops_dense": dense_step_flops(self._resolved, stage, num_images=num_images),
+            "flops_dense": dense,
             "flops_executed": executed,
             "step_time_s": step_time_s,
+            "data_wait_s": data_wait_s,
             "tokens_per_s": totals.num_tokens / step_time_s,
             "tflops_per_device": tflops,
             "mfu": tflops / self._peak_tflops if self._peak_tflops else None,

@@ -33,6 +33,8 @@ class Progress:
 
     stage: int = 0
     step: int = 0
+    num_samples: int = 0
+    """Used ones."""
     num_skipped_samples: int = 0
     num_skipped_updates: int = 0
 

@@ -45,6 +45,11 @@ class Stage:
             return dense_mask(self.spec.index, step, self.num_layers)
         return self.masks.mask(step)
 
+    def close(self) -> None:
+        """Ends the stage: parameters whole on every rank (a collective), nothing read ahead any more."""
+        self.batches.close()
+        self.optimizer.close()
+
     def residual_scales(self, step: int) -> Sequence[float] | None:
         """For each decoder layer, what its contribution to the residual stream is multiplied by; None: 1."""
         return None if self.masks is None else self.masks.residual_scales(step)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, fields
+import time
+from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Any
 
 import torch
 from torch import distributed as dist
 
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.lds.gate import SkipGate
@@ -25,21 +26,17 @@ from megatron_sts.train.stage import Stage
 class Totals:
     """Sums over the global batch."""
 
-    loss_sum: float = 0.0
-    num_loss_tokens: float = 0.0
-    num_tokens: float = 0.0
+    loss_sum: float
+    num_loss_tokens: float
+    num_samples: int
+    """Those that were used."""
+    num_skipped_samples: int
+    num_tokens: int
     """Tokens that are not padding, visual ones included."""
-    num_images: float = 0.0
-    num_skipped_samples: float = 0.0
-
-
-@dataclass
-class Counted:
-    """What this rank saw of a step's samples."""
-
-    num_tokens: int = 0
-    num_images: int = 0
-    skipped: list[SkippedSample] = field(default_factory=list)
+    load: TokenLoad
+    """What the model computed, padding included."""
+    dense_load: TokenLoad
+    """The same without VTC."""
 
 
 @dataclass(frozen=True)
@@ -58,27 +55,34 @@ class StepResult:
     totals: Totals
     skipped: tuple[SkippedSample, ...]
     """The global batch's samples that could not be used."""
+    data_wait_s: float
+    """How long this rank waited for the step's micro-batches."""
 
 
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
-    mask, counted, lr = stage.mask(step), Counted(), stage.optimizer.lr
+    mask, lr = stage.mask(step), stage.optimizer.lr
+    started = time.perf_counter()
+    batches = stage.batches.step(step)
+    data_wait_s = time.perf_counter() - started
     stage.gate.set(mask, stage.residual_scales(step))
     stage.optimizer.begin_step(mask)
+    device = current_device().torch_device
     reports = run_microbatches(
         stage.chunks,
         partial(forward, stage.gate),
-        enumerate(count(stage.batches.step(step), counted)),
+        enumerate(batch.to(device) for batch in batches),
         num_microbatches=stage.spec.num_microbatches,
-        sequence_length=stage.spec.sequence_length,
+        sequence_length=batches[0].sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
     )
     grad_norm = stage.optimizer.step(mask)
-    totals, layer_runs = reduce_totals(stage, reports, counted)
+    totals, layer_runs = reduce_totals(stage, reports, batches)
     stage.gate.clear()
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
-    skipped = gather_skipped(stage, counted) if totals.num_skipped_samples else ()
-    return StepResult(loss, grad_norm, lr, math.isfinite(grad_norm), mask, layer_runs, totals, skipped)
+    skipped = gather_skipped(stage, batches) if totals.num_skipped_samples else ()
+    updated = math.isfinite(grad_norm)
+    return StepResult(loss, grad_norm, lr, updated, mask, layer_runs, totals, skipped, data_wait_s)
 
 
 def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module) -> ForwardResult:
@@ -88,36 +92,37 @@ def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module)
     return chunk(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
 
 
-def count(batches: Iterable[Batch], into: Counted) -> Iterator[Batch]:
-    """Passes batches on and counts what they hold."""
-    for batch in batches:
-        into.num_tokens += batch.num_tokens
-        into.num_images += batch.num_images
-        into.skipped += batch.skipped
-        yield batch
-
-
-def reduce_totals(stage: Stage, reports: list[dict[str, Any]], counted: Counted) -> tuple[Totals, tuple[int, ...]]:
+def reduce_totals(stage: Stage, reports: list[dict[str, Any]], batches: list[Batch]) -> tuple[Totals, tuple[int, ...]]:
     """Sums over the global batch, and how many micro-batches ran each decoder layer, on every rank. One small all-reduce."""
-    device, num_totals = current_device().torch_device, len(fields(Totals))
-    values = torch.zeros(num_totals + stage.num_layers, dtype=torch.float64, device=device)
-    if speaks(stage):
+    device, speaking = current_device().torch_device, speaks(stage)
+    counts = [_counts(batch) for batch in batches]
+    values = torch.zeros(2 + len(counts[0]) + stage.num_layers, dtype=torch.float64, device=device)
+    if speaking:
         for report in reports:
             values[0] += report["loss_sum"]
             values[1] += report["num_tokens"]
-        values[2:num_totals] = torch.tensor([counted.num_tokens, counted.num_images, len(counted.skipped)])
+        values[2 : 2 + len(counts[0])] = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
     if stage.place.tp_rank == stage.place.dp_rank == 0:
         for layer, num_runs in stage.gate.num_runs.items():
-            values[num_totals + layer] = num_runs
+            values[2 + len(counts[0]) + layer] = num_runs
     dist.all_reduce(values)
-    reduced = values.tolist()
-    return Totals(*reduced[:num_totals]), tuple(int(count) for count in reduced[num_totals:])
+    loss_sum, num_loss_tokens, *whole = values.tolist()
+    samples, skipped, tokens, *rest = map(int, whole)
+    num_load = len(fields(TokenLoad))
+    load, dense = TokenLoad(*rest[:num_load]), TokenLoad(*rest[num_load : 2 * num_load])
+    return Totals(loss_sum, num_loss_tokens, samples, skipped, tokens, load, dense), tuple(rest[2 * num_load :])
 
 
-def gather_skipped(stage: Stage, counted: Counted) -> tuple[SkippedSample, ...]:
+def _counts(batch: Batch) -> tuple[int, ...]:
+    """What adds up, in the order of ``Totals``."""
+    loads = (*astuple(batch.load), *astuple(batch.dense_load))
+    return (batch.num_samples, len(batch.skipped), batch.num_tokens, *loads)
+
+
+def gather_skipped(stage: Stage, batches: list[Batch]) -> tuple[SkippedSample, ...]:
     """What could not be used in the global batch, on every rank; a collective, only for steps that have any."""
     found: list[list[SkippedSample]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, counted.skipped if speaks(stage) else [])
+    dist.all_gather_object(found, [one for batch in batches for one in batch.skipped] if speaks(stage) else [])
     return tuple(sample for samples in found for sample in samples)
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import dense_step_flops, images_per_step, step_flops
+from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
 from megatron_sts.lds.schedule import mean_skip_fraction
 
@@ -44,12 +44,10 @@ def outline(resolved: Resolved) -> Outline:
 
 def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
     config = stage.config
-    num_images = images_per_step(resolved, stage)
+    counts = stage.typical
+    load, dense = (planned_load(resolved, stage, shape) for shape in (counts, stage.uncompressed))
     num_layers = resolved.config.model.language.num_layers
-    no_layers, all_layers = (
-        step_flops(resolved, stage, layers_executed=count, num_images=num_images, compressed=True)
-        for count in (0, num_layers)
-    )
+    no_layers, all_layers = (step_flops(resolved, stage, load, layers_executed=count) for count in (0, num_layers))
     skipped = 0.0 if config.lds is None else float(mean_skip_fraction(config.lds, stage.num_steps, num_layers))
     return {
         "name": stage.name,
@@ -59,12 +57,12 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "micro_batch_size": config.batch.micro_batch_size,
         "num_microbatches": stage.num_microbatches,
         "visual_tokens_in": stage.visual_tokens_in,
-        "visual_tokens_out": stage.visual_tokens_out,
-        "sequence_length": stage.sequence_length,
-        "uncompressed_sequence_length": stage.uncompressed_sequence_length,
-        "tokens_per_step": config.batch.global_batch_size * stage.sequence_length,
-        "images_per_step": num_images,
-        "flops_per_step_dense": dense_step_flops(resolved, stage, num_images=num_images),
+        "visual_tokens_out": counts.of_image(0),
+        "sequence_length": counts.sequence_length,
+        "uncompressed_sequence_length": stage.uncompressed.sequence_length,
+        "tokens_per_step": load.num_tokens,
+        "images_per_step": load.num_images,
+        "flops_per_step_dense": step_flops(resolved, stage, dense, layers_executed=num_layers),
         "flops_per_step_all_layers": all_layers,
         "flops_per_step_mean": round(all_layers - skipped * (all_layers - no_layers)),
         "mean_skip_fraction": skipped,

@@ -16,6 +16,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Layout, Resolved, resolve, sequence_multiple
 from megatron_sts.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+from megatron_sts.config.tokens import TokenCounts
 
 
 def with_ratio(written: dict[str, Any], ratio: float | None) -> Resolved:
@@ -24,15 +25,19 @@ def with_ratio(written: dict[str, Any], ratio: float | None) -> Resolved:
     return resolve(RunConfig.model_validate({**written, "stages": [{**written["stages"][0], "vtc": vtc}]}))
 
 
+def counts(kept: int, length: int) -> TokenCounts:
+    return TokenCounts(visual_tokens_out=(kept,), sequence_length=length)
+
+
 def test_derived_values(path: Path) -> None:
     resolved = resolve(load(path, ["parallel.pipeline_model_parallel_size=2"]), world_size=4)
     assert (resolved.world_size, resolved.data_parallel_size, resolved.num_vision_layers) == (4, 2, 5)
     assert resolved.config.parallel.data_parallel_size == 2
     assert resolved.layers_per_chunk == ((6, 6),)
     alignment, finetune = resolved.stages
-    assert (alignment.visual_tokens_in, alignment.visual_tokens_out, alignment.sequence_length) == (144, 72, 120)
-    assert (alignment.num_steps, alignment.num_microbatches, alignment.uncompressed_sequence_length) == (10, 2, 192)
-    assert (finetune.visual_tokens_out, finetune.sequence_length, finetune.num_steps) == (144, 192, 1250)
+    assert (alignment.visual_tokens_in, alignment.tokens(0)) == (144, counts(72, 120))
+    assert (alignment.num_steps, alignment.num_microbatches, alignment.uncompressed) == (10, 2, counts(144, 192))
+    assert (finetune.tokens(7), finetune.num_steps) == (counts(144, 192), 1250)
     assert resolved.stage("finetune") is resolved.stage(1) is finetune
     with pytest.raises(ConfigError, match=r"stages\.tune: no such stage; choose from alignment, finetune"):
         resolved.stage("tune")
@@ -48,13 +53,15 @@ def test_interleaved_chunks_alternate_owners(path: Path) -> None:
 @given(ratio=st.floats(0.01, 1))
 def test_kept_tokens(written: dict[str, Any], ratio: float) -> None:
     stage = with_ratio(written, ratio).stages[0]
-    assert abs(stage.visual_tokens_out - ratio * 144) <= 0.5 + 1e-9
-    assert stage.uncompressed_sequence_length - stage.sequence_length == 144 - stage.visual_tokens_out
+    [kept] = stage.tokens(0).visual_tokens_out
+    assert abs(kept - ratio * 144) <= 0.5 + 1e-9
+    assert stage.uncompressed.sequence_length - stage.tokens(0).sequence_length == 144 - kept
 
 
 def test_keeping_all_is_the_same_as_no_vtc(written: dict[str, Any]) -> None:
     full, off = with_ratio(written, 1.0), with_ratio(written, None)
     assert full.stages[0].model_dump(exclude={"config"}) == off.stages[0].model_dump(exclude={"config"})
+    assert full.stages[0].tokens(3) == off.stages[0].tokens(3)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +84,7 @@ def test_sequence_multiple(tp: int, sp: bool, cp: int, fp8: str, multiple: int) 
 def test_sequence_is_padded_to_the_multiple(path: Path) -> None:
     tensor = "parallel={tensor_model_parallel_size: 2, sequence_parallel: true}"
     stage = resolve(load(path, [tensor, "stages.0.batch.sequence_length=191"])).stages[0]
-    assert (stage.sequence_length, stage.uncompressed_sequence_length) == (120, 192)
+    assert (stage.tokens(0).sequence_length, stage.uncompressed.sequence_length) == (120, 192)
 
 
 def test_epochs_are_exact_decimals(path: Path) -> None:
@@ -192,7 +199,7 @@ def test_text_only_model(path: Path) -> None:
     text = ["model.vision=null", "stages.*.freeze=[]", "stages.*.vtc=null", "data.mode=words"]
     resolved = resolve(load(path, text))
     assert (resolved.num_vision_layers, resolved.stages[0].visual_tokens_in) == (0, 0)
-    assert resolved.stages[0].sequence_length == 192
+    assert resolved.stages[0].tokens(0).sequence_length == 192
 
 
 @pytest.mark.parametrize(("copies", "world"), [("2", 3), ("null", 3)])

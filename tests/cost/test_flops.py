@@ -11,7 +11,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.cost.flops import dense_step_flops, device_peak_tflops, step_flops
+from megatron_sts.cost.flops import Causal, device_peak_tflops, planned_load, step_flops
 
 BATCH, LENGTH, LAYERS = 2, 24, 3
 
@@ -81,13 +81,20 @@ def counted_flops(resolved: Resolved) -> int:
     """What PyTorch counts in one training step of the reference: every score counts, as in eager attention."""
     parts, stage = reference(resolved), resolved.stages[0]
     pixels = torch.randn(BATCH, 3, 32, 32)
-    text = torch.zeros(BATCH, stage.sequence_length - stage.visual_tokens_out, dtype=torch.long)
+    counts = stage.tokens(0)
+    text = torch.zeros(BATCH, counts.sequence_length - counts.of_image(0), dtype=torch.long)
     with FlopCounterMode(display=False) as counter:
-        features = parts["vision"](pixels).last_hidden_state[:, 1 : 1 + stage.visual_tokens_out]
+        features = parts["vision"](pixels).last_hidden_state[:, 1 : 1 + counts.of_image(0)]
         words = parts["language"].get_input_embeddings()(text)
         inputs = torch.cat([parts["projector"](features), words], dim=1)
         parts["language"](inputs_embeds=inputs, use_cache=False).logits.sum().backward()
     return counter.get_total_flops()
+
+
+def dense_flops(resolved: Resolved, causal: Causal = "half") -> int:
+    stage = resolved.stages[0]
+    load = planned_load(resolved, stage, stage.uncompressed)
+    return step_flops(resolved, stage, load, layers_executed=LAYERS, causal=causal)
 
 
 FREEZE = [
@@ -105,22 +112,21 @@ FREEZE = [
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
 def test_step_matches_pytorch(freeze: list[str], projector: str) -> None:
     resolved = tiny(freeze, projector=projector)
-    ours = dense_step_flops(resolved, resolved.stages[0], num_images=BATCH, causal="full")
+    ours = dense_flops(resolved, causal="full")
     assert ours == counted_flops(resolved)
 
 
 def test_compressed_step_with_wide_heads_matches_pytorch() -> None:
     resolved = tiny(["vision"], keep_ratio=0.5, kv_channels=12)
     stage = resolved.stages[0]
-    ours = step_flops(resolved, stage, layers_executed=LAYERS, num_images=BATCH, compressed=True, causal="full")
+    load = planned_load(resolved, stage, stage.tokens(0))
+    ours = step_flops(resolved, stage, load, layers_executed=LAYERS, causal="full")
     assert ours == counted_flops(resolved)
 
 
 def test_half_convention_drops_half_of_the_causal_scores_only() -> None:
     resolved = tiny([])
-    stage = resolved.stages[0]
-    full = dense_step_flops(resolved, stage, num_images=BATCH, causal="full")
-    half = dense_step_flops(resolved, stage, num_images=BATCH)
+    full, half = dense_flops(resolved, causal="full"), dense_flops(resolved)
     scores = 4 * BATCH * LENGTH**2 * resolved.config.model.language.hidden_size
     assert full - half == 3 * LAYERS * scores // 2
 
@@ -131,17 +137,17 @@ def test_a_skipped_layer_costs_nothing_and_all_layers_cost_alike(executed: int) 
     stage = resolved.stages[0]
 
     def at(layers: int) -> int:
-        return step_flops(resolved, stage, layers_executed=layers, num_images=BATCH, compressed=True)
+        return step_flops(resolved, stage, planned_load(resolved, stage, stage.tokens(0)), layers_executed=layers)
 
     assert at(executed) - at(0) == executed * (at(1) - at(0))
-    assert at(LAYERS) == dense_step_flops(resolved, stage, num_images=BATCH)
+    assert at(LAYERS) == dense_flops(resolved)
 
 
 def test_keeping_all_tokens_costs_what_no_compression_costs() -> None:
     full = tiny(["vision"], keep_ratio=1.0)
     stage = full.stages[0]
-    compressed = step_flops(full, stage, layers_executed=LAYERS, num_images=BATCH, compressed=True)
-    assert compressed == dense_step_flops(full, stage, num_images=BATCH)
+    compressed = step_flops(full, stage, planned_load(full, stage, stage.tokens(0)), layers_executed=LAYERS)
+    assert compressed == dense_flops(full)
 
 
 @pytest.mark.parametrize(

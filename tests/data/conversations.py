@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.records import Record, Turn
 from megatron_sts.data.template import EncodedSample, load_tokenizer
 
-NUM_TOKENS = 3
-"""Placeholders an image."""
+
+def tokens_of_image(number: int) -> int:
+    """Placeholders of a sample's image ``number``."""
+    return 2 + number % 3
+
 
 FRAGMENTS = ["What is this?", "cat", " ", "  ", "\n", "\n\n", " \n", "\t", "é", "e\u0301", "\u0301", "漢字", "🙂", "👩\u200d🚀",
              "'s", "1234", ":", "USER:", "ASSISTANT:", "user", "<s", "image", "<|", "\u00a0", "."]  # fmt: skip
@@ -46,7 +50,8 @@ def messages_of(rounds: list[tuple[str, str]], image_piece: str) -> list[dict[st
 
 def expanded(ids: list[int], mask: list[int], image_id: int) -> EncodedSample:
     """A reference's tokens, in which an image is one token, as our sample."""
-    counts = [NUM_TOKENS if token == image_id else 1 for token in ids]
+    image_numbers = itertools.count()
+    counts = [tokens_of_image(next(image_numbers)) if token == image_id else 1 for token in ids]
     return EncodedSample(
         [token for token, count in zip(ids, counts, strict=True) for _ in range(count)],
         [bool(is_target) for is_target, count in zip(mask, counts, strict=True) for _ in range(count)],

@@ -11,7 +11,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.records import BadSampleError, Record, Turn
 from megatron_sts.data.template import encode, load_tokenizer
-from tests.data.conversations import NUM_TOKENS, Pair, conversations, expanded, messages_of, record_of
+from tests.data.conversations import Pair, conversations, expanded, messages_of, record_of, tokens_of_image
 from tests.data.small_tokenizers import LLAMA3_SPECIAL, llama3_like, qwen2_like, vicuna_like
 
 # meta-llama/Meta-Llama-3-8B-Instruct, tokenizer_config.json (Meta Llama 3 Community License).
@@ -73,7 +73,7 @@ def test_tokens_and_mask_are_those_of_apply_chat_template(
     )
     assert reference["input_ids"] == ids
 
-    found = encode(record_of(rounds), pair.ours, template, NUM_TOKENS)
+    found = encode(record_of(rounds), pair.ours, template, tokens_of_image)
 
     assert found == expanded(ids, reference["assistant_masks"], pair.image_id)
 
@@ -90,7 +90,7 @@ def test_what_carries_loss_reads_as_the_answers(
     pairs: dict[TemplateName, Pair], template: TemplateName, learnt: str
 ) -> None:
     rounds = [("<image>\nWhat is it?", "A cat."), ("<image> What does it say?", "漢字 🙂")]
-    found = encode(record_of(rounds), pairs[template].ours, template, NUM_TOKENS)
+    found = encode(record_of(rounds), pairs[template].ours, template, tokens_of_image)
     ids = [token for token, is_target in zip(found.tokens, found.is_target, strict=True) if is_target]
     assert pairs[template].theirs.decode(ids) == learnt
 
@@ -133,4 +133,4 @@ def test_bad_samples_are_refused(pairs: dict[TemplateName, Pair], template: Temp
         ((Turn("user", "no answer"),), "no assistant turn"),
     ]:
         with pytest.raises(BadSampleError, match=why):
-            encode(Record("key", turns), pairs[template].ours, template, NUM_TOKENS)
+            encode(Record("key", turns), pairs[template].ours, template, tokens_of_image)

@@ -89,7 +89,7 @@ def test_a_missing_tokenizer_is_named() -> None:
 def test_an_answer_with_an_image_marker_is_a_bad_sample(tokenizer: Tokenizer) -> None:
     turns = Turn("user", "what ?"), Turn("assistant", "<image> this")
     with pytest.raises(BadSampleError, match="assistant turn"):
-        encode(Record("key", turns, (lambda: None,)), tokenizer, "chat", 4)  # type: ignore[arg-type,return-value]
+        encode(Record("key", turns, (lambda: None,)), tokenizer, "chat", lambda _: 4)  # type: ignore[arg-type,return-value]
 
 
 @pytest.mark.parametrize("num_reserved", [0, 1, 4])

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 
 from megatron_sts.data.formats import FORMATS, render
 from megatron_sts.data.template import encode, load_tokenizer
-from tests.data.conversations import NUM_TOKENS, Pair, conversations, expanded, record_of
+from tests.data.conversations import Pair, conversations, expanded, record_of, tokens_of_image
 from tests.data.small_tokenizers import vicuna_like
 
 # llava-hf/llava-1.5-7b-hf, chat_template.json.
@@ -93,7 +93,7 @@ def test_tokens_and_mask_are_those_of_preprocess_v1(legacy: Pair, rounds: list[t
     assume(usable(rounds))
     *_, prompt = llava_prompts(rounds)
     expected = expanded(llava_tokens(prompt, legacy), llava_mask(prompt, legacy), legacy.image_id)
-    assert encode(record_of(rounds), legacy.ours, "vicuna_v1", NUM_TOKENS) == expected
+    assert encode(record_of(rounds), legacy.ours, "vicuna_v1", tokens_of_image) == expected
 
 
 @given(rounds=conversations(max_images=1))
@@ -106,7 +106,7 @@ def test_a_tokenizer_that_is_not_legacy_gives_llavas_tokens_and_what_follows_eac
     for i, prompt in enumerate(llava_prompts(rounds)):
         ids = llava_tokens(prompt, not_legacy)
         mask += [i % 2] * (len(ids) - len(mask))
-    found = encode(record_of(rounds), not_legacy.ours, "vicuna_v1", NUM_TOKENS)
+    found = encode(record_of(rounds), not_legacy.ours, "vicuna_v1", tokens_of_image)
     assert found == expanded(ids, mask, not_legacy.image_id)
 
 
@@ -118,7 +118,9 @@ def test_the_sentencepiece_file_gives_the_same_samples_as_the_legacy_folder(
     from_file = load_tokenizer(str(folder / "tokenizer.model"), "vicuna_v1")
     record = record_of(rounds)
     assert from_file.vocab_size == legacy.ours.vocab_size
-    assert encode(record, from_file, "vicuna_v1", NUM_TOKENS) == encode(record, legacy.ours, "vicuna_v1", NUM_TOKENS)
+    assert encode(record, from_file, "vicuna_v1", tokens_of_image) == encode(
+        record, legacy.ours, "vicuna_v1", tokens_of_image
+    )
 
 
 def llava_messages(rounds: list[tuple[str, str]], end: str) -> list[dict[str, Any]]:
@@ -148,6 +150,6 @@ def test_the_prompt_has_the_tokens_of_the_hugging_face_template(legacy: Pair, ro
     ids = legacy.theirs.apply_chat_template(
         messages, chat_template=LLAVA_JINJA, add_generation_prompt=True, return_dict=False
     )
-    found = encode(record_of([(asked, said)]), legacy.ours, "vicuna_v1", NUM_TOKENS)
+    found = encode(record_of([(asked, said)]), legacy.ours, "vicuna_v1", tokens_of_image)
     prompt = expanded([legacy.theirs.bos_token_id, *ids], [0] * (len(ids) + 1), legacy.image_id)
     assert found.tokens[: found.is_target.index(True)] == prompt.tokens

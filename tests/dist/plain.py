@@ -15,7 +15,7 @@ from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
-from megatron_sts.train.batches import StageBatches
+from megatron_sts.train.feed import Feed
 from megatron_sts.train.stage import set_trainable
 from megatron_sts.train.step import forward
 from tests.dist.ladder import NUM_LAYERS, Written, resolved_run
@@ -72,7 +72,9 @@ def backward(resolved: Resolved, num_copies: int, gate: SkipGate, model: torch.n
     num_tokens = 0
     for copy in range(num_copies):
         place = Place(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=copy, dp_size=num_copies)
-        for numbered in enumerate(StageBatches(resolved, resolved.stages[0], place).step(step)):
+        feed = Feed(resolved, resolved.stages[0], place)
+        feed.seek(step)
+        for numbered in enumerate(feed.step(step).batches):
             model.set_input_tensor([None])
             token_losses, masked = forward(gate, numbered, model)
             loss_sum, count, _ = masked(token_losses)

@@ -190,15 +190,16 @@ def test_training_moves_what_it_should_and_some_rank_sees_no_image() -> None:
 def images_by_rank() -> list[list[int]]:
     """Images that each of two data-parallel ranks sees in each step of the ladder's first two stages."""
     from megatron_sts.mcore.groups import Place
-    from megatron_sts.train.batches import StageBatches
+    from megatron_sts.train.feed import Feed
 
     resolved = resolved_run(config("all", {}), world_size=2)
     places = [Place(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=rank, dp_size=2) for rank in range(2)]
-    return [
-        [sum(batch.num_images for batch in StageBatches(resolved, spec, place).step(step)) for place in places]
-        for spec in resolved.stages
-        for step in range(spec.num_steps)
-    ]
+    images = []
+    for spec in resolved.stages:
+        feeds = [Feed(resolved, spec, place) for place in places]
+        for step in range(spec.num_steps):
+            images.append([sum(batch.load.num_images for batch in feed.step(step).batches) for feed in feeds])
+    return images
 
 
 @cases(1)

@@ -130,10 +130,11 @@ def expected_prediction(resolved: Resolved, model: torch.nn.Module, tokenizer, q
 
 def greedy(resolved: Resolved, model: torch.nn.Module, question: EvalQuestion, num_tokens: int) -> list[int]:
     """Plain decoding, one token and one whole forward pass at a time, up to eos or ``num_tokens``."""
-    preparer = BatchPreparer(resolved, asking_stage(resolved, 96, 1), needs_pixels=True, checks_pixels=False)
+    stage = asking_stage(resolved, 96, 1)
+    preparer = BatchPreparer(resolved, stage, needs_pixels=True)
     record = record_of(question, in_words=False)
-    tokens = encode(record, preparer.tokenizer, "chat", resolved.stages[0].visual_tokens_in)
-    batch = preparer.batch([(0, record)])
+    tokens = encode(record, preparer.tokenizer, "chat", stage.uncompressed.of_image)
+    batch = preparer.collate([[preparer.prepare(0, record, stage.uncompressed)]], stage.uncompressed)
     said: list[int] = []
     prompt = tokens.tokens[: tokens.is_target.index(True)]
     while len(said) < num_tokens and preparer.tokenizer.eos_id not in said:

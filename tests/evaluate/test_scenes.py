@@ -43,8 +43,8 @@ def test_stage_is_dense_and_padded_to_whole_microbatches() -> None:
     resolved = resolved_for(LAYOUTS["pp2_vpp2"] | {"data_parallel_size": 2})
     stage = asking_stage(resolved, 33, 12)
     assert stage.config.vtc is None and stage.config.lds is None
-    assert stage.visual_tokens_out == stage.visual_tokens_in == 16
-    assert stage.sequence_length == 33 and stage.config.batch.micro_batch_size == 5
+    assert stage.tokens(0).of_image(0) == stage.visual_tokens_in == 16
+    assert stage.tokens(0).sequence_length == 33 and stage.config.batch.micro_batch_size == 5
     assert stage.num_microbatches == 2
     ranks = [rows_of(stage, Place(0, 1, 0, 2, dp_rank, 2)) for dp_rank in range(2)]
     assert ranks == [[range(0, 5), range(10, 15)], [range(5, 10), range(15, 20)]]

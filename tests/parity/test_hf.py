@@ -213,7 +213,7 @@ def test_llama_logits_with_grouped_queries_and_any_positions(one_rank: None) -> 
     tokens = torch.randint(0, VOCAB, (3, 50))
     starts, gaps = torch.tensor([[0], [3], [70]]), torch.randint(1, 4, (3, 50)).cumsum(1)
     with torch.no_grad():
-        found = run_decoder(model.language, tokens, starts + gaps, None, None)
+        found = run_decoder(model.language, tokens, starts + gaps, None, None, None)
         expected = reference(tokens, position_ids=starts + gaps).logits
     difference = relative(found, expected)
     print(f"{difference:.1e}")
@@ -241,8 +241,9 @@ def clip_features(reference: CLIPVisionModel, pixels: torch.Tensor, feature_laye
 def make_batch(resolved: Resolved, num_images: list[int], seed: int = 5) -> Batch:
     """Samples of random text with so many images each, in front, in between and next to each other."""
     random = np.random.default_rng(seed)
-    kept = resolved.stages[0].visual_tokens_out
-    return collate([make_sample(random, count, kept) for count in num_images], 64, 0, kept)
+    kept = resolved.stages[0].tokens(0).of_image(0)
+    rows = [[make_sample(random, count, kept)] for count in num_images]
+    return collate(rows, sequence_length=64, dense_length=64, pad_id=0, packed=False)
 
 
 def make_sample(random: np.random.Generator, num_images: int, kept: int) -> PreparedSample:
@@ -257,7 +258,8 @@ def make_sample(random: np.random.Generator, num_images: int, kept: int) -> Prep
     return PreparedSample(
         EncodedSample(tokens, is_target, is_visual, num_images),
         torch.from_numpy(random.integers(1, 3, len(tokens)).cumsum()),
-        torch.tensor(np.array(indices), dtype=torch.int64).view(num_images, kept),
+        tuple(map(torch.from_numpy, indices)),
+        NUM_PATCHES,
         pixels or None,
     )
 
@@ -269,7 +271,7 @@ def composed_loss(
     embeddings = llama.get_input_embeddings()(batch.tokens)
     if batch.pixels is not None:
         projected = projector(clip_features(clip, batch.pixels, -2))
-        visual = [row[token] for row, kept in zip(projected, batch.visual_indices, strict=True) for token in kept]
+        visual = [projected[divmod(int(index), NUM_PATCHES)] for index in batch.visual_indices]
         places = [(int(row), int(column)) for row, column in (batch.tokens == PLACEHOLDER).nonzero()]
         rows = [list(row.unbind()) for row in embeddings]
         for (row, column), token in zip(places, visual, strict=True):

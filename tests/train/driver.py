@@ -15,7 +15,6 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -101,18 +100,20 @@ def digest(stage: Stage) -> str:
 
 def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch) -> None:
     """Mishaps that come in the middle of a step: after its first micro-batch."""
-    batches, masked_loss = StageBatches.step, step.masked_loss
+    batches, forward, masked_loss = StageBatches.step, step.forward, step.masked_loss
     now: list[tuple[int, int]] = [(-1, -1)]
     is_last = int(os.environ["WORLD_SIZE"]) - 1 == RANK
 
-    def some(self: StageBatches, number: int) -> Iterator[Batch]:
+    def some(self: StageBatches, number: int) -> list[Batch]:
         now[0] = (self._stage.index, number)
-        for micro, batch in enumerate(batches(self, number)):
-            if micro == 1 and mishaps.get("kill") == now[0]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if micro == 1 and mishaps.get("stop") == now[0] and is_last:
-                os.kill(os.getpid(), signal.SIGUSR1)
-            yield batch
+        return batches(self, number)
+
+    def second(gate: Any, numbered: tuple[int, Batch], chunk: Any) -> Any:
+        if numbered[0] == 1 and mishaps.get("kill") == now[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if numbered[0] == 1 and mishaps.get("stop") == now[0] and is_last:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(gate, numbered, chunk)
 
     def loss(*args: Any, **options: Any) -> Any:
         loss_sum, *others = masked_loss(*args, **options)
@@ -120,6 +121,7 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
         return (loss_sum * float("nan") if is_planted else loss_sum, *others)
 
     patch.setattr(StageBatches, "step", some)
+    patch.setattr(step, "forward", second)
     patch.setattr(step, "masked_loss", loss)
 
 

@@ -13,7 +13,7 @@ from tests.dist.launch import RanksFailed, run_ranks
 from tests.train.driver import Scene, play
 
 TIMEOUT_S = 240
-TIMES = {"step_time_s", "tokens_per_s", "tflops_per_device", "mfu", "peak_memory_bytes"}
+TIMES = {"step_time_s", "data_wait_s", "tokens_per_s", "tflops_per_device", "mfu", "peak_memory_bytes"}
 """Fields of a step's line that no two runs share."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},

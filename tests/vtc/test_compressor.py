@@ -14,28 +14,37 @@ def features(num_tokens: int = 9, width: int = 4) -> torch.Tensor:
     return torch.randn(len(KEYS), num_tokens, width, generator=generator, dtype=torch.float64, requires_grad=True)
 
 
+def chosen() -> torch.Tensor:
+    """Seven tokens of the first image, two of the second, all of the third."""
+    kept = [RandomSampler(1, 0).indices([key], 9, count)[0] for key, count in zip(KEYS, (7, 2, 9), strict=True)]
+    return torch.cat([9 * number + tokens for number, tokens in enumerate(kept)])
+
+
 def test_selects_the_named_tokens() -> None:
-    x, indices = features(), RandomSampler(1, 0).indices(KEYS, 9, 5)
-    expected = torch.stack([x[n, indices[n]] for n in range(len(KEYS))])
+    x, indices = features(), chosen()
+    expected = torch.stack([x[divmod(index, 9)] for index in indices.tolist()])
     assert torch.equal(compress(x, indices), expected)
 
 
-def test_keeping_all_returns_the_same_object() -> None:
+def test_keeping_all_copies_nothing() -> None:
     x = features()
-    assert compress(x, torch.arange(9).repeat(len(KEYS), 1)) is x
+    kept = compress(x, torch.arange(9 * len(KEYS)))
+    assert torch.equal(kept, x.flatten(0, 1)) and kept.data_ptr() == x.data_ptr()
 
 
 def test_gradients() -> None:
-    x, indices = features(), RandomSampler(1, 0).indices(KEYS, 9, 5)
+    x, indices = features(), chosen()
     assert torch.autograd.gradcheck(lambda t: compress(t, indices), (x,))
     compress(x, indices).sum().backward()
-    assert torch.equal(x.grad, torch.zeros_like(x).scatter(1, indices[..., None].expand(-1, -1, 4), 1.0))
+    expected = torch.zeros(9 * len(KEYS), 4, dtype=torch.float64)
+    expected[indices] = 1.0
+    assert torch.equal(x.grad.flatten(0, 1), expected)
 
 
 def test_commutes_with_a_token_wise_projector() -> None:
     torch.manual_seed(0)
     projector = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 6)).double()
-    indices = RandomSampler(1, 0).indices(KEYS, 9, 5)
+    indices = chosen()
     results = []
     for select_first in (True, False):
         x = features()
@@ -47,7 +56,6 @@ def test_commutes_with_a_token_wise_projector() -> None:
         torch.testing.assert_close(before, after, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [(2, 5), (3, 10)])
-def test_indices_that_do_not_fit_are_refused(shape: tuple[int, int]) -> None:
-    with pytest.raises(ValueError, match=r"do not fit features \(3, 9, 4\)"):
-        compress(features(), torch.zeros(shape, dtype=torch.int64))
+def test_more_indices_than_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"28 tokens to keep of features \(3, 9, 4\)"):
+        compress(features(), torch.zeros(28, dtype=torch.int64))

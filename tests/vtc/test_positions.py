@@ -65,7 +65,7 @@ def test_example() -> None:
 
 
 def test_mismatches_are_refused() -> None:
-    with pytest.raises(ValueError, match="2 visual placeholders, but 1 images x 3 kept tokens"):
+    with pytest.raises(ValueError, match="2 visual placeholders, but 1 images keep 3 tokens"):
         position_ids(torch.tensor([True, True, False]), torch.tensor([[0, 1, 2]]), 9, "original")
     with pytest.raises(ValueError, match="text inside an image: its 2 placeholders must be consecutive"):
         position_ids(torch.tensor([True, False, True]), torch.tensor([[0, 1]]), 9, "original")

@@ -1,0 +1,217 @@
+"""Reads the samples of a data-parallel rank and makes each step's micro-batches of them. No collectives here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import DataConfig
+from megatron_sts.config.tokens import TokenCounts, round_up
+from megatron_sts.data.batch import Batch
+from megatron_sts.data.collate import PreparedSample, Row, with_skipped
+from megatron_sts.data.llava_json import LlavaJsonSource
+from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample
+from megatron_sts.data.scenes.source import ScenesSource
+from megatron_sts.mcore.groups import Place
+from megatron_sts.model.prepare import BatchPreparer
+
+Sample = tuple[int, Record | SkippedSample]
+"""A record with a number of its own."""
+
+
+class Stream(Protocol):
+    """The samples of one data-parallel rank, without end."""
+
+    def __next__(self) -> Sample: ...
+
+    def seek(self, num_read: int) -> bool:
+        """Goes to the place after ``num_read`` samples; False if the stream cannot, and needs a state."""
+        ...
+
+    def keep(self, sample: Sample) -> Any:
+        """A sample as plain values for a checkpoint."""
+        ...
+
+    def again(self, kept: Any) -> Sample:
+        """The sample that ``keep`` was given."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Fed:
+    """A step's micro-batches, and where reading goes on after them."""
+
+    batches: list[Batch]
+    state: dict[str, Any]
+
+
+class IndexedStream:
+    """A data-parallel rank's part of an indexable source: in every global batch, its own micro-batches."""
+
+    def __init__(self, source: RecordSource, stage: ResolvedStage, place: Place) -> None:
+        self._source, self._batch, self._place = source, stage.config.batch, place
+        self._num_read = 0
+
+    def __next__(self) -> Sample:
+        micro, row = divmod(self._num_read, self._batch.micro_batch_size)
+        self._num_read += 1
+        return self.again((micro * self._place.dp_size + self._place.dp_rank) * self._batch.micro_batch_size + row)
+
+    def seek(self, num_read: int) -> bool:
+        self._num_read = num_read
+        return True
+
+    def keep(self, sample: Sample) -> int:
+        return sample[0]
+
+    def again(self, kept: int) -> Sample:
+        try:
+            return kept, self._source[kept]
+        except BadSampleError as error:
+            return kept, SkippedSample(error.key or f"number {kept}", str(error))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_read": self._num_read}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_read = state["num_read"]
+
+    def close(self) -> None:
+        pass
+
+
+class Feed:
+    """Turns a stream into steps of ``num_microbatches`` micro-batches."""
+
+    def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
+        self._stage = stage
+        self._stream = open_stream(resolved, stage, place)
+        self._preparer = BatchPreparer(resolved, stage, needs_pixels=resolved.config.model.vision is not None)
+        self._pending: list[Sample] = []
+        """Read, but not in a row yet (packing)."""
+
+    def step(self, step: int) -> Fed:
+        """Reads and prepares a step."""
+        counts, batch = self._stage.tokens(step), self._stage.config.batch
+        num_rows = self._stage.num_microbatches * batch.micro_batch_size
+        skipped: list[SkippedSample] = []
+        read = self._packed_rows if batch.packing == "pack" else self._single_rows
+        rows = read(num_rows, counts, skipped)
+        longest = None
+        if batch.packing == "none":
+            longest = round_up(
+                max([sample.length for row in rows for sample in row] or [1]), self._stage.token_multiple
+            )
+        batches = [
+            self._preparer.collate(rows[start : start + batch.micro_batch_size], counts, longest=longest)
+            for start in range(0, num_rows, batch.micro_batch_size)
+        ]
+        batches[0] = with_skipped(batches[0], skipped)
+        return Fed(batches, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where reading goes on: the stream's own state, and what is pending; plain values."""
+        return {"stream": self._stream.state_dict(), "pending": [self._stream.keep(each) for each in self._pending]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where the feed with this state stood."""
+        self._stream.load_state_dict(state["stream"])
+        self._pending = [self._stream.again(kept) for kept in state["pending"]]
+
+    def seek(self, step: int) -> bool:
+        """Goes on before ``step`` without a state, whatever the number of data-parallel ranks was; False if it cannot."""
+        batch = self._stage.config.batch
+        if batch.packing == "pack":
+            return False
+        return self._stream.seek(step * self._stage.num_microbatches * batch.micro_batch_size)
+
+    def close(self) -> None:
+        """Stops what reads in the background."""
+        self._stream.close()
+
+    def _prepared(self, sample: Sample, counts: TokenCounts, skipped: list[SkippedSample]) -> PreparedSample | None:
+        """None for what cannot be used; ``skipped`` then says why."""
+        index, record = sample
+        try:
+            if isinstance(record, Record):
+                return self._preparer.prepare(index, record, counts)
+            skipped.append(record)
+        except BadSampleError as error:
+            assert isinstance(record, Record)
+            skipped.append(SkippedSample(record.key, str(error)))
+        return None
+
+    def _single_rows(self, num_rows: int, counts: TokenCounts, skipped: list[SkippedSample]) -> list[Row]:
+        """A sample a row; what cannot be used leaves its row empty, so that a sample's place never depends on others."""
+        samples = (self._prepared(next(self._stream), counts, skipped) for _ in range(num_rows))
+        return [[] if sample is None else [sample] for sample in samples]
+
+    def _packed_rows(self, num_rows: int, counts: TokenCounts, skipped: list[SkippedSample]) -> list[Row]:
+        """Reads until the step's rows are full by length, fills them, and keeps what did not fit for the next step."""
+        read: list[tuple[Sample, PreparedSample]] = []
+        room = num_rows * counts.sequence_length
+        for sample in self._samples():
+            if (prepared := self._prepared(sample, counts, skipped)) is not None:
+                read.append((sample, prepared))
+                room -= prepared.length
+                if room <= 0:
+                    break
+        rows, left = pack([prepared.length for _, prepared in read], num_rows, counts.sequence_length)
+        self._pending = [read[number][0] for number in left]
+        return [[read[number][1] for number in row] for row in rows]
+
+    def _samples(self) -> Iterator[Sample]:
+        """What is pending, then the stream."""
+        pending, self._pending = self._pending, []
+        yield from pending
+        while True:
+            yield next(self._stream)
+
+
+def pack(lengths: Sequence[int], num_rows: int, sequence_length: int) -> tuple[list[list[int]], list[int]]:
+    """Best-fit decreasing: (which of the samples each row holds, in order; those that fit nowhere).
+
+    The longest first, each into the fullest row that still holds it: within 11/9 of the fewest rows (Johnson, 1973).
+    """
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    room, left = [sequence_length] * num_rows, []
+    for number in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
+        fitting = [row for row in range(num_rows) if room[row] >= lengths[number]]
+        if not fitting:
+            left.append(number)
+            continue
+        row = min(fitting, key=lambda row: (room[row], row))
+        rows[row].append(number)
+        room[row] -= lengths[number]
+    return [sorted(row) for row in rows], sorted(left)
+
+
+def open_stream(resolved: Resolved, stage: ResolvedStage, place: Place) -> Stream:
+    """The stage's data, as this data-parallel rank reads them."""
+    return IndexedStream(build_source(stage.data, resolved.config.seed + stage.index), stage, place)
+
+
+def build_source(data: DataConfig, seed: int) -> RecordSource:
+    """The record source that a data config names."""
+    if data.source == "llava_json":
+        assert data.path is not None
+        return LlavaJsonSource(Path(data.path), Path(data.image_dir) if data.image_dir else None, seed)
+    return ScenesSource(
+        mode=data.mode,
+        seed=seed,
+        split="train",
+        families=data.families,
+        num_turns=data.num_turns,
+        num_samples=data.num_samples,
+        induction_fraction=data.induction_fraction,
+        text_only_fraction=data.text_only_fraction,
+    )
