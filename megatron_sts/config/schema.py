@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Part = Literal["vision", "projector", "language"]
+TemplateName = Literal["chat", "plain", "vicuna_v1", "llama3", "chatml"]
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -146,8 +147,9 @@ class DataConfig(Section):
     """llava_json: folder that image names are relative to. Defaults to the JSON's folder."""
     tokenizer: str = "scenes"
     """``scenes`` (embedded SentencePiece), a SentencePiece ``.model`` file, or a Hugging Face tokenizer folder."""
-    template: Literal["chat", "plain"] = "chat"
-    """How turns become tokens; ``plain`` puts the answer right after the image (LLaVA's alignment format)."""
+    template: TemplateName = "chat"
+    """How turns become tokens: ``chat``, role pieces of our own; ``plain``, the answer right after the image (LLaVA's
+    alignment format); ``vicuna_v1`` (LLaVA-1.5), ``llama3`` (Llama-3-Instruct), ``chatml`` (Qwen2)."""
     max_bad_fraction: Fraction = 0.05
     """Skipped samples, as a share of all since the stage began (after the first 100), above which the run stops."""
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import groupby
 
+from megatron_sts.config.checks import refuse
+from megatron_sts.config.schema import TemplateName
+from megatron_sts.data.formats import FORMATS, IMAGE, ChatFormat, render
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
 from megatron_sts.data.tokenizer import Tokenizer
 
-TemplateName = Literal["chat", "plain"]
+USER_PIECE = "<|user|>"
+ASSISTANT_PIECE = "<|assistant|>"
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,30 @@ class EncodedSample:
     num_images: int
 
 
+def load_tokenizer(name_or_path: str, template: TemplateName) -> Tokenizer:
+    """The tokenizer with the pieces that the template needs; only ``chat`` adds its own to a vocabulary.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or it lacks a special piece of the template.
+    """
+    tokenizer = Tokenizer.load(name_or_path, (USER_PIECE, ASSISTANT_PIECE) if template == "chat" else ())
+    for piece in FORMATS[template].special if template in FORMATS else ():
+        if not tokenizer.has_piece(piece):
+            why = f"tokenizer {name_or_path} has no piece {piece}"
+            refuse(
+                "data.template", template, why, "use the tokenizer of a model that talks like this, or another template"
+            )
+    return tokenizer
+
+
 def encode(
     record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_of_image: Callable[[int], int]
 ) -> EncodedSample:
     """Encodes a record; ``<image>`` marker number i (from 0) becomes ``tokens_of_image(i)`` placeholders.
 
     chat: ``<s> <|user|> question <|assistant|> answer </s> <|user|> ...``; plain: ``<s> image answer </s>``, the format of
-    LLaVA's alignment stage, which drops the question's words. Loss falls on answers and the ``</s>`` after each.
+    LLaVA's alignment stage, which drops the question's words; others: see ``formats.FORMATS``. Loss falls on answers and
+    the end piece after each. Text on either side of an image is encoded on its own, as LLaVA's ``tokenizer_image_token`` does.
 
     Raises:
         BadSampleError: markers and images differ in number, an answer holds a marker, or there is nothing to learn from.
@@ -38,25 +59,42 @@ def encode(
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
         raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images")
+    if any(IMAGE_MARKER in turn.text for turn in record.turns if turn.role == "assistant"):
+        raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
     encoder = _Encoder(tokenizer, tokens_of_image)
-    encoder.add([tokenizer.bos_id])
-    for turn in record.turns:
-        _add_turn(encoder, turn, template)
+    if template in FORMATS:
+        _add_conversation(encoder, record.turns, FORMATS[template])
+    else:
+        encoder.add([tokenizer.bos_id])
+        for turn in record.turns:
+            _add_turn(encoder, turn, template)
     if not any(encoder.is_target):
         raise BadSampleError("no assistant turn with text")
     return EncodedSample(encoder.tokens, encoder.is_target, encoder.is_visual, num_markers)
 
 
+def _add_conversation(encoder: _Encoder, turns: Sequence[Turn], chat: ChatFormat) -> None:
+    if chat.starts_with_bos:
+        encoder.add([encoder.tokenizer.bos_id])
+    for is_image, run in groupby(render(chat, turns), key=lambda piece: piece == IMAGE):
+        if is_image:
+            for _ in run:
+                encoder.add_image()
+        else:
+            ids, is_target = encoder.tokenizer.encode_pieces(list(run))
+            encoder.tokens += ids
+            encoder.is_target += is_target
+            encoder.is_visual += [False] * len(ids)
+
+
 def _add_turn(encoder: _Encoder, turn: Turn, template: TemplateName) -> None:
     tokenizer = encoder.tokenizer
     if turn.role == "assistant":
-        if IMAGE_MARKER in turn.text:
-            raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
         if template == "chat":
-            encoder.add([tokenizer.assistant_id])
+            encoder.add([tokenizer.piece_id(ASSISTANT_PIECE)])
         encoder.add([*tokenizer.encode(turn.text), tokenizer.eos_id], is_target=True)
     elif template == "chat":
-        encoder.add([tokenizer.user_id])
+        encoder.add([tokenizer.piece_id(USER_PIECE)])
         encoder.add_text_with_images(turn.text)
     else:
         encoder.add_text_with_images(IMAGE_MARKER * turn.text.count(IMAGE_MARKER))
@@ -76,10 +114,13 @@ class _Encoder:
         self.is_target += [is_target] * len(ids)
         self.is_visual += [is_visual] * len(ids)
 
+    def add_image(self) -> None:
+        self.add([self.tokenizer.image_id] * self.tokens_of_image(self.num_images), is_visual=True)
+        self.num_images += 1
+
     def add_text_with_images(self, text: str) -> None:
         before, *after_each = text.split(IMAGE_MARKER)
         self.add(self.tokenizer.encode(before.strip()))
         for text_after in after_each:
-            self.add([self.tokenizer.image_id] * self.tokens_of_image(self.num_images), is_visual=True)
-            self.num_images += 1
+            self.add_image()
             self.add(self.tokenizer.encode(text_after.strip()))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,10 +15,18 @@ from megatron_sts.data.scenes.catalog import asset
 
 EMBEDDED = "scenes"
 IMAGE_PIECE = "<image>"
-USER_PIECE = "<|user|>"
-ASSISTANT_PIECE = "<|assistant|>"
 RESERVED = "reserved_special_token"
 """In the names of ids that a vocabulary keeps free for its users."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stretch of a conversation: plain text, or the name of one special id."""
+
+    text: str
+    is_special: bool = False
+    is_target: bool = False
+    """The model should predict it."""
 
 
 class _Codec(Protocol):
@@ -29,77 +39,118 @@ class _Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]: ...
+
     def decode(self, ids: list[int]) -> str: ...
 
-    def piece_id(self, piece: str) -> int: ...
+    def piece_id(self, piece: str) -> int | None: ...
 
 
 class Tokenizer:
     """One interface for the embedded tokenizer, SentencePiece files and Hugging Face folders.
 
-    ``encode`` adds no special ids and never yields the ids of ``<image>`` or of role pieces for text that spells them
-    in the embedded tokenizer; templates insert those ids themselves.
+    ``encode`` adds no special ids, and for text that spells ``<image>`` or a role piece the embedded tokenizer never
+    yields their ids; templates insert those themselves.
     """
 
     def __init__(self, codec: _Codec) -> None:
         self._codec = codec
         self.vocab_size = codec.vocab_size
         self.pad_id, self.bos_id, self.eos_id = codec.pad_id, codec.bos_id, codec.eos_id
-        self.image_id = codec.piece_id(IMAGE_PIECE)
-        self.user_id = codec.piece_id(USER_PIECE)
-        self.assistant_id = codec.piece_id(ASSISTANT_PIECE)
+        self.image_id = self.piece_id(IMAGE_PIECE)
 
     @classmethod
-    def load(cls, name_or_path: str) -> Tokenizer:
-        """``scenes`` for the embedded one, a ``*.model`` file of SentencePiece, else a folder for transformers."""
+    def load(cls, name_or_path: str, own_pieces: Sequence[str] = ()) -> Tokenizer:
+        """``scenes`` for the embedded one, a ``*.model`` file of SentencePiece, else a folder for transformers.
+
+        ``<image>`` and ``own_pieces`` get an id if the vocabulary lacks them: one that it reserves for such use (Llama-3
+        does), else a new one at its end, which ``vocab_size`` counts.
+        """
+        wanted = (IMAGE_PIECE, *own_pieces)
         if name_or_path == EMBEDDED:
-            return cls(_SentencePieceCodec(asset("tokenizer.model").read_bytes()))
+            return cls(_SentencePieceCodec(asset("tokenizer.model").read_bytes(), wanted))
         if not Path(name_or_path).exists():
             raise ConfigError(f"data.tokenizer={name_or_path}: no such file or folder; correct it, or use {EMBEDDED}")
         if name_or_path.endswith(".model"):
-            return cls(_SentencePieceCodec(Path(name_or_path).read_bytes()))
-        return cls(_HuggingFaceCodec(name_or_path))
+            return cls(_SentencePieceCodec(Path(name_or_path).read_bytes(), wanted))
+        return cls(_HuggingFaceCodec(name_or_path, wanted))
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without bos or eos."""
         return self._codec.encode(text)
 
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        """Ids of pieces that follow each other, without bos or eos, and which of them the model should predict.
+
+        Plain text between special pieces is encoded as one string, whatever pieces it was put together from; a token
+        across a border belongs to the piece of its last character. A Hugging Face tokenizer gets all pieces as one string, as
+        ``apply_chat_template`` does it, so its special pieces are found in plain text too.
+        """
+        return self._codec.encode_pieces(pieces)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special ids leave no trace."""
         return self._codec.decode(list(ids))
 
+    def has_piece(self, piece: str) -> bool:
+        """Whether a special piece has an id."""
+        return self._codec.piece_id(piece) is not None
+
+    def piece_id(self, piece: str) -> int:
+        """The id of a special piece. Raises KeyError if it has none."""
+        found = self._codec.piece_id(piece)
+        if found is None:
+            raise KeyError(piece)
+        return found
+
 
 class _SentencePieceCodec:
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, wanted: Sequence[str]) -> None:
         self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.vocab_size: int = self._processor.vocab_size()
-        self.pad_id: int = self._processor.pad_id()
+        num_pieces: int = self._processor.vocab_size()
+        missing = [piece for piece in wanted if self._known_id(piece) is None]
+        self._added = {piece: num_pieces + i for i, piece in enumerate(missing)}
+        self.vocab_size: int = num_pieces + len(missing)
         self.bos_id: int = self._processor.bos_id()
         self.eos_id: int = self._processor.eos_id()
-        self._special = {i for i in range(self.vocab_size) if self._processor.is_control(i)}
+        pad: int = self._processor.pad_id()
+        self.pad_id: int = self.eos_id if pad < 0 else pad
+        controls = {i for i in range(num_pieces) if self._processor.is_control(i)}
+        self._special = controls | set(self._added.values())
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._processor.encode(text)
         return ids
 
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        is_target: list[bool] = []
+        for is_special, run in groupby(pieces, key=lambda piece: piece.is_special):
+            stretch = list(run)
+            if is_special:
+                ids += [self._processor.piece_to_id(piece.text) for piece in stretch]
+                is_target += [piece.is_target for piece in stretch]
+            else:
+                text = "".join(piece.text for piece in stretch)
+                encoded: dict[str, Any] = self._processor.encode(text, out_type="offset_mapping")
+                ids += encoded["ids"]
+                is_target += _targets(stretch, [end for _, end in encoded["offsets"]])
+        return ids, is_target
+
     def decode(self, ids: list[int]) -> str:
         text: str = self._processor.decode([i for i in ids if i not in self._special])
         return text
 
-    def piece_id(self, piece: str) -> int:
+    def piece_id(self, piece: str) -> int | None:
+        return self._added.get(piece, self._known_id(piece))
+
+    def _known_id(self, piece: str) -> int | None:
         found: int = self._processor.piece_to_id(piece)
-        if found == self._processor.unk_id():
-            raise ValueError(f"tokenizer has no piece {piece!r}")
-        return found
+        return None if found == self._processor.unk_id() else found
 
 
 class _HuggingFaceCodec:
-    """Gives the special pieces it lacks an id that it reserves for such use (Llama-3 does), else one at the end.
-
-    ``vocab_size`` counts added ids.
-    """
-
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, wanted: Sequence[str]) -> None:
         try:
             from transformers import AutoTokenizer
         except ModuleNotFoundError:
@@ -107,11 +158,11 @@ class _HuggingFaceCodec:
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
         known = self._tokenizer.get_vocab()
-        missing = [piece for piece in (IMAGE_PIECE, USER_PIECE, ASSISTANT_PIECE) if piece not in known]
+        missing = [piece for piece in wanted if piece not in known]
         reserved = sorted((piece for piece in known if RESERVED in piece), key=known.__getitem__)
-        self._stand_ins = dict(zip(missing, reserved, strict=False)) if len(reserved) >= len(missing) else {}
-        if not self._stand_ins:
-            self._tokenizer.add_tokens(missing, special_tokens=True)
+        self._stand_ins = dict(zip(missing, reserved, strict=False))
+        self._tokenizer.add_tokens(missing[len(self._stand_ins) :], special_tokens=True)
+        self._ids: dict[str, int] = self._tokenizer.get_vocab()
         self.vocab_size: int = len(self._tokenizer)
         self.eos_id: int = self._tokenizer.eos_token_id
         bos, pad = self._tokenizer.bos_token_id, self._tokenizer.pad_token_id
@@ -122,10 +173,23 @@ class _HuggingFaceCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        text = "".join(piece.text for piece in pieces)
+        encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return encoded["input_ids"], _targets(pieces, [end for _, end in encoded["offset_mapping"]])
+
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
-    def piece_id(self, piece: str) -> int:
-        found: int = self._tokenizer.convert_tokens_to_ids(self._stand_ins.get(piece, piece))
-        return found
+    def piece_id(self, piece: str) -> int | None:
+        return self._ids.get(self._stand_ins.get(piece, piece))
+
+
+def _targets(pieces: Sequence[Piece], ends: Sequence[int]) -> list[bool]:
+    """Whether each token is a target, by the piece of its last character; ``ends`` are offsets in the joined pieces.
+
+    Only the last character is sure to be the token's own: starts move when a tokenizer leaves white space out of its offsets.
+    """
+    is_target = [piece.is_target for piece in pieces for _ in piece.text]
+    return [is_target[max(end - 1, 0)] for end in ends]

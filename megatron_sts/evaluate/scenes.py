@@ -13,13 +13,13 @@ from rich.progress import Progress
 from torch import distributed as dist
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage, sequence_multiple
-from megatron_sts.config.schema import EvaluationConfig
+from megatron_sts.config.schema import DataConfig, EvaluationConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.data.scenes.render import Style
 from megatron_sts.data.scenes.source import EvalQuestion, Split, evaluation_questions
 from megatron_sts.data.scenes.words import words_prompt
-from megatron_sts.data.template import encode
+from megatron_sts.data.template import encode, load_tokenizer
 from megatron_sts.evaluate.metrics import Answered, score
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place
@@ -82,7 +82,8 @@ class Examiner:
     def __init__(self, resolved: Resolved, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate) -> None:
         self._resolved, self._place, self._chunks, self._gate = resolved, place, chunks, gate
         self._in_words = resolved.config.evaluation.words
-        self._tokenizer = BatchPreparer(resolved, resolved.stages[-1], needs_pixels=False).tokenizer
+        data = asking_data(resolved.stages[-1])
+        self._template, self._tokenizer = data.template, load_tokenizer(data.tokenizer, data.template)
 
     def answer(self, questions: Sequence[EvalQuestion]) -> list[Answered]:
         """Asks all questions; a collective. Each prediction is the reference, or what the greedy answer starts with."""
@@ -125,7 +126,7 @@ class Examiner:
     def _longest(self, records: Sequence[Record]) -> int:
         stage = self._resolved.stages[-1]
         counts = stage.uncompressed.of_image
-        return max(len(encode(record, self._tokenizer, "chat", counts).tokens) for record in records)
+        return max(len(encode(record, self._tokenizer, self._template, counts).tokens) for record in records)
 
     def _batches(self, preparer: BatchPreparer, stage: ResolvedStage, records: Sequence[Record]) -> Iterator[Batch]:
         """This data-parallel rank's micro-batches; rows behind the last question are padding."""
@@ -154,6 +155,11 @@ def record_of(question: EvalQuestion, in_words: bool) -> Record:
     return Record(question.key, turns, () if in_words else (question.image,))
 
 
+def asking_data(last: ResolvedStage) -> DataConfig:
+    """The last stage's data settings, with its template; ``plain`` has no questions, so there ``chat``."""
+    return last.data.model_copy(update={"template": "chat"}) if last.data.template == "plain" else last.data
+
+
 def asking_stage(resolved: Resolved, longest: int, num_questions: int) -> ResolvedStage:
     """The last stage, dense, with the shapes that ``num_questions`` questions of at most ``longest`` tokens need."""
     last, parallel = resolved.stages[-1], resolved.config.parallel
@@ -169,7 +175,7 @@ def asking_stage(resolved: Resolved, longest: int, num_questions: int) -> Resolv
     return last.model_copy(
         update={
             "config": last.config.model_copy(update={"vtc": None, "lds": None, "batch": batch}),
-            "data": last.data.model_copy(update={"template": "chat"}),
+            "data": asking_data(last),
             "num_microbatches": num_microbatches,
             "uncompressed": last.uncompressed.model_copy(update={"sequence_length": length}),
         }

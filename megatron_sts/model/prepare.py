@@ -13,7 +13,7 @@ from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import BadSampleError, Record
-from megatron_sts.data.template import EncodedSample, encode
+from megatron_sts.data.template import EncodedSample, encode, load_tokenizer
 from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
@@ -70,10 +70,10 @@ class BatchPreparer:
 
 def _tokenizer_for(stage: ResolvedStage, vocab_size: int) -> Tokenizer:
     """The stage's tokenizer; refused if it has ids beyond the vocabulary, which tensor-parallel embeddings take for zeros."""
-    tokenizer = Tokenizer.load(stage.data.tokenizer)
+    tokenizer = load_tokenizer(stage.data.tokenizer, stage.data.template)
     if tokenizer.vocab_size > vocab_size:
         raise ConfigError(
             f"model.language.vocab_size={vocab_size}: tokenizer {stage.data.tokenizer} of stage {stage.name} has "
-            f"{tokenizer.vocab_size} ids, <image> and the role pieces included; raise it"
+            f"{tokenizer.vocab_size} ids with <image> and the pieces of template {stage.data.template}; raise it"
         )
     return tokenizer

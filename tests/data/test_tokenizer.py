@@ -14,10 +14,11 @@ from megatron_sts.data.records import BadSampleError, Record, Turn
 from megatron_sts.data.scenes.catalog import load_catalog
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.data.scenes.words import DIGITS, TEMPLATE_WORDS
-from megatron_sts.data.template import encode
+from megatron_sts.data.template import ASSISTANT_PIECE, USER_PIECE, encode
 from megatron_sts.data.tokenizer import Tokenizer
 
 FAMILIES = ("existence", "relation", "category", "counting", "ocr", "choice", "paired", "locate", "name")
+ROLE_PIECES = (USER_PIECE, ASSISTANT_PIECE)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def tokenizer() -> Tokenizer:
 
 def test_special_ids(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    assert (tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id) == (4, 5, 6)
+    assert (tokenizer.image_id, *map(tokenizer.piece_id, ROLE_PIECES)) == (4, 5, 6)
     assert tokenizer.vocab_size == 1024
 
 
@@ -53,27 +54,31 @@ def test_free_text_round_trips_through_bytes(tokenizer: Tokenizer, text: str) ->
 
 
 def test_text_cannot_spell_special_pieces(tokenizer: Tokenizer) -> None:
-    special = {tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id, tokenizer.bos_id, tokenizer.eos_id}
+    special = {tokenizer.image_id, *map(tokenizer.piece_id, ROLE_PIECES), tokenizer.bos_id, tokenizer.eos_id}
     assert not special & set(tokenizer.encode("<image> <|user|> hi <|assistant|> <s> </s>"))
 
 
 def test_decode_drops_special_ids(tokenizer: Tokenizer) -> None:
-    ids = [tokenizer.bos_id, tokenizer.user_id, *tokenizer.encode("monkey"), tokenizer.eos_id]
+    ids = [tokenizer.bos_id, tokenizer.piece_id(USER_PIECE), *tokenizer.encode("monkey"), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "monkey"
 
 
-def test_a_model_without_the_special_pieces_is_refused(tmp_path: Path) -> None:
+def test_a_sentencepiece_model_without_the_special_pieces_gets_them_at_its_end(tmp_path: Path) -> None:
     path = tmp_path / "plain.model"
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["the monkey and the dog"] * 10),
             model_writer=file,
             vocab_size=16,
-            pad_id=3,
             minloglevel=2,
         )
-    with pytest.raises(ValueError, match="<image>"):
-        Tokenizer.load(str(path))
+
+    tokenizer = Tokenizer.load(str(path), ROLE_PIECES)
+
+    assert [tokenizer.image_id, *map(tokenizer.piece_id, ROLE_PIECES)] == [16, 17, 18]
+    assert tokenizer.vocab_size == 19
+    assert tokenizer.pad_id == tokenizer.eos_id == 2  # such a model has no padding piece, as Llama's
+    assert tokenizer.decode([16, *tokenizer.encode("the dog"), 18]) == "the dog"
 
 
 def test_a_missing_tokenizer_is_named() -> None:
@@ -84,10 +89,10 @@ def test_a_missing_tokenizer_is_named() -> None:
 def test_an_answer_with_an_image_marker_is_a_bad_sample(tokenizer: Tokenizer) -> None:
     turns = Turn("user", "what ?"), Turn("assistant", "<image> this")
     with pytest.raises(BadSampleError, match="assistant turn"):
-        encode(Record("key", turns, (lambda: None,)), tokenizer, "chat", 4)  # type: ignore[arg-type,return-value]
+        encode(Record("key", turns, (lambda: None,)), tokenizer, "chat", lambda _: 4)  # type: ignore[arg-type,return-value]
 
 
-@pytest.mark.parametrize("num_reserved", [0, 4])
+@pytest.mark.parametrize("num_reserved", [0, 1, 4])
 def test_a_hugging_face_folder_gets_the_special_pieces_without_outgrowing_a_vocabulary_that_reserves_ids(
     tmp_path: Path, num_reserved: int
 ) -> None:
@@ -101,9 +106,12 @@ def test_a_hugging_face_folder_gets_the_special_pieces_without_outgrowing_a_voca
     )
     fast.save_pretrained(tmp_path)
 
-    tokenizer = Tokenizer.load(str(tmp_path))
+    tokenizer, without_roles = Tokenizer.load(str(tmp_path), ROLE_PIECES), Tokenizer.load(str(tmp_path))
 
-    special = [tokenizer.image_id, tokenizer.user_id, tokenizer.assistant_id]
-    assert special == [4, 5, 6]
+    assert [tokenizer.image_id, *map(tokenizer.piece_id, ROLE_PIECES)] == [4, 5, 6]
     assert tokenizer.vocab_size == max(len(words), 7)
     assert tokenizer.encode("cat") == [3]
+    # Stages whose templates differ must still agree on the image's id.
+    assert without_roles.image_id == 4
+    assert without_roles.vocab_size == max(len(words), 5)
+    assert not any(map(without_roles.has_piece, ROLE_PIECES))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sts.evaluate.scenes import Examiner, asking_stage, draw_questions, rows_of
+from megatron_sts.evaluate.scenes import Examiner, asking_data, asking_stage, draw_questions, rows_of
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place
 from tests.dist.launch import run_ranks
@@ -48,6 +48,13 @@ def test_stage_is_dense_and_padded_to_whole_microbatches() -> None:
     assert stage.num_microbatches == 2
     ranks = [rows_of(stage, Place(0, 1, 0, 2, dp_rank, 2)) for dp_rank in range(2)]
     assert ranks == [[range(0, 5), range(10, 15)], [range(5, 10), range(15, 20)]]
+
+
+@pytest.mark.parametrize(("trained", "asked"), [("chat", "chat"), ("plain", "chat"), ("vicuna_v1", "vicuna_v1")])
+def test_questions_are_asked_in_the_last_stages_template(trained: str, asked: str) -> None:
+    last = resolved_for({}).stages[-1]
+    last = last.model_copy(update={"data": last.data.model_copy(update={"template": trained})})
+    assert asking_data(last) == last.data.model_copy(update={"template": asked})
 
 
 def test_a_question_that_was_skipped_is_not_right() -> None:
