@@ -23,7 +23,7 @@ def test_a_stage_with_lds_leaves_its_picture(tmp_path: Path) -> None:
     """Two pipeline ranks, stopped within the stage and started again: the last picture is of the whole stage."""
     run_dir = tmp_path / "run"
     written = stagehand.config(parallel=stagehand.LAYOUTS["PP=2"], logging={"tensorboard": True})
-    assert act(2, scene(run_dir, written, stop=["finetune", 1]), scene(run_dir, written)) == [[0, 0], [0, 0]]
+    assert act(2, scene(run_dir, written, stop=[1, 1]), scene(run_dir, written)) == [[0, 0], [0, 0]]
     assert [event["step"] for event in events(run_dir, "stop")] == [2]
     assert len(list((run_dir / "tensorboard").iterdir())) == 2  # one a start: rank 1 writes none
     board = EventAccumulator(str(run_dir / "tensorboard")).Reload()
