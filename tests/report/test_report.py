@@ -89,6 +89,13 @@ def test_compare(runs: tuple[Path, Path]) -> None:
     assert found["ratios"]["stages"]["alignment"] == {"flops": 0.7, "wall": 0.5}
 
 
+def test_a_step_takes_back_those_after_it(tmp_path: Path) -> None:
+    """A start crashed after step 2 and left no checkpoint; the one after it has come to step 1."""
+    started = [[line("alignment", step, 1.0, flops) for step in range(count)] for flops, count in ((1, 3), (2, 2))]
+    run = read_run(write_run(tmp_path / "run", 1, 1.0, 0.5, [*started[0], *started[1]]))
+    assert run.steps == {"alignment": started[1]}
+
+
 def test_no_ratio_to_zero(tmp_path: Path) -> None:
     found = compare(write_run(tmp_path / "dense", 1000, 2.0, 0.0), write_run(tmp_path / "sts", 700, 1.0, 0.6))
     assert found["ratios"]["accuracy_mean"] is None and math.isclose(found["runs"]["sts"]["accuracy"]["ocr"], 0.6)
