@@ -304,7 +304,8 @@ class EvaluationConfig(Section):
 class RunConfig(Section):
     """A whole run."""
 
-    seed: Annotated[int, Field(ge=0)] = 1234
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
+    """Of all random numbers. Masks draw with it as a 64-bit key, which NumPy reads wrongly from 2^63 on."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +9,9 @@ from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, with_layout
 from megatron_sts.cost.simulate import schedule_time
-from megatron_sts.lds.effective import effective_probabilities
+from megatron_sts.lds.effective import effective_probabilities, largest_change
 from megatron_sts.lds.placement import placement
 from megatron_sts.lds.planner import StepTime, choose_layout, expected_total, grid, layer_flops, near_even, run_time
-from megatron_sts.lds.schedule import skip_probabilities
 
 SAMPLERS = ("bernoulli", "balanced", "quota")
 LAYOUT_AWARE = ("balanced", "quota")
@@ -112,21 +110,14 @@ def _with_chunks_free(resolved: Resolved) -> Resolved:
 def _plan(resolved: Resolved, dense_time: float, ideal: float, step_time: StepTime) -> Planned:
     layout = choose_layout(resolved, step_time)
     speedup = dense_time / run_time(resolved, layout, step_time)
-    changes = [_largest_change(with_layout(resolved, layout), stage) for stage in resolved.stages]
-    return Planned(layout, speedup, (1 - 1 / speedup) / (1 - 1 / ideal) if ideal > 1 else 1.0, max(changes))
-
-
-def _largest_change(resolved: Resolved, stage: ResolvedStage) -> float:
-    lds, place = stage.config.lds, placement(resolved, stage)
-    if lds is None or lds.sampler != "quota":
-        return 0.0
+    laid_out = with_layout(resolved, layout)
     # The first step skips most in every decaying schedule; a grid has only the middles of its parts.
-    steps: Sequence[int] = [0, *grid(stage.num_steps)]
-    return max(
-        float(np.abs(effective_probabilities(lds, step, stage.num_steps, place) - scheduled).max())
-        for step in steps
-        for scheduled in [skip_probabilities(lds, step, stage.num_steps, place.num_layers)]
-    )
+    changes = [
+        largest_change(stage.config.lds, [0, *grid(stage.num_steps)], stage.num_steps, placement(laid_out, stage))
+        for stage in resolved.stages
+        if stage.config.lds is not None
+    ]
+    return Planned(layout, speedup, (1 - 1 / speedup) / (1 - 1 / ideal) if ideal > 1 else 1.0, max(changes))
 
 
 def _flops(resolved: Resolved) -> float:

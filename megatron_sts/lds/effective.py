@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -17,13 +19,13 @@ def effective_probabilities(lds: LdsConfig, step: int, num_steps: int, placement
     return equal_work_probabilities(probabilities, placement) if lds.sampler == "quota" else probabilities
 
 
-def largest_change(lds: LdsConfig, num_steps: int, placement: Placement) -> float:
-    """max |p'_l - p_l| over the steps and layers of a run: what ``quota`` pays for equal work, 0 for the others."""
+def largest_change(lds: LdsConfig, steps: Iterable[int], num_steps: int, placement: Placement) -> float:
+    """max |p'_l - p_l| over ``steps`` of a stage and its layers: what ``quota`` pays for equal work, 0 for the others."""
     if lds.sampler != "quota":
         return 0.0
     return max(
         float(np.abs(effective_probabilities(lds, step, num_steps, placement) - scheduled).max())
-        for step in range(num_steps)
+        for step in steps
         for scheduled in [skip_probabilities(lds, step, num_steps, placement.num_layers)]
     )
 

@@ -23,10 +23,6 @@ class SkipGate:
         self._row: Sequence[bool] | None = None
         self._residual_scales: Sequence[float] | None = None
 
-    @property
-    def mask(self) -> SkipMask | None:
-        return self._mask
-
     def set(self, mask: SkipMask, residual_scales: Sequence[float] | None = None) -> None:
         """``residual_scales``: for each layer, what its contribution to the residual stream is multiplied by; None: 1."""
         self._mask, self._row, self._residual_scales = mask, mask.row(0), residual_scales

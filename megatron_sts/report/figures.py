@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn with matplotlib. Knows no page and no file format."""
+"""Pictures of runs, drawn with matplotlib, without pyplot and its global state. Knows no page."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from megatron_sts.report.run import Line, Run
 from megatron_sts.report.utilisation import Utilisation
-
-matplotlib.use("Agg")
 
 DENSE, STS = "#7f7f7f", "#1f77b4"
 
@@ -111,6 +111,13 @@ def as_svg(figure: Figure) -> str:
     figure.savefig(text, format="svg")
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
+
+
+def as_pixels(figure: Figure) -> NDArray[np.uint8]:
+    """The picture as RGB, [height, width, 3]."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save_png(figure: Figure, path: Path) -> None:

@@ -63,12 +63,15 @@ def read_run(folder: Path) -> Run:
 
 
 def _steps(lines: Iterable[Line]) -> dict[str, list[Line]]:
-    """Step lines by stage. The last line of a step wins: after a crash, steps behind the checkpoint run again."""
+    """Step lines by stage. A step takes back those after it: they are of a start that crashed, and run again."""
     stages: dict[str, dict[int, Line]] = {}
     for line in lines:
         if "step" in line and "event" not in line:
-            stages.setdefault(line["stage"], {})[line["step"]] = line
-    return {name: [found[step] for step in sorted(found)] for name, found in stages.items()}
+            found = stages.setdefault(line["stage"], {})
+            while found and next(reversed(found)) >= line["step"]:
+                found.popitem()
+            found[line["step"]] = line
+    return {name: list(found.values()) for name, found in stages.items()}
 
 
 def _parse(text: str) -> Line:

@@ -18,10 +18,12 @@ class Utilisation:
     """Of each decoder layer, as counted while training."""
     owner: Sequence[int]
     """Pipeline rank of each layer."""
+    num_ranks: int
+    """Pipeline ranks; the last may own no layer."""
 
     def by_rank(self, shares: Sequence[float]) -> list[float]:
         """Mean over the layers of each pipeline rank; 0 for one without layers."""
-        found: list[list[float]] = [[] for _ in range(max(self.owner) + 1)]
+        found: list[list[float]] = [[] for _ in range(self.num_ranks)]
         for rank, share in zip(self.owner, shares, strict=True):
             found[rank].append(share)
         return [sum(of_rank) / len(of_rank) if of_rank else 0.0 for of_rank in found]
@@ -29,10 +31,10 @@ class Utilisation:
 
 def utilisation(run: Run) -> dict[str, Utilisation]:
     """By stage, for those with LDS that have run."""
-    found = {}
+    found, num_ranks = {}, run.config["parallel"]["pipeline_model_parallel_size"]
     for stage, plan in run.skipping.items():
         if lines := run.steps.get(stage):
             shares = ([count / line["num_microbatches"] for count in line["layer_runs"]] for line in lines)
             executed = [sum(of_layer) / len(lines) for of_layer in zip(*shares, strict=True)]
-            found[stage] = Utilisation(plan["executed_planned"], executed, plan["layer_owner"])
+            found[stage] = Utilisation(plan["executed_planned"], executed, plan["layer_owner"], num_ranks)
     return found

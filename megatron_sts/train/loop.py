@@ -82,7 +82,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             log.event("stop", stage=spec.name, step=progress.step)
             break
     stage.close()
-    log.end_stage()
+    log.end_stage(spec)
 
 
 def check_bad_samples(spec: ResolvedStage, progress: Progress) -> None:

@@ -8,15 +8,20 @@ import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import device_peak_tflops, step_flops
 from megatron_sts.data.records import SkippedSample
+from megatron_sts.report.run import read_run
+from megatron_sts.report.utilisation import utilisation
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.step import StepResult
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs"}
 
@@ -91,14 +96,14 @@ class RunLog:
     """Writes a run's lines. ``enabled=False`` (every rank but 0) turns all of it off."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, enabled: bool) -> None:
-        self._enabled = enabled
+        self._enabled, self._run_dir = enabled, run_dir
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         if not _ends_whole(run_dir / "metrics.jsonl"):  # a crash in the middle of a line
             self._lines.write("\n")
-        self._board = None
+        self._board: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second
 
@@ -157,10 +162,21 @@ class RunLog:
             if self._board:
                 self._board.close()
 
-    def end_stage(self) -> None:
-        """Leaves the stage's progress line as it ended."""
+    def end_stage(self, stage: ResolvedStage) -> None:
+        """Leaves the stage's progress line as it ended; with LDS, TensorBoard gets the picture of what each layer executed."""
         if self._enabled:
             self._progress.stop()
+            if self._board and stage.config.lds is not None:
+                self._draw_utilisation(self._board, stage.name)
+
+    def _draw_utilisation(self, board: SummaryWriter, stage: str) -> None:
+        """From the lines on disk, as ``report`` does: they also hold the steps before a restart."""
+        from megatron_sts.report.figures import as_pixels, utilisation_figure  # half a second
+
+        run = read_run(self._run_dir)
+        if found := utilisation(run).get(stage):
+            pixels = as_pixels(utilisation_figure({stage: found}))
+            board.add_image(f"{stage}/utilisation", pixels, run.steps[stage][-1]["step"], dataformats="HWC")
 
     def _write(self, line: Mapping[str, Any]) -> None:
         self._lines.write(json.dumps(line) + "\n")

@@ -57,6 +57,7 @@ def test_interpolation_sees_overrides(path: Path) -> None:
         ("stages.2.vtc=null", "no entry '2'"),
         ("seed", "override 'seed': not of the form key.path=value"),
         ("stages.0.steps.x=1", "override stages.0.steps.x=1: there is nothing below"),
+        ("seed=9223372036854775808", "seed=9223372036854775808: it should be less than 9223372036854775808"),
         ("seed=[1", "seed=[1: not valid YAML"),
         ("seed=???", "seed: Missing mandatory value"),
         ("stages.0.steps=null", "stages.alignment: stage 'alignment': give exactly one of epochs and steps"),

@@ -84,14 +84,14 @@ def test_values_by_hand() -> None:
 
 def test_equal_ranks_keep_the_schedule() -> None:
     flat = QUOTA.model_copy(update={"depth_profile": "flat"})
-    assert largest_change(flat, 20, LAYOUTS["interleaved"]) < 1e-15
-    assert largest_change(QUOTA, 20, one_rank(12)) < 1e-15
+    assert largest_change(flat, range(20), 20, LAYOUTS["interleaved"]) < 1e-15
+    assert largest_change(QUOTA, range(20), 20, one_rank(12)) < 1e-15
 
 
 @pytest.mark.parametrize("sampler", ["bernoulli", "balanced"])
 def test_other_samplers_change_nothing(sampler: str) -> None:
     lds = LdsConfig(sampler=sampler)
-    assert largest_change(lds, 20, LAYOUTS["uneven"]) == 0
+    assert largest_change(lds, range(20), 20, LAYOUTS["uneven"]) == 0
     np.testing.assert_array_equal(
         effective_probabilities(lds, 3, 20, LAYOUTS["uneven"]), skip_probabilities(lds, 3, 20, 12)
     )
@@ -105,7 +105,7 @@ def test_largest_change_is_the_papers_skew_at_the_first_step() -> None:
     mean = [0.5 * (1 + 0.5 * 4 * (rank - 3.5) / 79) for rank in range(8)]
     last = [0.5 * (1 + 0.5 * (2 * (64 + 2 * rank + 1) - 79) / 79) for rank in range(8)]
     expected = max(abs(0.5 / m - 1) * p for m, p in zip(mean, last, strict=True))
-    assert largest_change(QUOTA, 100, placement) == pytest.approx(expected, rel=1e-12)
+    assert largest_change(QUOTA, range(100), 100, placement) == pytest.approx(expected, rel=1e-12)
     assert expected < 0.07
 
 

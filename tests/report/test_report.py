@@ -89,6 +89,13 @@ def test_compare(runs: tuple[Path, Path]) -> None:
     assert found["ratios"]["stages"]["alignment"] == {"flops": 0.7, "wall": 0.5}
 
 
+def test_a_step_takes_back_those_after_it(tmp_path: Path) -> None:
+    """A start crashed after step 2 and left no checkpoint; the one after it has come to step 1."""
+    started = [[line("alignment", step, 1.0, flops) for step in range(count)] for flops, count in ((1, 3), (2, 2))]
+    run = read_run(write_run(tmp_path / "run", 1, 1.0, 0.5, [*started[0], *started[1]]))
+    assert run.steps == {"alignment": started[1]}
+
+
 def test_no_ratio_to_zero(tmp_path: Path) -> None:
     found = compare(write_run(tmp_path / "dense", 1000, 2.0, 0.0), write_run(tmp_path / "sts", 700, 1.0, 0.6))
     assert found["ratios"]["accuracy_mean"] is None and math.isclose(found["runs"]["sts"]["accuracy"]["ocr"], 0.6)
@@ -139,17 +146,20 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
 
 
 def test_utilisation_is_what_ran(tmp_path: Path) -> None:
-    """Two pipeline ranks of two layers, two micro-batches a step; a stage that was started twice counts its last plan."""
+    """Two pipeline ranks of two layers and one of none, two micro-batches a step; the last plan of two starts counts."""
     plan = {"event": "skipping", "stage": "finetune", "layer_owner": [0, 0, 1, 1]}
     ran = [
         line("finetune", step, 1.0, 700, layer_runs=counts, num_microbatches=2)
         for step, counts in enumerate(([2, 1, 0, 0], [2, 2, 1, 0]))
     ]
     plans = [{**plan, "executed_planned": [planned] * 4} for planned in (0.1, 0.6)]
-    run = read_run(write_run(tmp_path / "run", 700, 1.0, 0.6, [plans[0], ran[0], plans[1], ran[1]]))
+    folder = write_run(tmp_path / "run", 700, 1.0, 0.6, [plans[0], ran[0], plans[1], ran[1]])
+    parallel = {"pipeline_model_parallel_size": 3, "layout": [2, 2, 0]}
+    dump(resolve(RunConfig.model_validate({**CONFIG, "parallel": parallel})), folder / "config.resolved.yaml")
+    run = read_run(folder)
     found = utilisation(run)["finetune"]
     assert found.executed == [1.0, 0.75, 0.25, 0.0] and list(found.planned) == [0.6] * 4
-    assert found.by_rank(found.executed) == [0.875, 0.125]
+    assert found.by_rank(found.executed) == [0.875, 0.125, 0.0]
     assert report([run.folder], None) == 0
     assert (run.folder / "utilisation.png").stat().st_size > 0
     assert "Executed layers" in (run.folder / "report.html").read_text()
