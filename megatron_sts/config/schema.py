@@ -196,9 +196,11 @@ class VtcConfig(Section):
 
     @model_validator(mode="after")
     def _shares(self) -> VtcConfig:
-        if self.sampler != "anchored" and (given := self.model_fields_set & {"grid_share", "text_share"}):
-            name = min(given)
-            raise ValueError(f"{name}={getattr(self, name):g}: sampler={self.sampler} has no shares; remove it")
+        for name in ("grid_share", "text_share"):
+            # Not whether it was written: a resolved config writes every default.
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.sampler != "anchored" and value != default:
+                raise ValueError(f"{name}={value:g}: sampler={self.sampler} reads no shares; remove it")
         if (total := self.grid_share + self.text_share) > 1:
             raise ValueError(
                 f"grid_share + text_share = {total:g} > 1 (grid_share={self.grid_share:g}, "

@@ -61,8 +61,16 @@ class RandomSampler:
 
 
 def make_sampler(vtc: VtcConfig, seed: int, stage: int) -> Sampler:
-    """The sampler that a stage's config names."""
-    return UniformSampler() if vtc.sampler == "uniform" else RandomSampler(seed, stage)
+    """The sampler that a stage's config names, if that needs no look at the image.
+
+    Raises:
+        ValueError: it does; see ``make_looking_sampler`` and ``pool``.
+    """
+    if vtc.sampler == "uniform":
+        return UniformSampler()
+    if vtc.sampler == "random":
+        return RandomSampler(seed, stage)
+    raise ValueError(f"vtc.sampler={vtc.sampler} looks at the image: it cannot choose from keys")
 
 
 @lru_cache(maxsize=64)
