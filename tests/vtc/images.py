@@ -30,8 +30,8 @@ class Images:
         return Images(self.visual[rows], self.pixels[rows], self.instruction[rows], self.mask[rows])
 
 
-def draw_images(side: int, seed: int, num_images: int = 3, width: int = 16, num_words: int = 5) -> Images:
-    """Gaussian tokens and words, so that scores tie with probability zero; the first image has no instruction."""
+def draw_images(side: int, seed: int, num_images: int = 3, width: int = 64, num_words: int = 5) -> Images:
+    """Gaussian tokens, wider than they are many, and words: no scores tie. The first image has no instruction."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(num_images, num_words, generator=generator) < 0.7
     mask[:1] = False

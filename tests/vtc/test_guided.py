@@ -28,7 +28,7 @@ def test_guided_equals_a_plain_loop(size: tuple[int, int], seed: int) -> None:
     scores = relevance(images.visual, images.instruction, images.mask)
     for row in range(3):
         expected = plain_relevance(images, row)
-        # fp32 sums of 16 products of size <= 1, twice normalised: some 1e-7 each.
+        # fp32 sums of 64 products of size <= 1, twice normalised: some 1e-7 each.
         np.testing.assert_allclose(scores[row].numpy(), expected, atol=2e-6)
         if images.mask[row].any():
             # Not the indices: two of 49 random scores lie closer than fp32 can tell apart now and then.
