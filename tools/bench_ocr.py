@@ -5,7 +5,10 @@
 Two kinds of pictures. scenes: the embedded 64-pixel scenes with a handwritten number, 64 patches, features of the embedded
 tower (which was taught these digits and sprites: a favourable case for diversity). photo, noise, emoji: 336 pixels, 576
 patches, lines of type over crops of two photographs (scikit-learn's), 1/f colour noise, or scattered emoji; no tower
-is at hand for them, so a token is its patch's colours less the image's mean patch. Nothing here has an instruction.
+is at hand for them, so a token is its patch's colours less the image's mean patch.
+
+No words are at hand either. Cases "asked" get an instruction of one word whose embedding is the token of a random patch that
+shows something else (in scenes an object, elsewhere anything without text): the harm that relevance does to reading.
 
 recall: share of an image's patches with digits, sprites or text that is kept, mean over images and its standard error.
 gap: mean distance from a patch to the nearest kept one, in patches. "gradient energy" is text_share=1 with that measure.
@@ -41,12 +44,15 @@ from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.vtc.anchored import AnchoredSampler
-from megatron_sts.vtc.guided import top_tokens
+from megatron_sts.vtc.guided import GuidedSampler, top_tokens
+from megatron_sts.vtc.looking import LookingSampler
 from megatron_sts.vtc.samplers import RandomSampler, UniformSampler
 
 KEEP_RATIOS = (0.5, 0.25, 0.125)
 SHARES = ((0.0, 0.0), (0.3, 0.0), (0.0, 0.4), (0.3, 0.4), (0.3, 0.7), (0.5, 0.5), (0.0, 1.0))
-"""(grid_share, text_share) of the anchored cases."""
+"""(grid_share, text_share) of the anchored cases without an instruction."""
+ASKED = ((0.0, 0.0), (0.3, 0.0), (0.3, 0.4))
+"""The same, of those with one."""
 SIZE_PX, PATCH_PX = 336, 14
 INK_SHARE = 0.05
 """A patch holds text if ink covers so much of it."""
@@ -65,6 +71,8 @@ class Pictures:
     """What stands for projected tokens, fp32 [n, t, h]."""
     wanted: dict[str, torch.Tensor]
     """bool [n, t] by what a patch holds."""
+    question: torch.Tensor
+    """The one word of each image's instruction, fp32 [n, 1, h]."""
 
 
 Select = Callable[[Pictures, int], torch.Tensor]
@@ -102,7 +110,9 @@ def draw_scenes(num_images: int, seed: int) -> Pictures:
     pixels = stacked([render(scene, "google", "test") for scene in scenes])
     labels = torch.from_numpy(np.stack([patch_labels(scene)[1] for scene in scenes]))
     is_digit = labels > len(load_catalog())
-    return Pictures(pixels, tower_features(pixels), {"digits": is_digit, "sprites": (labels > 0) & ~is_digit})
+    wanted = {"digits": is_digit, "sprites": (labels > 0) & ~is_digit}
+    visual = tower_features(pixels)
+    return Pictures(pixels, visual, wanted, one_of(visual, wanted["sprites"], seed))
 
 
 def draw_written(background: Callable[[random.Random], Image.Image], num_images: int, seed: int) -> Pictures:
@@ -111,8 +121,15 @@ def draw_written(background: Callable[[random.Random], Image.Image], num_images:
     written = [write(background(rng), rng) for _ in range(num_images)]
     pixels = stacked([image for image, _ in written])
     patches = F.unfold(pixels.float() / 255, PATCH_PX, stride=PATCH_PX).mT
+    visual = patches - patches.mean(1, keepdim=True)
     is_text = torch.from_numpy(np.stack([mask.ravel() for _, mask in written]))
-    return Pictures(pixels, patches - patches.mean(1, keepdim=True), {"text": is_text})
+    return Pictures(pixels, visual, {"text": is_text}, one_of(visual, ~is_text, seed))
+
+
+def one_of(visual: torch.Tensor, where: torch.Tensor, seed: int) -> torch.Tensor:
+    """A random token of each image, from ``where`` [n, t]: [n, 1, h]."""
+    picks = torch.multinomial(where.float(), 1, generator=torch.Generator().manual_seed(seed))
+    return visual.gather(1, picks.unsqueeze(2).expand(-1, -1, visual.shape[2]))
 
 
 def stacked(images: Sequence[np.ndarray]) -> torch.Tensor:
@@ -183,19 +200,21 @@ def samplers() -> dict[str, Select]:
         )
         for name, sampler in keyed.items()
     }
-    for shares in SHARES:
-        cases[f"anchored grid {shares[0]:g} text {shares[1]:g}"] = partial(look, AnchoredSampler(*shares))
+    for grid_share, text_share in SHARES:
+        name = f"anchored grid {grid_share:g} text {text_share:g}"
+        cases[name] = partial(look, AnchoredSampler(grid_share, text_share), False)
+    asked = {"guided": GuidedSampler(), **{f"anchored grid {a:g} text {b:g}": AnchoredSampler(a, b) for a, b in ASKED}}
+    cases |= {f"{name}, asked": partial(look, sampler, True) for name, sampler in asked.items()}
     return {**cases, "gradient energy": steepest}
 
 
-def look(sampler: AnchoredSampler, pictures: Pictures, num_kept: int) -> torch.Tensor:
-    """Selection without an instruction, a few images at a time."""
+def look(sampler: LookingSampler, asked: bool, pictures: Pictures, num_kept: int) -> torch.Tensor:
+    """Selection with or without an instruction, a few images at a time."""
     chosen = []
-    for visual, pixels in zip(pictures.visual.split(CHUNK), pictures.pixels.split(CHUNK), strict=True):
-        words = visual.new_zeros(len(visual), 0, visual.shape[2])
-        chosen.append(
-            sampler.select(visual, pixels, words, words.new_zeros(words.shape[:2], dtype=torch.bool), num_kept)
-        )
+    parts = (pictures.visual, pictures.pixels, pictures.question)
+    for visual, pixels, question in zip(*(part.split(CHUNK) for part in parts), strict=True):
+        mask = torch.full(question.shape[:2], asked)
+        chosen.append(sampler.select(visual, pixels, question, mask, num_kept))
     return torch.cat(chosen)
 
 
