@@ -26,7 +26,7 @@ def test_bench_reports_every_case() -> None:
         assert case["metric"] in metrics[case["pictures"]] and case["standard_error"] >= 0
         assert "recall" not in case["metric"] or 0 <= case["mean"] <= 1
     samplers = {sampler for _, sampler, _, _ in means}
-    assert len(samplers) == 13
+    assert len(samplers) == 2 + 7 + 4 + 1
     assert len(means) == len(samplers) * 3 * sum(map(len, metrics.values()))
     for kind in metrics:
         # Half of an even grid is a checkerboard: each dropped patch has a kept neighbour at distance 1.
