@@ -64,7 +64,7 @@ class ResolvedStage(Section):
         if vtc is None:
             return self.uncompressed
         kept = tuple(
-            kept_tokens(ratio, self.visual_tokens_in, self.visual_multiple)
+            kept_tokens(vtc, ratio, self.visual_tokens_in, self.visual_multiple)
             for ratio in keep_ratios(vtc, step, self.num_steps)
         )
         if batch.packing == "pack":
@@ -275,7 +275,12 @@ def _patches(vision: VisionConfig | None) -> int:
 
 def check_kept(stage: StageConfig, tokens_in: int, multiple: int) -> None:
     """Every step keeps something of every image."""
-    if stage.vtc is not None and kept_tokens(least := least_keep_ratio(stage.vtc), tokens_in, multiple) == 0:
+    if stage.vtc is None:
+        return
+    if stage.vtc.sampler == "pooled" and math.isqrt(tokens_in) ** 2 != tokens_in:
+        refuse(f"stages.{stage.name}.vtc.sampler", "pooled", f"an image's {tokens_in} tokens form no square grid",
+               "use another sampler")  # fmt: skip
+    if kept_tokens(stage.vtc, least := least_keep_ratio(stage.vtc), tokens_in, multiple) == 0:
         refuse(
             f"stages.{stage.name}.vtc.keep_ratio",
             least,

@@ -188,7 +188,10 @@ class BatchConfig(Section):
 class VtcConfig(Section):
     """Visual Token Compressor: which of an image's projected tokens the language model sees."""
 
-    sampler: Literal["uniform", "random"] = "uniform"
+    sampler: Literal["uniform", "random", "guided", "anchored", "pooled"] = "uniform"
+    """Which tokens stay. uniform: evenly spaced; random: a fresh subset for each image; guided: those most like the
+    instruction's words; anchored: an even grid, patches with text, and a relevant and diverse rest; pooled: means of areas.
+    """
     keep_ratio: Ratio = 0.5
     schedule: Literal["constant", "linear", "cosine", "piecewise"] = "constant"
     """How the keep ratio moves over the stage: from ``keep_ratio`` to ``final_keep_ratio``, or along ``schedule_points``."""
@@ -205,6 +208,24 @@ class VtcConfig(Section):
     frames. Replaces ``keep_ratio``."""
     positions: Literal["original", "compact"] = "original"
     """original: kept tokens and text keep the RoPE positions of the uncompressed sequence; compact: 0, 1, 2, ..."""
+    grid_share: Fraction = 0.3
+    """anchored: share of the kept tokens that form an even grid."""
+    text_share: Fraction = 0.4
+    """anchored: share of the kept tokens that go to the patches with the most thin, strong strokes."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> VtcConfig:
+        for name in ("grid_share", "text_share"):
+            # Not whether it was written: a resolved config writes every default.
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if self.sampler != "anchored" and value != default:
+                raise ValueError(f"{name}={value:g}: sampler={self.sampler} reads no shares; remove it")
+        if (total := self.grid_share + self.text_share) > 1:
+            raise ValueError(
+                f"grid_share + text_share = {total:g} > 1 (grid_share={self.grid_share:g}, "
+                f"text_share={self.text_share:g}): they are shares of the kept tokens; lower either"
+            )
+        return self
 
 
 class LdsConfig(Section):

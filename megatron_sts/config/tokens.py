@@ -5,7 +5,13 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+from megatron_sts.config.pooling import pooled_grid
 from megatron_sts.config.schema import Section, VtcConfig
+
+BEFORE_PROJECTOR = ("uniform", "random")
+"""Samplers that need not see what they choose from, so that the projector computes what is kept only."""
+LOOKING = ("guided", "anchored")
+"""Samplers that choose by what the projected tokens show: only the first pipeline stage knows what."""
 
 
 class TokenCounts(Section):
@@ -58,10 +64,16 @@ def least_keep_ratio(vtc: VtcConfig) -> float:
     return min(vtc.keep_ratio, vtc.keep_ratio if vtc.final_keep_ratio is None else vtc.final_keep_ratio)
 
 
-def kept_tokens(keep_ratio: float, tokens_in: int, multiple: int) -> int:
-    """keep_ratio x tokens, rounded half up in exact decimal arithmetic, then up to a multiple (of FP8's rows)."""
+def kept_tokens(vtc: VtcConfig, keep_ratio: float, tokens_in: int, multiple: int) -> int:
+    """keep_ratio x tokens, rounded half up in exact decimal arithmetic, then as the sampler needs.
+
+    Those that choose before the projector keep a multiple (of the rows that FP8 needs there), or all; ``pooled`` keeps
+    the nearest grid.
+    """
     kept = math.floor(exact(keep_ratio) * tokens_in + Fraction(1, 2))
-    return min(round_up(kept, multiple), tokens_in)
+    if vtc.sampler == "pooled" and kept:
+        return math.prod(pooled_grid(tokens_in, kept))
+    return min(round_up(kept, multiple), tokens_in) if vtc.sampler in BEFORE_PROJECTOR else kept
 
 
 def exact(value: float) -> Fraction:

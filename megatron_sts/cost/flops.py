@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_sts.config.checks import IMAGE_MODES
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig
-from megatron_sts.config.tokens import TokenCounts
+from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
 
 Causal = Literal["half", "full"]
 """Share of the score matrix that counts in causal attention."""
@@ -70,7 +70,9 @@ class TokenLoad:
     """Query-key pairs without the causal mask: the squared lengths of what attends to itself, summed."""
     num_images: int = 0
     num_visual_tokens: int = 0
-    """Tokens that the projector computes."""
+    """Those of ``num_tokens`` that are images'."""
+    num_projected_tokens: int = 0
+    """What the projector computes: samplers that look need all tokens of an image."""
 
     def __add__(self, other: TokenLoad) -> TokenLoad:
         return TokenLoad(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -87,7 +89,7 @@ def forward_flops(
         num_vision_layers: layers of the tower that run (``Resolved.num_vision_layers``).
         causal: how much of the decoder's score matrix counts.
     """
-    language, vision, num_images, projected = model.language, model.vision, load.num_images, load.num_visual_tokens
+    language, vision, num_images, projected = model.language, model.vision, load.num_images, load.num_projected_tokens
     nothing = Flops(0)
     is_mlp = model.projector.type == "mlp2x_gelu"
     return ForwardFlops(
@@ -152,7 +154,9 @@ def planned_load(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) 
     per_row = batch.max_images if resolved.config.model.vision is not None and has_images else 0
     rows, length = batch.global_batch_size, counts.sequence_length
     visual = sum(counts.of_image(number) for number in range(per_row))
-    return TokenLoad(rows * length, rows * length**2, rows * per_row, rows * visual)
+    vtc = stage.config.vtc
+    projected = visual if vtc is None or vtc.sampler in BEFORE_PROJECTOR else per_row * stage.visual_tokens_in
+    return TokenLoad(rows * length, rows * length**2, rows * per_row, rows * visual, rows * projected)
 
 
 def device_peak_tflops(device_name: str, dtype: str) -> float | None:

@@ -28,10 +28,16 @@ class Batch:
     """int64 [b, s]: RoPE positions, which start anew with each sample."""
     is_visual: torch.Tensor
     """bool [b, s]: where the placeholders are."""
-    segments: torch.Tensor | None
-    """int32 [b, s]: which of the row's samples a token belongs to, from 1; 0 is padding. None: one sample a row."""
+    segments: torch.Tensor
+    """int32 [b, s]: which of the row's samples a token belongs to, from 1; 0 is padding."""
+    packed: bool
+    """Whether rows may hold several samples, which attend to themselves alone."""
     visual_indices: torch.Tensor
-    """int64 [v]: the kept tokens, as indices into the n x t tokens of all images in reading order, ascending."""
+    """int64 [v]: the kept tokens, as indices into the n x t tokens of all images in reading order, ascending.
+
+    A sampler that looks at images replaces them in the model; until then they are evenly spaced."""
+    num_kept: tuple[int, ...]
+    """Visual tokens that each image keeps, [n]."""
     pixels: torch.Tensor | None
     """uint8 [n, 3, h, w], images in reading order."""
     num_samples: int
@@ -42,6 +48,8 @@ class Batch:
     """What the model computes, padding included."""
     dense_load: TokenLoad
     """The same without VTC."""
+    number: int = 0
+    """Of the micro-batch in its step."""
     skipped: tuple[SkippedSample, ...] = ()
     """Samples that could not be used; without packing their rows are padding."""
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
-from megatron_sts.data.records import SkippedSample
 from megatron_sts.data.template import EncodedSample
 
 
@@ -48,7 +47,15 @@ Row = Sequence[PreparedSample]
 """The samples of one row, in order; none: padding only."""
 
 
-def collate(rows: Sequence[Row], *, sequence_length: int, dense_length: int | None, pad_id: int, packed: bool) -> Batch:
+def collate(
+    rows: Sequence[Row],
+    *,
+    sequence_length: int,
+    dense_length: int | None,
+    pad_id: int,
+    packed: bool,
+    projects_all: bool = False,
+) -> Batch:
     """Right-pads rows to [b, sequence_length]. All tensors on the CPU.
 
     Args:
@@ -57,6 +64,7 @@ def collate(rows: Sequence[Row], *, sequence_length: int, dense_length: int | No
         dense_length: what rows would be padded to without VTC; None: longer by what VTC drops from each.
         pad_id: token id of padding.
         packed: several samples share a row, and each attends to itself alone.
+        projects_all: the projector computes dropped tokens too.
     """
     shape = (len(rows), sequence_length)
     batch = Batch(
@@ -65,13 +73,17 @@ def collate(rows: Sequence[Row], *, sequence_length: int, dense_length: int | No
         loss_mask=torch.zeros(shape, dtype=torch.float32),
         position_ids=torch.zeros(shape, dtype=torch.int64),
         is_visual=torch.zeros(shape, dtype=torch.bool),
-        segments=torch.zeros(shape, dtype=torch.int32) if packed else None,
+        segments=torch.zeros(shape, dtype=torch.int32),
+        packed=packed,
         visual_indices=_flat_indices(rows),
+        num_kept=tuple(len(kept) for row in rows for sample in row for kept in sample.visual_indices),
         pixels=_stack_pixels(rows),
         num_samples=sum(map(len, rows)),
         num_tokens=sum(sample.length for row in rows for sample in row),
-        load=_load(rows, [sequence_length] * len(rows), packed=packed, dense=False),
-        dense_load=_load(rows, _dense_lengths(rows, sequence_length, dense_length), packed=packed, dense=True),
+        load=_load(rows, [sequence_length] * len(rows), packed=packed, dense=False, projects_all=projects_all),
+        dense_load=_load(
+            rows, _dense_lengths(rows, sequence_length, dense_length), packed=packed, dense=True, projects_all=True
+        ),
     )
     for number, row in enumerate(rows):
         start = 0
@@ -79,11 +91,6 @@ def collate(rows: Sequence[Row], *, sequence_length: int, dense_length: int | No
             _write(batch, number, start, segment, sample)
             start += sample.length
     return batch
-
-
-def with_skipped(batch: Batch, skipped: Sequence[SkippedSample]) -> Batch:
-    """The same batch, which also tells what could not be used."""
-    return replace(batch, skipped=(*batch.skipped, *skipped))
 
 
 def _write(batch: Batch, row: int, start: int, segment: int, sample: PreparedSample) -> None:
@@ -94,8 +101,7 @@ def _write(batch: Batch, row: int, start: int, segment: int, sample: PreparedSam
     batch.loss_mask[row, inner] = torch.tensor(sample.encoded.is_target[1:], dtype=torch.float32)
     batch.position_ids[row, here] = sample.position_ids
     batch.is_visual[row, here] = torch.tensor(sample.encoded.is_visual)
-    if batch.segments is not None:
-        batch.segments[row, here] = segment
+    batch.segments[row, here] = segment
 
 
 def _flat_indices(rows: Sequence[Row]) -> torch.Tensor:
@@ -112,7 +118,7 @@ def _dense_lengths(rows: Sequence[Row], sequence_length: int, dense_length: int 
     return [sequence_length + sum(sample.num_dropped for sample in row) for row in rows]
 
 
-def _load(rows: Sequence[Row], lengths: Sequence[int], *, packed: bool, dense: bool) -> TokenLoad:
+def _load(rows: Sequence[Row], lengths: Sequence[int], *, packed: bool, dense: bool, projects_all: bool) -> TokenLoad:
     samples = [sample for row in rows for sample in row]
     pairs = sum(length**2 for length in lengths)
     if packed:
@@ -120,11 +126,13 @@ def _load(rows: Sequence[Row], lengths: Sequence[int], *, packed: bool, dense: b
         for row, length in zip(rows, lengths, strict=True):
             parts = [sample.length + (sample.num_dropped if dense else 0) for sample in row]
             pairs += sum(part**2 for part in [*parts, length - sum(parts)])
+    kept, dropped = (sum(counts) for counts in ((s.num_kept for s in samples), (s.num_dropped for s in samples)))
     return TokenLoad(
         num_tokens=sum(lengths),
         num_pairs=pairs,
         num_images=sum(len(sample.visual_indices) for sample in samples),
-        num_visual_tokens=sum(sample.num_kept + (sample.num_dropped if dense else 0) for sample in samples),
+        num_visual_tokens=kept + (dropped if dense else 0),
+        num_projected_tokens=kept + (dropped if projects_all else 0),
     )
 
 

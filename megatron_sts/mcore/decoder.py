@@ -105,7 +105,7 @@ def run_decoder(
 ) -> torch.Tensor:
     """``tokens``, ``position_ids``, ``segments``, ``labels`` [b, s]; ``embeddings`` [s, b, h] on the first stage.
 
-    Tokens attend to earlier ones of their own segment; without ``segments`` to all earlier ones of their row.
+    Tokens attend to earlier ones of their own segment; with ``segments`` None to all earlier ones of their row.
     Returns per-token losses [b, s] (with labels) or logits [b, s, vocab / tp] on the last stage, else hidden states [s, b, h].
     """
     output = decoder(

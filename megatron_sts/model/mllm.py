@@ -10,6 +10,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.decoder import build_decoder, run_decoder
 from megatron_sts.mcore.module import PipelineChunk
 from megatron_sts.mcore.vision import build_projector
+from megatron_sts.model.compression import Compression
 from megatron_sts.model.merge import merge_visual
 from megatron_sts.vision.tower import VisionTower
 from megatron_sts.vtc.compressor import compress
@@ -28,6 +29,8 @@ class MultimodalModel(PipelineChunk):
         self.post_process = post_process
         self.awaited = resolved.config.parallel.overlap_grad_reduce
         """Whether other ranks wait for the gradients of tower and projector in every micro-batch."""
+        self.compression = Compression(None, 0, None)
+        """The stage's; ``train.stage`` sets it."""
         self.vision: VisionTower | None = None
         if pre_process and resolved.config.model.vision is not None:
             self.vision = VisionTower(resolved)
@@ -36,18 +39,27 @@ class MultimodalModel(PipelineChunk):
 
     def forward(self, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
         """Per-token losses [b, s] or, without labels, logits [b, s, vocab / tp] on the last stage; else hidden [s, b, h]."""
-        embeddings = self.embed(batch) if self.pre_process else None
-        return run_decoder(self.language, batch.tokens, batch.position_ids, batch.segments, embeddings, labels)
+        embeddings, chosen = self.embed(batch) if self.pre_process else (None, None)
+        position_ids = self.compression.positions(batch, chosen)
+        segments = batch.segments if batch.packed else None
+        return run_decoder(self.language, batch.tokens, position_ids, segments, embeddings, labels)
 
-    def embed(self, batch: Batch) -> torch.Tensor:
-        """The decoder's input [s, b, h]: text embeddings with the images merged in."""
-        embeddings = self.language.embedding(input_ids=batch.tokens, position_ids=batch.position_ids)
+    def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The decoder's input [s, b, h], text embeddings with the images merged in; and ``see``'s choice."""
+        words = self.language.embedding(input_ids=batch.tokens, position_ids=batch.position_ids)
+        embeddings, chosen = words, None
         if self.vision is not None:
             if batch.pixels is not None:
-                embeddings = merge_visual(embeddings, self.see(batch.pixels, batch.visual_indices), batch.is_visual)
+                visual, chosen = self.see(batch, words)
+                embeddings = merge_visual(words, visual, batch.is_visual)
             elif self.awaited and torch.is_grad_enabled():
-                embeddings = embeddings + self.see_nothing(batch)
-        return self.to_sequence_parallel(embeddings)
+                embeddings = words + self.see_nothing(batch)
+        return self.to_sequence_parallel(embeddings), chosen
+
+    def see(self, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The micro-batch's visual tokens [v, h], and which a sampler chose; ``words``: embeddings of its tokens [s, b, h]."""
+        assert batch.pixels is not None
+        return self.compression(self.features(batch.pixels), self.project, batch, words)
 
     def see_nothing(self, batch: Batch) -> torch.Tensor:
         """A zero that depends on tower and projector.
@@ -58,16 +70,17 @@ class MultimodalModel(PipelineChunk):
         size = self.vision.encoder.img_h
         blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=batch.tokens.device)
         few_tokens = torch.arange(self.vision_multiple, device=batch.tokens.device)
-        return 0.0 * self.see(blank, few_tokens).sum()
+        return 0.0 * self.project(compress(self.features(blank), few_tokens)).sum()
 
-    def see(self, pixels: torch.Tensor, visual_indices: torch.Tensor) -> torch.Tensor:
-        """``pixels`` [n, 3, h, w], ``visual_indices`` [v] -> projected visual tokens [v, h].
-
-        Selection comes before the projector, which works token by token: the same result for less.
-        """
+    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """``pixels`` [n, 3, h, w] -> the tower's features [n, t, d]."""
         assert self.vision is not None
         frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features = self.vision(pixels)
-        projected: torch.Tensor = self.projector(compress(features, visual_indices).unsqueeze(1))
+            features: torch.Tensor = self.vision(pixels)
+        return features
+
+    def project(self, features: torch.Tensor) -> torch.Tensor:
+        """``features`` [v, d] -> [v, h]."""
+        projected: torch.Tensor = self.projector(features.unsqueeze(1))
         return projected.squeeze(1)

@@ -8,7 +8,7 @@ import torch
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.tokens import TokenCounts
+from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.image import fit_square
@@ -28,6 +28,7 @@ class BatchPreparer:
         self._stage = stage
         self._image_size = vision.image_size if vision else 0
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
+        self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
         self._positions = vtc.positions if vtc else "original"
         self._needs_pixels = needs_pixels
 
@@ -60,6 +61,7 @@ class BatchPreparer:
             dense_length=uncompressed if batch.packing == "pad" else None,
             pad_id=self.tokenizer.pad_id,
             packed=batch.packing == "pack",
+            projects_all=self._projects_all,
         )
 
     def _kept(self, index: int, encoded: EncodedSample, counts: TokenCounts) -> tuple[torch.Tensor, ...]:

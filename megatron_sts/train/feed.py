@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +11,7 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import DataConfig
 from megatron_sts.config.tokens import TokenCounts, round_up
 from megatron_sts.data.batch import Batch
-from megatron_sts.data.collate import PreparedSample, Row, with_skipped
+from megatron_sts.data.collate import PreparedSample, Row
 from megatron_sts.data.llava_json import LlavaJsonSource
 from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample
 from megatron_sts.data.scenes.source import ScenesSource
@@ -115,7 +115,8 @@ class Feed:
             self._preparer.collate(rows[start : start + batch.micro_batch_size], counts, longest=longest)
             for start in range(0, num_rows, batch.micro_batch_size)
         ]
-        batches[0] = with_skipped(batches[0], skipped)
+        batches = [replace(batch, number=number) for number, batch in enumerate(batches)]
+        batches[0] = replace(batches[0], skipped=tuple(skipped))
         return Fed(batches, self.state_dict())
 
     def state_dict(self) -> dict[str, Any]:

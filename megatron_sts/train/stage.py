@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.tokens import LOOKING
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask
 from megatron_sts.lds.placement import placement
@@ -16,6 +17,8 @@ from megatron_sts.lds.sync import MaskPlan
 from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
 from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.mcore.relay import PipelineRelay
+from megatron_sts.model.compression import Compression
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.batches import StageBatches
 
@@ -33,6 +36,7 @@ class Stage:
     batches: StageBatches
     gate: SkipGate
     masks: MaskPlan | None
+    compression: Compression
 
     @property
     def num_layers(self) -> int:
@@ -48,6 +52,7 @@ class Stage:
     def close(self) -> None:
         """Ends the stage: parameters whole on every rank (a collective), nothing read ahead any more."""
         self.batches.close()
+        self.compression.close()
         self.optimizer.close()
 
     def residual_scales(self, step: int) -> Sequence[float] | None:
@@ -60,6 +65,9 @@ def build_stage(
 ) -> Stage:
     """Freezes what the stage freezes, then builds DDP and the optimizer over the rest."""
     set_trainable(chunks, spec.config.freeze)
+    compression = build_compression(resolved, spec)
+    for chunk in map(unwrap, chunks):
+        chunk.compression = compression
     wrapped = wrap_data_parallel(resolved, chunks)
     return Stage(
         resolved=resolved,
@@ -70,7 +78,16 @@ def build_stage(
         batches=StageBatches(resolved, spec, place),
         gate=gate,
         masks=build_masks(resolved, spec) if spec.config.lds else None,
+        compression=compression,
     )
+
+
+def build_compression(resolved: Resolved, spec: ResolvedStage) -> Compression:
+    """How the stage compresses images; a collective where what it chooses must travel down the pipeline."""
+    vtc, parallel = spec.config.vtc, resolved.config.parallel
+    travels = vtc is not None and vtc.sampler in LOOKING and vtc.positions == "original"
+    relay = PipelineRelay(parallel.timeout_s) if travels and parallel.pipeline_model_parallel_size > 1 else None
+    return Compression(vtc, spec.visual_tokens_in, relay)
 
 
 def build_masks(resolved: Resolved, spec: ResolvedStage) -> MaskPlan:

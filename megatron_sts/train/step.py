@@ -66,6 +66,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     batches = stage.batches.step(step)
     data_wait_s = time.perf_counter() - started
     stage.gate.set(mask, stage.residual_scales(step))
+    stage.compression.begin_step()
     stage.optimizer.begin_step(mask)
     device = current_device().torch_device
     reports = run_microbatches(

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_sts.config.schema import VtcConfig
+from megatron_sts.vtc.pooled import pooled_tokens
 
 STREAM = 2
 """Last counter word: keeps these draws apart from those of other rooms that share seed and stage."""
@@ -60,9 +61,19 @@ class RandomSampler:
         return np.sort(np.argsort(philox.random_raw(num_tokens_in), kind="stable")[:num_tokens_out])
 
 
+class PooledSampler:
+    """The centre of each area that ``pooled`` averages: where its tokens stand."""
+
+    def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
+        kept = torch.tensor(pooled_tokens(num_tokens_in, num_tokens_out), dtype=torch.int64)
+        return kept.repeat(len(keys), 1)
+
+
 def make_sampler(vtc: VtcConfig, seed: int, stage: int) -> Sampler:
-    """The sampler that a stage's config names."""
-    return UniformSampler() if vtc.sampler == "uniform" else RandomSampler(seed, stage)
+    """What a stage knows of its kept tokens before it sees the image; for samplers that look, only how many."""
+    if vtc.sampler == "random":
+        return RandomSampler(seed, stage)
+    return PooledSampler() if vtc.sampler == "pooled" else UniformSampler()
 
 
 @lru_cache(maxsize=64)

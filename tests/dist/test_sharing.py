@@ -21,6 +21,10 @@ STAGES: tuple[Written, ...] = (
      "batch": {**BATCH, "sequence_length": 96, "packing": "pack"}},
     {"name": "short", "steps": 3, "vtc": {"keep_ratio_by_image": [1.0, 0.25], "positions": "compact"},
      "batch": {**BATCH, "packing": "none"}},
+    {"name": "anchored", "freeze": ["vision"], "steps": 3, "vtc": {"sampler": "anchored", "keep_ratio": 0.5, "full_every": 3},
+     "batch": {**BATCH, "sequence_length": 96, "packing": "pack"}},
+    {"name": "guided", "freeze": ["vision", "language"], "steps": 2, "vtc": {"sampler": "guided", "keep_ratio_by_image": [0.5, 0.25]}},
+    {"name": "pooled", "steps": 2, "vtc": {"sampler": "pooled", "keep_ratio": 0.25}},
 )  # fmt: skip
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {"tensor_model_parallel_size": 2},
@@ -59,6 +63,6 @@ def test_the_steps_have_different_shapes(trained: dict[str, Trained], tmp_path: 
     from tests.dist.ladder import resolved_run
 
     write_inputs(tmp_path)
-    packed, short = resolved_run(written_run(tmp_path, *STAGES), 1).stages
+    packed, short, *_ = resolved_run(written_run(tmp_path, *STAGES), 1).stages
     assert [packed.tokens(step).of_image(0) for step in range(4)] == [16, 13, 16, 7]
     assert [short.tokens(0).of_image(number) for number in range(2)] == [16, 4]

@@ -1,0 +1,108 @@
+"""VTC within the model: features of images become the visual tokens that the decoder sees."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+
+import torch
+from torch import distributed as dist
+
+from megatron_sts.config.schema import VtcConfig
+from megatron_sts.data.batch import Batch
+from megatron_sts.mcore.groups import tensor_parallel_group
+from megatron_sts.mcore.relay import PipelineRelay
+from megatron_sts.vtc.compressor import compress
+from megatron_sts.vtc.looking import LookingSampler, make_looking_sampler
+from megatron_sts.vtc.pooled import pool
+
+
+class Compression:
+    """How a stage compresses. Chosen before the projector where that needs no look at the image, else after it."""
+
+    def __init__(self, vtc: VtcConfig | None, num_tokens_in: int, relay: PipelineRelay | None) -> None:
+        """``relay``: for samplers that look, if what they choose decides positions, and other stages need these."""
+        self._looking = None if vtc is None else make_looking_sampler(vtc)
+        self._pools = vtc is not None and vtc.sampler == "pooled"
+        self._moves = self._looking is not None and vtc is not None and vtc.positions == "original"
+        self._num_tokens_in = num_tokens_in
+        self._relay = relay
+
+    def begin_step(self) -> None:
+        """Before the first forward pass of a step."""
+        if self._relay is not None:
+            self._relay.begin_step()
+
+    def close(self) -> None:
+        """Ends what it waits with; a collective of the pipeline."""
+        if self._relay is not None:
+            self._relay.close()
+
+    def positions(self, batch: Batch, chosen: torch.Tensor | None) -> torch.Tensor:
+        """RoPE positions [b, s], once ``chosen`` [v] is known; None on stages that did not look."""
+        if not (self._moves and self._drops(batch)):
+            return batch.position_ids
+        if chosen is None:
+            assert self._relay is not None
+            chosen = self._relay.receive(batch.number, len(batch.visual_indices), batch.tokens.device)
+        elif self._relay is not None:
+            self._relay.send(batch.number, chosen)
+        # The batch has the positions of evenly spaced tokens; text does not move when others of its image are kept.
+        positions = batch.position_ids.clone()
+        positions[batch.is_visual] += chosen - batch.visual_indices
+        return positions
+
+    def _drops(self, batch: Batch) -> bool:
+        return len(batch.visual_indices) < len(batch.num_kept) * self._num_tokens_in
+
+    def __call__(
+        self, features: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor], batch: Batch, words: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Projected visual tokens [v, h] and, where a sampler looked, which of the n x t they are, int64 [v].
+
+        ``features`` [n, t, d]; ``words``: embeddings of the micro-batch's tokens [s, b, h], for samplers that look.
+        """
+        num_images, num_tokens_in, _ = features.shape
+        if not self._drops(batch):
+            return project(features.flatten(0, 1)), None
+        if self._pools:
+            projected = project(features.flatten(0, 1)).view(num_images, num_tokens_in, -1)
+            parts = [pool(projected[number : number + 1], count)[0] for number, count in enumerate(batch.num_kept)]
+            return torch.cat(parts), None
+        if self._looking is None:
+            return project(compress(features, batch.visual_indices)), None
+        projected = project(features.flatten(0, 1)).view(num_images, num_tokens_in, -1)
+        chosen = choose(self._looking, projected, batch, words)
+        return compress(projected, chosen), chosen
+
+
+@torch.no_grad()
+def choose(sampler: LookingSampler, projected: torch.Tensor, batch: Batch, words: torch.Tensor) -> torch.Tensor:
+    """Kept tokens, int64 [v] into the n x t tokens of ``projected`` [n, t, h]; a collective of the tensor-parallel group.
+
+    Scores that differ by rounding alone must not let its ranks keep different tokens: the first one decides.
+    """
+    assert batch.pixels is not None
+    num_tokens_in = projected.shape[1]
+    rows, asked = instructions(batch)
+    instruction = words.transpose(0, 1)[rows]
+    chosen: list[torch.Tensor] = [torch.empty(0)] * len(batch.num_kept)
+    for count in sorted(set(batch.num_kept)):
+        which = [number for number, kept in enumerate(batch.num_kept) if kept == count]
+        found = sampler.select(projected[which], batch.pixels[which], instruction[which], asked[which], count)
+        for number, tokens in zip(which, found, strict=True):
+            chosen[number] = tokens + number * num_tokens_in
+    indices = torch.cat(chosen)
+    group = tensor_parallel_group()
+    dist.broadcast(indices, src=dist.get_global_rank(group, 0), group=group)
+    return indices
+
+
+def instructions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each image its row [n], and which of the row's tokens are words of its sample that nobody should predict, bool [n, s]."""
+    starts = list(accumulate(batch.num_kept, initial=0))[:-1]
+    rows, columns = batch.is_visual.nonzero(as_tuple=True)
+    rows, columns = rows[starts], columns[starts]
+    is_target = torch.nn.functional.pad(batch.loss_mask[:, :-1] > 0, (1, 0))  # the mask marks the token before
+    is_word = (batch.segments > 0) & ~batch.is_visual & ~is_target
+    return rows, is_word[rows] & (batch.segments[rows] == batch.segments[rows, columns].unsqueeze(1))
