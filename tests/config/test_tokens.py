@@ -59,9 +59,16 @@ def test_every_nth_step_is_full() -> None:
 
 @given(ratios, st.integers(20, 600), st.sampled_from([1, 16, 32]))
 def test_kept_tokens_are_multiples_or_all(ratio: float, tokens_in: int, multiple: int) -> None:
-    kept = kept_tokens(ratio, tokens_in, multiple)
+    kept = kept_tokens(VtcConfig(), ratio, tokens_in, multiple)
     assert kept == tokens_in or kept % multiple == 0
     assert 0 <= kept - ratio * tokens_in + 0.5 + 1e-9 <= multiple + 1e-6 or kept == tokens_in
+
+
+@given(ratios, st.integers(2, 24))
+def test_pooling_keeps_a_grid(ratio: float, side: int) -> None:
+    kept = kept_tokens(VtcConfig(sampler="pooled"), max(ratio, 1 / side**2), side**2, 16)
+    assert kept in {rows * columns for rows in range(1, side + 1) for columns in (rows, rows + 1) if columns <= side}
+    assert abs(kept - ratio * side**2) <= (side + 1) / 2 + 0.5  # half a row, and the rounding to whole tokens
 
 
 def test_images_of_a_sample_keep_shares_of_their_own(written: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from megatron_sts.config.schema import VtcConfig
 from megatron_sts.vtc.anchored import AnchoredSampler
 from megatron_sts.vtc.guided import GuidedSampler
 from megatron_sts.vtc.looking import LookingSampler, make_looking_sampler
-from megatron_sts.vtc.samplers import make_sampler
 from tests.vtc.images import draw_images, samplers, seeds, sizes
 
 BOTH = [GuidedSampler(), AnchoredSampler(0.3, 0.4)]
@@ -76,5 +75,3 @@ def test_make_looking_sampler_follows_the_config() -> None:
     assert (
         make_looking_sampler(VtcConfig(sampler="uniform")) is make_looking_sampler(VtcConfig(sampler="pooled")) is None
     )
-    with pytest.raises(ValueError, match=r"vtc\.sampler=guided looks at the image"):
-        make_sampler(VtcConfig(sampler="guided"), 1, 0)
