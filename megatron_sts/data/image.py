@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_sts.data.records import BadSampleError
 
@@ -35,6 +35,8 @@ def decode_bytes(encoded: bytes, name: str) -> np.ndarray:
     try:
         with Image.open(BytesIO(encoded)) as image:
             return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise BadSampleError(f"image {name}: no picture in a known format") from error  # PIL names a memory address
     except Exception as error:  # decoders raise anything on corrupt bytes: SyntaxError, struct.error, IndexError ...
         raise BadSampleError(f"image {name}: {str(error) or type(error).__name__}") from error
 

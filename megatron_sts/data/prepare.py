@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -240,7 +241,7 @@ def _index(out: Path, names: list[str], num_workers: int, settings: dict[str, An
     from megatron.energon.flavors import BaseWebdatasetFactory
 
     shutil.rmtree(folder, ignore_errors=True)
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(io.StringIO()):
         BaseWebdatasetFactory.prepare_dataset(
             out, names, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=num_workers
         )
