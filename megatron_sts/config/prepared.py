@@ -18,6 +18,10 @@ BLEND_SUFFIXES = (".yaml", ".yml")
 def check_prepared(path: Path) -> None:
     """Refuses what is neither a prepared folder nor a YAML file that blends some."""
     if path.suffix in BLEND_SUFFIXES and path.is_file():
+        try:
+            yaml.safe_load(path.read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            refuse("data.path", path, f"not valid YAML ({' '.join(str(error).split())})", "correct the file")
         return
     if not (path / ENERGON_FOLDER / "dataset.yaml").is_file():
         refuse("data.path", path, "not a prepared dataset", "write one with megatron-sts data prepare")

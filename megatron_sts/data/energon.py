@@ -25,10 +25,11 @@ from megatron.energon import (
     basic_sample_keys,
     edataclass,
     get_savable_loader,
-    get_train_dataset,
+    load_dataset,
     stateless,
 )
 from megatron.energon.errors import reraise_exception
+from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_sts.config.checks import refuse
 from megatron_sts.config.prepared import check_prepared
@@ -190,19 +191,20 @@ def _same(image: np.ndarray) -> np.ndarray:
 def _loader(
     path: Path, seed: int, dp_rank: int, dp_size: int, num_workers: int, shuffle_buffer_size: int, image_size: int | None
 ) -> SavableDataLoader:
-    dataset = get_train_dataset(
-        path,
-        worker_config=WorkerConfig(
-            rank=dp_rank,
-            world_size=dp_size,
-            num_workers=num_workers,
-            seed_offset=seed,
-            global_error_handler=reraise_exception,  # the default prints the error and drops the sample
-        ),
+    workers = WorkerConfig(
+        rank=dp_rank,
+        world_size=dp_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,  # the default prints the error and drops the sample
+    )
+    loaded = _load(path, workers)
+    dataset = _Encoder(image_size).build_train_datasets(
+        datasets=loaded.datasets,
+        blend_mode=loaded.blend_mode,
+        worker_config=workers,
         batch_size=None,
         shuffle_buffer_size=shuffle_buffer_size,
-        max_samples_per_sequence=SAMPLES_PER_SLICE,
-        task_encoder=_Encoder(image_size),
     )
     loader = get_savable_loader(
         dataset,
@@ -212,6 +214,31 @@ def _loader(
     )
     loader.pin_memory = False  # records hold numpy arrays, which cannot be pinned
     return loader
+
+
+def _load(path: Path, workers: WorkerConfig) -> LoadedDatasetList:
+    """The datasets that ``path`` names, each large enough for all workers."""
+    try:
+        loaded = load_dataset(path).get_datasets(
+            training=True,
+            split_part="train",
+            worker_config=workers,
+            max_samples_per_sequence=SAMPLES_PER_SLICE,
+            decoder=None,
+        )
+    except (OSError, ValueError, AssertionError) as error:  # Energon's ways to refuse what a blend says
+        reason = f"Energon cannot read it ({type(error).__name__}: {error})"
+        refuse("data.path", path, " ".join(reason.split()), "correct it; a blend names prepared datasets")
+    num_readers = workers.world_size * max(workers.num_workers, 1)
+    for found in loaded.datasets:
+        if len(found.dataset) < num_readers:  # a reader without samples fails, or distorts the blend
+            refuse(
+                "data.path",
+                found.dataset.path,
+                f"{len(found.dataset)} samples for {num_readers} readers (data-parallel ranks x data.num_workers)",
+                "lower either, or use more samples",
+            )
+    return loaded
 
 
 def _without_paths(config: Any) -> Any:
