@@ -108,7 +108,9 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
         description="Turn a LLaVA JSON and its pictures into WebDataset shards that Energon reads. Entries that cannot be "
         "used are left out and listed in DIR/rejected.jsonl. Goes on where an interrupted run stopped.",
     )
-    prepare.add_argument("source", metavar="JSON", type=Path, help="a list of {id, image, conversations}, or one a line")
+    prepare.add_argument(
+        "source", metavar="JSON", type=Path, help="a list of {id, image, conversations}, or one a line"
+    )
     prepare.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (default: the JSON's)")
     prepare.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the dataset is written")
     prepare.add_argument("--shard-size-mb", type=_positive, metavar="N", default=256, help="MiB a shard (default: 256)")

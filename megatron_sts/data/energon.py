@@ -189,7 +189,13 @@ def _same(image: np.ndarray) -> np.ndarray:
 
 
 def _loader(
-    path: Path, seed: int, dp_rank: int, dp_size: int, num_workers: int, shuffle_buffer_size: int, image_size: int | None
+    path: Path,
+    seed: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+    shuffle_buffer_size: int,
+    image_size: int | None,
 ) -> SavableDataLoader:
     workers = WorkerConfig(
         rank=dp_rank,

@@ -221,7 +221,9 @@ def test_dataset_with_fewer_samples_than_readers_is_refused(stream: Open, tmp_pa
 
 
 def test_unprepared_folder_is_refused(stream: Open, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.path=.*: not a prepared dataset; .*megatron-sts data prepare") as refusal:
+    with pytest.raises(
+        ConfigError, match=r"data\.path=.*: not a prepared dataset; .*megatron-sts data prepare"
+    ) as refusal:
         stream(path=tmp_path)
     assert "\n" not in str(refusal.value)
 

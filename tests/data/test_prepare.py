@@ -97,7 +97,9 @@ def test_count_leaves_out_other_splits_and_excluded_shards(tmp_path: Path) -> No
     (folder / "dataset.yaml").write_text("{}")
     counts = {f"shard-{n}.tar": 10**n for n in range(4)}
     (folder / ".info.json").write_text(json.dumps({"energon_version": "7", "shard_counts": counts}))
-    (folder / "split.yaml").write_text("split_parts: {train: ['shard-{0..2}.tar'], val: [shard-3.tar]}\nexclude: [shard-1.tar]")
+    (folder / "split.yaml").write_text(
+        "split_parts: {train: ['shard-{0..2}.tar'], val: [shard-3.tar]}\nexclude: [shard-1.tar]"
+    )
     assert count_prepared(tmp_path) == 1 + 100
 
 
@@ -219,7 +221,9 @@ def test_command_prints_a_summary(source: Path, prepared: Path, capsys: pytest.C
 def test_nothing_left_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_json(tmp_path / "llava.json", [entry for entry, _ in bad_entries(tmp_path).values()])
     assert main(["data", "prepare", str(source), "--out", str(tmp_path / "out"), "--num-workers", "1"]) == 1
-    assert capsys.readouterr().err.splitlines()[-1] == f"megatron-sts: error: {source}: none of its 15 entries can be used"
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == f"megatron-sts: error: {source}: none of its 15 entries can be used"
+    )
 
 
 @given(st.lists(st.lists(st.integers(-1, 50), max_size=3), max_size=30), st.integers(1, 200))
