@@ -27,7 +27,9 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.data.energon import EnergonStream
 from megatron_sts.data.prepare import prepare
 from megatron_sts.data.records import Record, SkippedSample, Turn
+from megatron_sts.runtime.dist import process_group
 from tests.data.llava_files import NUM_GOOD, good_entries, picture, turns, write_json
+from tests.dist.launch import run_ranks
 
 SIZE = 24
 Open = Callable[..., EnergonStream]
@@ -104,11 +106,36 @@ def test_ranks_share_an_epoch(stream: Open, num_workers: int) -> None:
     assert Counter(first + second) == Counter({f"good-{number}": 1 for number in range(NUM_GOOD)})
 
 
+def draw_half() -> None:
+    """A rank of a gloo group, with a worker process, prints its half of the epoch."""
+    with process_group(60.0):
+        rank = torch.distributed.get_rank()
+        torch.distributed.all_reduce(torch.ones(1))
+        opened = EnergonStream(
+            Path(os.environ["DATA"]),
+            seed=1,
+            dp_rank=rank,
+            dp_size=2,
+            num_workers=1,
+            shuffle_buffer_size=1,
+            image_size=8,
+        )
+        print(json.dumps(keys(opened, NUM_GOOD // 2)))
+        opened.close()
+        torch.distributed.barrier()
+
+
+def test_ranks_of_a_process_group_share_an_epoch(prepared: Path) -> None:
+    halves = [json.loads(output.splitlines()[-1]) for output in run_ranks(draw_half, 2, 120, DATA=prepared)]
+    assert Counter(halves[0] + halves[1]) == Counter({f"good-{number}": 1 for number in range(NUM_GOOD)})
+
+
 def test_seed_and_buffer_decide_the_order(stream: Open) -> None:
     orders = [keys(stream(seed=seed, shuffle_buffer_size=size), 40) for seed, size in ((1, 8), (1, 8), (2, 8), (1, 20))]
     assert orders[0] == orders[1] and len({tuple(order) for order in orders}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("cut", [0, 1, 2, 7, 70])
 def test_resuming_goes_on_with_the_next_record(stream: Open, num_workers: int, cut: int) -> None:
@@ -267,6 +294,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_killed_parent(prepared: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", HOLD, str(prepared)], stdout=subprocess.PIPE)
     assert parent.stdout is not None and parent.stdout.readline() == b"drawn\n"

@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_data.py"
 
 
+@pytest.mark.slow
 def test_bench_reports_each_number_of_workers() -> None:
     words = ["--json", "--num-images", "40", "--image-size", "32"]
     run = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, timeout=500)
