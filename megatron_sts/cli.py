@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def _build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_train(commands)
     _add_plan(commands)
+    _add_data(commands)
     _add_report(commands)
     _add_doctor(commands)
     return parser
@@ -98,6 +100,26 @@ def _add_config(command: _Parser) -> None:
     command.add_argument("overrides", metavar="key.path=value", nargs="*", help="config values that replace the file's")
 
 
+def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
+    data = commands.add_parser("data", help="prepare datasets", description="Prepare datasets.")
+    prepare = data.add_subparsers(required=True, metavar="COMMAND").add_parser(
+        "prepare",
+        help="turn a LLaVA JSON and its pictures into shards for data.source=energon",
+        description="Turn a LLaVA JSON and its pictures into WebDataset shards that Energon reads. Entries that cannot be "
+        "used are left out and listed in DIR/rejected.jsonl. Goes on where an interrupted run stopped.",
+    )
+    prepare.add_argument(
+        "source", metavar="JSON", type=Path, help="a list of {id, image, conversations}, or one a line"
+    )
+    prepare.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (default: the JSON's)")
+    prepare.add_argument("--out", type=Path, metavar="DIR", required=True, help="where the dataset is written")
+    prepare.add_argument("--shard-size-mb", type=_positive, metavar="N", default=256, help="MiB a shard (default: 256)")
+    prepare.add_argument(
+        "--num-workers", type=_positive, metavar="N", help="worker processes (default: one a CPU core)"
+    )
+    prepare.set_defaults(command=_data_prepare)
+
+
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     report = commands.add_parser(
         "report",
@@ -138,6 +160,13 @@ def _plan(args: argparse.Namespace) -> int:
     from megatron_sts.train import plan
 
     return plan.plan(args.config, args.overrides, args.nproc, as_json=args.json)
+
+
+def _data_prepare(args: argparse.Namespace) -> int:
+    from megatron_sts.data import prepare
+
+    num_workers = args.num_workers or os.cpu_count() or 1
+    return prepare.command(args.source, args.images, args.out, args.shard_size_mb, num_workers)
 
 
 def _report(args: argparse.Namespace) -> int:

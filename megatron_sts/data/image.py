@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from megatron_sts.data.records import BadSampleError
 
@@ -17,12 +18,27 @@ def decode_image(path: Path) -> np.ndarray:
         BadSampleError: the file is missing, truncated or no picture.
     """
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+        encoded = path.read_bytes()
     except FileNotFoundError as error:
         raise BadSampleError(f"image {path}: no such file") from error
+    except OSError as error:
+        raise BadSampleError(f"image {path}: {error.strerror}") from error
+    return decode_bytes(encoded, path.name)
+
+
+def decode_bytes(encoded: bytes, name: str) -> np.ndarray:
+    """A picture file's bytes as uint8 [height, width, 3], RGB. ``name`` is for the message.
+
+    Raises:
+        BadSampleError: truncated or no picture.
+    """
+    try:
+        with Image.open(BytesIO(encoded)) as image:
+            return np.asarray(image.convert("RGB"))
+    except UnidentifiedImageError as error:
+        raise BadSampleError(f"image {name}: no picture in a known format") from error  # PIL names a memory address
     except Exception as error:  # decoders raise anything on corrupt bytes: SyntaxError, struct.error, IndexError ...
-        raise BadSampleError(f"image {path}: {str(error) or type(error).__name__}") from error
+        raise BadSampleError(f"image {name}: {str(error) or type(error).__name__}") from error
 
 
 def fit_square(image: np.ndarray, size: int) -> np.ndarray:

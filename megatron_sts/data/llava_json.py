@@ -1,4 +1,7 @@
-"""LLaVA-style instruction data: a JSON list of ``{id, image, conversations}`` beside a folder of pictures."""
+"""LLaVA-style instruction data: a JSON list of ``{id, image, conversations}`` beside a folder of pictures.
+
+``image`` (or ``images``) is a file name or a list of them, in the order of the ``<image>`` markers; it may be absent.
+"""
 
 from __future__ import annotations
 
@@ -41,18 +44,40 @@ class LlavaJsonSource:
 
     def _record(self, number: int) -> Record:
         entry = self._entries[number]
-        key = str(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
+        key = entry_key(entry, number)
         try:
-            turns = tuple(_turn(turn) for turn in entry["conversations"])
-            images = entry.get("image") or []
-            paths = [self._image_dir / path for path in ([images] if isinstance(images, str) else images)]
-        except (KeyError, TypeError) as error:
-            reason = f"not {{id, image, conversations: [{{from, value}}, ...]}} ({type(error).__name__}: {error})"
-            raise BadSampleError(reason, key) from error
-        return Record(key, turns, tuple(partial(decode_image, path) for path in paths))
+            turns, names = parse_entry(entry)
+        except BadSampleError as error:
+            raise BadSampleError(str(error), key) from error
+        return Record(key, turns, tuple(partial(decode_image, self._image_dir / name) for name in names))
+
+
+def entry_key(entry: Any, number: int) -> str:
+    """What names a sample in logs: its ``id``, else its place in the file."""
+    return str(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
+
+
+def parse_entry(entry: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
+    """The turns of a LLaVA entry and the names of its pictures.
+
+    Raises:
+        BadSampleError: it has another form.
+    """
+    try:
+        turns = tuple(_turn(turn) for turn in entry["conversations"])
+        images = entry.get("image") or entry.get("images") or []
+        names = tuple(_text(name) for name in ([images] if isinstance(images, str) else images))
+    except (KeyError, TypeError, AttributeError) as error:
+        reason = f"not {{id, image, conversations: [{{from, value}}, ...]}} ({type(error).__name__}: {error})"
+        raise BadSampleError(reason) from error
+    return turns, names
 
 
 def _turn(turn: dict[str, Any]) -> Turn:
-    if not isinstance(turn["value"], str):
-        raise TypeError("value is no text")
-    return Turn(ROLES[turn["from"]], turn["value"])
+    return Turn(ROLES[turn["from"]], _text(turn["value"]))
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value

@@ -10,10 +10,10 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "plan", "report", "doctor")
+COMMANDS = ("train", "plan", "data", "report", "doctor")
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS)])
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -50,6 +50,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["plan"], "CONFIG"),
         (["plan", "CONFIG", "sead=1"], "did you mean seed?"),
         (["plan", "CONFIG", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),
+        (["data"], "COMMAND"),
+        (["data", "prepare"], "JSON"),
+        (["data", "prepare", "nothing.json"], "--out"),
+        (["data", "prepare", "nothing.json", "--out", "out"], "nothing.json"),
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),

@@ -1,0 +1,254 @@
+"""An endless stream of records from a prepared dataset, by megatron-energon. Knows no tokens and no batches.
+
+Energon shards the samples over data-parallel ranks and their worker processes, blends, shuffles and resumes. Its workers parse
+the turns, and decode and fit the pictures. A sample that cannot be used comes out as a ``SkippedSample``, in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from megatron.energon import (
+    Cooker,
+    CrudeSample,
+    DefaultTaskEncoder,
+    Sample,
+    SavableDataLoader,
+    WorkerConfig,
+    basic_sample_keys,
+    edataclass,
+    get_savable_loader,
+    load_dataset,
+    stateless,
+)
+from megatron.energon.errors import reraise_exception
+from megatron.energon.metadataset.loader_interface import LoadedDatasetList
+
+from megatron_sts.config.checks import refuse
+from megatron_sts.config.prepared import check_prepared
+from megatron_sts.data.image import decode_bytes, fit_square
+from megatron_sts.data.llava_json import entry_key, parse_entry
+from megatron_sts.data.records import BadSampleError, Record, SkippedSample
+
+SAMPLES_PER_SLICE = 100
+"""Samples read one after another from a shard before the next random place; Energon's documentation uses as many."""
+SECONDS_PER_CHECKPOINT = 10.0
+"""How often a worker notes its state; resuming reads at most the samples since the last note again."""
+
+
+class EnergonStream:
+    """The records of one data-parallel rank, without end.
+
+    ``state_dict`` names the very next record: a stream of the same arguments that loads it goes on with that one.
+    The records of all ranks together are the dataset, once an epoch, but for what the shuffle buffer holds back.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        seed: int,
+        dp_rank: int,
+        dp_size: int,
+        num_workers: int,
+        shuffle_buffer_size: int,
+        image_size: int | None,
+    ) -> None:
+        """
+        Args:
+            path: a folder that ``megatron-sts data prepare`` wrote, or an Energon Metadataset YAML that blends some.
+            seed: of the order.
+            dp_rank: 0-based data-parallel rank.
+            dp_size: data-parallel ranks.
+            num_workers: worker processes of this rank; 0: this process decodes.
+            shuffle_buffer_size: samples (encoded pictures) that a worker holds to draw from; 1 keeps the order of slices.
+            image_size: pictures are padded and resized to this square (pixels); None: as they are.
+
+        Raises:
+            ConfigError: ``path`` is no prepared dataset.
+        """
+        check_prepared(path)
+        self._path = path
+        self._settings = {
+            "parallel.data_parallel_size": dp_size,
+            "data.num_workers": num_workers,
+            "data.shuffle_buffer_size": shuffle_buffer_size,
+            "seed": seed,
+            "data-parallel rank": dp_rank,
+        }
+        self._num_workers = num_workers
+        self._loader = _loader(path, seed, dp_rank, dp_size, num_workers, shuffle_buffer_size, image_size)
+        self._records: Iterator[Record | SkippedSample] | None = None
+        self._restored: Any = None
+        self._num_drawn = 0
+
+    def __iter__(self) -> Iterator[Record | SkippedSample]:
+        return self
+
+    def __next__(self) -> Record | SkippedSample:
+        if self._records is None:
+            self._records = iter(self._loader)
+        record = next(self._records)
+        self._num_drawn += 1
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is, as strings, numbers and bytes."""
+        # Until each of its workers has sent a sample, a restored loader reports a place before the right one.
+        settled = self._num_drawn >= max(self._num_workers, 1)
+        state = self._loader.save_state_rank() if settled else self._restored
+        return {
+            "settings": dict(self._settings),
+            "dataset": self._dataset_identity(),
+            "loader": pickle.dumps(state),
+            "skip": 0 if settled else self._num_drawn,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on after the last record of the stream that gave ``state``. Only before the first record of this one.
+
+        Raises:
+            ConfigError: this stream has another number of ranks or workers, another seed, buffer or dataset.
+        """
+        assert self._num_drawn == 0
+        for name, saved in state["settings"].items():
+            if (here := self._settings[name]) != saved:
+                refuse(name, here, f"the checkpoint's place in the data was saved with {saved}", f"set it to {saved}")
+        if state["dataset"] != self._dataset_identity():
+            refuse("data.path", self._path, "not the dataset of the checkpoint", "use that one, or start a new run")
+        self._restored = pickle.loads(state["loader"])
+        self._loader.restore_state_rank(self._restored)
+        for _ in range(state["skip"]):
+            next(self)
+
+    def close(self) -> None:
+        """End the worker processes."""
+        # torch ends persistent workers when their iterator is deleted; from the garbage collector, that comes after the
+        # queues' own end, and takes five seconds a worker.
+        if (iterator := self._loader._iterator) is not None:
+            iterator._shutdown_workers()
+
+    def _dataset_identity(self) -> str:
+        """Of shards, their numbers of samples and the blend; not of the place where they lie."""
+        config = _without_paths(self._loader.config()["dataset"])
+        return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@edataclass
+class _StoredSample(Sample):
+    """A sample's files. The shuffle buffer holds these, as pictures are small while encoded."""
+
+    text: bytes
+    pictures: list[bytes]
+
+
+class _Encoder(DefaultTaskEncoder):
+    """What Energon's workers do."""
+
+    decoder = None  # else Energon decodes, and drops what it cannot
+
+    def __init__(self, image_size: int | None) -> None:
+        super().__init__()
+        self._image_size = image_size
+        self.cookers = [Cooker(_stored_sample)]
+
+    @stateless
+    def encode_sample(self, sample: _StoredSample) -> Record | SkippedSample:
+        return _record(sample, self._image_size)
+
+
+@stateless
+def _stored_sample(sample: CrudeSample) -> _StoredSample:
+    names = sorted((name for name in sample if name[0].isdigit()), key=lambda name: int(name.partition(".")[0]))
+    pictures = [sample[name] for name in names]
+    return _StoredSample(**basic_sample_keys(sample), text=sample["json"], pictures=pictures)
+
+
+def _record(sample: _StoredSample, image_size: int | None) -> Record | SkippedSample:
+    key = sample.__key__
+    try:
+        entry = json.loads(sample.text)
+        key = entry_key(entry, 0)
+        turns, _ = parse_entry(entry)
+        images = [decode_bytes(encoded, f"{place} of {key}") for place, encoded in enumerate(sample.pictures)]
+    except (BadSampleError, ValueError) as error:
+        return SkippedSample(key, str(error))
+    fitted = images if image_size is None else [fit_square(image, image_size) for image in images]
+    return Record(key, turns, tuple(partial(_same, image) for image in fitted))
+
+
+def _same(image: np.ndarray) -> np.ndarray:
+    return image
+
+
+def _loader(
+    path: Path,
+    seed: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int,
+    shuffle_buffer_size: int,
+    image_size: int | None,
+) -> SavableDataLoader:
+    workers = WorkerConfig(
+        rank=dp_rank,
+        world_size=dp_size,
+        num_workers=num_workers,
+        seed_offset=seed,
+        global_error_handler=reraise_exception,  # the default prints the error and drops the sample
+    )
+    loaded = _load(path, workers)
+    dataset = _Encoder(image_size).build_train_datasets(
+        datasets=loaded.datasets,
+        blend_mode=loaded.blend_mode,
+        worker_config=workers,
+        batch_size=None,
+        shuffle_buffer_size=shuffle_buffer_size,
+    )
+    loader = get_savable_loader(
+        dataset,
+        checkpoint_every_sec=SECONDS_PER_CHECKPOINT,
+        # In the training process a collection every few samples would walk through the whole model's objects.
+        gc_collect_every_n_steps=10 if num_workers else 0,
+    )
+    loader.pin_memory = False  # records hold numpy arrays, which cannot be pinned
+    return loader
+
+
+def _load(path: Path, workers: WorkerConfig) -> LoadedDatasetList:
+    """The datasets that ``path`` names, each large enough for all workers."""
+    try:
+        loaded = load_dataset(path).get_datasets(
+            training=True,
+            split_part="train",
+            worker_config=workers,
+            max_samples_per_sequence=SAMPLES_PER_SLICE,
+            decoder=None,
+        )
+    except (OSError, ValueError, AssertionError) as error:  # Energon's ways to refuse what a blend says
+        reason = f"Energon cannot read it ({type(error).__name__}: {error})"
+        refuse("data.path", path, " ".join(reason.split()), "correct it; a blend names prepared datasets")
+    num_readers = workers.world_size * max(workers.num_workers, 1)
+    for found in loaded.datasets:
+        if len(found.dataset) < num_readers:  # a reader without samples fails, or distorts the blend
+            refuse(
+                "data.path",
+                found.dataset.path,
+                f"{len(found.dataset)} samples for {num_readers} readers (data-parallel ranks x data.num_workers)",
+                "lower either, or use more samples",
+            )
+    return loaded
+
+
+def _without_paths(config: Any) -> Any:
+    """Energon marks what may change, as paths, by an underscore."""
+    if isinstance(config, dict):
+        return {key: _without_paths(value) for key, value in config.items() if not key.startswith("_")}
+    return [_without_paths(value) for value in config] if isinstance(config, list | tuple) else config

@@ -1,0 +1,252 @@
+"""``megatron-sts data prepare``: LLaVA JSON and pictures become WebDataset shards that Energon reads.
+
+The shards are planned before any is written, from the source and the pictures' sizes alone, and worker processes write whole
+shards: so the same input gives the same bytes with any number of workers, and an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from megatron_sts.config.checks import refuse
+from megatron_sts.config.prepared import ENERGON_FOLDER
+from megatron_sts.data.llava_json import parse_entry
+from megatron_sts.data.records import BadSampleError
+from megatron_sts.data.shards import (
+    WORK_FOLDER,
+    ShardReport,
+    ShardTask,
+    read_report,
+    shard_name,
+    write_atomically,
+    write_shard,
+)
+
+SETTINGS_NAME = "prepare.json"
+"""What the shards were made of; a run that goes on must match it."""
+REJECTED_NAME = "rejected.jsonl"
+FORMAT = 1
+"""Raised when the same input begins to give other shards."""
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What came of a source."""
+
+    num_samples: int
+    num_shards: int
+    rejected: Counter[str]
+    """Entries left out, by reason."""
+
+
+def command(source: Path, image_dir: Path | None, out: Path, shard_size_mb: int, num_workers: int) -> int:
+    """Prepare, print the summary, and return the exit status: 1 if no sample is left."""
+    try:
+        summary = prepare(source, image_dir or source.parent, out, shard_size_mb, num_workers)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same command goes on with {out}", file=sys.stderr)
+        return INTERRUPTED
+    num_rejected = summary.rejected.total()
+    if num_rejected:
+        table = Table("entries", "rejected because", title=f"Rejected: {num_rejected}", title_justify="left")
+        for reason, count in summary.rejected.most_common():
+            table.add_row(str(count), reason)
+        Console().print(table)
+        print(out / REJECTED_NAME)
+    if summary.num_samples == 0:
+        print(f"megatron-sts: error: {source}: none of its {num_rejected} entries can be used", file=sys.stderr)
+        return 1
+    print(f"{summary.num_samples} samples in {summary.num_shards} shards: {out}")
+    return 0
+
+
+def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_workers: int) -> Summary:
+    """Write the dataset folder ``out``: shards, Energon's index of them, and ``rejected.jsonl``.
+
+    Args:
+        source: a JSON list of LLaVA entries, or one entry a line.
+        image_dir: folder that picture names are relative to.
+        out: a new folder, or one that the same call began.
+        shard_size_mb: about the size of a shard; one sample may be larger.
+        num_workers: processes that check pictures and write shards.
+
+    Raises:
+        ConfigError: the source is not readable, or ``out`` holds something else.
+    """
+    entries = read_entries(source)
+    sizes = _picture_bytes(entries, image_dir)
+    settings = {
+        "format": FORMAT,
+        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
+        "pictures_sha256": hashlib.sha256(json.dumps(sizes).encode()).hexdigest(),
+        "shard_size_mb": shard_size_mb,
+    }
+    _claim(out, settings)
+    tasks = [
+        ShardTask(number, start, entries[start:stop], image_dir, out)
+        for number, (start, stop) in enumerate(_plan(entries, sizes, shard_size_mb * 2**20))
+    ]
+    reports = _write_shards(tasks, num_workers)
+    rejected = [entry for report in reports for entry in report.rejected]
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
+    write_atomically(out / REJECTED_NAME, lines)
+    names = [shard_name(number) for number, report in enumerate(reports) if report.num_samples]
+    if names:
+        _index(out, names, num_workers, settings)
+    num_samples = sum(report.num_samples for report in reports)
+    return Summary(num_samples, len(names), Counter(entry["reason"] for entry in rejected))
+
+
+def read_entries(source: Path) -> list[Any]:
+    """The entries of a JSON list, or of a file with one JSON value a line; a line that is none stays text."""
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        refuse("JSON", source, f"not readable ({error})", "give a file in LLaVA's format")
+    if not text.lstrip().startswith("["):
+        return [_line(line) for line in text.splitlines() if line.strip()]
+    try:
+        entries: list[Any] = json.loads(text)
+    except ValueError as error:
+        refuse("JSON", source, f"not valid JSON ({error})", "correct the file")
+    return entries
+
+
+def _line(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return line
+
+
+def _picture_bytes(entries: Sequence[Any], image_dir: Path) -> list[list[int]]:
+    """Bytes of each entry's pictures; -1 for one that is missing."""
+
+    def sizes(entry: Any) -> list[int]:
+        try:
+            return [_size(image_dir / name) for name in parse_entry(entry)[1]]
+        except BadSampleError:
+            return []
+
+    with ThreadPoolExecutor(16) as pool:  # a network file system answers many at once
+        return list(pool.map(sizes, entries))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> None:
+    """Make ``out`` this run's folder, unless it is another's."""
+    begun = out / SETTINGS_NAME
+    if begun.exists():
+        _check_same(out, json.loads(begun.read_text(encoding="utf-8")), settings)
+    elif out.exists() and (not out.is_dir() or any(path.name != WORK_FOLDER for path in out.iterdir())):
+        refuse("--out", out, "neither empty nor begun by this command", "give another folder")
+    (out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
+    write_atomically(begun, json.dumps(settings, indent=2) + "\n")
+
+
+def _check_same(out: Path, begun: dict[str, Any], settings: dict[str, Any]) -> None:
+    said = {
+        "format": "another version of megatron-sts",
+        "source_sha256": "another JSON file",
+        "pictures_sha256": "other pictures",
+        "shard_size_mb": f"--shard-size-mb={begun['shard_size_mb']}, not {settings['shard_size_mb']}",
+    }
+    for key, what in said.items():
+        if begun[key] != settings[key]:
+            refuse("--out", out, f"was begun with {what}", "give another folder, or delete this one")
+
+
+def _plan(entries: Sequence[Any], sizes: Sequence[list[int]], shard_bytes: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of each shard's entries: cut before the one that would make it larger than ``shard_bytes``."""
+    start = filled = 0
+    for number, (entry, pictures) in enumerate(zip(entries, sizes, strict=True)):
+        num_bytes = len(json.dumps(entry)) + sum(pictures)
+        if filled and filled + num_bytes > shard_bytes:
+            yield start, number
+            start, filled = number, 0
+        filled += num_bytes
+    if filled:
+        yield start, len(entries)
+
+
+def _write_shards(tasks: Sequence[ShardTask], num_workers: int) -> list[ShardReport]:
+    """The reports of all shards; those that an earlier run finished are kept."""
+    reports = {task.number: read_report(task.out, task.number) for task in tasks}
+    missing = [task for task in tasks if reports[task.number] is None]
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True))  # fmt: skip
+    spawn = multiprocessing.get_context("spawn")  # forking beside the threads of the progress bar may deadlock
+    with bar, ProcessPoolExecutor(num_workers, spawn, _start_worker) as pool:
+        total = sum(len(task.entries) for task in tasks)
+        done = total - sum(len(task.entries) for task in missing)
+        shown = bar.add_task("entries", total=total, completed=done)
+        futures = {pool.submit(write_shard, task): task for task in missing}
+        try:
+            for future in as_completed(futures):
+                task = futures[future]
+                reports[task.number] = future.result()
+                bar.advance(shown, len(task.entries))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [report for task in tasks if (report := reports[task.number]) is not None]
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, which lets shards in progress finish; end with a parent that is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+def _index(out: Path, names: list[str], num_workers: int, settings: dict[str, Any]) -> None:
+    """Energon's own preparation, all shards in split train; ``dataset.yaml``, written last, says that it is whole."""
+    folder = out / ENERGON_FOLDER
+    if (folder / "dataset.yaml").exists():
+        return
+    from megatron.energon.flavors import BaseWebdatasetFactory
+
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.redirect_stdout(io.StringIO()):
+        BaseWebdatasetFactory.prepare_dataset(
+            out, names, split_parts_ratio=[("train", 1.0)], shuffle_seed=None, workers=num_workers
+        )
+    identity = uuid.uuid5(uuid.NAMESPACE_OID, json.dumps(settings))
+    (folder / "index.uuid").write_text(str(identity))  # Energon draws one at random
+    write_atomically(
+        folder / "dataset.yaml", yaml.dump({"__module__": "megatron.energon", "__class__": "CrudeWebdataset"})
+    )

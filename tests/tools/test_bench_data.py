@@ -1,0 +1,24 @@
+"""The data benchmark runs, on too few pictures to time, and reports every number of workers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_data.py"
+
+
+@pytest.mark.slow
+def test_bench_reports_each_number_of_workers() -> None:
+    words = ["--json", "--num-images", "40", "--image-size", "32"]
+    run = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = json.loads(run.stdout)
+    assert set(found["images_per_s_by_num_workers"]) == {"0", "1", "2"}
+    assert all(rate > 0 for rate in found["images_per_s_by_num_workers"].values())
+    # JPEGs of 336 x 252 pixels: 4 KiB would be plain colour, 250 KiB no compression at all.
+    assert 4 * 2**10 < found["bytes_per_image"] < 250 * 2**10
