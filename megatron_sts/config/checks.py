@@ -346,11 +346,14 @@ def check_data(stage: StageConfig, config: RunConfig) -> None:
     data = stage.data or config.data
     field = "data" if stage.data is None else f"stages.{stage.name}.data"
     blind = config.model.vision is None
-    if data.source == "llava_json":
+    if data.source != "scenes":
         if blind:
             refuse(f"{field}.source", data.source, "model.vision is null", "use scenes with a text-only mode")
         if data.path is None:
-            refuse(f"{field}.path", "null", "llava_json needs a JSON file", f"set {field}.path")
+            what = "a JSON file" if data.source == "llava_json" else "a folder that megatron-sts data prepare wrote"
+            refuse(f"{field}.path", "null", f"{data.source} needs {what}", f"set {field}.path")
+        if data.source == "energon":  # ``resolve`` looks into it
+            return
         if not Path(data.path).is_file():
             refuse(f"{field}.path", data.path, "no such file", f"correct {field}.path")
         return

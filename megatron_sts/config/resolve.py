@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_sts.config.checks import check_run, fp8_alignment, refuse
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.schema import (
     DataConfig,
     ParallelConfig,
@@ -186,6 +187,8 @@ def count_samples(data: DataConfig) -> int:
     """Samples of one epoch of ``data``."""
     if data.source == "scenes":
         return data.num_samples
+    if data.source == "energon":
+        return count_prepared(Path(str(data.path)))
     try:
         records = json.loads(Path(str(data.path)).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -242,6 +245,8 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
     """Derive one stage of a config whose data_parallel_size is filled in."""
     stage = config.stages[index]
     data = stage.data or config.data
+    if data.source == "energon":
+        check_prepared(Path(str(data.path)))
     tokens_in = _patches(config.model.vision)
     multiple = sequence_multiple(config.parallel, config.precision)
     visual_multiple = fp8_alignment(config.precision.fp8)

@@ -126,7 +126,9 @@ class PrecisionConfig(Section):
 class DataConfig(Section):
     """Where samples come from."""
 
-    source: Literal["scenes", "llava_json"] = "scenes"
+    source: Literal["scenes", "llava_json", "energon"] = "scenes"
+    """scenes: drawn on the fly; llava_json: a small JSON file with pictures, read as it is; energon: shards that
+    ``megatron-sts data prepare`` wrote, for everything larger."""
     mode: Literal["caption", "questions", "words", "map", "words_and_map", "induction"] = "questions"
     """scenes: what a sample asks for. The last four are text-only."""
     families: tuple[str, ...] = (
@@ -142,9 +144,13 @@ class DataConfig(Section):
     text_only_fraction: Fraction = 0.0
     """scenes: share of samples without an image."""
     path: str | None = None
-    """llava_json: the JSON file."""
+    """llava_json: the JSON file. energon: the prepared folder, or an Energon Metadataset YAML that blends some."""
     image_dir: str | None = None
     """llava_json: folder that image names are relative to. Defaults to the JSON's folder."""
+    num_workers: NonNegativeInt = 2
+    """energon: processes of each data-parallel rank that read and decode; 0: the training process does."""
+    shuffle_buffer_size: PositiveInt = 1000
+    """energon: samples, pictures still encoded, from which each worker draws the next."""
     tokenizer: str = "scenes"
     """``scenes`` (embedded SentencePiece), a SentencePiece ``.model`` file, or a Hugging Face tokenizer folder."""
     template: TemplateName = "chat"

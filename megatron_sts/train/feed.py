@@ -7,13 +7,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import DataConfig
 from megatron_sts.config.tokens import TokenCounts, round_up
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row
 from megatron_sts.data.llava_json import LlavaJsonSource
-from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample
+from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample, Turn
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.prepare import BatchPreparer
@@ -87,6 +89,54 @@ class IndexedStream:
 
     def close(self) -> None:
         pass
+
+
+class PreparedStream:
+    """A data-parallel rank's part of a prepared dataset, in the order in which Energon reads it."""
+
+    def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
+        from megatron_sts.data.energon import EnergonStream  # a second
+
+        data, vision = stage.data, resolved.config.model.vision
+        assert data.path is not None and vision is not None
+        self._stream = EnergonStream(
+            Path(data.path),
+            seed=resolved.config.seed + stage.index,
+            dp_rank=place.dp_rank,
+            dp_size=place.dp_size,
+            num_workers=data.num_workers,
+            shuffle_buffer_size=data.shuffle_buffer_size,
+            image_size=vision.image_size,
+        )
+        self._place, self._num_read = place, 0
+
+    def __next__(self) -> Sample:
+        self._num_read += 1
+        return self._num_read * self._place.dp_size + self._place.dp_rank, next(self._stream)
+
+    def seek(self, num_read: int) -> bool:
+        return num_read == 0
+
+    def keep(self, sample: Sample) -> dict[str, Any]:
+        index, record = sample
+        assert isinstance(record, Record)
+        turns = [[turn.role, turn.text] for turn in record.turns]
+        images = [torch.from_numpy(decode()) for decode in record.images]
+        return {"index": index, "key": record.key, "turns": turns, "images": images}
+
+    def again(self, kept: dict[str, Any]) -> Sample:
+        turns = tuple(Turn(role, text) for role, text in kept["turns"])
+        return kept["index"], Record(kept["key"], turns, tuple(image.numpy for image in kept["images"]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"num_read": self._num_read, "energon": self._stream.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._num_read = state["num_read"]
+        self._stream.load_state_dict(state["energon"])
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 class Feed:
@@ -198,6 +248,8 @@ def pack(lengths: Sequence[int], num_rows: int, sequence_length: int) -> tuple[l
 
 def open_stream(resolved: Resolved, stage: ResolvedStage, place: Place) -> Stream:
     """The stage's data, as this data-parallel rank reads them."""
+    if stage.data.source == "energon":
+        return PreparedStream(resolved, stage, place)
     return IndexedStream(build_source(stage.data, resolved.config.seed + stage.index), stage, place)
 
 
