@@ -57,6 +57,7 @@ class Given:
 
     given: SkipMask
     batches: Sequence[Batch]
+    wait_s: float = 0.0
 
     def mask(self, _step: int) -> SkipMask:
         return self.given

@@ -47,6 +47,7 @@ class Given:
     """In place of a stage's data: these batches in every step."""
 
     batches: list[Batch]
+    wait_s: float = 0.0
 
     def step(self, _step: int) -> list[Batch]:
         return self.batches

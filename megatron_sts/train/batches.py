@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,8 @@ class StageBatches:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[Fed]] | None = None
         self._state: dict[str, Any] | None = None
+        self.wait_s = 0.0
+        """How long this rank's last step waited for its samples to be read; what others wait for it is not in it."""
 
     def step(self, step: int) -> list[Batch]:
         """The step's micro-batches for this model copy, on the host; a collective of its ranks."""
@@ -45,7 +48,9 @@ class StageBatches:
     def _take(self, step: int, feed: Feed) -> Fed:
         planned, future = self._ahead or (step, self._thread.submit(feed.step, step))
         assert planned == step, f"step {planned} was read ahead, but {step} is asked for"
+        started = time.perf_counter()
         fed, self._ahead = future.result(), None
+        self.wait_s = time.perf_counter() - started
         if step + 1 < self._stage.num_steps:
             self._ahead = step + 1, self._thread.submit(feed.step, step + 1)
         return fed

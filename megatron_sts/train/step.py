@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from dataclasses import astuple, dataclass, fields
 from functools import partial
 from typing import Any
@@ -56,15 +55,13 @@ class StepResult:
     skipped: tuple[SkippedSample, ...]
     """The global batch's samples that could not be used."""
     data_wait_s: float
-    """How long this rank waited for the step's micro-batches."""
+    """How long this rank waited for its samples to be read."""
 
 
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
     mask, lr = stage.mask(step), stage.optimizer.lr
-    started = time.perf_counter()
     batches = stage.batches.step(step)
-    data_wait_s = time.perf_counter() - started
     stage.gate.set(mask, stage.residual_scales(step))
     stage.compression.begin_step()
     stage.optimizer.begin_step(mask)
@@ -83,7 +80,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
     skipped = gather_skipped(stage, batches) if totals.num_skipped_samples else ()
     updated = math.isfinite(grad_norm)
-    return StepResult(loss, grad_norm, lr, updated, mask, layer_runs, totals, skipped, data_wait_s)
+    return StepResult(loss, grad_norm, lr, updated, mask, layer_runs, totals, skipped, stage.batches.wait_s)
 
 
 def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module) -> ForwardResult:
