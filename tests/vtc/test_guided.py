@@ -1,6 +1,7 @@
 """Instruction-guided selection against a float64 NumPy loop, its ties and its fallback."""
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 
@@ -55,6 +56,14 @@ def test_a_token_named_by_one_word_of_many_is_kept() -> None:
     images.mask[:] = True
     images.instruction[:, 17] = 7 * images.visual[:, 30]
     assert (images.kept(GuidedSampler(), 1) == 30).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_of_equal_scores_the_first_tokens_are_kept_on_cuda_too() -> None:
+    # Only there is a sort that need not be stable not stable.
+    scores = (torch.arange(2880, device="cuda") % 3).float().expand(4, -1)
+    assert torch.equal(top_tokens(scores, 700).cpu(), torch.arange(2, 2100, 3).repeat(4, 1))
 
 
 def test_of_equal_scores_the_first_tokens_are_kept() -> None:
