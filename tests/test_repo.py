@@ -74,8 +74,3 @@ def test_named_config_resolves(tmp_path: Path) -> None:
     assert resolve(load(tmp_path)).world_size == 2
     overrides = ["stages.alignment.vtc.keep_ratio=0.25", "stages.*.vtc=null", "stages.*.lds=null"]
     assert resolve(load(tmp_path, overrides)).stage("alignment").tokens(0).of_image(0) == 144
-
-
-@pytest.mark.parametrize("path", sorted(ROOT.glob("examples/*/*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_example_resolves(path: Path) -> None:
-    assert all(stage.num_steps > 0 for stage in resolve(load(path)).stages)

@@ -154,7 +154,7 @@ def test_every_example_resolves(example: Path, tmp_path: Path) -> None:
     (tmp_path / ".nv-meta" / "dataset.yaml").touch()
     prepared = [f"data.path={tmp_path}"] if load(example).data.source == "energon" else []
     resolved = resolve(load(example.parent, prepared))
-    assert resolved.stages and load(example) == load(example.parent)
+    assert all(stage.num_steps > 0 for stage in resolved.stages) and load(example) == load(example.parent)
 
 
 def test_70b_example_runs_on_512_ranks() -> None:
