@@ -47,7 +47,8 @@ class EnergonStream:
     """The records of one data-parallel rank, without end.
 
     ``state_dict`` names the very next record: a stream of the same arguments that loads it goes on with that one.
-    The records of all ranks together are the dataset, once an epoch, but for what the shuffle buffer holds back.
+    Every reader (a worker process, or a rank without any) has its own share of each dataset, the shares differ by at most one
+    sample, and a reader goes through its share again and again; the shuffle buffer mixes the end of one round with the next.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ def _record(sample: _StoredSample, image_size: int | None) -> Record | SkippedSa
     key = sample.__key__
     try:
         entry = json.loads(sample.text)
-        key = entry_key(entry, 0)
+        key = entry_key(entry, key)
         turns, _ = parse_entry(entry)
         images = [decode_bytes(encoded, f"{place} of {key}") for place, encoded in enumerate(sample.pictures)]
     except (BadSampleError, ValueError) as error:

@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageStat, UnidentifiedImageError
 
 from megatron_sts.data.records import BadSampleError
 
@@ -47,7 +47,8 @@ def fit_square(image: np.ndarray, size: int) -> np.ndarray:
     if (height, width) == (size, size):
         return image
     side = max(height, width)
-    colour = tuple(int(c) for c in image.reshape(-1, 3).mean(axis=0))
+    picture = Image.fromarray(image)
+    colour = tuple(int(c) for c in ImageStat.Stat(picture).mean)
     square = Image.new("RGB", (side, side), colour)
-    square.paste(Image.fromarray(image), ((side - width) // 2, (side - height) // 2))
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))

@@ -44,7 +44,7 @@ class LlavaJsonSource:
 
     def _record(self, number: int) -> Record:
         entry = self._entries[number]
-        key = entry_key(entry, number)
+        key = entry_key(entry, f"number {number}")
         try:
             turns, names = parse_entry(entry)
         except BadSampleError as error:
@@ -52,9 +52,9 @@ class LlavaJsonSource:
         return Record(key, turns, tuple(partial(decode_image, self._image_dir / name) for name in names))
 
 
-def entry_key(entry: Any, number: int) -> str:
-    """What names a sample in logs: its ``id``, else its place in the file."""
-    return str(entry["id"]) if isinstance(entry, dict) and "id" in entry else f"number {number}"
+def entry_key(entry: Any, otherwise: str) -> str:
+    """What names a sample in logs: its ``id``, if it has one."""
+    return str(entry["id"]) if isinstance(entry, dict) and "id" in entry else otherwise
 
 
 def parse_entry(entry: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:

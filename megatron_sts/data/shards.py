@@ -86,7 +86,7 @@ def write_shard(task: ShardTask) -> ShardReport:
             try:
                 parts = list(_sample_parts(entry, number, task.image_dir))
             except RejectedError as error:
-                found = {"number": number, "id": entry_key(entry, number), "reason": error.reason}
+                found = {"number": number, "id": entry_key(entry, f"number {number}"), "reason": error.reason}
                 rejected.append(found | {"detail": error.detail})
                 continue
             num_samples += 1
@@ -120,7 +120,7 @@ def _sample_parts(entry: Any, number: int, image_dir: Path) -> Iterator[tuple[st
         raise RejectedError(Reason.MALFORMED, str(error)) from error
     _check_turns(turns, len(names))
     conversations = [{"from": turn["from"], "value": turn["value"]} for turn in entry["conversations"]]
-    text = json.dumps({"id": entry_key(entry, number), "conversations": conversations}, ensure_ascii=False)
+    text = json.dumps({"id": entry_key(entry, f"number {number}"), "conversations": conversations}, ensure_ascii=False)
     yield "json", text.encode("utf-8")
     for place, name in enumerate(names):
         suffix = Path(name).suffix[1:].lower()

@@ -129,9 +129,9 @@ NUM_SLOW = 48
 
 @pytest.fixture(scope="module")
 def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen shards of 1 MiB, mostly text; the picture takes a twentieth of a second to decode, so that a run can be hit."""
+    """Sixteen shards of 1 MiB, mostly text; the picture takes some 25 ms to decode, so that a run can be hit."""
     folder = tmp_path_factory.mktemp("slow")
-    Image.new("RGB", (2400, 2400)).save(folder / "large.png")
+    Image.new("RGB", (1600, 1600)).save(folder / "large.png")
     entries = [
         {"id": str(n), "image": "large.png", "conversations": turns(1, "long " * 60_000)} for n in range(NUM_SLOW)
     ]
