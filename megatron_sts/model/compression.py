@@ -63,7 +63,7 @@ class Compression:
         ``features`` [n, t, d]; ``words``: embeddings of the micro-batch's tokens [s, b, h], for samplers that look.
         """
         num_images, num_tokens_in, _ = features.shape
-        if not self._drops(batch):
+        if len(batch.visual_indices) == num_images * num_tokens_in:
             return project(features.flatten(0, 1)), None
         if self._pools:
             projected = project(features.flatten(0, 1)).view(num_images, num_tokens_in, -1)

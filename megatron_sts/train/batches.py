@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.groups import Place
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import broadcast_object
+from megatron_sts.train.ahead import Ahead
 from megatron_sts.train.feed import Fed, Feed
 
 
@@ -31,8 +32,8 @@ class StageBatches:
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
         self._stage, self._place = stage, place
         self._feed = Feed(resolved, stage, place) if place.is_first_stage and place.tp_rank == 0 else None
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
-        self._ahead: tuple[int, Future[Fed]] | None = None
+        self._reader = None if self._feed is None else Ahead(self._feed.step, "feed")
+        self._next: tuple[int, Future[Fed]] | None = None
         self._state: dict[str, Any] | None = None
         self.wait_s = 0.0
         """How long this rank's last step waited for its samples to be read; what others wait for it is not in it."""
@@ -40,19 +41,19 @@ class StageBatches:
     def step(self, step: int) -> list[Batch]:
         """The step's micro-batches for this model copy, on the host; a collective of its ranks."""
         batches = None
-        if self._feed is not None:
-            fed = self._take(step, self._feed)
+        if self._reader is not None:
+            fed = self._take(step, self._reader)
             self._state, batches = fed.state, fed.batches
         return share(batches, self._place)
 
-    def _take(self, step: int, feed: Feed) -> Fed:
-        planned, future = self._ahead or (step, self._thread.submit(feed.step, step))
+    def _take(self, step: int, reader: Ahead[Fed]) -> Fed:
+        planned, future = self._next or (step, reader.submit(step))
         assert planned == step, f"step {planned} was read ahead, but {step} is asked for"
         started = time.perf_counter()
-        fed, self._ahead = future.result(), None
+        fed, self._next = future.result(), None
         self.wait_s = time.perf_counter() - started
         if step + 1 < self._stage.num_steps:
-            self._ahead = step + 1, self._thread.submit(feed.step, step + 1)
+            self._next = step + 1, reader.submit(step + 1)
         return fed
 
     def save(self, folder: Path) -> None:
@@ -82,8 +83,8 @@ class StageBatches:
 
     def close(self) -> None:
         """Stops reading ahead."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
-        if self._feed is not None:
+        if self._reader is not None and self._feed is not None:
+            self._reader.close()
             self._feed.close()
 
     def _file(self, folder: Path, dp_rank: int | None = None) -> Path:
