@@ -127,7 +127,7 @@ def read_entries(source: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         refuse("JSON", source, f"not readable ({error})", "give a file in LLaVA's format")
     if not text.lstrip().startswith("["):
-        return [_line(line) for line in text.splitlines() if line.strip()]
+        return [_line(line) for line in text.split("\n") if line.strip()]
     try:
         entries: list[Any] = json.loads(text)
     except ValueError as error:

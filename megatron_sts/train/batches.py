@@ -29,7 +29,7 @@ class StageBatches:
     """
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
-        self._stage, self._place = stage, place
+        self._stage, self._place, self._timeout_s = stage, place, resolved.config.parallel.timeout_s
         self._feed = Feed(resolved, stage, place) if place.is_first_stage and place.tp_rank == 0 else None
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="feed")
         self._ahead: tuple[int, Future[Fed]] | None = None
@@ -49,7 +49,10 @@ class StageBatches:
         planned, future = self._ahead or (step, self._thread.submit(feed.step, step))
         assert planned == step, f"step {planned} was read ahead, but {step} is asked for"
         started = time.perf_counter()
-        fed, self._ahead = future.result(), None
+        try:
+            fed, self._ahead = future.result(self._timeout_s), None
+        except TimeoutError as error:
+            raise TimeoutError(f"step {step} was not read within parallel.timeout_s={self._timeout_s:g}") from error
         self.wait_s = time.perf_counter() - started
         if step + 1 < self._stage.num_steps:
             self._ahead = step + 1, self._thread.submit(feed.step, step + 1)
