@@ -44,6 +44,9 @@ def check_run(config: RunConfig) -> None:
     check_parallel(config)
     check_fp8(config)
     check_evaluation(config)
+    if config.data != DataConfig() and all(stage.data is not None for stage in config.stages):
+        refuse("data", f"{{source: {config.data.source}, ...}}", "every stage has data of its own, so nothing reads it",
+               "set stages.NAME.data, or leave theirs out")  # fmt: skip
     for stage in config.stages:
         check_parts(stage, config.model)
         check_sparsity(stage, config)

@@ -60,7 +60,8 @@ class ResolvedStage(Section):
     """Kept tokens of an image are a multiple of this, or all: what FP8 needs of the projector's rows."""
 
     def tokens(self, step: int) -> TokenCounts:
-        """The shape of a step. Packed rows stay as long as without VTC: more samples fit in."""
+        """The shape of a step. Only padded rows get shorter by VTC: packed ones hold more samples, and those that are as
+        long as the step's longest may hold as many words as without VTC."""
         vtc, batch = self.config.vtc, self.config.batch
         if vtc is None:
             return self.uncompressed
@@ -68,7 +69,7 @@ class ResolvedStage(Section):
             kept_tokens(vtc, ratio, self.visual_tokens_in, self.visual_multiple)
             for ratio in keep_ratios(vtc, step, self.num_steps)
         )
-        if batch.packing == "pack":
+        if batch.packing != "pad":
             return TokenCounts(visual_tokens_out=kept, sequence_length=self.uncompressed.sequence_length)
         of_images = [kept[min(number, len(kept) - 1)] for number in range(batch.max_images)]
         length = batch.sequence_length - sum(self.visual_tokens_in - count for count in of_images)
@@ -247,6 +248,8 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
     data = stage.data or config.data
     if data.source == "energon":
         check_prepared(Path(str(data.path)))
+    if data.source == "llava_json" and not dataset_size(data):
+        refuse("data.path", data.path, "holds no samples", "use a file that does")
     tokens_in = _patches(config.model.vision)
     multiple = sequence_multiple(config.parallel, config.precision)
     visual_multiple = fp8_alignment(config.precision.fp8)

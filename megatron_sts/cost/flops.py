@@ -152,8 +152,10 @@ def planned_load(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) 
     batch = stage.config.batch
     has_images = stage.data.source != "scenes" or stage.data.mode in IMAGE_MODES
     per_row = batch.max_images if resolved.config.model.vision is not None and has_images else 0
-    rows, length = batch.global_batch_size, counts.sequence_length
     visual = sum(counts.of_image(number) for number in range(per_row))
+    rows, length = batch.global_batch_size, counts.sequence_length
+    if batch.packing == "none":
+        length -= per_row * stage.visual_tokens_in - visual
     vtc = stage.config.vtc
     projected = visual if vtc is None or vtc.sampler in BEFORE_PROJECTOR else per_row * stage.visual_tokens_in
     return TokenLoad(rows * length, rows * length**2, rows * per_row, rows * visual, rows * projected)

@@ -102,6 +102,7 @@ class EnergonStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as strings, numbers and bytes."""
+        self._check_workers()
         # Until each of its workers has sent a sample, a restored loader reports a place before the right one.
         settled = self._num_drawn >= max(self._num_workers, 1)
         state = self._loader.save_state_rank() if settled else self._restored
@@ -135,6 +136,12 @@ class EnergonStream:
         # queues' own end, and takes five seconds a worker.
         if (iterator := self._loader._iterator) is not None:
             iterator._shutdown_workers()
+
+    def _check_workers(self) -> None:
+        """Energon asks each worker for its state, and would wait for one that was killed for ever."""
+        iterator = self._loader._iterator if self._num_workers else None
+        if iterator is not None and not all(worker.is_alive() for worker in iterator._workers):
+            raise RuntimeError("a worker process that reads data was killed; memory may have run out")
 
     def _dataset_identity(self) -> str:
         """Of shards, their numbers of samples and the blend; not of the place where they lie."""

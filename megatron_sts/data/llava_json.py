@@ -54,7 +54,8 @@ class LlavaJsonSource:
 
 def entry_key(entry: Any, otherwise: str) -> str:
     """What names a sample in logs: its ``id``, if it has one."""
-    return str(entry["id"]) if isinstance(entry, dict) and "id" in entry else otherwise
+    key = str(entry["id"]) if isinstance(entry, dict) and "id" in entry else otherwise
+    return key.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def parse_entry(entry: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
@@ -80,4 +81,8 @@ def _turn(turn: dict[str, Any]) -> Turn:
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is no text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, where an emoji was cut in two
+        raise BadSampleError(f"not Unicode text ({error})") from error
     return value

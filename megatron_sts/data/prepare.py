@@ -97,6 +97,8 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
         ConfigError: the source is not readable, or ``out`` holds something else.
     """
     entries = read_entries(source)
+    if not image_dir.is_dir():
+        refuse("--images", image_dir, "no such folder", "give the folder that picture names are relative to")
     sizes = _picture_bytes(entries, image_dir)
     settings = {
         "format": FORMAT,
@@ -127,7 +129,7 @@ def read_entries(source: Path) -> list[Any]:
     except (OSError, UnicodeDecodeError) as error:
         refuse("JSON", source, f"not readable ({error})", "give a file in LLaVA's format")
     if not text.lstrip().startswith("["):
-        return [_line(line) for line in text.splitlines() if line.strip()]
+        return [_line(line) for line in text.split("\n") if line.strip()]
     try:
         entries: list[Any] = json.loads(text)
     except ValueError as error:

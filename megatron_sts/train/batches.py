@@ -30,7 +30,7 @@ class StageBatches:
     """
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
-        self._stage, self._place = stage, place
+        self._stage, self._place, self._timeout_s = stage, place, resolved.config.parallel.timeout_s
         self._feed = Feed(resolved, stage, place) if place.is_first_stage and place.tp_rank == 0 else None
         self._reader = None if self._feed is None else Ahead(self._feed.step, "feed")
         self._next: tuple[int, Future[Fed]] | None = None
@@ -50,7 +50,10 @@ class StageBatches:
         planned, future = self._next or (step, reader.submit(step))
         assert planned == step, f"step {planned} was read ahead, but {step} is asked for"
         started = time.perf_counter()
-        fed, self._next = future.result(), None
+        try:
+            fed, self._next = future.result(self._timeout_s), None
+        except TimeoutError as error:
+            raise TimeoutError(f"step {step} was not read within parallel.timeout_s={self._timeout_s:g}") from error
         self.wait_s = time.perf_counter() - started
         if step + 1 < self._stage.num_steps:
             self._next = step + 1, reader.submit(step + 1)
@@ -60,7 +63,10 @@ class StageBatches:
         """Leaves in ``folder`` where this rank's reading goes on after the last step taken."""
         if self._feed is not None:
             folder.mkdir(exist_ok=True)
-            torch.save({"dp_size": self._place.dp_size, **(self._state or {})}, self._file(folder))
+            try:
+                torch.save({"dp_size": self._place.dp_size, **(self._state or {})}, self._file(folder))
+            except RuntimeError as error:  # torch's writer reports a full disk so
+                raise OSError(str(error)) from error
 
     def restore(self, folder: Path, step: int) -> None:
         """Goes on before ``step``, where ``save`` left off in ``folder``.

@@ -95,7 +95,8 @@ class Checkpointer:
             )
         if stage.masks is not None:
             stage.masks.load_state_dict(common["masks"])
-        stage.batches.restore(newest / "data", progress.step)
+        if progress.step < stage.spec.num_steps:  # else there is nothing left to read, whatever the layout
+            stage.batches.restore(newest / "data", progress.step)
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
         return progress
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from megatron_sts.model.prepare import BatchPreparer
 
 Sample = tuple[int, Record | SkippedSample]
 """A record with a number of its own."""
+MAX_SKIPPED = 100
+"""Samples that packing skips in a step before it leaves room in the rows: else data without a usable sample would be read for ever."""
 
 
 class Stream(Protocol):
@@ -210,22 +212,14 @@ class Feed:
         """Reads until the step's rows are full by length, fills them, and keeps what did not fit for the next step."""
         read: list[tuple[Sample, PreparedSample]] = []
         room = num_rows * counts.sequence_length
-        for sample in self._samples():
+        while room > 0 and len(skipped) < MAX_SKIPPED:
+            sample = self._pending.pop(0) if self._pending else next(self._stream)
             if (prepared := self._prepared(sample, counts, skipped)) is not None:
                 read.append((sample, prepared))
                 room -= prepared.length
-                if room <= 0:
-                    break
         rows, left = pack([prepared.length for _, prepared in read], num_rows, counts.sequence_length)
-        self._pending = [read[number][0] for number in left]
+        self._pending = [*(read[number][0] for number in left), *self._pending]
         return [[read[number][1] for number in row] for row in rows]
-
-    def _samples(self) -> Iterator[Sample]:
-        """What is pending, then the stream."""
-        pending, self._pending = self._pending, []
-        yield from pending
-        while True:
-            yield next(self._stream)
 
 
 def pack(lengths: Sequence[int], num_rows: int, sequence_length: int) -> tuple[list[list[int]], list[int]]:

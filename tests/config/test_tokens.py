@@ -121,6 +121,16 @@ def test_refusals(path: Path, vtc: str, message: str) -> None:
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
+def test_rows_without_padding_may_hold_as_many_words_as_without_vtc(path: Path) -> None:
+    stage = resolve(load(path, ["stages.0.batch.packing=none"])).stages[0]
+    assert stage.tokens(0).of_image(0) == 72 and stage.tokens(0).sequence_length == 192
+
+
+def test_data_that_nobody_reads_are_refused(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data=\{source: scenes, \.\.\.\}: every stage has data of its own"):
+        resolve(load(path, ["data.num_turns=2", "stages.*.data={mode: caption}"]))
+
+
 def test_packed_rows_need_steps(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"stages\.finetune\.epochs=.*give steps instead"):
         resolve(load(path, ["stages.1.batch.packing=pack"]))

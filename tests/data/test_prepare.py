@@ -193,6 +193,12 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
         prepare(source, folder, out, shard_size_mb=1, num_workers=1)
 
 
+def test_a_missing_picture_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "samples.json").write_text("[]")
+    with pytest.raises(ConfigError, match="--images=.*nowhere: no such folder"):
+        prepare(tmp_path / "samples.json", tmp_path / "nowhere", tmp_path / "out", 1, 1)
+
+
 def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     source = write_json(tmp_path / "source" / "llava.json", good_entries(tmp_path / "source", 1))
     out = tmp_path / "out"
@@ -245,3 +251,13 @@ def test_plan_covers_all_entries_and_fills_shards(sizes: list[list[int]], shard_
         assert size <= shard_bytes or stop - start == 1
     for size, (next_start, _) in zip(filled, ranges[1:], strict=False):
         assert size + 12 + sum(sizes[next_start]) > shard_bytes  # the next entry would not have fitted
+
+
+def test_lines_end_at_line_feeds_only_and_broken_text_is_rejected(tmp_path: Path) -> None:
+    source = tmp_path / "llava.jsonl"
+    whole = {"id": "a", "conversations": turns(0, "one\u2028two\x85three")}
+    broken = {"id": "b\ud83d", "conversations": turns(0, "half a pair \ud83d")}
+    source.write_text(json.dumps(whole, ensure_ascii=False) + "\n" + json.dumps(broken) + "\n", encoding="utf-8")
+    summary = prepare(source, tmp_path, tmp_path / "out", shard_size_mb=1, num_workers=1)
+    assert (summary.num_samples, summary.rejected) == (1, Counter({"malformed entry": 1}))
+    assert json.loads(samples(tmp_path / "out")[0]["json"])["conversations"] == whole["conversations"]

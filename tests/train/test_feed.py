@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.data.batch import Batch
 from megatron_sts.mcore.groups import Place
-from megatron_sts.train.feed import Feed, pack
+from megatron_sts.train.batches import StageBatches
+from megatron_sts.train.feed import MAX_SKIPPED, Feed, pack
 from tests.dist.ladder import BATCH, Written, resolved_run, write_samples, written_run
 
 
@@ -125,3 +128,39 @@ def test_rows_are_as_long_as_they_must_be(folder: Path) -> None:
 
 def test_packed_reading_depends_on_the_ranks(folder: Path) -> None:
     assert not feed(resolved(folder, "pack")).seek(2)
+
+
+def test_packing_without_a_usable_sample_ends(folder: Path, tmp_path: Path) -> None:
+    entries = json.loads((folder / "samples.json").read_text())
+    (tmp_path / "samples.json").write_text(json.dumps([entry | {"conversations": []} for entry in entries]))
+    fed = feed(resolved(tmp_path, "pack")).step(0)
+    assert len(fed.batches[0].skipped) == MAX_SKIPPED and sum(batch.num_samples for batch in fed.batches) == 0
+
+
+def test_a_step_of_longer_samples_loses_none_of_what_is_pending(folder: Path) -> None:
+    run = resolved(folder, "pack")
+    long = feed(run)
+    # A full step after sparse ones: what was left of short samples may be more than a step holds.
+    long._pending = [next(long._stream) for _ in range(40)]
+    batches = [batch for step in range(3) for batch in long.step(step).batches]
+    state = long.state_dict()
+    assert sum(batch.num_samples for batch in batches) + len(state["pending"]) == state["stream"]["num_read"]
+
+
+def test_text_with_half_a_surrogate_pair_is_skipped(folder: Path, tmp_path: Path) -> None:
+    text, broken = (folder / "samples.json").read_text(), {"from": "gpt", "value": "nice \ud83d"}
+    entries = [entry | {"image": [], "conversations": [broken]} for entry in json.loads(text)]
+    (tmp_path / "samples.json").write_text(json.dumps(entries))
+    fed = feed(resolved(tmp_path, "pad")).step(0)
+    assert len(fed.batches[0].skipped) == 4 and "not Unicode text" in fed.batches[0].skipped[0].reason
+
+
+def test_reading_that_never_ends_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = resolved(folder, "pad").config.model_dump() | {"parallel": {"timeout_s": 0.1}}
+    run, release = resolved_run(written, 1), Event()
+    monkeypatch.setattr(Feed, "step", lambda *_: release.wait(60))
+    batches = StageBatches(run, run.stages[0], place())
+    with pytest.raises(TimeoutError, match=r"step 0 was not read within parallel\.timeout_s=0\.1"):
+        batches.step(0)
+    release.set()
+    batches.close()

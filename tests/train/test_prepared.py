@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from megatron_sts.config.resolve import Resolved
 from megatron_sts.data.prepare import prepare
 from megatron_sts.mcore.groups import Place
 from megatron_sts.train.batches import StageBatches
+from megatron_sts.train.feed import PreparedStream
 from tests.data.llava_files import good_entries
 from tests.dist.ladder import BATCH, resolved_run, written_run
 from tests.train.test_feed import same, texts
@@ -75,3 +77,15 @@ def test_another_number_of_ranks_is_refused(shards: Path, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match=r"parallel\.data_parallel_size=2: stage one was saved on 1, .*go on with 1"):
         two.restore(tmp_path / "data", 1)
     two.close()
+
+
+def test_a_killed_worker_ends_the_run(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading = batches(resolved(shards, "pad", num_workers=2))
+    reading.step(0)
+    assert reading._feed is not None and isinstance(reading._feed._stream, PreparedStream)
+    iterator: Any = reading._feed._stream._stream._loader._iterator
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="reads data was killed"):
+        patch.setattr(iterator._workers[0], "is_alive", lambda: False)
+        for step in range(1, 8):
+            reading.step(step)
+    reading.close()
