@@ -195,7 +195,7 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_picture_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "samples.json").write_text("[]")
-    with pytest.raises(ConfigError, match="--images=.*nowhere: no such folder"):
+    with pytest.raises(ConfigError, match=r"--images=.*nowhere: no such folder"):
         prepare(tmp_path / "samples.json", tmp_path / "nowhere", tmp_path / "out", 1, 1)
 
 
