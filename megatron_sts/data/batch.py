@@ -28,6 +28,8 @@ class Batch:
     """int64 [b, s]: RoPE positions, which start anew with each sample."""
     is_visual: torch.Tensor
     """bool [b, s]: where the placeholders are."""
+    is_instruction: torch.Tensor
+    """bool [b, s]: words of a user, which guide samplers that look."""
     segments: torch.Tensor
     """int32 [b, s]: which of the row's samples a token belongs to, from 1; 0 is padding."""
     packed: bool

@@ -73,6 +73,7 @@ def collate(
         loss_mask=torch.zeros(shape, dtype=torch.float32),
         position_ids=torch.zeros(shape, dtype=torch.int64),
         is_visual=torch.zeros(shape, dtype=torch.bool),
+        is_instruction=torch.zeros(shape, dtype=torch.bool),
         segments=torch.zeros(shape, dtype=torch.int32),
         packed=packed,
         visual_indices=_flat_indices(rows),
@@ -101,6 +102,7 @@ def _write(batch: Batch, row: int, start: int, segment: int, sample: PreparedSam
     batch.loss_mask[row, inner] = torch.tensor(sample.encoded.is_target[1:], dtype=torch.float32)
     batch.position_ids[row, here] = sample.position_ids
     batch.is_visual[row, here] = torch.tensor(sample.encoded.is_visual)
+    batch.is_instruction[row, here] = torch.tensor(sample.encoded.is_instruction)
     batch.segments[row, here] = segment
 
 

@@ -93,7 +93,8 @@ def _question(chat: ChatFormat, text: str) -> list[Piece]:
     if chat.images_first and num_images:
         text = (f"{IMAGE_MARKER}\n" * num_images + text.replace(IMAGE_MARKER, "").strip()).strip()
     before, *after_each = text.split(IMAGE_MARKER)
-    return [Piece(before), *(piece for after in after_each for piece in (IMAGE, Piece(after)))]
+    words = [Piece(text, is_instruction=True) for text in (before, *after_each)]
+    return [words[0], *(piece for after in words[1:] for piece in (IMAGE, after))]
 
 
 def _spell(chat: ChatFormat, text: str) -> list[Piece]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from megatron_sts.config.checks import refuse
@@ -26,6 +26,8 @@ class EncodedSample:
     is_visual: list[bool]
     """Image placeholders."""
     num_images: int
+    is_instruction: list[bool] = field(compare=False)
+    """Words of a user."""
 
 
 def load_tokenizer(name_or_path: str, template: TemplateName) -> Tokenizer:
@@ -70,7 +72,7 @@ def encode(
             _add_turn(encoder, turn, template)
     if not any(encoder.is_target):
         raise BadSampleError("no assistant turn with text")
-    return EncodedSample(encoder.tokens, encoder.is_target, encoder.is_visual, num_markers)
+    return EncodedSample(encoder.tokens, encoder.is_target, encoder.is_visual, num_markers, encoder.is_instruction)
 
 
 def _add_conversation(encoder: _Encoder, turns: Sequence[Turn], chat: ChatFormat) -> None:
@@ -81,10 +83,11 @@ def _add_conversation(encoder: _Encoder, turns: Sequence[Turn], chat: ChatFormat
             for _ in run:
                 encoder.add_image()
         else:
-            ids, is_target = encoder.tokenizer.encode_pieces(list(run))
+            ids, owners = encoder.tokenizer.encode_pieces(list(run))
             encoder.tokens += ids
-            encoder.is_target += is_target
+            encoder.is_target += [piece.is_target for piece in owners]
             encoder.is_visual += [False] * len(ids)
+            encoder.is_instruction += [piece.is_instruction for piece in owners]
 
 
 def _add_turn(encoder: _Encoder, turn: Turn, template: TemplateName) -> None:
@@ -108,11 +111,15 @@ class _Encoder:
         self.tokens: list[int] = []
         self.is_target: list[bool] = []
         self.is_visual: list[bool] = []
+        self.is_instruction: list[bool] = []
 
-    def add(self, ids: list[int], *, is_target: bool = False, is_visual: bool = False) -> None:
+    def add(
+        self, ids: list[int], *, is_target: bool = False, is_visual: bool = False, is_instruction: bool = False
+    ) -> None:
         self.tokens += ids
         self.is_target += [is_target] * len(ids)
         self.is_visual += [is_visual] * len(ids)
+        self.is_instruction += [is_instruction] * len(ids)
 
     def add_image(self) -> None:
         self.add([self.tokenizer.image_id] * self.tokens_of_image(self.num_images), is_visual=True)
@@ -120,7 +127,7 @@ class _Encoder:
 
     def add_text_with_images(self, text: str) -> None:
         before, *after_each = text.split(IMAGE_MARKER)
-        self.add(self.tokenizer.encode(before.strip()))
+        self.add(self.tokenizer.encode(before.strip()), is_instruction=True)
         for text_after in after_each:
             self.add_image()
-            self.add(self.tokenizer.encode(text_after.strip()))
+            self.add(self.tokenizer.encode(text_after.strip()), is_instruction=True)

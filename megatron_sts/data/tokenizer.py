@@ -27,6 +27,8 @@ class Piece:
     is_special: bool = False
     is_target: bool = False
     """The model should predict it."""
+    is_instruction: bool = False
+    """Words of the user."""
 
 
 class _Codec(Protocol):
@@ -39,7 +41,7 @@ class _Codec(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]: ...
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[Piece]]: ...
 
     def decode(self, ids: list[int]) -> str: ...
 
@@ -79,8 +81,8 @@ class Tokenizer:
         """Ids of plain text, without bos or eos."""
         return self._codec.encode(text)
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
-        """Ids of pieces that follow each other, without bos or eos, and which of them the model should predict.
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[Piece]]:
+        """Ids of pieces that follow each other, without bos or eos, and the piece that each of them belongs to.
 
         Plain text between special pieces is encoded as one string, whatever pieces it was put together from; a token
         across a border belongs to the piece of its last character. A Hugging Face tokenizer gets all pieces as one string, as
@@ -122,20 +124,20 @@ class _SentencePieceCodec:
         ids: list[int] = self._processor.encode(text)
         return ids
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[Piece]]:
         ids: list[int] = []
-        is_target: list[bool] = []
+        owners: list[Piece] = []
         for is_special, run in groupby(pieces, key=lambda piece: piece.is_special):
             stretch = list(run)
             if is_special:
                 ids += [self._processor.piece_to_id(piece.text) for piece in stretch]
-                is_target += [piece.is_target for piece in stretch]
+                owners += stretch
             else:
                 text = "".join(piece.text for piece in stretch)
                 encoded: dict[str, Any] = self._processor.encode(text, out_type="offset_mapping")
                 ids += encoded["ids"]
-                is_target += _targets(stretch, [end for _, end in encoded["offsets"]])
-        return ids, is_target
+                owners += _owners(stretch, [end for _, end in encoded["offsets"]])
+        return ids, owners
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._processor.decode([i for i in ids if i not in self._special])
@@ -173,10 +175,10 @@ class _HuggingFaceCodec:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
         return ids
 
-    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+    def encode_pieces(self, pieces: Sequence[Piece]) -> tuple[list[int], list[Piece]]:
         text = "".join(piece.text for piece in pieces)
         encoded = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        return encoded["input_ids"], _targets(pieces, [end for _, end in encoded["offset_mapping"]])
+        return encoded["input_ids"], _owners(pieces, [end for _, end in encoded["offset_mapping"]])
 
     def decode(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
@@ -186,10 +188,10 @@ class _HuggingFaceCodec:
         return self._ids.get(self._stand_ins.get(piece, piece))
 
 
-def _targets(pieces: Sequence[Piece], ends: Sequence[int]) -> list[bool]:
-    """Whether each token is a target, by the piece of its last character; ``ends`` are offsets in the joined pieces.
+def _owners(pieces: Sequence[Piece], ends: Sequence[int]) -> list[Piece]:
+    """The piece of each token's last character; ``ends`` are offsets in the joined pieces.
 
     Only the last character is sure to be the token's own: starts move when a tokenizer leaves white space out of its offsets.
     """
-    is_target = [piece.is_target for piece in pieces for _ in piece.text]
-    return [is_target[max(end - 1, 0)] for end in ends]
+    owners = [piece for piece in pieces for _ in piece.text]
+    return [owners[max(end - 1, 0)] for end in ends]

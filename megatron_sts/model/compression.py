@@ -99,10 +99,8 @@ def choose(sampler: LookingSampler, projected: torch.Tensor, batch: Batch, words
 
 
 def instructions(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each image its row [n], and which of the row's tokens are words of its sample that nobody should predict, bool [n, s]."""
+    """For each image its row [n], and which of the row's tokens are words of its sample's user, bool [n, s]."""
     starts = list(accumulate(batch.num_kept, initial=0))[:-1]
     rows, columns = batch.is_visual.nonzero(as_tuple=True)
     rows, columns = rows[starts], columns[starts]
-    is_target = torch.nn.functional.pad(batch.loss_mask[:, :-1] > 0, (1, 0))  # the mask marks the token before
-    is_word = (batch.segments > 0) & ~batch.is_visual & ~is_target
-    return rows, is_word[rows] & (batch.segments[rows] == batch.segments[rows, columns].unsqueeze(1))
+    return rows, batch.is_instruction[rows] & (batch.segments[rows] == batch.segments[rows, columns].unsqueeze(1))

@@ -57,6 +57,7 @@ def expanded(ids: list[int], mask: list[int], image_id: int) -> EncodedSample:
         [bool(is_target) for is_target, count in zip(mask, counts, strict=True) for _ in range(count)],
         [token == image_id for token, count in zip(ids, counts, strict=True) for _ in range(count)],
         ids.count(image_id),
+        [],
     )
 
 

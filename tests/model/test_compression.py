@@ -18,6 +18,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.model.compression import Compression, choose, instructions
 from megatron_sts.model.init import build_model
+from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.train.feed import Feed
 from megatron_sts.train.stage import build_compression
@@ -73,21 +74,32 @@ def test_dropping_tokens_changes_the_answer_but_not_what_is_asked(folder: Path, 
 
 @pytest.mark.parametrize("packing", ["pad", "pack"])
 def test_words_are_those_of_the_images_own_sample(folder: Path, packing: str) -> None:
-    batch = first_batch(resolved(folder, packing, keep_ratio=0.5))
+    run = resolved(folder, packing, keep_ratio=0.5)
+    batch, tokenizer = first_batch(run), BatchPreparer(run, run.stages[0], needs_pixels=False).tokenizer
     rows, words = instructions(batch)
     image = 0
     for row in range(len(batch.tokens)):
         for segment in range(1, int(batch.segments[row].max()) + 1):
             mine = batch.segments[row] == segment
-            targets = {place + 1 for place in range(batch.sequence_length) if batch.loss_mask[row, place]}
-            expected = [
-                bool(mine[place]) and not bool(batch.is_visual[row, place]) and place not in targets
-                for place in range(batch.sequence_length)
-            ]
+            asked = tokenizer.decode(batch.tokens[row, mine & ~batch.is_visual[row]].tolist()[:-1])
             for _ in range(int((mine & batch.is_visual[row]).sum()) // 8):
-                assert rows[image] == row and words[image].tolist() == expected
+                assert rows[image] == row
+                said = tokenizer.decode(batch.tokens[row, words[image]].tolist())
+                assert said and asked.startswith(said)  # the question comes first; neither pieces nor the answer
+                assert (
+                    not (words[image] & ~mine).any()
+                    and not (words[image] & (batch.tokens[row] == tokenizer.bos_id)).any()
+                )
                 image += 1
     assert image == len(batch.num_kept) >= 1
+
+
+def test_a_plain_sample_asks_nothing(folder: Path) -> None:
+    run = resolved(folder, keep_ratio=0.5)
+    spec = run.stages[0]
+    plain = spec.model_copy(update={"data": spec.data.model_copy(update={"template": "plain"})})
+    batch = Feed(run, plain, groups.place()).step(0).batches[0]
+    assert len(batch.num_kept) >= 1 and not instructions(batch)[1].any()
 
 
 def test_positions_are_those_of_the_chosen_tokens(folder: Path) -> None:

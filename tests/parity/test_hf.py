@@ -256,7 +256,7 @@ def make_sample(random: np.random.Generator, num_images: int, kept: int) -> Prep
     indices = [np.sort(random.choice(NUM_PATCHES, kept, replace=False)) for _ in range(num_images)]
     pixels = tuple(random.integers(0, 256, (IMAGE, IMAGE, 3), dtype=np.uint8) for _ in range(num_images))
     return PreparedSample(
-        EncodedSample(tokens, is_target, is_visual, num_images),
+        EncodedSample(tokens, is_target, is_visual, num_images, [False] * len(tokens)),
         torch.from_numpy(random.integers(1, 3, len(tokens)).cumsum()),
         tuple(map(torch.from_numpy, indices)),
         NUM_PATCHES,
