@@ -95,6 +95,15 @@ def test_what_carries_loss_reads_as_the_answers(
     assert pairs[template].theirs.decode(ids) == learnt
 
 
+@pytest.mark.parametrize("template", ["llama3", "chatml", "vicuna_v1"])
+def test_what_guides_reads_as_the_questions(pairs: dict[TemplateName, Pair], template: TemplateName) -> None:
+    rounds = [("<image>\nWhat is it?", "A cat."), ("What does it say?", "漢字 🙂")]
+    found = encode(record_of(rounds), pairs[template].ours, template, tokens_of_image)
+    ids = [token for token, asks in zip(found.tokens, found.is_instruction, strict=True) if asks]
+    said = pairs[template].theirs.decode(ids)
+    assert "".join(said.split()) == "Whatisit?Whatdoesitsay?"
+
+
 def test_only_the_image_piece_is_added_to_a_published_vocabulary(pairs: dict[TemplateName, Pair]) -> None:
     """Llama-3 reserves ids, so there not even that one."""
     grown = {name: pair.ours.vocab_size - pair.num_published for name, pair in pairs.items()}
