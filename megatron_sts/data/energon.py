@@ -186,9 +186,9 @@ def _record(sample: _StoredSample, image_size: int | None) -> Record | SkippedSa
         key = entry_key(entry, key)
         turns, _ = parse_entry(entry)
         images = [decode_bytes(encoded, f"{place} of {key}") for place, encoded in enumerate(sample.pictures)]
+        fitted = images if image_size is None else [fit_square(image, image_size) for image in images]
     except (BadSampleError, ValueError) as error:
         return SkippedSample(key, str(error))
-    fitted = images if image_size is None else [fit_square(image, image_size) for image in images]
     return Record(key, turns, tuple(partial(_same, image) for image in fitted))
 
 

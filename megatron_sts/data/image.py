@@ -41,12 +41,24 @@ def decode_bytes(encoded: bytes, name: str) -> np.ndarray:
         raise BadSampleError(f"image {name}: {str(error) or type(error).__name__}") from error
 
 
+LARGEST_ASPECT_RATIO = 32
+"""At 336 pixels a picture's content is then 10 pixels high: less than a patch."""
+
+
 def fit_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Pads to a square with the mean colour (as LLaVA-1.5 does) and resizes to uint8 [size, size, 3]."""
+    """Pads to a square with the mean colour (as LLaVA-1.5 does) and resizes to uint8 [size, size, 3].
+
+    Raises:
+        BadSampleError: a strip, of which the square would be mostly padding, and maybe gigabytes.
+    """
     height, width = image.shape[:2]
     if (height, width) == (size, size):
         return image
     side = max(height, width)
+    if side > LARGEST_ASPECT_RATIO * min(height, width):
+        raise BadSampleError(
+            f"image of {width} x {height}: longer than {LARGEST_ASPECT_RATIO} times its width or height"
+        )
     picture = Image.fromarray(image)
     colour = tuple(int(c) for c in ImageStat.Stat(picture).mean)
     square = Image.new("RGB", (side, side), colour)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -47,7 +48,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
     counts = stage.typical
     load, dense = (planned_load(resolved, stage, shape) for shape in (counts, stage.uncompressed))
     num_layers = resolved.config.model.language.num_layers
-    no_layers, all_layers = (step_flops(resolved, stage, load, layers_executed=count) for count in (0, num_layers))
+    no_layers, all_layers = (mean_flops(resolved, stage, layers_executed=count) for count in (0, num_layers))
     skipped = 0.0 if config.lds is None else float(mean_skip_fraction(config.lds, stage.num_steps, num_layers))
     return {
         "name": stage.name,
@@ -70,6 +71,16 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "vtc": None if config.vtc is None else config.vtc.model_dump(mode="json"),
         "lds": None if config.lds is None else config.lds.model_dump(mode="json"),
     }
+
+
+def mean_flops(resolved: Resolved, stage: ResolvedStage, *, layers_executed: int) -> int:
+    """Of a step in the mean over the stage, whose steps may have different shapes."""
+    shapes = Counter(stage.tokens(step) for step in range(stage.num_steps))
+    total = sum(
+        count * step_flops(resolved, stage, planned_load(resolved, stage, shape), layers_executed=layers_executed)
+        for shape, count in shapes.items()
+    )
+    return round(total / stage.num_steps)
 
 
 def print_json(outline: Outline, stream: TextIO) -> None:
