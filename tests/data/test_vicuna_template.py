@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import HealthCheck, assume, given, settings
 
 from megatron_sts.data.formats import FORMATS, render
 from megatron_sts.data.template import encode, load_tokenizer
@@ -88,6 +88,8 @@ def has_words(asked: str) -> bool:
     return bool(asked.replace("<image>", "").strip())
 
 
+# Most random texts are blank or spell a separator, and are no conversation of this format.
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(rounds=conversations(max_images=1))
 def test_tokens_and_mask_are_those_of_preprocess_v1(legacy: Pair, rounds: list[tuple[str, str]]) -> None:
     assume(usable(rounds))
@@ -96,6 +98,8 @@ def test_tokens_and_mask_are_those_of_preprocess_v1(legacy: Pair, rounds: list[t
     assert encode(record_of(rounds), legacy.ours, "vicuna_v1", tokens_of_image) == expected
 
 
+# Most random texts are blank or spell a separator, and are no conversation of this format.
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(rounds=conversations(max_images=1))
 def test_a_tokenizer_that_is_not_legacy_gives_llavas_tokens_and_what_follows_each_prompt_carries_loss(
     not_legacy: Pair, rounds: list[tuple[str, str]]
@@ -110,6 +114,8 @@ def test_a_tokenizer_that_is_not_legacy_gives_llavas_tokens_and_what_follows_eac
     assert found == expanded(ids, mask, not_legacy.image_id)
 
 
+# Most random texts are blank or spell a separator, and are no conversation of this format.
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(rounds=conversations(max_images=1))
 def test_the_sentencepiece_file_gives_the_same_samples_as_the_legacy_folder(
     folder: Path, legacy: Pair, rounds: list[tuple[str, str]]
@@ -133,6 +139,8 @@ def llava_messages(rounds: list[tuple[str, str]], end: str) -> list[dict[str, An
     return messages
 
 
+# Most random texts are blank or spell a separator, and are no conversation of this format.
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(rounds=conversations())
 def test_the_text_is_that_of_the_hugging_face_template(legacy: Pair, rounds: list[tuple[str, str]]) -> None:
     """With the system prompt as its first message and the end piece in each answer; it puts a space behind that."""
@@ -142,6 +150,8 @@ def test_the_text_is_that_of_the_hugging_face_template(legacy: Pair, rounds: lis
     assert "".join(piece.text for piece in pieces) == text.replace("</s> ", "</s>")
 
 
+# Most random texts are blank or spell a separator, and are no conversation of this format.
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 @given(rounds=conversations())
 def test_the_prompt_has_the_tokens_of_the_hugging_face_template(legacy: Pair, rounds: list[tuple[str, str]]) -> None:
     asked, said = rounds[0]

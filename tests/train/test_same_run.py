@@ -64,7 +64,7 @@ def test_may_change(run_dir: Path, changes: dict[str, Any]) -> None:
     [
         ({"seed": 2}, "seed", "2", "1"),
         ({"precision": {"params": "bf16"}}, "precision.params", '"bf16"', '"fp32"'),
-        ({"data": {"num_turns": 2}}, "data.num_turns", "2", "4"),
+        ({"stages": stages(data={"mode": "questions", "num_turns": 2})}, "stages.finetune.data.num_turns", "2", "1"),
         ({"stages": stages(steps=9)}, "stages.finetune.steps", "9", "4"),
         ({"stages": stages(lds={"alpha": 0.5})}, "stages.finetune.lds.alpha", "0.5", "0.6"),
         ({"stages": stages(name="other")}, "stages", '["alignment", "other"]', '["alignment", "finetune"]'),
