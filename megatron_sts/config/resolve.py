@@ -78,8 +78,8 @@ class ResolvedStage(Section):
     @property
     def typical(self) -> TokenCounts:
         """The shape in the middle of the schedule, for plans; steps that see all tokens are left out."""
-        partial = [step for step in range(self.num_steps // 2, self.num_steps) if not self._is_full(step)]
-        return self.tokens(partial[0] if partial else self.num_steps - 1)
+        middle = range(self.num_steps // 2, self.num_steps)
+        return self.tokens(next((step for step in middle if not self._is_full(step)), self.num_steps - 1))
 
     def _is_full(self, step: int) -> bool:
         return self.config.vtc is not None and is_full_step(self.config.vtc, step)

@@ -27,10 +27,10 @@ class Ahead[T]:
         self._asked.put((number, future))
         return future
 
-    def close(self) -> None:
-        """Waits for the calls asked for, and ends the thread."""
+    def close(self, timeout_s: float) -> None:
+        """Waits for the calls asked for, at most so long, and ends the thread."""
         self._asked.put(None)
-        self._thread.join()
+        self._thread.join(timeout_s)
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:

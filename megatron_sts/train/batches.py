@@ -19,7 +19,7 @@ from megatron_sts.mcore.groups import Place
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import broadcast_object
 from megatron_sts.train.ahead import Ahead
-from megatron_sts.train.feed import Fed, Feed
+from megatron_sts.train.feed import Fed, Feed, can_seek
 
 
 class StageBatches:
@@ -74,7 +74,10 @@ class StageBatches:
         Raises:
             ConfigError: the reading depends on the number of data-parallel ranks, and that has changed.
         """
-        if self._feed is None or self._feed.seek(step):
+        # Every rank looks, so that all of them refuse, with one line.
+        if can_seek(self._stage):
+            if self._feed is not None:
+                self._feed.seek(step)
             return
         first = self._file(folder, 0)
         saved = torch.load(first, weights_only=True)["dp_size"]
@@ -83,6 +86,8 @@ class StageBatches:
                 f"parallel.data_parallel_size={self._place.dp_size}: stage {self._stage.name} was saved on {saved}, whose "
                 f"parts of the data cannot be dealt out anew; go on with {saved}, or start the stage anew"
             )
+        if self._feed is None:
+            return
         state = torch.load(self._file(folder), weights_only=True)
         self._feed.load_state_dict(state)
         self._state = state
@@ -90,7 +95,7 @@ class StageBatches:
     def close(self) -> None:
         """Stops reading ahead."""
         if self._reader is not None and self._feed is not None:
-            self._reader.close()
+            self._reader.close(self._timeout_s)
             self._feed.close()
 
     def _file(self, folder: Path, dp_rank: int | None = None) -> Path:

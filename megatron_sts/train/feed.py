@@ -31,10 +31,6 @@ class Stream(Protocol):
 
     def __next__(self) -> Sample: ...
 
-    def seek(self, num_read: int) -> bool:
-        """Goes to the place after ``num_read`` samples; False if the stream cannot, and needs a state."""
-        ...
-
     def keep(self, sample: Sample) -> Any:
         """A sample as plain values for a checkpoint."""
         ...
@@ -69,10 +65,6 @@ class IndexedStream:
         micro, row = divmod(self._num_read, self._batch.micro_batch_size)
         self._num_read += 1
         return self.again((micro * self._place.dp_size + self._place.dp_rank) * self._batch.micro_batch_size + row)
-
-    def seek(self, num_read: int) -> bool:
-        self._num_read = num_read
-        return True
 
     def keep(self, sample: Sample) -> int:
         return sample[0]
@@ -115,9 +107,6 @@ class PreparedStream:
     def __next__(self) -> Sample:
         self._num_read += 1
         return self._num_read * self._place.dp_size + self._place.dp_rank, next(self._stream)
-
-    def seek(self, num_read: int) -> bool:
-        return num_read == 0
 
     def keep(self, sample: Sample) -> dict[str, Any]:
         index, record = sample
@@ -180,12 +169,10 @@ class Feed:
         self._stream.load_state_dict(state["stream"])
         self._pending = [self._stream.again(kept) for kept in state["pending"]]
 
-    def seek(self, step: int) -> bool:
-        """Goes on before ``step`` without a state, whatever the number of data-parallel ranks was; False if it cannot."""
-        batch = self._stage.config.batch
-        if batch.packing == "pack":
-            return False
-        return self._stream.seek(step * self._stage.num_microbatches * batch.micro_batch_size)
+    def seek(self, step: int) -> None:
+        """Goes on before ``step`` without a state, whatever the number of data-parallel ranks was; see ``can_seek``."""
+        num_read = step * self._stage.num_microbatches * self._stage.config.batch.micro_batch_size
+        self._stream.load_state_dict({"num_read": num_read})
 
     def close(self) -> None:
         """Stops what reads in the background."""
@@ -220,6 +207,11 @@ class Feed:
         rows, left = pack([prepared.length for _, prepared in read], num_rows, counts.sequence_length)
         self._pending = [*(read[number][0] for number in left), *self._pending]
         return [[read[number][1] for number in row] for row in rows]
+
+
+def can_seek(stage: ResolvedStage) -> bool:
+    """Whether a step's samples follow from its number alone."""
+    return stage.data.source != "energon" and stage.config.batch.packing != "pack"
 
 
 def pack(lengths: Sequence[int], num_rows: int, sequence_length: int) -> tuple[list[list[int]], list[int]]:

@@ -14,7 +14,7 @@ def test_calls_run_in_order_in_one_thread() -> None:
     seen: list[tuple[int, str]] = []
     ahead = Ahead(lambda number: seen.append((number, current_thread().name)) or number**2, "reader")
     futures = [ahead.submit(number) for number in (3, 1, 2)]
-    ahead.close()
+    ahead.close(30)
     assert [future.result() for future in futures] == [9, 1, 4]
     assert seen == [(3, "reader"), (1, "reader"), (2, "reader")]
 
@@ -25,7 +25,7 @@ def test_an_error_is_raised_where_the_result_is_taken() -> None:
     with pytest.raises(ZeroDivisionError):
         broken.result()
     assert whole.result() == 1
-    ahead.close()
+    ahead.close(30)
 
 
 def test_processes_forked_from_the_thread_end_well() -> None:
@@ -37,4 +37,4 @@ def test_processes_forked_from_the_thread_end_well() -> None:
 
     ahead = Ahead(fork, "reader")
     assert ahead.submit(0).result() == 0
-    ahead.close()
+    ahead.close(30)
