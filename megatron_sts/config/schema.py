@@ -1,135 +1,19 @@
 """What a user may write in a config file. Torch-free; knows nothing of how a value is used.
 
-Every model is frozen and refuses unknown keys. Values that follow from others are not here: see ``resolve.py``.
+Every model is frozen and refuses unknown keys. Values that follow from others are not here: see
+``resolve.py``. The ``model`` section is in ``architecture.py``.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Part = Literal["vision", "projector", "language"]
+from megatron_sts.config.architecture import ModelConfig, Part
+from megatron_sts.config.section import Fraction, NonNegativeInt, PositiveInt, Ratio, Section
+
 TemplateName = Literal["chat", "plain", "vicuna_v1", "llama3", "chatml"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every config section: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class VisionConfig(Section):
-    """A ViT. ``clip`` and ``siglip`` are split over tensor-parallel ranks; ``hf`` is whole on each of them."""
-
-    tower: Literal["clip", "siglip", "hf"] = "clip"
-    """clip: class token, a norm before the layers, quick-GELU; siglip: neither of both, tanh-GELU, and, under
-    feature_layer -1, a norm after the layers; hf: any vision model of Hugging Face's, built from ``hf_config``."""
-    hf_config: dict[str, Any] | None = None
-    """hf: what the model's config.json says, with its model_type. The sizes below are taken from it."""
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    ffn_hidden_size: PositiveInt | None = None
-    """Defaults to 4 x hidden_size."""
-    image_size: PositiveInt
-    """Pixels, square."""
-    patch_size: PositiveInt
-    """Pixels, square; must divide image_size."""
-    norm_epsilon: float | None = None
-    """clip, siglip: defaults to 1e-5 and 1e-6."""
-    pixel_mean: tuple[float, float, float] | None = None
-    """Of each channel, for pixels in [0, 1]. clip, siglip: defaults to the published."""
-    pixel_std: tuple[float, float, float] | None = None
-    """As ``pixel_mean``."""
-    feature_layer: int = -2
-    """Which layer's output is projected: -1 the last, -2 the one before (LLaVA-1.5). Layers after it are not built."""
-    init: str | None = None
-    """Weights to start from: ``tiny/vision`` (embedded) or a safetensors file. None: random."""
-
-
-class QFormerConfig(Section):
-    """BLIP-2's Q-Former (arXiv 2301.12597): learned queries that attend to an image's features. Defaults: its size."""
-
-    num_query_tokens: PositiveInt = 32
-    """Visual tokens of an image."""
-    num_layers: PositiveInt = 12
-    hidden_size: PositiveInt = 768
-    num_attention_heads: PositiveInt = 12
-    ffn_hidden_size: PositiveInt | None = None
-    """Defaults to 4 x hidden_size."""
-    cross_attention_frequency: PositiveInt = 2
-    """Layers 0, n, 2n, ... attend to the image."""
-
-
-class ProjectorConfig(Section):
-    """Maps visual features to the language model's width."""
-
-    type: Literal["linear", "mlp2x_gelu", "qformer"] = "mlp2x_gelu"
-    """qformer: a Q-Former and one linear layer (MiniGPT-4), whole on each tensor-parallel rank."""
-    qformer: QFormerConfig = QFormerConfig()
-    """qformer: its sizes."""
-    init: str | None = None
-    """Weights to start from: a safetensors file. None: random."""
-
-
-class RopeScalingConfig(Section):
-    """Llama 3.1's scaling of RoPE to longer sequences than ``original_max_position_embeddings``."""
-
-    factor: Annotated[float, Field(ge=1)]
-    """Wavelengths that do not fit the original length so many times over become longer by this."""
-    low_freq_factor: Annotated[float, Field(gt=0)] = 1.0
-    """Wavelengths above original length / this are scaled in full."""
-    high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
-    """Wavelengths below original length / this stay; between both it is interpolated."""
-    original_max_position_embeddings: PositiveInt = 8192
-    """Tokens."""
-
-    @model_validator(mode="after")
-    def _order(self) -> RopeScalingConfig:
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor={self.low_freq_factor:g} must be below high_freq_factor={self.high_freq_factor:g}"
-            )
-        return self
-
-
-class LanguageConfig(Section):
-    """A Llama-type decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
-
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = None
-    """Key/value heads. Defaults to num_attention_heads (no grouping)."""
-    ffn_hidden_size: PositiveInt
-    kv_channels: PositiveInt | None = None
-    """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
-    vocab_size: PositiveInt
-    add_qkv_bias: bool = False
-    """Biases of the query, key and value projections (Qwen2)."""
-    rotary_base: PositiveInt = 10000
-    rope_scaling: RopeScalingConfig | None = None
-    norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = False
-    init_std: float = 0.02
-    """Standard deviation of the initial weights (output layers of a block: divided by sqrt(2 x num_layers))."""
-    embedding_init_std: float | None = None
-    """Defaults to init_std."""
-    init: str | None = None
-    """Weights to start from: ``tiny/language`` (embedded) or a safetensors file. None: random."""
-
-
-class ModelConfig(Section):
-    """Vision tower, projector and language model; ``vision: null`` is a text-only language model."""
-
-    vision: VisionConfig | None
-    projector: ProjectorConfig = ProjectorConfig()
-    language: LanguageConfig
 
 
 class ParallelConfig(Section):
