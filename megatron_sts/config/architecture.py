@@ -40,7 +40,7 @@ class VisionConfig(Section):
     No norm follows it, except with an hf tower's last layer, whose output is what the model returns.
     """
     init: str | None = None
-    """Weights to start from: ``tiny/vision`` (embedded) or a safetensors file. None: random."""
+    """Weights to start from: ``tiny/vision`` (embedded), a weights folder or a safetensors file. None: random."""
 
 
 class QFormerConfig(Section):
@@ -65,7 +65,7 @@ class ProjectorConfig(Section):
     qformer: QFormerConfig = QFormerConfig()
     """qformer: its sizes."""
     init: str | None = None
-    """Weights to start from: a safetensors file. None: random."""
+    """Weights to start from: a weights folder or a safetensors file. None: random."""
 
 
 class RopeScalingConfig(Section):
@@ -112,7 +112,7 @@ class LanguageConfig(Section):
     embedding_init_std: float | None = None
     """Defaults to init_std."""
     init: str | None = None
-    """Weights to start from: ``tiny/language`` (embedded) or a safetensors file. None: random."""
+    """Weights to start from: ``tiny/language`` (embedded), a weights folder or a safetensors file. None: random."""
 
 
 class ModelConfig(Section):
