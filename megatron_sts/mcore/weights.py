@@ -32,11 +32,17 @@ def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
         for name, parameter in chunk.named_parameters():
             if match := _LAYER.match(name):
                 layer = chunk.language.decoder.layers[int(match[1])].layer
-                rest = name[match.end() :]
-                name = f"language.decoder.layers.{layer}.{_FUSED_NORMS.get(rest, rest)}"
+                name = unfused(f"language.decoder.layers.{layer}.{name[match.end() :]}")
             elif name == _HEAD and chunk.share_embeddings_and_output_weights:
                 name = _EMBEDDING  # the last stage's copy of the tied weight
             yield name, parameter
+
+
+def unfused(name: str) -> str:
+    """A decoder weight's name without Transformer Engine's."""
+    for fused, plain in _FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
 
 
 def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
