@@ -44,7 +44,7 @@ def read_sections(folder: Path) -> Sections:
     path = folder / CONFIG_NAME
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        return {part: kind.model_validate(model[part]) for part, kind in _SECTIONS.items() if part in model}  # type: ignore[misc]
+        return {part: kind.model_validate(model[part]) for part, kind in _SECTIONS.items() if part in model}  # type: ignore[misc, attr-defined]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise ConfigError(f"{path}: holds no model section ({error}); convert the weights again") from None
 

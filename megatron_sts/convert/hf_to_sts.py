@@ -96,8 +96,8 @@ def convert(origin: Origin, out: Path, shard_bytes: int = shards.SHARD_BYTES) ->
     pairs = [pair for pair in pairings(origin.sections) if pair.part in origin.folders]
     _check(origin, pairs)
     units = [_unit(origin.folders[pair.part], pair) for pair in pairs]
-    settings = {part: identity(folder.path) for part, folder in origin.folders.items()}
-    shards.claim(out, "--sts", {"shard_bytes": shard_bytes, **settings})
+    settings: dict[str, Any] = {part: identity(folder.path) for part, folder in origin.folders.items()}
+    shards.claim(out, "--sts", settings | {"shard_bytes": shard_bytes})
     write_model(out, origin.sections, origin.config)
     for path in {folder.path: None for folder in origin.folders.values()}:
         copy_extras(path, out)

@@ -37,12 +37,12 @@ class SavedWeights:
         except (CheckpointingException, OSError) as error:
             raise CheckpointError(str(error)) from error
         self._reader = FileSystemReader(path)
-        self._metadata = self._reader.read_metadata()
-        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        metadata = self._reader.read_metadata()
+        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
-        self._places: dict[str, tuple[str, int | None]] = {}
-        for key, stored in self._metadata.state_dict_metadata.items():
+        self._places: dict[str, tuple[str, TensorStorageMetadata, int | None]] = {}
+        for key, stored in metadata.state_dict_metadata.items():
             if key.startswith(_MODEL) and isinstance(stored, TensorStorageMetadata):
                 self._add(key, stored)
 
@@ -53,12 +53,11 @@ class SavedWeights:
             name = key if match is None else unfused(f"{match[0]}{layer}.{key[match.end() :]}")
             self.shapes[name] = size if layer is None else size[1:]
             self.dtypes[name] = stored.properties.dtype
-            self._places[name] = key, layer
+            self._places[name] = key, stored, layer
 
     def read(self, name: str) -> torch.Tensor:
         """One whole weight; reads only the pieces that hold it."""
-        key, layer = self._places[name]
-        stored = self._metadata.state_dict_metadata[key]
+        key, stored, layer = self._places[name]
         size = list(stored.size)
         offsets = [0] * len(size)
         if layer is not None:
