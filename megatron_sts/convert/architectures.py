@@ -8,8 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.architecture import LanguageConfig, Part, VisionConfig
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.convert.names import Sections
 from megatron_sts.convert.spelling import SPELLINGS
 
 CONFIG = "config.json"
@@ -157,13 +158,13 @@ def composed(vision: Any, language: Any, feature_layer: int) -> Any:
     )
 
 
-def from_sections(model: ModelConfig) -> Any:
+def from_sections(sections: Sections) -> Any:
     """The transformers config of a model of ours that came from no Hugging Face folder."""
     transformers = import_transformers()
-    language = _hf_language(model.language)
-    if model.vision is None:
+    language = _hf_language(sections["language"])
+    if "vision" not in sections:
         return language
-    vision = model.vision
+    vision: VisionConfig = sections["vision"]
     clip = transformers.CLIPVisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.ffn_hidden_size or 4 * vision.hidden_size,
