@@ -208,7 +208,7 @@ def _patch_embedding(vision: VisionConfig) -> int:
 
 def _vision_layers(vision: VisionConfig, num_images: int, num_layers: int) -> Flops:
     """Layers of full attention over patches and class token: 8 t h^2 + 4 t h f, and 4 t^2 h of attention, an image."""
-    tokens, hidden = _patches(vision) + 1, vision.hidden_size
+    tokens, hidden = _patches(vision) + (vision.tower != "siglip"), vision.hidden_size
     weights = 8 * tokens * hidden**2 + 4 * tokens * hidden * (vision.ffn_hidden_size or 4 * hidden)
     count = num_images * num_layers
     return Flops(count * weights, count * 4 * tokens**2 * hidden)

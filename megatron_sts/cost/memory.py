@@ -132,12 +132,13 @@ def _final(language: LanguageConfig) -> Parameters:
 
 
 def _vision(vision: VisionConfig | None, num_layers: int) -> Parameters:
-    """Patches, class token, positions and the first norm, whole; then the layers, with biases."""
+    """Patches and positions, CLIP's class token and first norm or SigLIP's bias of patches, whole; then biased layers."""
     if vision is None:
         return Parameters()
     hidden, ffn = vision.hidden_size, vision.ffn_hidden_size or 4 * vision.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2
-    embedding = Parameters(whole=hidden * (3 * vision.patch_size**2 + 1 + patches + 1 + 2))
+    beside_patches = 1 if vision.tower == "siglip" else 4  # a bias; or class token, its position and two of the norm
+    embedding = Parameters(whole=hidden * (3 * vision.patch_size**2 + patches + beside_patches))
     qkv_and_fc1 = 3 * hidden * (hidden + 1) + ffn * (hidden + 1)
     layer = Parameters(split=qkv_and_fc1 + hidden * hidden + ffn * hidden, whole=2 * hidden + 2 * 2 * hidden)
     return embedding + layer * num_layers

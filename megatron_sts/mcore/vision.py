@@ -15,14 +15,19 @@ from megatron_sts.mcore.decoder import torch_layer_spec
 from megatron_sts.mcore.layer import TorchNorm
 
 
-def build_clip_encoder(resolved: Resolved) -> CLIPViTModel:
-    """CLIP's ViT up to ``feature_layer``: images [n, 3, h, w] -> [n, 1 + patches, hidden], the class token first."""
+def build_encoder(resolved: Resolved) -> CLIPViTModel:
+    """CLIP's or SigLIP's ViT up to ``feature_layer``: images [n, 3, h, w] -> [n, patches, hidden], CLIP's class token first."""
     vision = resolved.config.model.vision
     assert vision is not None
+    has_class_token = vision.tower == "clip"
     encoder = CLIPViTModel(
         vision_config(resolved),
         torch_layer_spec(AttnMaskType.no_mask),
         ln_pre_impl=TorchNorm,
+        add_class_token=has_class_token,
+        class_token_len=int(has_class_token),
+        # "siglip" is this with a final norm, which no projected layer passes.
+        model_subtype="clip" if has_class_token else "internvit",
         patch_dim=vision.patch_size,
         img_h=vision.image_size,
         img_w=vision.image_size,
