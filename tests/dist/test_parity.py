@@ -21,6 +21,7 @@ from tests.dist.ladder import (
     ALIGNMENT,
     BERNOULLI,
     DENSE,
+    MODELS,
     Trained,
     Written,
     resolved_run,
@@ -50,7 +51,8 @@ ALL_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "use_d
 # What is trained, by name: stages and model; each is also trained on one rank, to compare with.
 RUNS: dict[str, dict[str, Any]] = {
     "all": {},
-    "tied": {"stages": (DENSE,), "tied": True},
+    "tied": {"stages": (DENSE,), "model": "tied"},
+    "siglip": {"stages": (ALIGNMENT, DENSE), "model": "siglip"},
     "skipped updates": {"stages": (FREEZE, ZERO_GRAD)},
     "bf16": {"params": "bf16"},
 }
@@ -72,6 +74,8 @@ TWO_RANKS = {
     "DP2 all overlap": ("all", ALL_OVERLAP),
     "PP2 tied": ("tied", {PP: 2}),
     "TP2 tied": ("tied", {TP: 2}),
+    "TP2 siglip": ("siglip", {TP: 2, "sequence_parallel": True}),
+    "PP2 siglip": ("siglip", {PP: 2}),
     "DP2 skipped updates": ("skipped updates", {"use_distributed_optimizer": True}),
     "DP2 all overlap skipped updates": ("skipped updates", ALL_OVERLAP),
     "bf16 TP2": ("bf16", {TP: 2}),
@@ -90,7 +94,7 @@ def folder() -> Path:
     """Samples and weights; kept until the interpreter ends."""
     path = Path(tempfile.mkdtemp(prefix="parity"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
-    write_inputs(path)
+    write_inputs(path, MODELS)
     return path
 
 
