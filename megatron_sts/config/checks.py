@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.architecture import LanguageConfig, ModelConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import (
     DataConfig,
@@ -37,6 +37,7 @@ def check_run(config: RunConfig) -> None:
     check_language(config.model.language)
     if config.model.vision is not None:
         check_vision(config.model.vision)
+    check_qformer(config.model)
     check_tensor_parallel(config)
     check_parallel(config)
     check_fp8(config)
@@ -80,7 +81,10 @@ def check_language(language: LanguageConfig) -> None:
 
 def check_vision(vision: VisionConfig) -> None:
     """Patches tile the image, heads tile the width, and the projected layer exists."""
-    if vision.image_size % vision.patch_size:
+    check_tower(vision)
+    if vision.image_size < vision.patch_size:
+        refuse("model.vision.patch_size", vision.patch_size, f"above image_size={vision.image_size}", "lower it")
+    if vision.tower == "clip" and vision.image_size % vision.patch_size:
         refuse(
             "model.vision.patch_size",
             vision.patch_size,
@@ -103,6 +107,34 @@ def check_vision(vision: VisionConfig) -> None:
         )
 
 
+def check_tower(vision: VisionConfig) -> None:
+    """A Hugging Face tower says which model it is, how its pixels are normalised, and nothing that is not read."""
+    if vision.tower != "hf":
+        if vision.hf_config is not None:
+            refuse("model.vision.hf_config", "{...}", f"tower={vision.tower} reads none", "remove it, or set tower=hf")
+        return
+    if "model_type" not in (vision.hf_config or {}):
+        refuse("model.vision.hf_config", "{...}" if vision.hf_config else "null", "tower=hf is built from it",
+               "give the content of the model's config.json, with its model_type")  # fmt: skip
+    for name in ("pixel_mean", "pixel_std"):
+        if getattr(vision, name) is None:
+            refuse(f"model.vision.{name}", "null", "tower=hf has no default",
+                   "give three numbers (image_mean, image_std of the model's preprocessor_config.json)")  # fmt: skip
+    if vision.norm_epsilon is not None:
+        refuse("model.vision.norm_epsilon", vision.norm_epsilon, "tower=hf takes it from hf_config", "remove it")
+
+
+def check_qformer(model: ModelConfig) -> None:
+    """A Q-Former has an image to look at and heads that tile its width."""
+    if (qformer := model.qformer) is None:
+        return
+    if model.vision is None:
+        refuse("model.qformer", "{...}", "model.vision is null, so there is nothing to look at", "set it to null")
+    if qformer.hidden_size % qformer.num_attention_heads:
+        refuse("model.qformer.hidden_size", qformer.hidden_size,
+               f"not a multiple of num_attention_heads={qformer.num_attention_heads}", "change either")  # fmt: skip
+
+
 def check_tensor_parallel(config: RunConfig) -> None:
     """Tensor parallelism splits heads, groups, MLP columns and the vocabulary evenly."""
     size, language, vision = (
@@ -117,7 +149,7 @@ def check_tensor_parallel(config: RunConfig) -> None:
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
         "model.language.vocab_size": language.vocab_size,
     }
-    if vision is not None:
+    if vision is not None and vision.tower != "hf":
         split["model.vision.num_attention_heads"] = vision.num_attention_heads
         split["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size or 4 * vision.hidden_size
     for field, value in split.items():
@@ -244,11 +276,11 @@ def check_evaluation(config: RunConfig) -> None:
 
 def check_parts(stage: StageConfig, model: ModelConfig) -> None:
     """Something learns, and nothing absent is frozen."""
-    parts: tuple[Part, ...] = ("language",) if model.vision is None else ("vision", "projector", "language")
     field, value = f"stages.{stage.name}.freeze", f"[{', '.join(stage.freeze)}]"
-    if absent := [part for part in stage.freeze if part not in parts]:
-        refuse(field, value, f"model.vision is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
-    if set(stage.freeze) == set(parts):
+    if absent := [part for part in stage.freeze if part not in model.parts]:
+        null = "model.vision" if model.vision is None else "model.qformer"
+        refuse(field, value, f"{null} is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
+    if set(stage.freeze) == set(model.parts):
         refuse(field, value, "nothing is left to train", "remove a part")
 
 
@@ -261,6 +293,9 @@ def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
             "model.vision is null, so there are no visual tokens",
             "set it to null",
         )
+    if stage.vtc is not None and config.model.qformer is not None and stage.vtc.sampler in ("anchored", "pooled"):
+        refuse(f"stages.{stage.name}.vtc.sampler", stage.vtc.sampler, "a Q-Former's tokens form no grid",
+               "use uniform, random or guided")  # fmt: skip
     if stage.lds is None:
         return
     for layer in stage.lds.fixed_layers:
