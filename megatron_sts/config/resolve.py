@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_sts.config.architecture import ModelConfig
-from megatron_sts.config.checks import check_run, fp8_alignment, refuse
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.checks import check_run, fp8_alignment
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.schema import (
     DataConfig,

@@ -40,7 +40,7 @@ def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
 
 
 def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
-    """Copies the weights of ``part`` (vision, projector or language) from a safetensors file into this rank's shards.
+    """Copies the weights of ``part`` (vision, qformer, projector or language) from a safetensors file into this rank's shards.
 
     Raises:
         ConfigError: a tensor is missing or has another shape than the model.
