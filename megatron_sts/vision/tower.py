@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_sts.config.architecture import VisionConfig
+from megatron_sts.config.architecture import HF_SIZES, VisionConfig
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.vision import build_encoder
@@ -63,6 +63,7 @@ class HuggingFaceTower(Replicated):
             "model.vision.hf_config.model_type",
             **{
                 **vision.hf_config,
+                **{name: getattr(vision, field) for field, name in HF_SIZES.items() if getattr(vision, field)},
                 "num_hidden_layers": resolved.num_vision_layers,
                 # Else some models' last hidden state stands there, which has passed a norm.
                 "tie_last_hidden_states": False,
