@@ -48,9 +48,13 @@ NUM_KEPT = 10
 
 
 def resolved_model(
-    feature_layer: int = -1, keep_ratio: float = 1.0, vision: Written | None = None, language: Written | None = None
+    feature_layer: int = -1,
+    keep_ratio: float = 1.0,
+    vision: Written | None = None,
+    language: Written | None = None,
+    **model: Written,
 ) -> Resolved:
-    """A tiny LLaVA; ``vision`` and ``language`` are written beside or instead of its usual keys."""
+    """A tiny LLaVA; ``vision``, ``language`` and ``model`` are written beside or instead of its usual keys."""
     written: dict[str, Any] = {
         "model": {
             "vision": {
@@ -73,6 +77,7 @@ def resolved_model(
                 "rotary_base": 5000.0,
                 **(language or {}),
             },
+            **model,
         },
         "stages": [
             {
@@ -179,7 +184,7 @@ def language_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def vision_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What our ``name`` is called in Hugging Face's CLIP and SigLIP."""
+    """What our ``name`` is called in Hugging Face's CLIP, SigLIP or, in a tower of theirs, anything."""
     plain = {
         "class_token": "embeddings.class_embedding",
         "conv1.weight": "embeddings.patch_embedding.weight",
@@ -189,6 +194,8 @@ def vision_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
         "ln_pre.bias": "pre_layrnorm.bias",
     }
     short = name.removeprefix("vision.encoder.")
+    if short in of:  # a Hugging Face tower's
+        return of[short]
     if short in plain:
         return of[plain[short]]
     _, _, layer, rest = short.split(".", 3)
@@ -206,12 +213,23 @@ def vision_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return of[f"{prefix}.{inner[module]}.{kind}"]
 
 
+def qformer_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return of[name.removeprefix("qformer.")]
+
+
 def projector_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    if (linear := name.removeprefix("projector.encoder.")) in of:
+        return of[linear]
     number = {"linear_fc1": 0, "linear_fc2": 2}[name.split(".")[2]]
     return of[f"{number}.{name.rsplit('.', 1)[1]}"]
 
 
-WEIGHTS = {"language": language_weight, "vision": vision_weight, "projector": projector_weight}
+WEIGHTS = {
+    "language": language_weight,
+    "vision": vision_weight,
+    "qformer": qformer_weight,
+    "projector": projector_weight,
+}
 
 
 def build_like(resolved: Resolved, **references: torch.nn.Module) -> torch.nn.Module:
@@ -234,24 +252,26 @@ def make_batch(resolved: Resolved, num_images: list[int], seed: int = 5) -> Batc
     """Samples of random text with so many images each, in front, in between and next to each other."""
     random = np.random.default_rng(seed)
     kept = resolved.stages[0].tokens(0).of_image(0)
-    rows = [[make_sample(random, count, kept)] for count in num_images]
+    rows = [[make_sample(random, count, kept, resolved.stages[0].visual_tokens_in)] for count in num_images]
     return collate(rows, sequence_length=64, dense_length=64, pad_id=0, packed=False)
 
 
-def make_sample(random: np.random.Generator, num_images: int, kept: int) -> PreparedSample:
+def make_sample(
+    random: np.random.Generator, num_images: int, kept: int, num_tokens_in: int = NUM_PATCHES
+) -> PreparedSample:
     tokens: list[int] = []
     for number in range(num_images):
         tokens += [PLACEHOLDER] * kept + random.integers(6, VOCAB, 3 * (number % 2)).tolist()
     tokens += random.integers(6, VOCAB, random.integers(8, 14)).tolist()
     is_visual = [token == PLACEHOLDER for token in tokens]
     is_target = [not visual and bool(random.integers(0, 2)) for visual in is_visual]
-    indices = [np.sort(random.choice(NUM_PATCHES, kept, replace=False)) for _ in range(num_images)]
+    indices = [np.sort(random.choice(num_tokens_in, kept, replace=False)) for _ in range(num_images)]
     pixels = tuple(random.integers(0, 256, (IMAGE, IMAGE, 3), dtype=np.uint8) for _ in range(num_images))
     return PreparedSample(
         EncodedSample(tokens, is_target, is_visual, num_images, [False] * len(tokens)),
         torch.from_numpy(random.integers(1, 3, len(tokens)).cumsum()),
         tuple(map(torch.from_numpy, indices)),
-        NUM_PATCHES,
+        num_tokens_in,
         pixels or None,
     )
 
