@@ -63,6 +63,17 @@ MODELS: dict[str, dict[str, Written]] = {
             "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 48},
         },
     },
+    "qformer": {
+        "vision": {
+            "tower": "hf",
+            "hf_config": {"model_type": "clip_vision_model"},
+            "ffn_hidden_size": 128,
+            "pixel_mean": [0.5, 0.5, 0.5],
+            "pixel_std": [0.25, 0.25, 0.25],
+        },
+        "qformer": {"num_query_tokens": 12, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
+        "projector": {"type": "linear"},
+    },
 }
 """What the small model is given beside or instead of its usual sizes, by name."""
 
@@ -94,6 +105,7 @@ def written_run(
         "seed": 1,
         "model": {
             "vision": {**vision, "feature_layer": -1, **parts.get("vision", {}), **init},
+            "qformer": {**parts["qformer"], **init} if "qformer" in parts else None,
             "projector": {**parts.get("projector", {}), **init},
             "language": {**language, **parts.get("language", {}), **init},
         },

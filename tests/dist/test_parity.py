@@ -53,6 +53,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "all": {},
     "tied": {"stages": (DENSE,), "model": "tied"},
     "siglip": {"stages": (ALIGNMENT, DENSE), "model": "siglip"},
+    "qformer": {"stages": (ALIGNMENT, DENSE), "model": "qformer"},
     "skipped updates": {"stages": (FREEZE, ZERO_GRAD)},
     "bf16": {"params": "bf16"},
 }
@@ -76,6 +77,9 @@ TWO_RANKS = {
     "TP2 tied": ("tied", {TP: 2}),
     "TP2 siglip": ("siglip", {TP: 2, "sequence_parallel": True}),
     "PP2 siglip": ("siglip", {PP: 2}),
+    "TP2 qformer": ("qformer", {TP: 2, "sequence_parallel": True}),
+    "PP2 qformer": ("qformer", {PP: 2}),
+    "DP2 all overlap qformer": ("qformer", ALL_OVERLAP),
     "DP2 skipped updates": ("skipped updates", {"use_distributed_optimizer": True}),
     "DP2 all overlap skipped updates": ("skipped updates", ALL_OVERLAP),
     "bf16 TP2": ("bf16", {TP: 2}),

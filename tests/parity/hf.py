@@ -38,7 +38,7 @@ Written = dict[str, Any]
 
 # 5 x the largest difference measured, relative to the largest element: fp32 sums in another order (fused qkv and
 # gate/up products, SDPA against eager attention), carried through every layer.
-FORWARD_RTOL, GRADIENT_RTOL = 5 * 1.9e-6, 5 * 8.5e-6
+FORWARD_RTOL, GRADIENT_RTOL = 5 * 2.6e-6, 5 * 1.2e-5
 
 HEADS, GROUPS, HIDDEN, LAYERS, VOCAB = 8, 2, 64, 4, 256
 VISION_HEADS, VISION_HIDDEN, VISION_LAYERS, IMAGE, PATCH = 4, 48, 3, 32, 8
@@ -323,6 +323,11 @@ def check_loss_and_gradients(
         wanted = WEIGHTS[part](name, gradients[part]).view_as(parameter)
         if not wanted.any():
             assert parameter.grad is None or not parameter.grad.any(), name
+            continue
+        if name.endswith(
+            "key.bias"
+        ):  # adds the same to all of a query's scores, which softmax ignores: rounding is left
+            assert max(parameter.grad.abs().max(), wanted.abs().max()) <= 1e-6, name
             continue
         worst = max(worst, relative(parameter.grad, wanted))
     print(f"loss {difference:.1e}, gradients {worst:.1e}")
