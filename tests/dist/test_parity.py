@@ -54,6 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "tied": {"stages": (DENSE,), "model": "tied"},
     "siglip": {"stages": (ALIGNMENT, DENSE), "model": "siglip"},
     "qformer": {"stages": (ALIGNMENT, DENSE), "model": "qformer"},
+    "fresh": {"stages": (DENSE,), "model": "qformer", "fresh": True},
     "skipped updates": {"stages": (FREEZE, ZERO_GRAD)},
     "bf16": {"params": "bf16"},
 }
@@ -79,6 +80,7 @@ TWO_RANKS = {
     "PP2 siglip": ("siglip", {PP: 2}),
     "TP2 qformer": ("qformer", {TP: 2, "sequence_parallel": True}),
     "PP2 qformer": ("qformer", {PP: 2}),
+    "fresh TP2": ("fresh", {TP: 2}),
     "DP2 all overlap qformer": ("qformer", ALL_OVERLAP),
     "DP2 skipped updates": ("skipped updates", {"use_distributed_optimizer": True}),
     "DP2 all overlap skipped updates": ("skipped updates", ALL_OVERLAP),
@@ -179,7 +181,7 @@ def check_bit_equal(found: Trained, expected: Trained) -> None:
 
 
 def cases(num_ranks: int) -> pytest.MarkDecorator:
-    names = [name for name in LAYOUTS[num_ranks] if not name.startswith("bf16")]
+    names = [name for name in LAYOUTS[num_ranks] if not name.startswith(("bf16", "fresh"))]
     return pytest.mark.parametrize("name", names)
 
 
@@ -233,6 +235,11 @@ def test_four_ranks_train_as_one(four_ranks: dict[str, Trained], name: str) -> N
 
 def test_nothing_is_left_of_earlier_layouts(two_ranks: dict[str, Trained]) -> None:
     check_bit_equal(two_ranks["TP2 again"], two_ranks["TP2"])
+
+
+def test_what_ranks_hold_whole_starts_equal(two_ranks: dict[str, Trained]) -> None:
+    """Random weights of a replicated tower and Q-Former: ``gather_weights`` compares them between ranks."""
+    assert relative(two_ranks["fresh TP2"].losses, alone("fresh").losses) <= LOSS_RTOL
 
 
 @pytest.mark.parametrize("name", ["bf16 TP2", "bf16 PP2"])
