@@ -23,7 +23,7 @@ from tests.dist.launch import run_ranks
 
 # 5 x the largest difference measured over all models and layouts, relative to the largest logit: fp32 sums in another order.
 RTOL = 5 * 2.1e-6
-COMPARED = ["llava", "llava, qwen2 tied", "llava, llama 3.1", "llama", "qwen2 tied", "qwen2"]
+COMPARED = ["llava", "llava, qwen2 tied", "llava, llama 3.1", "llava, siglip", "blip-2", "llama", "qwen2 tied", "qwen2"]
 LAYOUTS = {
     2: [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
     4: [{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}],
@@ -105,11 +105,11 @@ def test_the_table_names_every_weight_that_is_built(name: str, folders: dict[str
 def test_images_matter(folders: dict[str, tuple[Path, Path]]) -> None:
     """Other pixels move transformers' logits by far more than the bound: the comparison sees the images."""
     hf, sts = folders["llava"]
-    expected, batch, _ = verify.expect(hf, sts)
+    expected, batch, resolved = verify.expect(hf, sts)
     assert batch.pixels is not None and len(batch.pixels) == sum(kinds.count("I") for kinds in verify.IMAGES)
     config = verify.architectures.read_config(hf)
     batch.pixels[0].zero_()
-    other = verify._hf_logits(hf, config, batch)
+    other = verify._hf_logits(hf, config, resolved.config.model.vision, batch)
     assert verify.largest_difference(other, expected, batch) > 1e-2
 
 
