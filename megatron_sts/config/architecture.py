@@ -122,6 +122,8 @@ class LanguageConfig(Section):
     kv_channels: PositiveInt | None = None
     """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
     vocab_size: PositiveInt
+    """May be larger than that of the weights in ``init``, for new tokens or to divide by the tensor-parallel size: further
+    rows are the mean of all, so that their logits are never the largest. An export leaves out those that no token names."""
     add_qkv_bias: bool = False
     """Biases of the query, key and value projections (Qwen2)."""
     rotary_base: PositiveInt = 10000

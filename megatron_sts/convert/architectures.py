@@ -96,7 +96,7 @@ def sections_of_whole(config: Any, source: Path) -> Sections:
         ConfigError: our model computes something else.
     """
     inner, sections = halves(config), dict[Part, Any]()
-    if config.model_type in REQUIRED:
+    if config.model_type in ("llava", "blip-2"):
         _check(config, source)
     if "vision" in inner:
         sections["vision"] = vision_section(inner["vision"], source, _feature_layer(config, source))
@@ -213,6 +213,8 @@ def _feature_layer(config: Any, source: Path) -> int:
 
 
 def _check(config: Any, source: Path) -> None:
+    if config.model_type not in REQUIRED:
+        _refuse(source, "model_type", config.model_type, f"known are {', '.join(REQUIRED)}")
     for key, wanted in REQUIRED[config.model_type].items():
         if (value := getattr(config, key)) != wanted:
             _refuse(source, key, value, f"only {wanted} can be computed")

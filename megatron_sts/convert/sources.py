@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.runtime.stored import StoredTensors
+from megatron_sts.vision.tower import channel_statistics
 
 
 class Weights(Protocol):
@@ -84,9 +85,10 @@ def _of_checkpoint(path: Path) -> Source:
     if "language" in origins:
         vocab_size = min(vocab_size, max(text_config.vocab_size, tokenizer.vocab_size))
     text_config.vocab_size = vocab_size
+    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
     if "vision" in sections:
         config.image_token_index = tokenizer.image_id
-    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
+        extras = replace(extras, channels=channel_statistics(sections["vision"]))
     return Source(path, sections, config, weights, vocab_size, extras, identity(path / STATE))
 
 
