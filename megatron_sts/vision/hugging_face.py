@@ -29,26 +29,30 @@ def make_config(field: str, model_type: str, **options: Any) -> Any:
     """A config of ``transformers``.
 
     Raises:
-        ConfigError: naming ``field``, if there is no ``transformers`` or it knows no such model.
+        ConfigError: naming ``field``, if there is no ``transformers``, or it knows no such model or refuses an option.
     """
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING
     except ImportError:
         raise ConfigError(f"{field}={model_type}: needs transformers; pip install transformers") from None
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(f"{field}={model_type}: transformers knows no such model; correct it")
-    return CONFIG_MAPPING[model_type](**options)
+    try:
+        return CONFIG_MAPPING[model_type](**options)
+    except StrictDataclassError as error:
+        raise ConfigError(f"{field}={model_type}: {' '.join(str(error).split())}; correct the option") from None
 
 
 def make_model(config: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """The model of ``config`` with random weights."""
+    """The model of ``config`` with random weights, in evaluation mode."""
     import transformers
 
     # AutoModel does not know models that only occur within others, as BLIP-2's vision model.
     by_name = type(config).__name__.removesuffix("Config") + "Model"
     model_class = transformers.MODEL_MAPPING.get(type(config), None) or getattr(transformers, by_name)
     model: torch.nn.Module = model_class._from_config(config, dtype=dtype)
-    return model
+    return model.eval()
 
 
 def make_model_for(config: Any, dtype: torch.dtype, run: Run) -> torch.nn.Module:

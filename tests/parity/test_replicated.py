@@ -164,11 +164,15 @@ def test_weights_under_their_own_names(one_rank: None, tmp_path: Path) -> None:
 
 UNUSABLE = [
     ({"model_type": "vitt"}, "model.vision.hf_config.model_type=vitt: transformers knows no such model"),
-    ({"model_type": "convnext", "depths": [1] * 4}, "model_type=convnext: gives features"),
+    ({"model_type": "pvt_v2"}, "model.vision.hf_config.model_type=pvt_v2: Validation error for field"),
+    (
+        {"model_type": "resnet"},
+        "model.vision.hf_config.model_type=resnet: gives features [2048, 1, 1] for 16 patches of",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("hf_config", "message"), UNUSABLE, ids=["unknown", "no plain ViT"])
+@pytest.mark.parametrize(("hf_config", "message"), UNUSABLE, ids=["unknown", "wrong option", "no ViT"])
 def test_a_tower_that_cannot_be_used_is_refused(one_rank: None, hf_config: dict[str, Any], message: str) -> None:
     vision = {**written_tower("any"), "hf_config": hf_config}
     with pytest.raises(ConfigError) as error:
