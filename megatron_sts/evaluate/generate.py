@@ -30,8 +30,6 @@ from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device
 
-__all__ = ["Generator", "Request", "Sampling"]
-
 GREEDY = Sampling()
 
 
