@@ -11,6 +11,7 @@ from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.chat_template import jinja
 from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
 
 PROCESSOR = "processor_config.json"
 GENERATION = "generation_config.json"
@@ -42,6 +43,8 @@ class Extras:
     template: TemplateName = "plain"
     config: Any = None
     """The exported model's, for transformers."""
+    channels: tuple[Channels, Channels] = CHANNEL_STATISTICS["clip"]
+    """Mean and standard deviation of pixels in [0, 1]."""
 
 
 def copy_extras(source: Path, out: Path, names: tuple[str, ...] = EXTRAS) -> None:
@@ -54,7 +57,7 @@ def copy_extras(source: Path, out: Path, names: tuple[str, ...] = EXTRAS) -> Non
 def write_extras(extras: Extras, out: Path) -> None:
     """Files that were imported go out as they came; else a LLaVA processor is made for what a run used.
 
-    Without a Hugging Face tokenizer (SentencePiece) there is none to write.
+    Without a Hugging Face tokenizer (SentencePiece) there is none to write, and no image processor for BLIP-2.
     """
     if extras.tokenizer is None:
         copy_extras(extras.folders[0], out)
@@ -74,19 +77,24 @@ def write_extras(extras: Extras, out: Path) -> None:
 
 def _processor(extras: Extras, hf: Any) -> Any:
     """Pads to a square and resizes, as the training data were."""
-    transformers, tokenizer, vision = import_transformers(), extras.tokenizer, extras.config.vision_config
+    transformers, tokenizer, config = import_transformers(), extras.tokenizer, extras.config
     assert tokenizer is not None
+    mean, std = extras.channels
+    size = config.vision_config.image_size
     image_processor = transformers.LlavaImageProcessor(
         do_pad=True,
-        size={"shortest_edge": vision.image_size},
-        crop_size={"height": vision.image_size, "width": vision.image_size},
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(mean),
+        image_std=list(std),
     )
+    strategy = config.vision_feature_select_strategy
     return transformers.LlavaProcessor(
         image_processor=image_processor,
         tokenizer=hf,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=extras.config.vision_feature_select_strategy,
-        num_additional_image_tokens=1,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),  # the class token, which it then leaves out
         image_token=hf.convert_ids_to_tokens(tokenizer.image_id),
         chat_template=hf.chat_template,
     )

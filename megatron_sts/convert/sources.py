@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,14 +14,15 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
 from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.convert import architectures
+from megatron_sts.convert import architectures, hf_configs
 from megatron_sts.convert.extras import Extras
 from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config, read_sections
-from megatron_sts.convert.names import Sections, sections_of
+from megatron_sts.convert.pairing import Sections, sections_of
 from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.runtime.stored import StoredTensors
+from megatron_sts.vision.tower import channel_statistics
 
 
 class Weights(Protocol):
@@ -84,20 +85,23 @@ def _of_checkpoint(path: Path) -> Source:
     if "language" in origins:
         vocab_size = min(vocab_size, max(text_config.vocab_size, tokenizer.vocab_size))
     text_config.vocab_size = vocab_size
+    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
     if "vision" in sections:
         config.image_token_index = tokenizer.image_id
-    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
+        extras = replace(extras, channels=channel_statistics(sections["vision"]))
     return Source(path, sections, config, weights, vocab_size, extras, identity(path / STATE))
 
 
 def _origins(run: RunConfig) -> dict[Part, Path]:
     """The weights folders that a run began with, which hold what it does not train or build."""
-    inits = {"vision": run.model.vision and run.model.vision.init, "language": run.model.language.init}
-    return {part: Path(init) for part, init in inits.items() if init and is_weights_folder(Path(init))}  # type: ignore[misc]
+    inits = {part: section.init for part, section in sections_of(run.model).items() if part in ("vision", "language")}
+    return {part: Path(init) for part, init in inits.items() if init and is_weights_folder(Path(init))}
 
 
 def built_layers(vision: VisionConfig) -> VisionConfig:
     """A tower without the layers after the projected one, which came from nowhere and were never built."""
+    if vision.hf_config is not None:
+        return vision
     return vision.model_copy(update={"num_layers": vision.num_layers + 1 + vision.feature_layer, "feature_layer": -1})
 
 
@@ -119,14 +123,14 @@ class IdentityNorm:
 
 def _config(sections: Sections, origins: Mapping[Part, Path]) -> Any:
     """Each half as its weights folder has it, or made from our section where a run changed it."""
-    configs = architectures.halves(architectures.from_sections(sections))
+    configs = architectures.halves(hf_configs.from_sections(sections))
     for part, folder in origins.items():
         kept = architectures.halves(read_hf_config(folder))[part]
         if part == "vision" or _computes_the_same(sections["language"], architectures.language_section(kept, folder)):
             configs[part] = kept
     if "vision" not in sections:
         return configs["language"]
-    return architectures.composed(configs["vision"], configs["language"], sections["vision"].feature_layer)
+    return hf_configs.composed(configs["vision"], configs["language"], sections)
 
 
 def _computes_the_same(section: LanguageConfig, kept: LanguageConfig) -> bool:

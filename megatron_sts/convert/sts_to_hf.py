@@ -13,7 +13,8 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.convert import shards
 from megatron_sts.convert.extras import write_extras
 from megatron_sts.convert.joining import split
-from megatron_sts.convert.names import Pairing, pairings
+from megatron_sts.convert.names import pairings
+from megatron_sts.convert.pairing import Pairing
 from megatron_sts.convert.sources import Source, Weights
 from megatron_sts.convert.spelling import SPELLINGS
 
@@ -28,9 +29,15 @@ def convert(source: Source, out: Path, shard_bytes: int = shards.SHARD_BYTES) ->
     """
     pairs = pairings(source.sections)
     places = _check(source, pairs)
-    prefixes = SPELLINGS[source.config.model_type].prefixes
-    units = [_unit(places[pair.ours], pair, prefixes[pair.part], source.vocab_size) for pair in pairs]
-    dtypes = {places[pair.ours].dtypes[pair.ours] for pair in pairs}
+    spelling = SPELLINGS[source.config.model_type]
+    units = [
+        _unit(
+            places[pair.ours], pair, tuple(spelling.spelt(pair.part, name) for name in pair.theirs), source.vocab_size
+        )
+        for pair in pairs
+        if pair.ours in places
+    ]
+    dtypes = {weights.dtypes[name] for name, weights in places.items()}
     shards.claim(out, "--hf", {"shard_bytes": shard_bytes, "source": source.identity})
     _write_config(source.config, max(dtypes, key=lambda dtype: dtype.itemsize), out)
     write_extras(source.extras, out)
@@ -42,6 +49,8 @@ def _check(source: Source, pairs: list[Pairing]) -> dict[str, Weights]:
     places: dict[str, Weights] = {}
     for pair in pairs:
         found = next((weights for weights in source.weights if pair.ours in weights.shapes), None)
+        if found is None and pair.optional:
+            continue
         if found is None:
             raise ConfigError(f"{source.path}: has no tensor {pair.ours}; a fresh {pair.part} must be trained first")
         if (shape := found.shapes[pair.ours]) != pair.shape:
@@ -55,9 +64,8 @@ def _check(source: Source, pairs: list[Pairing]) -> dict[str, Weights]:
     return places
 
 
-def _unit(weights: Weights, pair: Pairing, prefix: str, vocab_size: int) -> shards.Unit:
+def _unit(weights: Weights, pair: Pairing, names: tuple[str, ...], vocab_size: int) -> shards.Unit:
     num_bytes = pair.num_elements * weights.dtypes[pair.ours].itemsize
-    names = tuple(prefix + name for name in pair.theirs)
     if pair.ours in VOCABULARY:
         num_bytes = num_bytes // pair.shape[0] * vocab_size
         return shards.Unit(names, num_bytes, partial(_cut, weights, pair, names, vocab_size))

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.convert import architectures
 from megatron_sts.convert.folder import is_weights_folder, read_sections
-from megatron_sts.convert.names import Sections
+from megatron_sts.convert.pairing import Sections
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
 from megatron_sts.data.template import EncodedSample
@@ -25,7 +26,7 @@ from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import process_group
-from megatron_sts.vision.tower import CLIP_MEAN, CLIP_STD
+from megatron_sts.vision.tower import channel_statistics
 
 BOUND = 1e-4
 """Of the largest logit. fp32 sums in another order differ by 1e-6 to 1e-5 of it, a weight in the wrong place by about 1."""
@@ -59,14 +60,14 @@ def expect(hf: Path, sts: Path, **parallel: Any) -> tuple[torch.Tensor, Batch, R
     if not is_weights_folder(sts):
         raise ConfigError(f"--sts={sts}: not a weights folder; give one that convert hf-to-sts wrote")
     config, sections = architectures.read_config(hf), read_sections(sts)
-    is_llava = config.model_type == "llava"
+    is_whole = "vision" in architectures.halves(config)
     if "language" not in architectures.halves(config):
         raise ConfigError(f"--hf={hf}: a {config.model_type} has no logits; verify a text model or a LLaVA")
-    if is_llava and "projector" not in sections:
+    if is_whole and "projector" not in sections:
         raise ConfigError(f"--sts={sts}: has a fresh projector; verify its text model, or convert a whole LLaVA")
-    resolved = resolved_model(sections if is_llava else {"language": sections["language"]}, sts, parallel)
-    batch = random_batch(resolved, config.image_token_index if is_llava else 0)
-    return _hf_logits(hf, config, batch), batch, resolved
+    resolved = resolved_model(sections if is_whole else {"language": sections["language"]}, sts, parallel)
+    batch = random_batch(resolved, config.image_token_index if is_whole else 0)
+    return _hf_logits(hf, config, resolved.config.model.vision, batch), batch, resolved
 
 
 def resolved_model(sections: Sections, sts: Path, parallel: dict[str, Any]) -> Resolved:
@@ -76,7 +77,8 @@ def resolved_model(sections: Sections, sts: Path, parallel: dict[str, Any]) -> R
     vision = sections.get("vision")
     length = STRETCH * 4
     if vision is not None:
-        length += 3 * (vision.image_size // vision.patch_size) ** 2
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        length += 3 * (sections["qformer"].num_query_tokens if "qformer" in sections else num_patches)
     size = len(IMAGES)
     stage = {
         "name": "verify",
@@ -116,17 +118,14 @@ def _sample(resolved: Resolved, kinds: str, image_id: int, random: np.random.Gen
     )
 
 
-def _hf_logits(hf: Path, config: Any, batch: Batch) -> torch.Tensor:
+def _hf_logits(hf: Path, config: Any, vision: VisionConfig | None, batch: Batch) -> torch.Tensor:
     transformers, device = architectures.import_transformers(), current_device().torch_device
-    kind = (
-        transformers.LlavaForConditionalGeneration
-        if config.model_type == "llava"
-        else transformers.AutoModelForCausalLM
-    )
+    name = {"llava": "LlavaForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}.get(config.model_type)
+    kind = getattr(transformers, name or "AutoModelForCausalLM")
     model = kind.from_pretrained(hf, dtype=torch.float32).to(device).eval()
     images = {}
-    if batch.pixels is not None:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in _pixel_statistics(hf))
+    if vision is not None and batch.pixels is not None:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in _pixel_statistics(hf, vision))
         images["pixel_values"] = ((batch.pixels / 255.0 - mean) / std).to(device)
     with torch.no_grad():
         output = model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), **images)
@@ -136,11 +135,11 @@ def _hf_logits(hf: Path, config: Any, batch: Batch) -> torch.Tensor:
     return logits
 
 
-def _pixel_statistics(hf: Path) -> tuple[Sequence[float], Sequence[float]]:
+def _pixel_statistics(hf: Path, vision: VisionConfig) -> tuple[Sequence[float], Sequence[float]]:
     """Those of the folder's image processor, if it has one: a tower that needs others than ours shows."""
     names = "preprocessor_config.json", "processor_config.json"
     if not any((hf / name).is_file() for name in names):
-        return CLIP_MEAN, CLIP_STD
+        return channel_statistics(vision)
     processor = architectures.import_transformers().AutoImageProcessor.from_pretrained(hf)
     return processor.image_mean, processor.image_std
 

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "plan", "data", "generate", "report", "doctor")
+COMMANDS = ("train", "plan", "data", "convert", "verify", "generate", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
@@ -42,6 +42,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "CONFIG", "--nproc", "0"], "'0'"),
         (["train", "CONFIG", "--nprocs", "2", "--wrong"], "--nprocs"),
         (["train", "CONFIG", "--json"], "--dry-run"),
+        (["train", "CONFIG", "model.language.init=no.safetensors"], "model.language.init=no.safetensors: no such file"),
+        (["train", "CONFIG", "data.tokenizer=nowhere"], "data.tokenizer=nowhere: no such file"),
         (["train", "CONFIG", "--dry-run", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),
         (
             ["train", "CONFIG", "--dry-run", "--nproc", "2", "parallel.data_parallel_size=4"],
@@ -57,13 +59,25 @@ def test_help_imports_nothing_heavy() -> None:
         (["generate", "--prompt", "what?"], "SOURCE"),
         (["generate", "nowhere", "--prompt", "what?"], "nowhere"),
         (["generate", "nowhere"], "--prompt"),
+        (["convert"], "COMMAND"),
+        (["convert", "hf-to-sts"], "--sts"),
+        (["convert", "hf-to-sts", "--sts", "out"], "--hf-vision and --hf-language together"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf", ".", "--hf-vision", "."], "give it alone"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf-vision", "."], "--hf-language: missing"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf", "nowhere"], "--hf=nowhere: no such folder"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf", "EMPTY"], "holds no config.json"),
+        (["convert", "sts-to-hf", "--sts", "nowhere", "--hf", "out"], "--sts=nowhere: no such folder"),
+        (["convert", "sts-to-hf", "--sts", "EMPTY", "--hf", "out"], "neither a run's folder nor a checkpoint"),
+        (["verify", "--hf", "EMPTY", "--sts", "EMPTY"], "not a weights folder"),
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
 def test_refusal_is_one_line(words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(config) if word == "CONFIG" else word for word in words]
+    empty = config.parent / "empty"
+    empty.mkdir()
+    words = [{"CONFIG": str(config), "EMPTY": str(empty)}.get(word, word) for word in words]
     try:
         status: object = main(words)
     except SystemExit as stop:
@@ -96,6 +110,15 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage["flops_per_step_dense"] == stage["flops_per_step_all_layers"] == stage["flops_per_step_mean"] > 0
     assert main(["train", str(config), "--dry-run"]) == 0
     assert "FLOPs a step" in capsys.readouterr().out
+
+
+def test_dry_run_names_missing_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, tokenizer = "model.language.init=no.safetensors", "data.tokenizer=nowhere"
+    assert main(["train", str(config), weights, tokenizer, "--dry-run", "--json"]) == 0
+    missing = json.loads(capsys.readouterr().out)["missing_files"]
+    assert [line.split(": ")[0] for line in missing] == [weights, tokenizer]
+    assert main(["train", str(config), weights, "--dry-run"]) == 0
+    assert f"Will not start: {weights}" in capsys.readouterr().out
 
 
 def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
@@ -18,6 +20,8 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 VOCAB, IMAGE_ID = 256, 250
@@ -48,10 +52,33 @@ def _decoder() -> dict[str, Any]:
 
 
 def llava(text_config: Any, **changes: Any) -> LlavaForConditionalGeneration:
-    config = LlavaConfig(
-        vision_config=clip_config(), text_config=text_config, image_token_index=IMAGE_ID, image_seq_length=16, **changes
+    usual = {"vision_config": clip_config(), "image_token_index": IMAGE_ID, "image_seq_length": 16}
+    return randomized(LlavaForConditionalGeneration(LlavaConfig(text_config=text_config, **{**usual, **changes})))
+
+
+def siglip_config(**changes: Any) -> SiglipVisionConfig:
+    """36 pixels hold four patches of 8 in each direction, and some that fill none."""
+    sizes = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return SiglipVisionConfig(**{**sizes, "image_size": 36, "patch_size": 8, **changes})
+
+
+def llava_siglip(**changes: Any) -> LlavaForConditionalGeneration:
+    vision = siglip_config(**changes)
+    return llava(qwen2_config(), vision_config=vision, vision_feature_select_strategy="full")
+
+
+def blip2() -> Blip2ForConditionalGeneration:
+    """MiniGPT-4's kind: ViT, Q-Former, one linear layer and a Llama."""
+    vision = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+    qformer = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = Blip2Config(
+        vision_config={**vision, "image_size": 32, "patch_size": 8},
+        qformer_config={**qformer, "encoder_hidden_size": 32},
+        text_config=llama_config(),
+        num_query_tokens=6,
+        image_token_index=IMAGE_ID,
     )
-    return randomized(LlavaForConditionalGeneration(config))
+    return randomized(Blip2ForConditionalGeneration(config))
 
 
 def randomized(model: PreTrainedModel) -> PreTrainedModel:
@@ -67,6 +94,10 @@ MODELS = {
     "llava": lambda: llava(llama_config()),
     "llava, qwen2 tied": lambda: llava(qwen2_config()),
     "llava, llama 3.1": lambda: llava(llama31_config()),
+    "llava, siglip": lambda: llava_siglip(),
+    "llava, siglip without head": lambda: llava_siglip(vision_use_head=False),
+    "blip-2": lambda: blip2(),
+    "siglip": lambda: randomized(SiglipVisionModel(siglip_config())),
     "llama": lambda: randomized(LlamaForCausalLM(llama_config())),
     "qwen2 tied": lambda: randomized(Qwen2ForCausalLM(qwen2_config())),
     "qwen2": lambda: randomized(Qwen2ForCausalLM(qwen2_config(tie_word_embeddings=False))),

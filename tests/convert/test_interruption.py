@@ -172,6 +172,20 @@ def test_models_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
         (hf / "config.json").write_text(json.dumps(written))
 
 
+def test_parts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
+    hf = hf_models.write("llava", tmp_path / "hf")
+    written = json.loads((hf / "config.json").read_text())
+    for changes, message in (
+        ({"text_config": {"model_type": "mistral"}}, "model_type=mistral"),
+        ({"vision_config": {"model_type": "pixtral"}}, "model_type=pixtral"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer=[-2, -5]"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy=full"),
+    ):
+        hf_models.edit_config(hf, **changes)
+        assert message in refused(hf)
+        (hf / "config.json").write_text(json.dumps(written))
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     hf = hf_models.write("llama", tmp_path / "hf", max_shard_size="100KB")
     shard = sorted(hf.glob("*.safetensors"))[1]

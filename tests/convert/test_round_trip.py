@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
+import transformers
+from transformers import LlavaForConditionalGeneration, PreTrainedModel
 
 from megatron_sts.convert import hf_to_sts, sts_to_hf
 from megatron_sts.convert.sources import open_source
@@ -23,14 +25,8 @@ def round_trip(hf: Path, tmp_path: Path, shard_bytes: int = 2**30) -> Path:
 
 def load(folder: Path) -> PreTrainedModel:
     """By transformers, which must find every tensor and use every one."""
-    name = (folder / "config.json").read_text()
-    kind = (
-        LlavaForConditionalGeneration
-        if "LlavaFor" in name
-        else AutoModelForCausalLM
-        if "ForCausalLM" in name
-        else AutoModel
-    )
+    name = json.loads((folder / "config.json").read_text())["architectures"][0]
+    kind = getattr(transformers, name)
     model, info = kind.from_pretrained(folder, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     return model.eval()
