@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import Record
 from megatron_sts.data.template import encode_prompt
 from megatron_sts.data.tokenizer import Tokenizer
-from megatron_sts.vision.tower import CLIP_MEAN, CLIP_STD
 from tests.parity.hf import IMAGE, NUM_PATCHES
 
 
@@ -44,7 +44,7 @@ def hf_answer(
     """The greedy answer's tokens, without eos."""
     prompt = encode_prompt(record, tokenizer, template, lambda _: NUM_PATCHES).tokens
     images = [torch.from_numpy(fit_square(decode(), IMAGE)) for decode in record.images]
-    mean, std = torch.tensor(CLIP_MEAN), torch.tensor(CLIP_STD)
+    mean, std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
     pixels = {"pixel_values": ((torch.stack(images) / 255 - mean) / std).permute(0, 3, 1, 2)} if images else {}
     said = llava.generate(
         input_ids=torch.tensor([prompt]),
