@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from megatron_sts.config.section import PositiveInt, Section
 
-Part = Literal["vision", "projector", "language"]
+Part = Literal["vision", "qformer", "projector", "language"]
+
+HF_SIZES = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "ffn_hidden_size": "intermediate_size",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
+"""What Hugging Face's vision configs call the sizes of a ViT."""
 
 
 class VisionConfig(Section):
-    """A ViT. ``clip`` and ``siglip`` are split over tensor-parallel ranks; ``hf`` is whole on each of them."""
+    """A ViT."""
 
     tower: Literal["clip", "siglip", "hf"] = "clip"
     """clip: class token, a norm before the layers, quick-GELU; siglip: none of these, a biased patch embedding, tanh-GELU;
-    hf: any Hugging Face ViT, built from ``hf_config``."""
+    hf: any Hugging Face ViT, built from ``hf_config`` and whole on each tensor-parallel rank."""
     hf_config: dict[str, Any] | None = None
     """hf: the content of the model's config.json. The sizes below are taken from it unless it leaves them out."""
     num_layers: PositiveInt
@@ -27,7 +37,7 @@ class VisionConfig(Section):
     image_size: PositiveInt
     """Pixels, square."""
     patch_size: PositiveInt
-    """Pixels, square; must divide image_size."""
+    """Pixels, square; must divide image_size in clip. Others leave out pixels at the right and bottom that fill no patch."""
     norm_epsilon: float | None = None
     """clip, siglip: defaults to 1e-5 and 1e-6."""
     pixel_mean: tuple[float, float, float] | None = None
@@ -42,9 +52,21 @@ class VisionConfig(Section):
     init: str | None = None
     """Weights to start from: ``tiny/vision`` (embedded), a weights folder or a safetensors file. None: random."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sizes(cls, data: object) -> object:
+        if not isinstance(data, dict) or not isinstance(hf_config := data.get("hf_config"), dict):
+            return data
+        read = {field: hf_config[name] for field, name in HF_SIZES.items() if hf_config.get(name) is not None}
+        for field in read.keys() & data.keys():
+            if data[field] not in (read[field], None):
+                raise ValueError(f"{field}={data[field]}: hf_config says {read[field]}; remove it")
+        return {**data, **read}
+
 
 class QFormerConfig(Section):
-    """BLIP-2's Q-Former (arXiv 2301.12597): learned queries that attend to an image's features. Defaults: its size."""
+    """BLIP-2's Q-Former (arXiv 2301.12597): learned queries attend to an image's features, those of CLIP-type class tokens
+    too. The defaults are its published sizes. It is whole on each tensor-parallel rank."""
 
     num_query_tokens: PositiveInt = 32
     """Visual tokens of an image."""
@@ -55,15 +77,14 @@ class QFormerConfig(Section):
     """Defaults to 4 x hidden_size."""
     cross_attention_frequency: PositiveInt = 2
     """Layers 0, n, 2n, ... attend to the image."""
+    init: str | None = None
+    """Weights to start from: a weights folder or a safetensors file. None: random."""
 
 
 class ProjectorConfig(Section):
     """Maps visual features to the language model's width."""
 
-    type: Literal["linear", "mlp2x_gelu", "qformer"] = "mlp2x_gelu"
-    """qformer: a Q-Former and one linear layer (MiniGPT-4), whole on each tensor-parallel rank."""
-    qformer: QFormerConfig = QFormerConfig()
-    """qformer: its sizes."""
+    type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     init: str | None = None
     """Weights to start from: a weights folder or a safetensors file. None: random."""
 
@@ -101,6 +122,8 @@ class LanguageConfig(Section):
     kv_channels: PositiveInt | None = None
     """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
     vocab_size: PositiveInt
+    """May be larger than that of the weights in ``init``, for new tokens or to divide by the tensor-parallel size: further
+    rows are the mean of all, so that their logits are never the largest. An export leaves out those that no token names."""
     add_qkv_bias: bool = False
     """Biases of the query, key and value projections (Qwen2)."""
     rotary_base: PositiveInt = 10000
@@ -119,5 +142,14 @@ class ModelConfig(Section):
     """Vision tower, projector and language model; ``vision: null`` is a text-only language model."""
 
     vision: VisionConfig | None
+    qformer: QFormerConfig | None = None
+    """Between tower and projector (MiniGPT-4, BLIP-2). None: the tower's patches are projected (LLaVA)."""
     projector: ProjectorConfig = ProjectorConfig()
     language: LanguageConfig
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Those that the model has, in the order in which data pass."""
+        if self.vision is None:
+            return ("language",)
+        return ("vision", "projector", "language") if self.qformer is None else get_args(Part)

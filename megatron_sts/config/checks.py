@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.architecture import ModelConfig
+from megatron_sts.config.architecture_checks import check_architecture
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import (
     DataConfig,
     ParallelConfig,
@@ -27,16 +27,9 @@ EVALUATION_FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "pa
 IMAGE_MODES = ("caption", "questions")
 
 
-def refuse(field: str, value: object, why: str, remedy: str) -> NoReturn:
-    """Stop with the one-line message every wrong config gets."""
-    raise ConfigError(f"{field}={value}: {why}; {remedy}")
-
-
 def check_run(config: RunConfig) -> None:
     """Everything that can be refused without the number of ranks or the size of a dataset."""
-    check_language(config.model.language)
-    if config.model.vision is not None:
-        check_vision(config.model.vision)
+    check_architecture(config.model)
     check_tensor_parallel(config)
     check_parallel(config)
     check_fp8(config)
@@ -50,57 +43,6 @@ def check_run(config: RunConfig) -> None:
         check_keeping(stage)
         check_skipping(stage, config.model.language.num_layers)
         check_data(stage, config)
-
-
-def check_language(language: LanguageConfig) -> None:
-    """Widths of the decoder fit its heads."""
-    heads, groups = language.num_attention_heads, language.num_query_groups or language.num_attention_heads
-    if language.kv_channels is None and language.hidden_size % heads:
-        refuse(
-            "model.language.hidden_size",
-            language.hidden_size,
-            f"not a multiple of num_attention_heads={heads}",
-            "change either, or set model.language.kv_channels",
-        )
-    if heads % groups:
-        refuse(
-            "model.language.num_query_groups",
-            groups,
-            f"does not divide num_attention_heads={heads}",
-            "use a divisor of it",
-        )
-    if (channels := language.kv_channels or language.hidden_size // heads) % 2:
-        refuse(
-            "model.language.kv_channels",
-            channels,
-            "rotary embedding needs an even head width",
-            "change kv_channels, hidden_size or num_attention_heads",
-        )
-
-
-def check_vision(vision: VisionConfig) -> None:
-    """Patches tile the image, heads tile the width, and the projected layer exists."""
-    if vision.image_size % vision.patch_size:
-        refuse(
-            "model.vision.patch_size",
-            vision.patch_size,
-            f"does not divide image_size={vision.image_size}",
-            "use a divisor of it",
-        )
-    if vision.hidden_size % vision.num_attention_heads:
-        refuse(
-            "model.vision.hidden_size",
-            vision.hidden_size,
-            f"not a multiple of num_attention_heads={vision.num_attention_heads}",
-            "change either",
-        )
-    if not -vision.num_layers <= vision.feature_layer <= -1:
-        refuse(
-            "model.vision.feature_layer",
-            vision.feature_layer,
-            f"the tower has {vision.num_layers} layers",
-            f"use -1 (last) to {-vision.num_layers} (first)",
-        )
 
 
 def check_tensor_parallel(config: RunConfig) -> None:
@@ -117,7 +59,7 @@ def check_tensor_parallel(config: RunConfig) -> None:
         "model.language.ffn_hidden_size": language.ffn_hidden_size,
         "model.language.vocab_size": language.vocab_size,
     }
-    if vision is not None:
+    if vision is not None and vision.tower != "hf":
         split["model.vision.num_attention_heads"] = vision.num_attention_heads
         split["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size or 4 * vision.hidden_size
     for field, value in split.items():
@@ -244,11 +186,11 @@ def check_evaluation(config: RunConfig) -> None:
 
 def check_parts(stage: StageConfig, model: ModelConfig) -> None:
     """Something learns, and nothing absent is frozen."""
-    parts: tuple[Part, ...] = ("language",) if model.vision is None else ("vision", "projector", "language")
     field, value = f"stages.{stage.name}.freeze", f"[{', '.join(stage.freeze)}]"
-    if absent := [part for part in stage.freeze if part not in parts]:
-        refuse(field, value, f"model.vision is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
-    if set(stage.freeze) == set(parts):
+    if absent := [part for part in stage.freeze if part not in model.parts]:
+        null = "model.vision" if model.vision is None else "model.qformer"
+        refuse(field, value, f"{null} is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
+    if set(stage.freeze) == set(model.parts):
         refuse(field, value, "nothing is left to train", "remove a part")
 
 
@@ -261,6 +203,9 @@ def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
             "model.vision is null, so there are no visual tokens",
             "set it to null",
         )
+    if stage.vtc is not None and config.model.qformer is not None and stage.vtc.sampler in ("anchored", "pooled"):
+        refuse(f"stages.{stage.name}.vtc.sampler", stage.vtc.sampler, "a Q-Former's tokens form no grid",
+               "use uniform, random or guided")  # fmt: skip
     if stage.lds is None:
         return
     for layer in stage.lds.fixed_layers:

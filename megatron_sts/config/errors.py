@@ -1,5 +1,14 @@
 """The one exception that means "the user's configuration is wrong"; the command line turns it into exit code 2."""
 
+from __future__ import annotations
+
+from typing import NoReturn
+
 
 class ConfigError(ValueError):
     """One line naming the field, the offending value and the remedy."""
+
+
+def refuse(field: str, value: object, why: str, remedy: str) -> NoReturn:
+    """Stop with the one-line message every wrong config gets."""
+    raise ConfigError(f"{field}={value}: {why}; {remedy}")

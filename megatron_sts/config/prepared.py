@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from braceexpand import braceexpand
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 
 ENERGON_FOLDER = ".nv-meta"
 """In a dataset's folder: what Energon knows of it."""

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sts.config.architecture import VisionConfig
-from megatron_sts.config.checks import check_run, fp8_alignment, refuse
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.architecture import ModelConfig
+from megatron_sts.config.checks import check_run, fp8_alignment
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.schema import (
     DataConfig,
@@ -255,7 +255,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         check_prepared(Path(str(data.path)))
     if data.source == "llava_json" and not dataset_size(data):
         refuse("data.path", data.path, "holds no samples", "use a file that does")
-    tokens_in = _patches(config.model.vision)
+    tokens_in = _visual_tokens(config.model)
     multiple = sequence_multiple(config.parallel, config.precision)
     visual_multiple = fp8_alignment(config.precision.fp8)
     check_kept(stage, tokens_in, visual_multiple)
@@ -281,9 +281,12 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
     )
 
 
-def _patches(vision: VisionConfig | None) -> int:
-    """Visual tokens of one image (the class token is not projected)."""
-    return 0 if vision is None else (vision.image_size // vision.patch_size) ** 2
+def _visual_tokens(model: ModelConfig) -> int:
+    """Visual tokens of one image: a Q-Former's queries, else the patches (the class token is not projected)."""
+    if model.vision is None:
+        return 0
+    patches = (model.vision.image_size // model.vision.patch_size) ** 2
+    return patches if model.qformer is None else model.qformer.num_query_tokens
 
 
 def check_kept(stage: StageConfig, tokens_in: int, multiple: int) -> None:

@@ -1,30 +1,47 @@
-"""Hugging Face's config.json <-> the ``model`` section of ours. What our model cannot compute is refused here.
+"""Hugging Face's config.json -> the ``model`` section of ours. What our model cannot compute is refused here.
 
-transformers reads and writes config.json: it knows the defaults that files leave out, and the spellings of all versions.
+transformers reads config.json: it knows the defaults that files leave out, and the spellings of all versions.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.architecture import (
+    HF_SIZES,
+    LanguageConfig,
+    Part,
+    ProjectorConfig,
+    QFormerConfig,
+    VisionConfig,
+)
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.convert.pairing import Sections
 from megatron_sts.convert.spelling import SPELLINGS
+from megatron_sts.vision.tower import CHANNEL_STATISTICS
 
 CONFIG = "config.json"
 REQUIRED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
     "clip_vision_model": {"hidden_act": "quick_gelu", "num_channels": 3},
-    "llava": {
-        "projector_hidden_act": "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_select_strategy": "default",
-    },
+    "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
+    "blip_2_vision_model": {},  # runs in transformers
+    "blip_2_qformer": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "use_qformer_text_input": False},
+    "llava": {"projector_hidden_act": "gelu", "multimodal_projector_bias": True},
+    "blip-2": {"use_decoder_only_language_model": True},
 }
 """What config.json must say for our model to compute the same."""
-CLIP_NORM_EPSILON = 1e-5
+TOWERS: dict[str, Literal["clip", "siglip", "hf"]] = {
+    "clip_vision_model": "clip",
+    "siglip_vision_model": "siglip",
+    "blip_2_vision_model": "hf",
+}
+NORM_EPSILON = {"clip": 1e-5, "siglip": 1e-6}
+"""Of our towers, unless a config says otherwise."""
+TOKENS_LEFT_OUT = {"clip": "default", "siglip": "full", "hf": "default"}
+"""LLaVA's vision_feature_select_strategy: default drops the class token, full has none to drop."""
 FEATURE_LAYER = -2
 """Which layer a fresh projector sees: LLaVA-1.5's choice."""
 
@@ -64,13 +81,37 @@ def import_transformers() -> Any:
 
 
 def halves(config: Any) -> dict[Part, Any]:
-    """The transformers configs of the vision and the language model inside a config."""
+    """The transformers configs of the models inside a config."""
+    found: dict[Part, Any] = {}
+    for part, name in (("vision", "vision_config"), ("qformer", "qformer_config"), ("language", "text_config")):
+        if part in SPELLINGS[config.model_type].prefixes:
+            found[part] = getattr(config, name, config)  # type: ignore[index]
+    return found
+
+
+def sections_of_whole(config: Any, source: Path) -> Sections:
+    """The ``model`` section of all that a config describes.
+
+    Raises:
+        ConfigError: our model computes something else.
+    """
+    inner, sections = halves(config), dict[Part, Any]()
+    if config.model_type in ("llava", "blip-2"):
+        _check(config, source)
+    if "vision" in inner:
+        sections["vision"] = vision_section(inner["vision"], source, _feature_layer(config, source))
+    if "qformer" in inner:
+        sections["qformer"] = _qformer_section(inner["qformer"], config.num_query_tokens, source)
     if config.model_type == "llava":
-        return {"vision": config.vision_config, "language": config.text_config}
-    if config.model_type == "clip":
-        return {"vision": config.vision_config}
-    part: Part = "vision" if "vision" in SPELLINGS[config.model_type].prefixes else "language"
-    return {part: config}
+        wanted = TOKENS_LEFT_OUT[sections["vision"].tower]
+        if (strategy := config.vision_feature_select_strategy) != wanted:
+            _refuse(source, "vision_feature_select_strategy", strategy, f"only {wanted} can be computed")
+        sections["projector"] = ProjectorConfig(type="mlp2x_gelu")
+    if config.model_type == "blip-2":
+        sections["projector"] = ProjectorConfig(type="linear")
+    if "language" in inner:
+        sections["language"] = language_section(inner["language"], source)
+    return sections
 
 
 def language_section(config: Any, source: Path) -> LanguageConfig:
@@ -110,16 +151,22 @@ def _rope_scaling(rope: dict[str, Any], source: Path) -> dict[str, Any]:
     return {"rope_scaling": {key: rope[key] for key in keys}}
 
 
-def vision_section(config: Any, source: Path, feature_layer: int) -> VisionConfig:
+def vision_section(config: Any, source: Path, feature_layer: int = FEATURE_LAYER) -> VisionConfig:
     """Of a vision model's config.
 
     Raises:
         ConfigError: our tower computes something else.
     """
     _check(config, source)
+    tower = TOWERS[config.model_type]
+    if tower == "hf":
+        mean, std = CHANNEL_STATISTICS["clip"]  # BLIP-2's processor
+        return VisionConfig(
+            tower=tower, hf_config=_hf_config(config), pixel_mean=mean, pixel_std=std, feature_layer=feature_layer
+        )  # type: ignore[call-arg]
     epsilon = config.layer_norm_eps
     return VisionConfig(
-        tower="clip",
+        tower=tower,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=config.num_attention_heads,
@@ -127,82 +174,51 @@ def vision_section(config: Any, source: Path, feature_layer: int) -> VisionConfi
         image_size=config.image_size,
         patch_size=config.patch_size,
         feature_layer=feature_layer,
-        **({"norm_epsilon": epsilon} if epsilon != CLIP_NORM_EPSILON else {}),
+        **({"norm_epsilon": epsilon} if epsilon != NORM_EPSILON[tower] else {}),
     )
 
 
-def feature_layer(config: Any, source: Path) -> int:
-    """LLaVA's choice of the projected layer, counted from the end.
+def _hf_config(config: Any) -> dict[str, Any]:
+    """What our hf tower is built from: what differs from transformers' defaults, and all sizes."""
+    said = {
+        key: value
+        for key, value in config.to_diff_dict().items()
+        if key in {"hidden_act", "layer_norm_eps", "qkv_bias"}
+    }
+    return {"model_type": config.model_type, **said, **{name: getattr(config, name) for name in HF_SIZES.values()}}
 
-    Raises:
-        ConfigError: it projects several layers, or something else that our model does not.
-    """
+
+def _qformer_section(config: Any, num_query_tokens: int, source: Path) -> QFormerConfig:
     _check(config, source)
+    return QFormerConfig(
+        num_query_tokens=num_query_tokens,
+        num_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        ffn_hidden_size=config.intermediate_size,
+        cross_attention_frequency=config.cross_attention_frequency,
+    )
+
+
+def _feature_layer(config: Any, source: Path) -> int:
+    """The projected layer, counted from the end. BLIP-2 projects the last, a vision model alone will be LLaVA's."""
+    if config.model_type == "blip-2":
+        return -1
+    if config.model_type != "llava":
+        return FEATURE_LAYER
     chosen, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(chosen, int):
         _refuse(source, "vision_feature_layer", chosen, "one layer is needed")
     return chosen if chosen < 0 else chosen - num_layers - 1  # hidden_states begin with the embeddings
 
 
-def composed(vision: Any, language: Any, feature_layer: int) -> Any:
-    """A LLaVA config of two halves."""
-    transformers = import_transformers()
-    return transformers.LlavaConfig(
-        vision_config=vision,
-        text_config=language,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=feature_layer,
-        architectures=["LlavaForConditionalGeneration"],
-        tie_word_embeddings=language.tie_word_embeddings,
-    )
-
-
-def from_sections(model: ModelConfig) -> Any:
-    """The transformers config of a model of ours that came from no Hugging Face folder."""
-    transformers = import_transformers()
-    language = _hf_language(model.language)
-    if model.vision is None:
-        return language
-    vision = model.vision
-    clip = transformers.CLIPVisionConfig(
-        hidden_size=vision.hidden_size,
-        intermediate_size=vision.ffn_hidden_size or 4 * vision.hidden_size,
-        num_hidden_layers=vision.num_layers,
-        num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        layer_norm_eps=vision.norm_epsilon or CLIP_NORM_EPSILON,
-    )
-    return composed(clip, language, vision.feature_layer)
-
-
-def _hf_language(language: LanguageConfig) -> Any:
-    transformers = import_transformers()
-    heads = language.num_attention_heads
-    kind = transformers.Qwen2Config if language.add_qkv_bias else transformers.LlamaConfig
-    scaling = language.rope_scaling
-    rope = {"rope_type": "llama3", **scaling.model_dump()} if scaling else {"rope_type": "default"}
-    width = {} if language.kv_channels is None or language.add_qkv_bias else {"head_dim": language.kv_channels}
-    return kind(
-        vocab_size=language.vocab_size,
-        hidden_size=language.hidden_size,
-        intermediate_size=language.ffn_hidden_size,
-        num_hidden_layers=language.num_layers,
-        num_attention_heads=heads,
-        num_key_value_heads=language.num_query_groups or heads,
-        rms_norm_eps=language.norm_epsilon,
-        rope_parameters={**rope, "rope_theta": float(language.rotary_base)},
-        tie_word_embeddings=language.tie_word_embeddings,
-        architectures=[kind.__name__.replace("Config", "ForCausalLM")],
-        **width,
-    )
-
-
 def _check(config: Any, source: Path) -> None:
+    if config.model_type not in REQUIRED:
+        _refuse(source, "model_type", config.model_type, f"known are {', '.join(REQUIRED)}")
     for key, wanted in REQUIRED[config.model_type].items():
         if (value := getattr(config, key)) != wanted:
             _refuse(source, key, value, f"only {wanted} can be computed")
 
 
-def _refuse(source: Path, key: str, value: object, why: str) -> None:
+def _refuse(source: Path, key: str, value: object, why: str) -> NoReturn:
     raise ConfigError(f"{source / CONFIG}: {key}={value}: {why}; this model cannot be converted")

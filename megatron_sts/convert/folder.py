@@ -10,17 +10,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, VisionConfig
+from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, QFormerConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import CONFIG_NAME
 from megatron_sts.convert.architectures import import_transformers
-from megatron_sts.convert.names import Sections
+from megatron_sts.convert.pairing import Sections
 from megatron_sts.convert.shards import write_atomically
 from megatron_sts.runtime.stored import INDEX
 
 HF_CONFIG = "hf_config.json"
 """Not config.json: transformers must not take the folder for one of its own."""
-_SECTIONS = {"vision": VisionConfig, "projector": ProjectorConfig, "language": LanguageConfig}
+_SECTIONS = {"vision": VisionConfig, "qformer": QFormerConfig, "projector": ProjectorConfig, "language": LanguageConfig}
 
 
 def is_weights_folder(path: Path) -> bool:

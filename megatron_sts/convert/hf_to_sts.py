@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from megatron_sts.config.architecture import Part, ProjectorConfig
+from megatron_sts.config.architecture import Part
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.convert import architectures, shards
+from megatron_sts.convert import architectures, hf_configs, shards
 from megatron_sts.convert.extras import copy_extras
 from megatron_sts.convert.folder import identity, write_model
 from megatron_sts.convert.joining import join
-from megatron_sts.convert.names import Pairing, Sections, pairings
+from megatron_sts.convert.names import pairings
+from megatron_sts.convert.pairing import Pairing, Sections
 from megatron_sts.convert.spelling import SPELLINGS, located
 from megatron_sts.runtime.stored import StoredTensors
 
@@ -55,19 +56,11 @@ class Origin:
 
 
 def whole(path: Path) -> Origin:
-    """One folder: a LLaVA, a text model, or a vision model."""
+    """One folder: a LLaVA, a BLIP-2, a text model, or a vision model."""
     folder = HfFolder.open(path)
-    configs = architectures.halves(folder.config)
-    sections: dict[Part, Any] = {}
-    if "vision" in configs:
-        is_llava = "language" in configs
-        layer = architectures.feature_layer(folder.config, path) if is_llava else architectures.FEATURE_LAYER
-        sections["vision"] = architectures.vision_section(configs["vision"], path, layer)
-    if "projector" in folder.parts:
-        sections["projector"] = ProjectorConfig(type="mlp2x_gelu")
-    if "language" in configs:
-        sections["language"] = architectures.language_section(configs["language"], path)
-    config = configs["vision"] if folder.config.model_type == "clip" else folder.config
+    sections = architectures.sections_of_whole(folder.config, path)
+    inner = architectures.halves(folder.config)
+    config = inner["vision"] if folder.parts == ("vision",) else folder.config
     return Origin(config, sections, dict.fromkeys(folder.parts, folder))
 
 
@@ -80,11 +73,10 @@ def two_halves(vision: Path, language: Path) -> Origin:
             raise ConfigError(f"--hf-{part}={folder.path}: a {folder.config.model_type} has no {part} model; give one")
         configs[part] = architectures.halves(folder.config)[part]
     sections: Sections = {
-        "vision": architectures.vision_section(configs["vision"], vision, architectures.FEATURE_LAYER),
+        "vision": architectures.vision_section(configs["vision"], vision),
         "language": architectures.language_section(configs["language"], language),
     }
-    config = architectures.composed(configs["vision"], configs["language"], architectures.FEATURE_LAYER)
-    return Origin(config, sections, folders)
+    return Origin(hf_configs.composed(configs["vision"], configs["language"], sections), sections, folders)
 
 
 def convert(origin: Origin, out: Path, shard_bytes: int = shards.SHARD_BYTES) -> bool:
@@ -93,7 +85,7 @@ def convert(origin: Origin, out: Path, shard_bytes: int = shards.SHARD_BYTES) ->
     Raises:
         ConfigError: tensors are missing, left over, or of another shape than config.json says; ``out`` holds something else.
     """
-    pairs = [pair for pair in pairings(origin.sections) if pair.part in origin.folders]
+    pairs = _present(origin)
     _check(origin, pairs)
     units = [_unit(origin.folders[pair.part], pair) for pair in pairs]
     settings: dict[str, Any] = {part: identity(folder.path) for part, folder in origin.folders.items()}
@@ -102,6 +94,16 @@ def convert(origin: Origin, out: Path, shard_bytes: int = shards.SHARD_BYTES) ->
     for path in {folder.path: None for folder in origin.folders.values()}:
         copy_extras(path, out)
     return shards.write_shards(out, units, shard_bytes)
+
+
+def _present(origin: Origin) -> list[Pairing]:
+    """Weights of the parts that are converted; optional ones if they are there."""
+    return [
+        pair
+        for pair in pairings(origin.sections)
+        if (folder := origin.folders.get(pair.part)) is not None
+        and (not pair.optional or any((pair.part, name) in folder.names for name in pair.theirs))
+    ]
 
 
 def _check(origin: Origin, pairs: list[Pairing]) -> None:

@@ -6,13 +6,13 @@ CLIP's vision model; LLaVA's projector) and their shapes in the sizes of ``sizes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.architecture import LanguageConfig, Part, VisionConfig
+from megatron_sts.convert import replicated
 from megatron_sts.convert.joining import Joining
+from megatron_sts.convert.pairing import Pairing, Sections
 
 Dims = tuple[str, ...]
 """Names of sizes, one a dimension."""
@@ -88,52 +88,50 @@ CLIP = (
     *_norm("vision.encoder.ln_pre", "pre_layrnorm"),
 )
 
+SIGLIP = (Row("vision.encoder.conv1.bias", {"embeddings.patch_embedding.bias": ("hidden",)}),)
+SIGLIP_HEAD = (
+    # Built in no model of ours, and not in all of theirs.
+    Row("vision.encoder.head.probe", {"head.probe": ("one", "one", "hidden")}),
+    Row("vision.encoder.head.in_proj.weight", {"head.attention.in_proj_weight": ("attention", "hidden")}),
+    Row("vision.encoder.head.in_proj.bias", {"head.attention.in_proj_bias": ("attention",)}),
+    *_linear("vision.encoder.head.out_proj", "head.attention.out_proj", "hidden", "hidden"),
+    *_norm("vision.encoder.head.layernorm", "head.layernorm"),
+    *_linear("vision.encoder.head.fc1", "head.mlp.fc1", "ffn", "hidden"),
+    *_linear("vision.encoder.head.fc2", "head.mlp.fc2", "hidden", "ffn"),
+)
+
+LINEAR = _linear("projector.encoder", "projection", "projected", "seen")
 MLP2X = (
     *_linear("projector.encoder.linear_fc1", "linear_1", "projected", "seen"),
     *_linear("projector.encoder.linear_fc2", "linear_2", "projected", "projected"),
 )
 
 
-@dataclass(frozen=True)
-class Pairing:
-    """One weight of ours and the Hugging Face tensors that it holds."""
-
-    part: Part
-    ours: str
-    shape: tuple[int, ...]
-    theirs: Mapping[str, tuple[int, ...]] = field(hash=False)
-    """Names inside the part's own model, with shapes."""
-    joining: Joining
-    num_groups: int = 1
-
-    @property
-    def num_elements(self) -> int:
-        """Numbers in it."""
-        return math.prod(self.shape)
-
-
-Sections = Mapping[Part, Any]
-"""The sections of a config's ``model``, those that exist: a vision model alone has no language."""
-
-
-def sections_of(model: ModelConfig) -> Sections:
-    """All sections of a whole model."""
-    if model.vision is None:
-        return {"language": model.language}
-    return {"vision": model.vision, "projector": model.projector, "language": model.language}
-
-
 def pairings(sections: Sections) -> list[Pairing]:
     """All weights of the given parts, whatever a run builds of them."""
     found: list[Pairing] = []
     if vision := sections.get("vision"):
-        found += _expanded("vision", VIT + CLIP, _vision_sizes(vision), vision.num_layers)
-    if "projector" in sections:
-        sizes = {"seen": sections["vision"].hidden_size, "projected": sections["language"].hidden_size}
-        found += _expanded("projector", MLP2X, sizes, 0)
+        found += _vision(vision)
+    if qformer := sections.get("qformer"):
+        found += replicated.qformer(qformer, sections["vision"].hidden_size)
+    if projector := sections.get("projector"):
+        seen = sections["qformer" if "qformer" in sections else "vision"].hidden_size
+        rows = {"linear": LINEAR, "mlp2x_gelu": MLP2X}[projector.type]
+        found += _expanded("projector", rows, {"seen": seen, "projected": sections["language"].hidden_size}, 0)
     if language := sections.get("language"):
         rows = LANGUAGE + QKV_BIAS * language.add_qkv_bias + HEAD * (not language.tie_word_embeddings)
         found += _expanded("language", rows, _language_sizes(language), language.num_layers)
+    return found
+
+
+def _vision(vision: VisionConfig) -> list[Pairing]:
+    if vision.tower == "hf":
+        return replicated.tower(vision)
+    rows = VIT + (CLIP if vision.tower == "clip" else SIGLIP)
+    found = _expanded("vision", rows, _vision_sizes(vision), vision.num_layers)
+    if vision.tower == "siglip":
+        head = _expanded("vision", SIGLIP_HEAD, _vision_sizes(vision), 0)
+        found += [replace(pair, optional=True) for pair in head]
     return found
 
 
@@ -162,6 +160,7 @@ def _vision_sizes(vision: VisionConfig) -> dict[str, int]:
         "heads": vision.num_attention_heads,
         "queries": hidden,
         "keys": hidden,
+        "attention": 3 * hidden,
     }
 
 

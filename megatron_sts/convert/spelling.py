@@ -21,19 +21,42 @@ class Spelling:
     ignored: str = r"(^|\.)(rotary_emb\.inv_freq|embeddings\.position_ids)$"
     """Buffers that older versions of transformers stored, and halves of a model that have no place in ours."""
 
+    def spelt(self, part: Part, name: str) -> str:
+        """The whole name of a tensor inside a part's own model."""
+        return name if name == QUERIES else self.prefixes[part] + name
 
+
+QUERIES = "query_tokens"
+"""BLIP-2 has the Q-Former's queries beside it."""
 _DECODER = Spelling({"language": ""})
-_CLIP_PREFIX = (r"^(?!vision_model\.|text_|visual_|logit_)", "vision_model.")
-"""CLIPVisionModel without the prefix: transformers 5."""
+_VISION_PREFIX = (r"^(?!vision_model\.|text_|visual_|logit_)", "vision_model.")
+"""Vision models have no prefix in transformers 5."""
 
+_TOWER = Spelling({"vision": "vision_model."}, (_VISION_PREFIX,))
+_VISION_OF_TWO = Spelling(
+    {"vision": "vision_model."},
+    (_VISION_PREFIX,),
+    _DECODER.ignored + r"|^(text_model\.|text_projection|visual_projection|logit_)",
+)
 SPELLINGS: dict[str, Spelling] = {
     "llama": _DECODER,
     "qwen2": _DECODER,
-    "clip_vision_model": Spelling({"vision": "vision_model."}, (_CLIP_PREFIX,)),
-    "clip": Spelling(
-        {"vision": "vision_model."},
-        (_CLIP_PREFIX,),
-        _DECODER.ignored + r"|^(text_model\.|text_projection|visual_projection|logit_scale)",
+    "clip_vision_model": _TOWER,
+    "clip": _VISION_OF_TWO,
+    "siglip_vision_model": _TOWER,
+    "siglip": _VISION_OF_TWO,
+    "blip-2": Spelling(
+        {
+            "vision": "vision_model.",
+            "qformer": "qformer.",
+            "language": "language_model.",
+            "projector": "language_",
+        },
+        (
+            (r"^model\.language_model\.", "language_model.model."),
+            (r"^lm_head\.", "language_model.lm_head."),
+            (r"^query_tokens$", "qformer.query_tokens"),
+        ),
     ),
     "llava": Spelling(
         {

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, QFormerConfig, VisionConfig
 from megatron_sts.config.checks import IMAGE_MODES
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
@@ -51,8 +51,12 @@ class ForwardFlops:
     patch_embedding: Flops
     vision_layers: Flops
     """All layers up to the projected one."""
+    qformer_in: Flops
+    """The Q-Former's keys and values of visual features."""
+    qformer: Flops
+    """What the Q-Former computes with its queries."""
     projector_in: Flops
-    """The matrix that reads visual features."""
+    """The matrix that reads the features of tower or Q-Former."""
     projector_out: Flops
     """The second matrix of an MLP projector; 0 for a linear one."""
     decoder_layer: Flops
@@ -92,10 +96,18 @@ def forward_flops(
     language, vision, num_images, projected = model.language, model.vision, load.num_images, load.num_projected_tokens
     nothing = Flops(0)
     is_mlp = model.projector.type == "mlp2x_gelu"
+    qformer_in, qformer = nothing, nothing
+    if vision is not None and model.qformer is not None:
+        qformer_in, qformer = _qformer(model.qformer, vision, num_images)
+    features = model.qformer or vision
     return ForwardFlops(
         patch_embedding=nothing if vision is None else Flops(num_images * _patch_embedding(vision)),
         vision_layers=nothing if vision is None else _vision_layers(vision, num_images, num_vision_layers),
-        projector_in=nothing if vision is None else Flops(2 * projected * vision.hidden_size * language.hidden_size),
+        qformer_in=qformer_in,
+        qformer=qformer,
+        projector_in=nothing
+        if features is None
+        else Flops(2 * projected * features.hidden_size * language.hidden_size),
         projector_out=Flops(2 * projected * language.hidden_size**2) if vision is not None and is_mlp else nothing,
         decoder_layer=_decoder_layer(language, load, causal),
         head=Flops(2 * load.num_tokens * language.hidden_size * language.vocab_size),
@@ -107,7 +119,7 @@ class StepWork:
     """Training FLOPs of one global step, over all ranks, by where they are spent."""
 
     before: int
-    """Vision tower and projector: on the first pipeline rank."""
+    """Vision tower, Q-Former and projector: on the first pipeline rank."""
     layer: int
     """One decoder layer that runs in every micro-batch."""
     after: int
@@ -127,13 +139,16 @@ def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, caus
         causal: how much of the decoder's score matrix counts.
     """
     pieces = forward_flops(resolved.config.model, load, num_vision_layers=resolved.num_vision_layers, causal=causal)
-    vision, projector, language = (_trains(stage, part) for part in ("vision", "projector", "language"))
-    before_decoder = vision or projector or language  # the word embedding is part of the language model
+    vision, qformer, projector, language = (_trains(resolved, stage, part) for part in get_args(Part))
+    before_projector = vision or qformer
+    before_decoder = before_projector or projector or language  # the word embedding is part of the language model
     return StepWork(
         before=pieces.patch_embedding.training(trains=vision, gradient_passes=False)
         + pieces.vision_layers.training(trains=vision, gradient_passes=vision)
-        + pieces.projector_in.training(trains=projector, gradient_passes=vision)
-        + pieces.projector_out.training(trains=projector, gradient_passes=vision or projector),
+        + pieces.qformer_in.training(trains=qformer, gradient_passes=vision)
+        + pieces.qformer.training(trains=qformer, gradient_passes=before_projector)
+        + pieces.projector_in.training(trains=projector, gradient_passes=before_projector)
+        + pieces.projector_out.training(trains=projector, gradient_passes=before_projector or projector),
         layer=pieces.decoder_layer.training(trains=language, gradient_passes=before_decoder),
         after=pieces.head.training(trains=language, gradient_passes=before_decoder),
     )
@@ -184,9 +199,9 @@ _PEAK_TFLOPS: tuple[tuple[str, float, float | None], ...] = (
 )
 
 
-def _trains(stage: ResolvedStage, part: Part) -> bool:
-    """Whether a part learns in this stage."""
-    return part not in stage.config.freeze
+def _trains(resolved: Resolved, stage: ResolvedStage, part: Part) -> bool:
+    """Whether the model has a part and it learns in this stage."""
+    return part in resolved.config.model.parts and part not in stage.config.freeze
 
 
 def _decoder_layer(language: LanguageConfig, load: TokenLoad, causal: Causal) -> Flops:
@@ -208,10 +223,27 @@ def _patch_embedding(vision: VisionConfig) -> int:
 
 def _vision_layers(vision: VisionConfig, num_images: int, num_layers: int) -> Flops:
     """Layers of full attention over patches and class token: 8 t h^2 + 4 t h f, and 4 t^2 h of attention, an image."""
-    tokens, hidden = _patches(vision) + 1, vision.hidden_size
+    tokens, hidden = _features(vision), vision.hidden_size
     weights = 8 * tokens * hidden**2 + 4 * tokens * hidden * (vision.ffn_hidden_size or 4 * hidden)
     count = num_images * num_layers
     return Flops(count * weights, count * 4 * tokens**2 * hidden)
+
+
+def _qformer(qformer: QFormerConfig, vision: VisionConfig, num_images: int) -> tuple[Flops, Flops]:
+    """q queries, all layers: 8 q h^2 + 4 q h f, and 4 q^2 h of attention; those that look at t features: 4 t d h for their
+    keys and values, 4 q h^2, and 4 q t h of attention. First the keys and values, then the rest."""
+    queries, hidden = qformer.num_query_tokens, qformer.hidden_size
+    features, ffn = _features(vision), qformer.ffn_hidden_size or 4 * hidden
+    num_layers, num_looking = qformer.num_layers, -(-qformer.num_layers // qformer.cross_attention_frequency)
+    keys_and_values = num_looking * 4 * features * vision.hidden_size * hidden
+    weights = num_layers * queries * hidden * (8 * hidden + 4 * ffn) + num_looking * 4 * queries * hidden**2
+    attention = 4 * queries * hidden * (num_layers * queries + num_looking * features)
+    return Flops(num_images * keys_and_values), Flops(num_images * weights, num_images * attention)
+
+
+def _features(vision: VisionConfig) -> int:
+    """What the layers see of an image: patches, and a class token in all but SigLIP."""
+    return _patches(vision) + (vision.tower != "siglip")
 
 
 def _patches(vision: VisionConfig) -> int:

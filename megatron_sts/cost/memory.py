@@ -1,8 +1,8 @@
 """Parameters of the whole model and of each rank, and the bytes of their state. Torch-free; knows nothing of activations.
 
 Counts what megatron-core builds: matrices are split over tensor-parallel ranks, norms and the biases of row-split
-matrices are whole on each; vision tower, projector and word embedding live on the first pipeline rank, final norm and
-output head on the last.
+matrices are whole on each, and so are a Hugging Face tower and a Q-Former; vision tower, Q-Former, projector and word
+embedding live on the first pipeline rank, final norm and output head on the last.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
+from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, QFormerConfig, VisionConfig
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 
 
@@ -54,14 +54,11 @@ class RankMemory:
 
 
 def parameters(resolved: Resolved) -> dict[Part, int]:
-    """Parameters of each part of the whole model."""
-    model, num_vision_layers = resolved.config.model, resolved.num_vision_layers
-    language = _decoder_layer(model.language) * model.language.num_layers + _embedding(model.language)
-    return {
-        "vision": _vision(model.vision, num_vision_layers).total,
-        "projector": _projector(model).total,
-        "language": (language + _final(model.language)).total,
-    }
+    """Parameters of each part that the model has."""
+    model, language = resolved.config.model, resolved.config.model.language
+    before = _before_decoder(resolved)
+    decoder = _embedding(language) + _decoder_layer(language) * language.num_layers + _final(language)
+    return {part: (decoder if part == "language" else before[part]).total for part in model.parts}
 
 
 def parameters_per_rank(resolved: Resolved) -> list[int]:
@@ -69,7 +66,7 @@ def parameters_per_rank(resolved: Resolved) -> list[int]:
 
     Tied word embeddings are held by the first and the last stage.
     """
-    return [_on_rank(resolved, rank, ("vision", "projector", "language")) for rank in range(_pipeline_size(resolved))]
+    return [_on_rank(resolved, rank, resolved.config.model.parts) for rank in range(_pipeline_size(resolved))]
 
 
 def memory_per_rank(resolved: Resolved, stage: ResolvedStage) -> list[RankMemory]:
@@ -82,8 +79,7 @@ def memory_per_rank(resolved: Resolved, stage: ResolvedStage) -> list[RankMemory
     is_fp32 = resolved.config.precision.params == "fp32"
     weight_bytes, optimizer_bytes = (4, 8) if is_fp32 else (2, 12)
     shards = resolved.data_parallel_size if resolved.config.parallel.use_distributed_optimizer else 1
-    parts: tuple[Part, ...] = ("vision", "projector", "language")
-    learning = [part for part in parts if part not in stage.config.freeze]
+    learning = [part for part in resolved.config.model.parts if part not in stage.config.freeze]
     memory = []
     for rank, held in enumerate(parameters_per_rank(resolved)):
         trained = _on_rank(resolved, rank, learning)
@@ -99,10 +95,8 @@ def _on_rank(resolved: Resolved, rank: int, parts: Collection[Part]) -> int:
     """Parameters of ``parts`` on one tensor-parallel rank of pipeline rank ``rank``."""
     model, is_first, is_last = resolved.config.model, rank == 0, rank == _pipeline_size(resolved) - 1
     held = Parameters()
-    if "vision" in parts and is_first:
-        held += _vision(model.vision, resolved.num_vision_layers)
-    if "projector" in parts and is_first:
-        held += _projector(model)
+    if is_first:
+        held = sum((size for part, size in _before_decoder(resolved).items() if part in parts), held)
     if "language" in parts:
         held += _decoder_layer(model.language) * resolved.layer_owner.count(rank)
         held += _embedding(model.language) if is_first else Parameters()
@@ -131,22 +125,46 @@ def _final(language: LanguageConfig) -> Parameters:
     return Parameters(split=head, whole=language.hidden_size)
 
 
-def _vision(vision: VisionConfig | None, num_layers: int) -> Parameters:
-    """Patches, class token, positions and the first norm, whole; then the layers, with biases."""
-    if vision is None:
-        return Parameters()
+def _before_decoder(resolved: Resolved) -> dict[Part, Parameters]:
+    """Those of the parts that lie before the decoder."""
+    model = resolved.config.model
+    if model.vision is None:
+        return {}
+    vision = _vision(model.vision, resolved.num_vision_layers)
+    if model.vision.tower == "hf":
+        vision = Parameters(whole=vision.total)
+    sizes: dict[Part, Parameters] = {"vision": vision, "projector": _projector(model, model.vision)}
+    return sizes if model.qformer is None else {**sizes, "qformer": _qformer(model.qformer, model.vision)}
+
+
+def _vision(vision: VisionConfig, num_layers: int) -> Parameters:
+    """Patches, positions and what a tower has beside them, whole; then the layers, with biases.
+
+    clip: class token, its position and the first norm; siglip: a bias of patches; hf: as BLIP-2's vision model, class token,
+    its position, a bias of patches and, after the last layer, a norm. Other models of Hugging Face's differ a little.
+    """
     hidden, ffn = vision.hidden_size, vision.ffn_hidden_size or 4 * vision.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2
-    embedding = Parameters(whole=hidden * (3 * vision.patch_size**2 + 1 + patches + 1 + 2))
+    final_norm = 2 if vision.feature_layer == -1 else 0
+    beside_patches = {"clip": 2 + 2, "siglip": 1, "hf": 3 + final_norm}[vision.tower]
+    embedding = Parameters(whole=hidden * (3 * vision.patch_size**2 + patches + beside_patches))
     qkv_and_fc1 = 3 * hidden * (hidden + 1) + ffn * (hidden + 1)
     layer = Parameters(split=qkv_and_fc1 + hidden * hidden + ffn * hidden, whole=2 * hidden + 2 * 2 * hidden)
     return embedding + layer * num_layers
 
 
-def _projector(model: ModelConfig) -> Parameters:
+def _qformer(qformer: QFormerConfig, vision: VisionConfig) -> Parameters:
+    """Queries and their norm; layers of attention and MLP, some with attention to features; biases and norms everywhere."""
+    hidden, ffn = qformer.hidden_size, qformer.ffn_hidden_size or 4 * qformer.hidden_size
+    layer = 4 * hidden * (hidden + 1) + ffn * (hidden + 1) + hidden * (ffn + 1) + 2 * 2 * hidden
+    looking = 2 * hidden * (hidden + 1) + 2 * hidden * (vision.hidden_size + 1) + 2 * hidden
+    num_looking = -(-qformer.num_layers // qformer.cross_attention_frequency)
+    embedding = (qformer.num_query_tokens + 2) * hidden
+    return Parameters(whole=embedding + qformer.num_layers * layer + num_looking * looking)
+
+
+def _projector(model: ModelConfig, vision: VisionConfig) -> Parameters:
     """linear: one column-split matrix; mlp2x_gelu: a column-split and a row-split one; with biases."""
-    if model.vision is None:
-        return Parameters()
     hidden = model.language.hidden_size
-    first = Parameters(split=hidden * (model.vision.hidden_size + 1))
+    first = Parameters(split=hidden * ((model.qformer or vision).hidden_size + 1))
     return first if model.projector.type == "linear" else first + Parameters(split=hidden * hidden, whole=hidden)

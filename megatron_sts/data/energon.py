@@ -31,7 +31,7 @@ from megatron.energon import (
 from megatron.energon.errors import reraise_exception
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import check_prepared
 from megatron_sts.data.image import decode_bytes, fit_square
 from megatron_sts.data.llava_json import entry_key, parse_entry

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import ENERGON_FOLDER
 from megatron_sts.data.llava_json import parse_entry
 from megatron_sts.data.records import BadSampleError

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.formats import FORMATS, IMAGE, ChatFormat, render
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn

@@ -20,6 +20,11 @@ def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
+def tanh_gelu(x: torch.Tensor) -> torch.Tensor:
+    """SigLIP's activation: GELU by its approximation with tanh."""
+    return F.gelu(x, approximate="tanh")
+
+
 def _common(resolved: Resolved) -> dict[str, Any]:
     parallel, precision = resolved.config.parallel, resolved.config.precision
     dtype = PARAMS_DTYPE[precision.params]
@@ -87,9 +92,10 @@ def _head_width(resolved: Resolved) -> int:
 
 
 def vision_config(resolved: Resolved) -> TransformerConfig:
-    """The ViT: LayerNorm, quick-GELU, biases; tensor-parallel with the decoder, whole on the first pipeline stage."""
+    """The ViT: LayerNorm, biases, its tower's GELU; tensor-parallel with the decoder, whole on the first pipeline stage."""
     vision = resolved.config.model.vision
     assert vision is not None
+    activation, epsilon = {"clip": (quick_gelu, 1e-5), "siglip": (tanh_gelu, 1e-6)}[vision.tower]
     return TransformerConfig(
         **_common(resolved),
         num_layers=resolved.num_vision_layers,
@@ -97,8 +103,9 @@ def vision_config(resolved: Resolved) -> TransformerConfig:
         num_attention_heads=vision.num_attention_heads,
         ffn_hidden_size=vision.ffn_hidden_size or 4 * vision.hidden_size,
         normalization="LayerNorm",
+        layernorm_epsilon=vision.norm_epsilon or epsilon,
         gated_linear_unit=False,
-        activation_func=quick_gelu,
+        activation_func=activation,
         add_bias_linear=True,
         add_qkv_bias=True,
     )

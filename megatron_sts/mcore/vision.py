@@ -15,28 +15,38 @@ from megatron_sts.mcore.decoder import torch_layer_spec
 from megatron_sts.mcore.layer import TorchNorm
 
 
-def build_clip_encoder(resolved: Resolved) -> CLIPViTModel:
-    """CLIP's ViT up to ``feature_layer``: images [n, 3, h, w] -> [n, 1 + patches, hidden], the class token first."""
+def build_encoder(resolved: Resolved) -> CLIPViTModel:
+    """CLIP's or SigLIP's ViT up to ``feature_layer``: images [n, 3, h, w] -> [n, patches, hidden], CLIP's class token first."""
     vision = resolved.config.model.vision
     assert vision is not None
+    has_class_token = vision.tower == "clip"
+    num_pixels = vision.image_size // vision.patch_size * vision.patch_size  # those that fill patches
     encoder = CLIPViTModel(
         vision_config(resolved),
         torch_layer_spec(AttnMaskType.no_mask),
         ln_pre_impl=TorchNorm,
+        add_class_token=has_class_token,
+        class_token_len=int(has_class_token),
+        # "siglip" is this with a final norm, which no projected layer passes.
+        model_subtype="clip" if has_class_token else "internvit",
         patch_dim=vision.patch_size,
-        img_h=vision.image_size,
-        img_w=vision.image_size,
+        img_h=num_pixels,
+        img_w=num_pixels,
     )
     return encoder.to(torch.bfloat16) if resolved.config.precision.params == "bf16" else encoder
 
 
 def build_projector(resolved: Resolved) -> MultimodalProjector:
-    """Features [..., vision hidden] -> [..., language hidden]."""
+    """Features [..., vision or Q-Former hidden] -> [..., language hidden]."""
     model = resolved.config.model
     assert model.vision is not None
-    return MultimodalProjector(
+    projector = MultimodalProjector(
         projector_config(resolved),
         MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         projector_type={"linear": "affine", "mlp2x_gelu": "mlp"}[model.projector.type],
-        input_size=model.vision.hidden_size,
+        input_size=model.vision.hidden_size if model.qformer is None else model.qformer.hidden_size,
     )
+    if model.projector.type == "linear":
+        # Else megatron-core adds a rank's slice of the bias to outputs that it has gathered already.
+        projector.encoder.skip_bias_add = False
+    return projector

@@ -46,7 +46,7 @@ def unfused(name: str) -> str:
 
 
 def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
-    """Copies the weights of ``part`` (vision, projector or language) from safetensors into this rank's shards.
+    """Copies the weights of ``part`` (vision, qformer, projector or language) from safetensors into this rank's shards.
 
     ``path`` is one file or a weights folder; each rank reads only its own slices. A model with a larger vocabulary than is
     stored gets the mean of the stored rows as further rows: their logits are never the largest.

@@ -23,9 +23,8 @@ def build_model(resolved: Resolved, gate: SkipGate) -> list[torch.nn.Module]:
     """This rank's chunks of the model, initialised as the config says."""
     chunks = build_chunks(resolved, partial(MultimodalModel, resolved, gate))
     model = resolved.config.model
-    vision_init = model.vision and model.vision.init
-    for part, init in (("vision", vision_init), ("projector", model.projector.init), ("language", model.language.init)):
-        if init:
+    for part in model.parts:
+        if init := getattr(model, part).init:
             _load(chunks, part, init)
     return chunks
 

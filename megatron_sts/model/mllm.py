@@ -1,4 +1,4 @@
-"""The multimodal model: vision tower -> VTC -> projector -> merge -> decoder. One instance is one pipeline chunk."""
+"""The multimodal model: vision tower -> [Q-Former] -> VTC -> projector -> merge -> decoder. One instance is one pipeline chunk."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from megatron_sts.mcore.module import PipelineChunk
 from megatron_sts.mcore.vision import build_projector
 from megatron_sts.model.compression import Compression
 from megatron_sts.model.merge import merge_visual
-from megatron_sts.vision.tower import VisionTower
+from megatron_sts.vision.qformer import QFormer
+from megatron_sts.vision.tower import HuggingFaceTower, VisionTower, build_tower
 from megatron_sts.vtc.compressor import compress
 
 
 class MultimodalModel(PipelineChunk):
-    """LLaVA-style model. Vision tower and projector live in the chunk with the embedding."""
+    """LLaVA- or MiniGPT-4-style model. Vision tower, Q-Former and projector live in the chunk with the embedding."""
 
     def __init__(
         self, resolved: Resolved, gate: SkipGate, *, pre_process: bool, post_process: bool, vp_stage: int | None
@@ -31,10 +32,14 @@ class MultimodalModel(PipelineChunk):
         """Whether other ranks wait for the gradients of tower and projector in every micro-batch."""
         self.compression = Compression(None, 0, None)
         """The stage's; ``train.stage`` sets it."""
-        self.vision: VisionTower | None = None
-        if pre_process and resolved.config.model.vision is not None:
-            self.vision = VisionTower(resolved)
+        self.vision: VisionTower | HuggingFaceTower | None = None
+        self.qformer: QFormer | None = None
+        model = resolved.config.model
+        if pre_process and model.vision is not None:
+            self.vision = build_tower(resolved)
+            self.qformer = QFormer(resolved) if model.qformer is not None else None
             self.projector = build_projector(resolved)
+            self.image_size = model.vision.image_size
             self.vision_multiple = max(stage.visual_multiple for stage in resolved.stages)
 
     def forward(self, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
@@ -62,25 +67,29 @@ class MultimodalModel(PipelineChunk):
         return self.compression(self.features(batch.pixels), self.project, batch, words)
 
     def see_nothing(self, batch: Batch) -> torch.Tensor:
-        """A zero that depends on tower and projector.
+        """A zero that depends on tower, Q-Former and projector.
 
         In an overlapped reduction their gradients must become ready without an image too, or ranks that had one would wait.
         """
-        assert self.vision is not None
-        size = self.vision.encoder.img_h
-        blank = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=batch.tokens.device)
+        blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=batch.tokens.device)
         few_tokens = torch.arange(self.vision_multiple, device=batch.tokens.device)
         return 0.0 * self.project(compress(self.features(blank), few_tokens)).sum()
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``pixels`` [n, 3, h, w] -> the tower's features [n, t, d]."""
+        """``pixels`` [n, 3, h, w] -> the features [n, t, d] of the tower, or of the Q-Former that follows it."""
         assert self.vision is not None
-        frozen = not any(parameter.requires_grad for parameter in self.vision.parameters())
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            features: torch.Tensor = self.vision(pixels)
-        return features
+        features = run_part(self.vision, pixels)
+        return features if self.qformer is None else run_part(self.qformer, features)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` [v, d] -> [v, h]."""
         projected: torch.Tensor = self.projector(features.unsqueeze(1))
         return projected.squeeze(1)
+
+
+def run_part(part: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """``part(inputs)``; nothing is kept for a backward pass that would reach nothing that learns."""
+    learns = inputs.requires_grad or any(parameter.requires_grad for parameter in part.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
+        outputs: torch.Tensor = part(inputs)
+    return outputs

@@ -106,7 +106,7 @@ def build_masks(resolved: Resolved, spec: ResolvedStage) -> MaskPlan:
 
 
 def set_trainable(chunks: Sequence[torch.nn.Module], frozen: Sequence[str]) -> None:
-    """Parameters learn unless their part (vision, projector, language) is in ``frozen``."""
+    """Parameters learn unless their part (vision, qformer, projector, language) is in ``frozen``."""
     for chunk in map(unwrap, chunks):
         for name, parameter in chunk.named_parameters():
             parameter.requires_grad_(name.split(".", 1)[0] not in frozen)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,31 @@ DENSE = {"name": "dense", "steps": 2}
 BERNOULLI = {"sampler": "bernoulli", "alpha": 0.5, "epsilon": 0.2, "schedule": "constant"}
 
 
+MODELS: dict[str, dict[str, Written]] = {
+    "plain": {},
+    "tied": {"language": {"tie_word_embeddings": True}},
+    "siglip": {
+        "vision": {"tower": "siglip"},
+        "language": {
+            "add_qkv_bias": True,
+            "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 48},
+        },
+    },
+    "qformer": {
+        "vision": {
+            "tower": "hf",
+            "hf_config": {"model_type": "clip_vision_model"},
+            "ffn_hidden_size": 128,
+            "pixel_mean": [0.5, 0.5, 0.5],
+            "pixel_std": [0.25, 0.25, 0.25],
+        },
+        "qformer": {"num_query_tokens": 12, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
+        "projector": {"type": "linear"},
+    },
+}
+"""What the small model is given beside or instead of its usual sizes, by name."""
+
+
 @dataclass
 class Trained:
     """What training must give whatever the layout; lists have one entry a step, over all stages."""
@@ -66,20 +91,23 @@ class Trained:
 
 
 def written_run(
-    folder: Path, *stages: Written, tied: bool = False, params: str = "fp32", **parallel: object
+    folder: Path, *stages: Written, model: str = "plain", fresh: bool = False, params: str = "fp32", **parallel: object
 ) -> Written:
-    """A config of the small model on the samples and weights in ``folder``; ``parallel`` is the layout."""
+    """A config of a small model on the samples and (unless ``fresh``) weights in ``folder``; ``parallel`` is the layout."""
+    parts = MODELS[model]
     vision = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     language = {"num_layers": NUM_LAYERS, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
-    weights = folder / ("tied.safetensors" if tied else "weights.safetensors")
-    init = {"init": str(weights)} if weights.exists() else {}
+    language |= {"ffn_hidden_size": 176, "vocab_size": 1024}
+    weights = folder / f"{model}.safetensors"
+    init = {"init": str(weights)} if weights.exists() and not fresh else {}
     common = {"optimizer": OPTIMIZER, "batch": BATCH}
     return {
         "seed": 1,
         "model": {
-            "vision": {**vision, "feature_layer": -1, **init},
-            "projector": {"type": "mlp2x_gelu", **init},
-            "language": {**language, "ffn_hidden_size": 176, "vocab_size": 1024, "tie_word_embeddings": tied, **init},
+            "vision": {**vision, "feature_layer": -1, **parts.get("vision", {}), **init},
+            "qformer": {**parts["qformer"], **init} if "qformer" in parts else None,
+            "projector": {**parts.get("projector", {}), **init},
+            "language": {**language, **parts.get("language", {}), **init},
         },
         "precision": {"params": params},
         "data": {"source": "llava_json", "path": str(folder / "samples.json")},
@@ -92,11 +120,16 @@ def resolved_run(written: Written, world_size: int = 1) -> Resolved:
     return resolve(RunConfig.model_validate(written), world_size=world_size)
 
 
-def write_inputs(folder: Path) -> None:
-    """Samples with no, one and two images, and random weights for a model that is far from symmetric."""
+def write_inputs(folder: Path, models: Iterable[str] = ("plain",)) -> None:
+    """Samples with no, one and two images, and random weights for models that are far from symmetric."""
     write_samples(folder)
+    for model in models:
+        write_weights(folder, model)
+
+
+def write_weights(folder: Path, model: str) -> None:
     with process_group(60.0):
-        resolved = resolved_run(written_run(folder))
+        resolved = resolved_run(written_run(folder, model=model))
         groups.initialize(resolved.config.parallel, seed=0)
         weights = dict(named_weights(build_model(resolved, SkipGate())))
         groups.destroy()
@@ -105,9 +138,7 @@ def write_inputs(folder: Path) -> None:
         noise = torch.randn(weight.shape, generator=generator)
         is_norm = "norm" in name or "ln_pre" in name
         weights[name] = weight.detach() + 0.1 * noise if weight.dim() == 1 or is_norm else 0.1 * noise  # type: ignore[assignment]
-    save_weights(weights, folder / "weights.safetensors", torch.float32)
-    del weights["language.output_layer.weight"]
-    save_weights(weights, folder / "tied.safetensors", torch.float32)
+    save_weights(weights, folder / f"{model}.safetensors", torch.float32)
 
 
 def write_samples(folder: Path, num_samples: int = 24) -> None:

@@ -50,7 +50,7 @@ ALL_OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "use_d
 # What is trained, by name: stages and model; each is also trained on one rank, to compare with.
 RUNS: dict[str, dict[str, Any]] = {
     "all": {},
-    "tied": {"stages": (DENSE,), "tied": True},
+    "tied": {"stages": (DENSE,), "model": "tied"},
     "skipped updates": {"stages": (FREEZE, ZERO_GRAD)},
     "bf16": {"params": "bf16"},
 }
@@ -90,7 +90,7 @@ def folder() -> Path:
     """Samples and weights; kept until the interpreter ends."""
     path = Path(tempfile.mkdtemp(prefix="parity"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
-    write_inputs(path)
+    write_inputs(path, ("plain", "tied"))
     return path
 
 
