@@ -28,6 +28,7 @@ import torch
 from fixed_steps import GivenBatches, GivenMask, step_seconds
 from rich.console import Console
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import LdsConfig, RunConfig
@@ -44,7 +45,6 @@ from megatron_sts.runtime.dist import process_group
 from megatron_sts.train.feed import Feed
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
-from megatron_sts.vision.tower import CLIP_MEAN, CLIP_STD
 
 VISION = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hidden_size": 256, "image_size": 96}
 PATCH_SIZE, FEATURE_LAYER = 8, -2
@@ -124,7 +124,7 @@ class HfStep:
 def _hf_inputs(batch: Batch) -> dict[str, torch.Tensor]:
     """transformers predicts the token behind each place, ours are told what comes there."""
     assert batch.pixels is not None
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     labels = torch.full_like(batch.tokens, -100)
     told = batch.loss_mask[:, :-1].bool()
     labels[:, 1:][told] = batch.labels[:, :-1][told]
