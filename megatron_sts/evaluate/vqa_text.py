@@ -24,7 +24,7 @@ someone'd've someone'll someone's something'd something'd've something'll that's
 they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's what've when's where'd
 where's where've who'd who'd've who'll who's who've why'll why're why's won't would've wouldn't wouldn't've y'all
 y'all'll y'all'd've you'd you'd've you'll you're you've
-""".split()
+"""
 """The official table's right-hand sides, but for those with capitals: it looks up lower-case words."""
 
 
@@ -32,7 +32,7 @@ def _without_one_apostrophe(word: str) -> list[str]:
     return [word[:place] + word[place + 1 :] for place, letter in enumerate(word) if letter == "'"]
 
 
-_CONTRACTIONS = {short: word for word in _CONTRACTED for short in _without_one_apostrophe(word)}
+_CONTRACTIONS = {short: word for word in _CONTRACTED.split() for short in _without_one_apostrophe(word)}
 _CONTRACTIONS["somebody'd"] = "somebodyd"  # the wrong way round in the official table, too
 
 

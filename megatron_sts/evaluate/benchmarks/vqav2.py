@@ -23,7 +23,7 @@ QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
 ANNOTATIONS = "v2_mscoco_val2014_annotations.json"
 
 _READING = re.compile(
-    r"\b(says?|read|reads|written|writing|spell(s|ed)?|words?|letters?|text|logo|brand|license plate|what number)\b",
+    r"\b(says?|read|reads|written|spell(s|ed)?|words?|letters?|text|logo|brand|license plate|what number)\b",
     re.IGNORECASE,
 )
 """VQA v2 does not mark questions about text in the image: these words in the question do."""
