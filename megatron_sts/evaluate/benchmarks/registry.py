@@ -67,6 +67,8 @@ def _paths(option: str, words: Sequence[str]) -> dict[str, Path]:
 def _read_exam(name: str, source: Path, images: Path | None) -> Exam:
     benchmark = BENCHMARKS[name]
     questions = benchmark.read(source, images)
+    if not questions:
+        refuse("--benchmark", f"{name}={source}", "has no question", "give the benchmark's official files")
     wanted = {question.image for question in questions if question.image is not None}
     missing = {image for image in wanted if not image.is_file()}
     if missing and len(missing) == len(wanted):
