@@ -117,9 +117,7 @@ def pope(folder: Path, splits: tuple[str, ...] = ("random", "popular", "adversar
     image = "COCO_val2014_000000310196.jpg"
     rows = [("snowboard", "yes"), ("car", "no"), ("person", "yes"), ("dining table", "no")]
     lines = [
-        json.dumps(
-            {"question_id": number, "image": image, "text": f"Is there a {thing} in the image?", "label": label}
-        )
+        json.dumps({"question_id": number, "image": image, "text": f"Is there a {thing} in the image?", "label": label})
         for number, (thing, label) in enumerate(rows, 1)
     ]
     folder.mkdir(parents=True, exist_ok=True)

@@ -116,7 +116,15 @@ def test_pope_reads_answers_as_its_script_does(text: str, is_yes: bool) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("Yes", "yes"), ("No.", "no"), ("YES!", "yes"), ("None", "no"), ("Not sure", "no"), ("A no", "no"), ("Ayes", "yes")]
+    [
+        ("Yes", "yes"),
+        ("No.", "no"),
+        ("YES!", "yes"),
+        ("None", "no"),
+        ("Not sure", "no"),
+        ("A no", "no"),
+        ("Ayes", "yes"),
+    ]
     + [("The answer is yes", "other"), ("y", "other"), ("", "other")],
 )
 def test_mme_reads_answers_as_its_script_does(text: str, expected: str) -> None:
