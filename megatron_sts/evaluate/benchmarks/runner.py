@@ -13,7 +13,7 @@ from megatron_sts.evaluate.benchmarks.journal import Journal
 from megatron_sts.evaluate.benchmarks.question import Answer, Question, by_family
 from megatron_sts.evaluate.benchmarks.registry import Exam
 from megatron_sts.evaluate.metrics import Metrics
-from megatron_sts.runtime.dist import broadcast_object, is_rank_zero
+from megatron_sts.runtime.dist import is_rank_zero
 
 Ask = Callable[[Sequence[Record]], list[str]]
 """Answers to conversations that end with a user's turn; a collective with the same result on every rank."""
@@ -50,7 +50,9 @@ def _answers(exam: Exam, ask: Ask, folder: Path, num_at_once: int, progress: Pro
 def _left_to_ask(questions: Sequence[Question], journal: Journal) -> list[Question]:
     """Rank 0's choice, on every rank: others may see an older file."""
     left = [number for number, question in enumerate(questions) if journal.answer(question) is None]
-    return [questions[number] for number in broadcast_object(left, dist.group.WORLD)]
+    box = [left]
+    dist.broadcast_object_list(box, src=0)
+    return [questions[number] for number in box[0]]
 
 
 def result(exam: Exam, answers: Sequence[Answer]) -> Metrics:

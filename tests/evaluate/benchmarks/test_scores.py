@@ -80,8 +80,10 @@ def test_scienceqa(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "is_right"),
-    [("B", 1), ("b", 0), ("B.", 0), ("B. cat", 1), ("BA. cat", 0), ("The answer is B.", 1), ("", 0), ("A", 0)]
-    + [("The answer is A. The answer is B.", 0)],  # two answers are none
+    [
+        *[("B", 1), ("B. cat", 1), ("The answer is B.", 1), ("The answer is A. The answer is B.", 0)],
+        *[("A", 0), ("b", 0), ("B.", 0), ("BA. cat", 0), ("", 0)],
+    ],
 )
 def test_scienceqa_finds_the_letter_as_llava_does(text: str, is_right: int) -> None:
     question = Question("1", "", None, ("B",), "choice")
@@ -107,8 +109,10 @@ def test_pope(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "is_yes"),
-    [("Yes", True), ("No", False), ("no", False), ("There is not", False), ("No, there is none", False)]
-    + [("There is none", True), ("NO", True), ("Yes. No", True), ("", True), ("nothing", True)],  # odd, but official
+    [
+        *[("Yes", True), ("No", False), ("no", False), ("There is not", False), ("No, there is none", False)],
+        *[("There is none", True), ("NO", True), ("Yes. No", True), ("", True), ("nothing", True)],  # odd, but official
+    ],
 )
 def test_pope_reads_answers_as_its_script_does(text: str, is_yes: bool) -> None:
     assert says_yes(text) is is_yes
@@ -117,15 +121,9 @@ def test_pope_reads_answers_as_its_script_does(text: str, is_yes: bool) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("Yes", "yes"),
-        ("No.", "no"),
-        ("YES!", "yes"),
-        ("None", "no"),
-        ("Not sure", "no"),
-        ("A no", "no"),
-        ("Ayes", "yes"),
-    ]
-    + [("The answer is yes", "other"), ("y", "other"), ("", "other")],
+        *[("Yes", "yes"), ("YES!", "yes"), ("Ayes", "yes"), ("No.", "no"), ("None", "no"), ("Not sure", "no")],
+        *[("A no", "no"), ("The answer is yes", "other"), ("y", "other"), ("", "other")],
+    ],
 )
 def test_mme_reads_answers_as_its_script_does(text: str, expected: str) -> None:
     assert yes_or_no(text) == expected
