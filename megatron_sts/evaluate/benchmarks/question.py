@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_sts.config.checks import refuse
 from megatron_sts.data.image import decode_image
-from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
+from megatron_sts.data.records import IMAGE_MARKER, ImageSource, Record, Turn
 from megatron_sts.evaluate.metrics import Metrics, average
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
@@ -29,7 +29,7 @@ class Question:
     """Unique in its benchmark, the same in every run."""
     prompt: str
     """What the user says, without the image."""
-    image: Path | None
+    image: Path | ImageSource | None
     references: tuple[str, ...]
     """What is right, in the benchmark's own words: one answer, or VQA v2's ten."""
     family: str
@@ -41,8 +41,8 @@ class Question:
         """The conversation that asks it; as in LLaVA, the image comes first."""
         if self.image is None:
             return Record(self.key, (Turn("user", self.prompt),))
-        turn = Turn("user", f"{IMAGE_MARKER}\n{self.prompt}")
-        return Record(self.key, (turn,), (partial(decode_image, self.image),))
+        source = partial(decode_image, self.image) if isinstance(self.image, Path) else self.image
+        return Record(self.key, (Turn("user", f"{IMAGE_MARKER}\n{self.prompt}"),), (source,))
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Benchmark:
     credit: Credit
     headline: str
     """The metric of ``score`` that papers quote."""
+    has_files: bool = True
 
 
 def accuracy(answers: Sequence[Answer], credit: Credit) -> Metrics:

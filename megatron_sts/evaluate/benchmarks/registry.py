@@ -11,6 +11,7 @@ from megatron_sts.evaluate.benchmarks.gqa import GQA
 from megatron_sts.evaluate.benchmarks.mme import MME
 from megatron_sts.evaluate.benchmarks.pope import POPE
 from megatron_sts.evaluate.benchmarks.question import Benchmark, Question
+from megatron_sts.evaluate.benchmarks.scenes import SCENES
 from megatron_sts.evaluate.benchmarks.scienceqa import SCIENCEQA, SCIENCEQA_IMG
 from megatron_sts.evaluate.benchmarks.vqav2 import VQAV2
 
@@ -21,6 +22,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "scienceqa_img": SCIENCEQA_IMG,
     "pope": POPE,
     "mme": MME,
+    "scenes": SCENES,
 }
 
 
@@ -39,7 +41,7 @@ class Exam:
 
 
 def read_exams(benchmarks: Sequence[str], images: Sequence[str]) -> list[Exam]:
-    """The questions of each ``NAME=PATH`` of ``benchmarks``; a ``NAME=DIR`` of ``images`` says where its images are.
+    """The questions of each ``NAME=PATH`` (``scenes`` alone has no path) of ``benchmarks``; a ``NAME=DIR`` of ``images`` says where its images are.
 
     Raises:
         ConfigError: an unknown or repeated name, a missing or malformed file, or not one image is there.
@@ -53,11 +55,13 @@ def read_exams(benchmarks: Sequence[str], images: Sequence[str]) -> list[Exam]:
 def _paths(option: str, words: Sequence[str]) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for word in words:
-        name, equals, path = word.partition("=")
+        name, _, path = word.partition("=")
         if name not in BENCHMARKS:
             refuse(option, word, f"there is no benchmark {name!r}", f"choose from {', '.join(BENCHMARKS)}")
-        if not equals or not path:
+        if BENCHMARKS[name].has_files and not path:
             refuse(option, word, "no path", f"write {option} {name}=PATH")
+        if path and not BENCHMARKS[name].has_files:
+            refuse(option, word, "has no files", f"write --benchmark {name}")
         if name in paths:
             refuse(option, word, "given twice", "give it once")
         paths[name] = Path(path)
@@ -69,7 +73,7 @@ def _read_exam(name: str, source: Path, images: Path | None) -> Exam:
     questions = benchmark.read(source, images)
     if not questions:
         refuse("--benchmark", f"{name}={source}", "has no question", "give the benchmark's official files")
-    wanted = {question.image for question in questions if question.image is not None}
+    wanted = {question.image for question in questions if isinstance(question.image, Path)}
     missing = {image for image in wanted if not image.is_file()}
     if missing and len(missing) == len(wanted):
         why = f"none of its {len(wanted)} images is there ({min(missing)} ...)"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sts.config.checks import EVALUATION_FAMILIES
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.evaluate.benchmarks.registry import Exam, read_exams
 from tests.evaluate.benchmarks import official_files
@@ -92,6 +93,13 @@ def test_mme_in_both_layouts(tmp_path: Path) -> None:
     assert families == {"counting", "ocr", "artwork", "code_reasoning"}
 
 
+def test_scenes() -> None:
+    [exam] = read_exams(["scenes"], [])
+    assert len(exam.questions) == len({question.key for question in exam.questions}) == 7 * 504
+    assert {question.family for question in exam.questions} == set(EVALUATION_FAMILIES)
+    assert exam.questions[0].record().images[0]().shape[2] == 3
+
+
 def test_the_image_comes_first(tmp_path: Path) -> None:
     exam = read("scienceqa", official_files.scienceqa(tmp_path))
     seen, unseen = exam.questions[0].record(), exam.questions[1].record()
@@ -143,9 +151,10 @@ def no_balanced_question(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("prepare", "benchmarks", "images", "said"),
     [
-        (break_nothing, ["gqb=DIR"], [], "gqa, vqav2, scienceqa, scienceqa_img, pope, mme"),
+        (break_nothing, ["gqb=DIR"], [], "gqa, vqav2, scienceqa, scienceqa_img, pope, mme, scenes"),
         (break_nothing, ["gqa"], [], "--benchmark gqa=PATH"),
         (break_nothing, ["gqa=DIR", "gqa=DIR"], [], "twice"),
+        (break_nothing, ["scenes=DIR"], [], "write --benchmark scenes"),
         (break_nothing, ["gqa=DIR"], ["pope=DIR"], "add --benchmark pope=PATH"),
         (break_nothing, ["pope=DIR"], [], "coco_pope_random.json"),
         (break_nothing, ["mme=DIR"], [], "no subtask of MME"),

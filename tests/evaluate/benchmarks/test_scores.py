@@ -156,3 +156,15 @@ def test_mme_totals(tmp_path: Path) -> None:
     ]
     found = BENCHMARKS["mme"].score(answers)
     assert (found["perception"], found["cognition"], found["total"]) == (10 * 50.0, 4 * 200.0, 1300.0)
+
+
+def test_scenes() -> None:
+    [exam] = read_exams(["scenes"], [])
+    assert BENCHMARKS["scenes"].score([Answer(question, question.references[0]) for question in exam.questions])[
+        "accuracy"
+    ] == pytest.approx(1.0)
+    # always "yes": right for half of existence, relation's half of relation, and half of the pairs' questions
+    found = BENCHMARKS["scenes"].score([Answer(question, "yes") for question in exam.questions])
+    assert found["accuracy"] == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 6)
+    assert found["metrics"]["paired"]["accuracy_plus"] == 0.0
+    assert found["metrics"]["existence"]["f1"] == pytest.approx(2 / 3)
