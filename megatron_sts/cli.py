@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _build_parser()
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = args.command in (_train, _plan)
+    takes_overrides = args.command in (_train, _plan, _eval)
     unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]!r}")
@@ -58,6 +58,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_data(commands)
+    _add_eval(commands)
     _add_report(commands)
     _add_doctor(commands)
     return parser
@@ -120,6 +121,38 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
     prepare.set_defaults(command=_data_prepare)
 
 
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="ask a checkpoint the questions of public benchmarks",
+        description="Ask a checkpoint the questions of public benchmarks, greedily and with LLaVA-1.5's prompts, and score the "
+        "answers with the official metrics. Benchmarks: gqa, vqav2, scienceqa, scienceqa_img, pope, mme (PATH: the folder of "
+        "its official files) and scenes (embedded, no PATH). Started again, it asks only what has no answer yet.",
+    )
+    evaluate.add_argument(
+        "source", metavar="CHECKPOINT", type=Path, help="a run's folder, one of its checkpoints, or a folder of weights"
+    )
+    evaluate.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="config values that replace the checkpoint's"
+    )
+    evaluate.add_argument(
+        "--benchmark", metavar="NAME=PATH", action="append", required=True, help="what to ask; may be repeated"
+    )
+    evaluate.add_argument(
+        "--images",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a benchmark's images, if not in their usual place",
+    )
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="answers and results (default: CHECKPOINT/eval)")
+    evaluate.add_argument("--nproc", type=_positive, metavar="N", help="local ranks (default: as many as needed)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", default=128, help="longest answer, in tokens (default: 128)"
+    )
+    evaluate.set_defaults(command=_eval)
+
+
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     report = commands.add_parser(
         "report",
@@ -167,6 +200,13 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
     num_workers = args.num_workers or os.cpu_count() or 1
     return prepare.command(args.source, args.images, args.out, args.shard_size_mb, num_workers)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from megatron_sts.train import benchmarks
+
+    asked = benchmarks.Asked(args.source, args.overrides, args.benchmark, args.images, args.out, args.max_new_tokens)
+    return benchmarks.evaluate(asked, args.nproc)
 
 
 def _report(args: argparse.Namespace) -> int:
