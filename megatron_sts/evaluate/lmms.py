@@ -56,8 +56,9 @@ class MegatronSts(lmms):
         ``device`` and ``max_batch_size`` are what lmms-eval always hands over; a rank's device is its own choice.
         """
         super().__init__()
+        self._joined = ExitStack()  # until the process ends
         if not dist.is_initialized():
-            ExitStack().enter_context(process_group(JOIN_TIMEOUT_S))  # until the process ends
+            self._joined.enter_context(process_group(JOIN_TIMEOUT_S))
         words = [f"{path}={value}" for path, value in overrides.items()]
         words.append(f"evaluation.micro_batch_size={batch_size}")
         resolved = resolve_source(Path(checkpoint), words, dist.get_world_size())

@@ -14,7 +14,7 @@ MOST_GROUPS = 14
 
 
 def print_tables(results: Sequence[Metrics]) -> None:
-    """The metric that papers quote for each benchmark, accuracy by question family, and the official breakdowns."""
+    """The metric that papers quote for each benchmark, accuracy by question family, and the benchmarks' own groups."""
     console = Console()
     console.print(_headlines(results))
     console.print(_families(results))
@@ -35,11 +35,11 @@ def _headlines(results: Sequence[Metrics]) -> Table:
 
 
 def _families(results: Sequence[Metrics]) -> Table:
-    table = Table("family", title="Accuracy by question family ± standard error (questions)", title_justify="left")
+    table = Table("family", title="Accuracy by question family (questions)", title_justify="left")
     for result in results:
         table.add_column(result["benchmark"], justify="right")
     for name in sorted({name for result in results for name in result["family"]}):
-        table.add_row(name, *(_cell(result["family"].get(name)) for result in results))
+        table.add_row(name, *(_short_cell(result["family"].get(name)) for result in results))
     return table
 
 
@@ -60,7 +60,9 @@ def _kinds(result: Metrics) -> Iterator[tuple[str, dict[str, Metrics]]]:
             yield kind, groups
 
 
-def _cell(found: Metrics | None) -> str:
-    if found is None:
-        return ""
+def _short_cell(found: Metrics | None) -> str:
+    return f"{found['accuracy']:.3f} ({found['num_questions']})" if found else ""
+
+
+def _cell(found: Metrics) -> str:
     return f"{found['accuracy']:.3f} ± {found['standard_error']:.3f} ({found['num_questions']})"
