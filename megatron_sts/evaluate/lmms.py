@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import torch
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
@@ -25,6 +26,7 @@ from megatron_sts.config.checks import refuse
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
+from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import is_rank_zero, process_group
 
 MANIFEST = ModelManifest("megatron_sts", simple_class_path="megatron_sts.evaluate.lmms.MegatronSts")
@@ -64,6 +66,11 @@ class MegatronSts(lmms):
         resolved = resolve_source(Path(checkpoint), words, dist.get_world_size())
         self._num_at_once = BATCHES_AT_ONCE * resolved.config.evaluation.micro_batch_size
         self._generator = Generator(*load_for_inference(Path(checkpoint), resolved))
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval counts requests over ranks."""
+        return current_device().torch_device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answers to this rank's requests; a collective."""

@@ -14,6 +14,7 @@ from megatron_sts.data.shards import write_atomically
 from megatron_sts.evaluate.benchmarks.journal import claim
 from megatron_sts.evaluate.benchmarks.registry import read_exams
 from megatron_sts.evaluate.load import resolve_source
+from megatron_sts.evaluate.metrics import Metrics
 from megatron_sts.train import environment, failure
 from megatron_sts.train.resume import CHECKPOINTS, COMPLETE, whole_checkpoints
 
@@ -100,12 +101,18 @@ def _run(asked: Asked) -> None:
             return generator.generate([Request(record, asked.max_new_tokens) for record in records])
 
         results = run_exams(exams, ask, asked.folder, num_at_once)
-        for result in results:
-            text = json.dumps(result, indent=2, ensure_ascii=False) + "\n"
-            write_atomically(asked.folder / f"{result['benchmark']}.json", text)
-        if results:
+        if is_rank_zero():
             print_tables(results)
-            print(asked.folder)
+            _write(results, asked.folder)
+
+
+def _write(results: Sequence[Metrics], folder: Path) -> None:
+    """A JSON a benchmark; images that are not there are named in it."""
+    for result in results:
+        path = folder / f"{result['benchmark']}.json"
+        write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        num_missing = len(result["missing_images"])
+        print(f"{path}: {num_missing} images are missing, see missing_images" if num_missing else path)
 
 
 def _settings(asked: Asked) -> dict[str, object]:

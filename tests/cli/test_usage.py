@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "plan", "data", "report", "doctor")
+COMMANDS = ("train", "plan", "data", "eval", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
@@ -54,6 +54,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["data", "prepare"], "JSON"),
         (["data", "prepare", "nothing.json"], "--out"),
         (["data", "prepare", "nothing.json", "--out", "out"], "nothing.json"),
+        (["eval"], "CHECKPOINT"),
+        (["eval", "CONFIG"], "--benchmark"),
+        (["eval", "CONFIG", "--benchmark", "gqb=."], "'gqb'"),
+        (["eval", "CONFIG", "--benchmark", "gqa=nowhere"], "nowhere/testdev_balanced_questions.json"),
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),

@@ -81,7 +81,7 @@ def test_scienceqa(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "is_right"),
     [
-        *[("B", 1), ("B. cat", 1), ("The answer is B.", 1), ("The answer is A. The answer is B.", 0)],
+        *[("B", 1), ("B. cat", 1), ("The answer is B.", 1), ("The answer is B. The answer is A.", 0)],
         *[("A", 0), ("b", 0), ("B.", 0), ("BA. cat", 0), ("", 0)],
     ],
 )
@@ -122,7 +122,7 @@ def test_pope_reads_answers_as_its_script_does(text: str, is_yes: bool) -> None:
     ("text", "expected"),
     [
         *[("Yes", "yes"), ("YES!", "yes"), ("Ayes", "yes"), ("No.", "no"), ("None", "no"), ("Not sure", "no")],
-        *[("A no", "no"), ("The answer is yes", "other"), ("y", "other"), ("", "other")],
+        *[("A no", "no"), ("A: no", "other"), ("The answer is yes", "other"), ("y", "other"), ("", "other")],
     ],
 )
 def test_mme_reads_answers_as_its_script_does(text: str, expected: str) -> None:
