@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from megatron_sts.config.architecture import LanguageConfig
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.config.schema import LanguageConfig
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import checkpoint, groups
 from megatron_sts.mcore.weights import named_weights, save_weights

@@ -9,16 +9,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import (
     DataConfig,
-    LanguageConfig,
-    ModelConfig,
     ParallelConfig,
-    Part,
     RunConfig,
     StageConfig,
-    VisionConfig,
 )
 
 DATA_FAMILIES: tuple[str, ...] = DataConfig().families

@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.config.schema import RunConfig, Section
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.section import Section
 
 CONFIG_NAME = "config.yaml"
 """The file that a run's folder is named by."""

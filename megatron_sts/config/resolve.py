@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.config.checks import check_run, fp8_alignment, refuse
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.prepared import check_prepared, count_prepared
@@ -18,10 +19,9 @@ from megatron_sts.config.schema import (
     ParallelConfig,
     PrecisionConfig,
     RunConfig,
-    Section,
     StageConfig,
-    VisionConfig,
 )
+from megatron_sts.config.section import Section
 from megatron_sts.config.tokens import (
     TokenCounts,
     exact,

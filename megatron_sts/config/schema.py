@@ -1,84 +1,19 @@
 """What a user may write in a config file. Torch-free; knows nothing of how a value is used.
 
-Every model is frozen and refuses unknown keys. Values that follow from others are not here: see ``resolve.py``.
+Every model is frozen and refuses unknown keys. Values that follow from others are not here: see
+``resolve.py``. The ``model`` section is in ``architecture.py``.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Part = Literal["vision", "projector", "language"]
+from megatron_sts.config.architecture import ModelConfig, Part
+from megatron_sts.config.section import Fraction, NonNegativeInt, PositiveInt, Ratio, Section
+
 TemplateName = Literal["chat", "plain", "vicuna_v1", "llama3", "chatml"]
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class Section(BaseModel):
-    """Base of every config section: frozen, unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class VisionConfig(Section):
-    """A CLIP-type ViT."""
-
-    tower: Literal["clip"] = "clip"
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    ffn_hidden_size: PositiveInt | None = None
-    """Defaults to 4 x hidden_size."""
-    image_size: PositiveInt
-    """Pixels, square."""
-    patch_size: PositiveInt
-    """Pixels, square; must divide image_size."""
-    feature_layer: int = -2
-    """Which layer's output is projected: -1 the last, -2 the one before (LLaVA-1.5). Layers after it are not built."""
-    init: str | None = None
-    """Weights to start from: ``tiny/vision`` (embedded) or a safetensors file. None: random."""
-
-
-class ProjectorConfig(Section):
-    """Maps visual features to the language model's width."""
-
-    type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
-    init: str | None = None
-    """Weights to start from: a safetensors file. None: random."""
-
-
-class LanguageConfig(Section):
-    """A Llama-type decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
-
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt | None = None
-    """Key/value heads. Defaults to num_attention_heads (no grouping)."""
-    ffn_hidden_size: PositiveInt
-    kv_channels: PositiveInt | None = None
-    """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
-    vocab_size: PositiveInt
-    rotary_base: PositiveInt = 10000
-    norm_epsilon: float = 1e-5
-    tie_word_embeddings: bool = False
-    init_std: float = 0.02
-    """Standard deviation of the initial weights (output layers of a block: divided by sqrt(2 x num_layers))."""
-    embedding_init_std: float | None = None
-    """Defaults to init_std."""
-    init: str | None = None
-    """Weights to start from: ``tiny/language`` (embedded) or a safetensors file. None: random."""
-
-
-class ModelConfig(Section):
-    """Vision tower, projector and language model; ``vision: null`` is a text-only language model."""
-
-    vision: VisionConfig | None
-    projector: ProjectorConfig = ProjectorConfig()
-    language: LanguageConfig
 
 
 class ParallelConfig(Section):

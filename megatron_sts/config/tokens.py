@@ -6,7 +6,8 @@ import math
 from fractions import Fraction
 
 from megatron_sts.config.pooling import pooled_grid
-from megatron_sts.config.schema import Section, VtcConfig
+from megatron_sts.config.schema import VtcConfig
+from megatron_sts.config.section import Section
 
 BEFORE_PROJECTOR = ("uniform", "random")
 """Samplers that need not see what they choose from, so that the projector computes what is kept only."""

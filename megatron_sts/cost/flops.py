@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass, fields
 from typing import Literal
 
+from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
 from megatron_sts.config.checks import IMAGE_MODES
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig
 from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
 
 Causal = Literal["half", "full"]

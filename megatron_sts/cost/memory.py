@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, VisionConfig
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.schema import LanguageConfig, ModelConfig, Part, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,12 @@ def _on_rank(resolved: Resolved, rank: int, parts: Collection[Part]) -> int:
 
 
 def _decoder_layer(language: LanguageConfig) -> Parameters:
-    """h d (a + 2g) + a d h of attention, 3 h f of SwiGLU, two norms; no biases."""
+    """h d (a + 2g) + a d h of attention, d (a + 2g) of QKV biases, 3 h f of SwiGLU, two norms."""
     heads, hidden = language.num_attention_heads, language.hidden_size
     groups, channels = language.num_query_groups or heads, language.kv_channels or hidden // heads
     attention = 2 * hidden * channels * (heads + groups)
-    return Parameters(split=attention + 3 * hidden * language.ffn_hidden_size, whole=2 * hidden)
+    biases = channels * (heads + 2 * groups) if language.add_qkv_bias else 0
+    return Parameters(split=attention + biases + 3 * hidden * language.ffn_hidden_size, whole=2 * hidden)
 
 
 def _embedding(language: LanguageConfig) -> Parameters:

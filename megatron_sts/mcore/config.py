@@ -35,7 +35,7 @@ def _common(resolved: Resolved) -> dict[str, Any]:
 
 
 def language_config(resolved: Resolved) -> TransformerConfig:
-    """The decoder: RMSNorm, SwiGLU, no biases, the run's tensor, pipeline and sequence parallelism."""
+    """The decoder: RMSNorm, SwiGLU, no biases but those of QKV, the run's tensor, pipeline and sequence parallelism."""
     language, parallel, precision = resolved.config.model.language, resolved.config.parallel, resolved.config.precision
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     fp8 = {} if precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}
@@ -56,6 +56,7 @@ def language_config(resolved: Resolved) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=language.add_qkv_bias,
         init_method_std=language.init_std,
         embedding_init_method_std=language.embedding_init_std,
         mrope_section=[_head_width(resolved) // 2, 0, 0],

@@ -21,6 +21,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.config import language_config
 from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, TorchNorm, has_transformer_engine
 from megatron_sts.mcore.packing import attention_within, check_packing
+from megatron_sts.mcore.rope import scaled_frequencies
 
 
 def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
@@ -80,7 +81,7 @@ def build_decoder(
     check_packing(resolved)
     language = resolved.config.model.language
     config = language_config(resolved)
-    return GPTModel(
+    decoder = GPTModel(
         config,
         _block_spec(config, gate, vp_stage, recompute=resolved.config.parallel.recompute == "full"),
         vocab_size=language.vocab_size,
@@ -93,6 +94,10 @@ def build_decoder(
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
     )
+    if language.rope_scaling is not None:
+        rotary = decoder.rotary_pos_emb
+        rotary.inv_freq = scaled_frequencies(rotary.inv_freq, language.rope_scaling)
+    return decoder
 
 
 def run_decoder(

@@ -2,209 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
-import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.config.schema import RunConfig
-from megatron_sts.data.batch import Batch
-from megatron_sts.data.collate import PreparedSample, collate
-from megatron_sts.data.template import EncodedSample
-from megatron_sts.lds.gate import SkipGate
-from megatron_sts.mcore import groups
 from megatron_sts.mcore.decoder import run_decoder
-from megatron_sts.mcore.weights import named_weights
-from megatron_sts.model.init import build_model
-from megatron_sts.model.loss import masked_loss
-from megatron_sts.runtime.dist import process_group
-from megatron_sts.vision.tower import CLIP_MEAN, CLIP_STD
-
-# 5 x the largest difference measured, relative to the largest element: fp32 sums in another order (fused qkv and
-# gate/up products, SDPA against eager attention), carried through every layer.
-FORWARD_RTOL, GRADIENT_RTOL = 5 * 1.9e-6, 5 * 8.5e-6
-
-HEADS, GROUPS, HIDDEN, LAYERS, VOCAB = 8, 2, 64, 4, 256
-VISION_HEADS, VISION_HIDDEN, VISION_LAYERS, IMAGE, PATCH = 4, 48, 3, 32, 8
-NUM_PATCHES, PLACEHOLDER = (IMAGE // PATCH) ** 2, 5
-NUM_KEPT = 10
-"""Visual tokens kept of an image."""
-
-
-def resolved_model(feature_layer: int = -1, keep_ratio: float = 1.0) -> Resolved:
-    written: dict[str, Any] = {
-        "model": {
-            "vision": {
-                "num_layers": VISION_LAYERS,
-                "hidden_size": VISION_HIDDEN,
-                "num_attention_heads": VISION_HEADS,
-                "image_size": IMAGE,
-                "patch_size": PATCH,
-                "feature_layer": feature_layer,
-            },
-            "language": {
-                "num_layers": LAYERS,
-                "hidden_size": HIDDEN,
-                "num_attention_heads": HEADS,
-                "num_query_groups": GROUPS,
-                "ffn_hidden_size": 112,
-                "vocab_size": VOCAB,
-                "norm_epsilon": 1e-6,
-                "rotary_base": 5000.0,
-            },
-        },
-        "stages": [
-            {
-                "name": "only",
-                "steps": 1,
-                "optimizer": {"lr": 1e-3},
-                "batch": {"global_batch_size": 4, "micro_batch_size": 4, "sequence_length": 64, "max_images": 3},
-                "vtc": {"keep_ratio": keep_ratio},
-            }
-        ],
-    }
-    return resolve(RunConfig.model_validate(written))
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    with process_group(60.0):
-        groups.initialize(resolved_model().config.parallel, seed=1)
-        yield
-        groups.destroy()
-
-
-def randomize(module: torch.nn.Module) -> None:
-    """Far from the symmetric initial state: norms with weights and biases, projections large enough to matter."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-
-
-def hf_llama() -> LlamaForCausalLM:
-    torch.manual_seed(2)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=112,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        rms_norm_eps=1e-6,
-        rope_theta=5000.0,
-        attn_implementation="eager",
-    )
-    model = LlamaForCausalLM(config)
-    randomize(model)
-    return model
-
-
-def hf_clip() -> CLIPVisionModel:
-    torch.manual_seed(3)
-    config = CLIPVisionConfig(
-        hidden_size=VISION_HIDDEN,
-        intermediate_size=4 * VISION_HIDDEN,
-        num_hidden_layers=VISION_LAYERS,
-        num_attention_heads=VISION_HEADS,
-        image_size=IMAGE,
-        patch_size=PATCH,
-        attn_implementation="eager",
-    )
-    model = CLIPVisionModel(config)
-    randomize(model)
-    return model
-
-
-def hf_projector() -> torch.nn.Sequential:
-    """LLaVA-1.5's."""
-    torch.manual_seed(4)
-    return torch.nn.Sequential(torch.nn.Linear(VISION_HIDDEN, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, HIDDEN))
-
-
-def fused_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_groups: int) -> torch.Tensor:
-    """megatron-core's layout: for each query group its queries, its key, its value."""
-    by_group = [part.reshape(num_groups, -1, *part.shape[1:]) for part in (q, k, v)]
-    return torch.cat(by_group, dim=1).reshape(-1, *q.shape[1:])
-
-
-def language_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What our ``name`` is called in Hugging Face's Llama."""
-    plain = {
-        "language.embedding.word_embeddings.weight": "model.embed_tokens.weight",
-        "language.decoder.final_layernorm.weight": "model.norm.weight",
-        "language.output_layer.weight": "lm_head.weight",
-    }
-    if name in plain:
-        return of[plain[name]]
-    _, _, _, layer, rest = name.split(".", 4)
-    prefix = f"model.layers.{layer}"
-    if rest == "self_attention.linear_qkv.weight":
-        return fused_qkv(*(of[f"{prefix}.self_attn.{part}_proj.weight"] for part in "qkv"), GROUPS)
-    if rest == "mlp.linear_fc1.weight":
-        return torch.cat([of[f"{prefix}.mlp.{part}_proj.weight"] for part in ("gate", "up")])
-    inner = {
-        "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
-        "mlp.linear_fc2.weight": "mlp.down_proj.weight",
-        "input_layernorm.weight": "input_layernorm.weight",
-        "pre_mlp_layernorm.weight": "post_attention_layernorm.weight",
-    }
-    return of[f"{prefix}.{inner[rest]}"]
-
-
-def vision_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """What our ``name`` is called in Hugging Face's CLIP."""
-    plain = {
-        "class_token": "embeddings.class_embedding",
-        "conv1.weight": "embeddings.patch_embedding.weight",
-        "position_embeddings.weight": "embeddings.position_embedding.weight",
-        "ln_pre.weight": "pre_layrnorm.weight",
-        "ln_pre.bias": "pre_layrnorm.bias",
-    }
-    short = name.removeprefix("vision.encoder.")
-    if short in plain:
-        return of[plain[short]]
-    _, _, layer, rest = short.split(".", 3)
-    module, kind = rest.rsplit(".", 1)
-    prefix = f"encoder.layers.{layer}"
-    if module == "self_attention.linear_qkv":
-        return fused_qkv(*(of[f"{prefix}.self_attn.{part}_proj.{kind}"] for part in "qkv"), VISION_HEADS)
-    inner = {
-        "self_attention.linear_proj": "self_attn.out_proj",
-        "mlp.linear_fc1": "mlp.fc1",
-        "mlp.linear_fc2": "mlp.fc2",
-        "input_layernorm": "layer_norm1",
-        "pre_mlp_layernorm": "layer_norm2",
-    }
-    return of[f"{prefix}.{inner[module]}.{kind}"]
-
-
-def projector_weight(name: str, of: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    number = {"linear_fc1": 0, "linear_fc2": 2}[name.split(".")[2]]
-    return of[f"{number}.{name.rsplit('.', 1)[1]}"]
-
-
-WEIGHTS = {"language": language_weight, "vision": vision_weight, "projector": projector_weight}
-
-
-def build_like(resolved: Resolved, **references: torch.nn.Module) -> torch.nn.Module:
-    """Our model with the references' weights, part by part."""
-    (model,) = build_model(resolved, SkipGate())
-    with torch.no_grad():
-        for name, parameter in named_weights([model]):
-            part = name.split(".")[0]
-            if part in references:
-                parameter.copy_(WEIGHTS[part](name, dict(references[part].named_parameters())).view_as(parameter))
-    return model
-
-
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max() / expected.abs().max())
+from tests.parity.hf import (
+    FORWARD_RTOL,
+    IMAGE,
+    NUM_KEPT,
+    NUM_PATCHES,
+    VOCAB,
+    build_like,
+    check_loss_and_gradients,
+    composed_loss,
+    hf_clip,
+    hf_llama,
+    hf_projector,
+    make_batch,
+    relative,
+    resolved_model,
+    tower_features,
+)
 
 
 def test_llama_logits_with_grouped_queries_and_any_positions(one_rank: None) -> None:
@@ -226,60 +44,10 @@ def test_clip_features(one_rank: None, feature_layer: int) -> None:
     model = build_like(resolved_model(feature_layer), vision=reference)
     pixels = torch.randint(0, 256, (5, 3, IMAGE, IMAGE), dtype=torch.uint8)
     with torch.no_grad():
-        found, expected = model.vision(pixels), clip_features(reference, pixels, feature_layer)
+        found, expected = model.vision(pixels), tower_features(reference, pixels, feature_layer)
     difference = relative(found, expected)
     print(f"{difference:.1e}")
     assert difference <= FORWARD_RTOL
-
-
-def clip_features(reference: CLIPVisionModel, pixels: torch.Tensor, feature_layer: int) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    outputs = reference((pixels / 255 - mean) / std, output_hidden_states=True)
-    return outputs.hidden_states[feature_layer][:, 1:]
-
-
-def make_batch(resolved: Resolved, num_images: list[int], seed: int = 5) -> Batch:
-    """Samples of random text with so many images each, in front, in between and next to each other."""
-    random = np.random.default_rng(seed)
-    kept = resolved.stages[0].tokens(0).of_image(0)
-    rows = [[make_sample(random, count, kept)] for count in num_images]
-    return collate(rows, sequence_length=64, dense_length=64, pad_id=0, packed=False)
-
-
-def make_sample(random: np.random.Generator, num_images: int, kept: int) -> PreparedSample:
-    tokens: list[int] = []
-    for number in range(num_images):
-        tokens += [PLACEHOLDER] * kept + random.integers(6, VOCAB, 3 * (number % 2)).tolist()
-    tokens += random.integers(6, VOCAB, random.integers(8, 14)).tolist()
-    is_visual = [token == PLACEHOLDER for token in tokens]
-    is_target = [not visual and bool(random.integers(0, 2)) for visual in is_visual]
-    indices = [np.sort(random.choice(NUM_PATCHES, kept, replace=False)) for _ in range(num_images)]
-    pixels = tuple(random.integers(0, 256, (IMAGE, IMAGE, 3), dtype=np.uint8) for _ in range(num_images))
-    return PreparedSample(
-        EncodedSample(tokens, is_target, is_visual, num_images, [False] * len(tokens)),
-        torch.from_numpy(random.integers(1, 3, len(tokens)).cumsum()),
-        tuple(map(torch.from_numpy, indices)),
-        NUM_PATCHES,
-        pixels or None,
-    )
-
-
-def composed_loss(
-    clip: CLIPVisionModel, projector: torch.nn.Module, llama: LlamaForCausalLM, batch: Batch
-) -> torch.Tensor:
-    """LLaVA by hand: project every token of every image, keep the chosen ones, put them one by one into the embeddings."""
-    embeddings = llama.get_input_embeddings()(batch.tokens)
-    if batch.pixels is not None:
-        projected = projector(clip_features(clip, batch.pixels, -2))
-        visual = [projected[divmod(int(index), NUM_PATCHES)] for index in batch.visual_indices]
-        places = [(int(row), int(column)) for row, column in (batch.tokens == PLACEHOLDER).nonzero()]
-        rows = [list(row.unbind()) for row in embeddings]
-        for (row, column), token in zip(places, visual, strict=True):
-            rows[row][column] = token
-        embeddings = torch.stack([torch.stack(row) for row in rows])
-    logits = llama(inputs_embeds=embeddings, position_ids=batch.position_ids).logits
-    losses = F.cross_entropy(logits.transpose(1, 2), batch.labels, reduction="none")
-    return losses[batch.loss_mask.bool()].sum()
 
 
 @pytest.mark.parametrize(
@@ -291,23 +59,7 @@ def test_loss_and_gradients_of_the_whole(one_rank: None, num_images: list[int], 
     resolved = resolved_model(feature_layer=-2, keep_ratio=keep_ratio)
     model = build_like(resolved, **references)
     batch = make_batch(resolved, num_images)
-    model.set_input_tensor([None])
-    found = masked_loss(model(batch, batch.labels), batch.loss_mask)[0]
-    expected = composed_loss(references["vision"], references["projector"], references["language"], batch)
-    difference = relative(found.detach(), expected.detach())
-    found.backward()
-    expected.backward()
-    gradients = {
-        part: {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in reference.named_parameters()}
-        for part, reference in references.items()
-    }
-    worst = 0.0
-    for name, parameter in named_weights([model]):
-        part = name.split(".")[0]
-        wanted = WEIGHTS[part](name, gradients[part]).view_as(parameter)
-        if not wanted.any():
-            assert parameter.grad is None or not parameter.grad.any(), name
-            continue
-        worst = max(worst, relative(parameter.grad, wanted))
-    print(f"loss {difference:.1e}, gradients {worst:.1e}")
-    assert difference <= FORWARD_RTOL and worst <= GRADIENT_RTOL
+    visual = None
+    if batch.pixels is not None:
+        visual = references["projector"](tower_features(references["vision"], batch.pixels, -2))
+    check_loss_and_gradients(model, batch, composed_loss(visual, references["language"], batch), references)

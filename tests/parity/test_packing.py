@@ -8,26 +8,19 @@ import torch
 
 from megatron_sts.data.collate import collate
 from megatron_sts.mcore.packing import hidden_pairs, packed_seq_params
-from megatron_sts.mcore.weights import named_weights
-from megatron_sts.model.loss import masked_loss
-from tests.parity.test_hf import (
-    FORWARD_RTOL,
-    GRADIENT_RTOL,
+from tests.parity.hf import (
     NUM_KEPT,
     NUM_PATCHES,
-    WEIGHTS,
     build_like,
+    check_loss_and_gradients,
     composed_loss,
     hf_clip,
     hf_llama,
     hf_projector,
     make_sample,
-    one_rank,
-    relative,
     resolved_model,
-)  # fmt: skip
-
-__all__ = ["one_rank"]
+    tower_features,
+)
 
 ROWS = [[[1, 0, 2], [0, 0, 0, 1]], [[3], [0, 1]], [[0]]]
 """Images of each sample of each row."""
@@ -47,23 +40,10 @@ def test_loss_and_gradients_of_packed_rows(one_rank: None, num_images: list[list
     assert packed.num_tokens == apart.num_tokens and packed.loss_mask.sum() == apart.loss_mask.sum()
 
     model = build_like(resolved, **references)
-    model.set_input_tensor([None])
-    found = masked_loss(model(packed, packed.labels), packed.loss_mask)[0]
-    expected = composed_loss(references["vision"], references["projector"], references["language"], apart)
-    assert relative(found.detach(), expected.detach()) <= FORWARD_RTOL
-    found.backward()
-    expected.backward()
-    gradients = {
-        part: {name: p.grad if p.grad is not None else torch.zeros_like(p) for name, p in reference.named_parameters()}
-        for part, reference in references.items()
-    }
-    for name, parameter in named_weights([model]):
-        part = name.split(".")[0]
-        wanted = WEIGHTS[part](name, gradients[part]).view_as(parameter)
-        if wanted.any():
-            assert relative(parameter.grad, wanted) <= GRADIENT_RTOL, name
-        else:  # nothing to see
-            assert parameter.grad is None or not parameter.grad.any(), name
+    visual = None
+    if apart.pixels is not None:
+        visual = references["projector"](tower_features(references["vision"], apart.pixels, -2))
+    check_loss_and_gradients(model, packed, composed_loss(visual, references["language"], apart), references)
 
 
 def test_load_counts_pairs_within_samples_only() -> None:
