@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from megatron_sts.config.run_folder import checkpoint_of
+from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.records import Record
 from megatron_sts.data.shards import write_atomically
 from megatron_sts.evaluate.benchmarks.journal import claim
@@ -16,7 +18,6 @@ from megatron_sts.evaluate.benchmarks.registry import read_exams
 from megatron_sts.evaluate.load import resolve_source
 from megatron_sts.evaluate.metrics import Metrics
 from megatron_sts.train import environment, failure
-from megatron_sts.train.resume import CHECKPOINTS, COMPLETE, whole_checkpoints
 
 MICRO_BATCHES_AT_ONCE = 8
 """Of each data-parallel rank, between two writes of answers; pipeline ranks work on them side by side."""
@@ -37,16 +38,17 @@ class Asked:
 
     @cached_property
     def checkpoint(self) -> Path:
-        """The source, or the newest checkpoint of a run."""
-        return [self.source, *whole_checkpoints(self.source / CHECKPOINTS)][-1]
+        """A folder of weights, or a checkpoint: the newest of a run."""
+        return self.source if is_weights_folder(self.source) else checkpoint_of(self.source)
 
     @property
     def folder(self) -> Path:
         """Where answers and results go: ``out``, RUN_DIR/eval/CHECKPOINT, or ``eval`` in a folder of weights."""
         if self.out is not None:
             return self.out
-        is_of_run = (self.checkpoint / COMPLETE).is_file()
-        return self.checkpoint.parents[1] / "eval" / self.checkpoint.name if is_of_run else self.source / "eval"
+        if is_weights_folder(self.source):
+            return self.source / "eval"
+        return self.checkpoint.parents[1] / "eval" / self.checkpoint.name
 
     def argv(self) -> list[str]:
         """The command line that a local rank is started with."""
@@ -64,7 +66,7 @@ def evaluate(asked: Asked, nproc: int | None) -> int:
     rank = environment.rank_from(os.environ)
     if rank is None:
         read_exams(asked.benchmarks, asked.images)
-        resolved = resolve_source(asked.checkpoint, asked.overrides, nproc)
+        resolved = resolve_source(asked.source, asked.overrides, nproc)
         from megatron_sts.train.launch import launch_local
 
         return launch_local(asked.argv(), resolved.world_size)
