@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tests.evaluate.benchmarks import official_files
+from tests.evaluate.benchmarks.tiny_run import answers, megatron_sts, train
 
-CONFIG = {
-    "model": {
-        "vision": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
-                   "feature_layer": -1},
-        "language": {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64,
-                     "vocab_size": 1024, "init_std": 0.4},
-    },
-    "stages": [
-        {"name": "only", "steps": 1, "optimizer": {"lr": 1.0e-3},
-         "batch": {"global_batch_size": 4, "micro_batch_size": 2, "sequence_length": 96}},
-    ],
-    "evaluation": {"micro_batch_size": 3},
-}  # fmt: skip
-COMMAND = "eval runs/tiny --benchmark pope=pope --benchmark mme=MME --images mme=MME --max-new-tokens 4".split()
-
-
-def megatron_sts(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "megatron_sts", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+COMMAND = shlex.split("eval runs/tiny --benchmark pope=pope --benchmark mme=MME --images mme=MME --max-new-tokens 4")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/tiny: a run of one step; and two benchmarks."""
     folder = tmp_path_factory.mktemp("eval")
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(CONFIG))
-    trained = megatron_sts(folder, "train", "tiny.yaml")
-    assert trained.returncode == 0, trained.stderr
+    train(folder)
     official_files.pope(folder / "pope")
     official_files.mme(folder / "MME")
     return folder
@@ -54,11 +33,6 @@ def found(folder: Path) -> dict[str, Any]:
     return {"stdout": done.stdout, **{name: answers(folder / "runs/tiny/eval", name) for name in ("pope", "mme")}}
 
 
-def answers(folder: Path, name: str) -> dict[str, str]:
-    [path] = folder.glob(f"**/{name}.jsonl")
-    return {entry["key"]: entry["answer"] for entry in map(json.loads, path.read_text().splitlines())}
-
-
 def test_answers_scores_and_tables(folder: Path, found: dict[str, Any]) -> None:
     assert len(found["pope"]) == 12 and len(found["mme"]) == 16
     assert len(set(found["mme"].values())) > 1  # the model's own words, which follow the question
@@ -70,7 +44,9 @@ def test_answers_scores_and_tables(folder: Path, found: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [[], ["parallel.tensor_model_parallel_size=2"], ["parallel.pipeline_model_parallel_size=2"]])
+@pytest.mark.parametrize(
+    "layout", [[], ["parallel.tensor_model_parallel_size=2"], ["parallel.pipeline_model_parallel_size=2"]]
+)
 def test_two_ranks_say_the_same(folder: Path, found: dict[str, Any], layout: list[str], tmp_path: Path) -> None:
     done = megatron_sts(folder, *COMMAND, *layout, "--nproc", "2", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
