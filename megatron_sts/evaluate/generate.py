@@ -79,6 +79,8 @@ class Generator:
         return self._gather(said, len(requests))
 
     def _prompt_length(self, record: Record) -> int:
+        if record.images and not self._counts.of_image(0):
+            raise BadSampleError("an image, but model.vision is null")
         return len(encode_prompt(record, self._tokenizer, self._template, self._counts.of_image).tokens)
 
     def _answer_to(self, request: Request) -> Answer:

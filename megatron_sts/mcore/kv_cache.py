@@ -63,9 +63,8 @@ class CachedAttention(torch.nn.Module):
         now, (sequence, batch, heads, _) = self._cache.now, query.shape
         end = now.start + sequence
         if now.start == 0:
-            _, _, groups, width = key.shape
-            shape = (2, batch, groups, now.num_slots, width)
-            self._memory[now.microbatch] = key.new_empty(shape).unbind()
+            shape = (batch, key.shape[2], now.num_slots, key.shape[3])
+            self._memory[now.microbatch] = key.new_empty(shape), value.new_empty(shape)
         keys, values = self._memory[now.microbatch]
         keys[:, :, now.start : end] = key.permute(1, 2, 0, 3)
         values[:, :, now.start : end] = value.permute(1, 2, 0, 3)
