@@ -13,7 +13,7 @@ from megatron_sts.evaluate.benchmarks.journal import Journal
 from megatron_sts.evaluate.benchmarks.question import Answer, Question, by_family
 from megatron_sts.evaluate.benchmarks.registry import Exam
 from megatron_sts.evaluate.metrics import Metrics
-from megatron_sts.runtime.dist import is_rank_zero
+from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero
 
 Ask = Callable[[Sequence[Record]], list[str]]
 """Answers to conversations that end with a user's turn; a collective with the same result on every rank."""
@@ -25,8 +25,11 @@ def run_exams(exams: Sequence[Exam], ask: Ask, folder: Path, num_at_once: int) -
     ``num_at_once`` questions are asked together, and then their answers are in ``folder``.
 
     Raises:
-        ConfigError: on rank 0, answers in ``folder`` are damaged.
+        ConfigError: ranks see other questions or images; or, on rank 0, answers in ``folder`` are damaged.
     """
+    for exam in exams:
+        words = "\n".join(f"{question.key} {question.prompt}" for question in exam.questions)
+        check_same_everywhere(f"what can be asked of {exam.name}", words)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, disable=not is_rank_zero()) as progress:
         answered = [_answers(exam, ask, folder, num_at_once, progress) for exam in exams]

@@ -136,6 +136,18 @@ def test_rank_zero_keeps_the_answers_and_says_what_is_asked(folder: Path) -> Non
     assert len((folder / "pope.jsonl").read_text().splitlines()) == 12
 
 
+def on_two_nodes() -> None:
+    folder = Path(os.environ["FOLDER"]) / os.environ["RANK"]
+    with process_group(60), pytest.raises(ConfigError, match="what can be asked of gqa differs between ranks"):
+        run_exams(read_exams([f"gqa={folder}"], []), Parrot(), folder, 5)
+
+
+def test_nodes_with_other_images_are_refused(tmp_path: Path) -> None:
+    official_files.gqa(tmp_path / "0")
+    (official_files.gqa(tmp_path / "1") / "images" / "n161313.jpg").unlink()
+    run_ranks(on_two_nodes, 2, 60, FOLDER=tmp_path)
+
+
 def test_tables(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(tables, "Console", lambda: Console(width=100))
     tables.print_tables([run(folder, Parrot())])
