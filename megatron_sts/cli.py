@@ -156,6 +156,9 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     generate.add_argument(
         "--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated"
     )
+    generate.add_argument(
+        "--vtc", action="store_true", help="compress images as at the end of the last stage (default: see all tokens)"
+    )
     generate.add_argument("--nproc", type=_positive, metavar="N", help="local ranks (default: as many as needed)")
     generate.set_defaults(command=_generate)
 
@@ -293,7 +296,7 @@ def _generate(args: argparse.Namespace) -> int:
 
     sampling = generation.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     asked = generation.Asked(
-        args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling
+        args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc
     )
     return generation.generate(asked, args.nproc, args.argv)
 

@@ -8,6 +8,7 @@ choice goes to the other ranks, so that all of them see the same answers grow, a
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -16,6 +17,8 @@ from torch import distributed as dist
 
 from megatron_sts.config.checks import refuse
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import VtcConfig
+from megatron_sts.config.tokens import keep_ratios
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample
 from megatron_sts.data.records import BadSampleError, Record
@@ -26,11 +29,10 @@ from megatron_sts.evaluate.scenes import asking_data, inference
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place, broadcast_from_last_stage
 from megatron_sts.mcore.kv_cache import KeyValueCache, Window, cached_attention
-from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
+from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches, unwrap
+from megatron_sts.model.compression import build_compression
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device
-
-__all__ = ["Generator", "Request", "Sampling"]
 
 GREEDY = Sampling()
 
@@ -38,16 +40,29 @@ GREEDY = Sampling()
 class Generator:
     """Answers requests with a model in any layout of tensor, pipeline and data parallelism.
 
-    All visual tokens are seen and no layer is skipped.
+    No layer is skipped, and all visual tokens are seen unless asked otherwise.
     """
 
-    def __init__(self, resolved: Resolved, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate) -> None:
-        """Raises ConfigError for layouts and number formats in which single tokens cannot be computed."""
+    def __init__(
+        self,
+        resolved: Resolved,
+        place: Place,
+        chunks: Sequence[torch.nn.Module],
+        gate: SkipGate,
+        *,
+        compress: bool = False,
+    ) -> None:
+        """A collective. ``compress``: images go through VTC as at the end of the last stage.
+
+        Raises:
+            ConfigError: single tokens cannot be computed in such a layout or number format, or the stage has no VTC.
+        """
         check_decoding(resolved)
         self._place, self._chunks, self._gate = place, chunks, gate
         self._micro_batch_size = resolved.config.evaluation.micro_batch_size
-        stage = answering_stage(resolved.stages[-1])
-        self._counts, self._template = stage.uncompressed, stage.data.template
+        stage = answering_stage(resolved.stages[-1], compress=compress)
+        self._compression = build_compression(resolved, stage)
+        self._counts, self._template = stage.tokens(0), stage.data.template
         self._preparer = BatchPreparer(resolved, stage, needs_pixels=place.is_first_stage)
         self._tokenizer = self._preparer.tokenizer
         self._ends = answer_ends(self._tokenizer, self._template)
@@ -68,15 +83,28 @@ class Generator:
         lengths = [self._prompt_length(request.record) for request in requests]
         order = sorted(range(len(requests)), key=lambda number: (lengths[number], requests[number].max_new_tokens))
         said: dict[int, list[int]] = {}
-        with inference(self._chunks, self._gate), cached_attention(self._chunks) as cache:
+        with inference(self._chunks, self._gate), self._compressing(), cached_attention(self._chunks) as cache:
             for mine in self._rounds(order):
                 longest = max((lengths[number] for numbers in mine for number in numbers), default=0)
                 samples = self._prepare(requests, mine, longest)
                 if longest:
+                    self._compression.begin_step()
                     round_ = self._ask(requests, mine, samples, longest)
                     self._answer_all(round_, sampling, cache)
                     said |= {number: answer.tokens for asked in round_ for number, answer in asked.answers.items()}
         return self._gather(said, len(requests))
+
+    @contextmanager
+    def _compressing(self) -> Iterator[None]:
+        models = list(map(unwrap, self._chunks))
+        before = [model.compression for model in models]
+        for model in models:
+            model.compression = self._compression
+        try:
+            yield
+        finally:
+            for model, compression in zip(models, before, strict=True):
+                model.compression = compression
 
     def _prompt_length(self, record: Record) -> int:
         if record.images and not self._counts.of_image(0):
@@ -233,11 +261,24 @@ def choose(
     return next_tokens(logits.squeeze(1), sampling, [*numbers, *of_padding], step, num_ids)
 
 
-def answering_stage(last: ResolvedStage) -> ResolvedStage:
-    """The last stage without VTC and LDS, in the template that asks questions, with rows as long as their longest."""
+def answering_stage(last: ResolvedStage, *, compress: bool = False) -> ResolvedStage:
+    """The last stage without LDS, in the template that asks questions; rows are as long as their longest.
+
+    Without VTC, or with ``compress`` in every step as at the stage's end.
+    """
+    if compress and last.config.vtc is None:
+        refuse(f"stages.{last.name}.vtc", "null", "does not say how to compress", "give it, or see all visual tokens")
+    vtc = final_vtc(last.config.vtc) if compress and last.config.vtc else None
     batch = last.config.batch.model_copy(update={"packing": "none"})
-    config = last.config.model_copy(update={"vtc": None, "lds": None, "batch": batch})
+    config = last.config.model_copy(update={"vtc": vtc, "lds": None, "batch": batch})
     return last.model_copy(update={"config": config, "data": asking_data(last)})
+
+
+def final_vtc(vtc: VtcConfig) -> VtcConfig:
+    """The same sampler with the keep ratio that the stage's schedule reaches, in every step."""
+    sparse = vtc.model_copy(update={"full_every": None, "full_fraction": 0.0})
+    constant = {"schedule": "constant", "final_keep_ratio": None, "schedule_points": ()}
+    return sparse.model_copy(update={**constant, "keep_ratio": keep_ratios(sparse, 1, 1)[-1]})
 
 
 def check_decoding(resolved: Resolved) -> None:

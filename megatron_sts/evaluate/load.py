@@ -33,7 +33,7 @@ UNTRAINED: dict[str, Any] = {
 
 
 def resolve_source(source: Path, overrides: Sequence[str] = (), world_size: int | None = None) -> Resolved:
-    """The model of a RUN_DIR, a checkpoint in one, or a weights folder, as one dense stage without a data set.
+    """The model of a RUN_DIR, a checkpoint in one, or a weights folder, as one stage of one step without LDS and a data set.
 
     ``data`` keeps the last stage's tokenizer and template; ``parallel`` starts anew from one rank, because every layout can
     load the weights. ``overrides`` (``key.path=value``) see that config. ``world_size``: see ``resolve``.
@@ -77,7 +77,7 @@ def _of_run(source: Path) -> RunConfig:
     last = config.stages[-1]
     stage = last.model_copy(
         update={
-            **{"steps": 1, "epochs": None, "freeze": (), "vtc": None, "lds": None, "data": None},
+            **{"steps": 1, "epochs": None, "freeze": (), "lds": None, "data": None},
             "optimizer": last.optimizer.model_copy(update={"warmup_steps": 0}),
             "batch": BatchConfig(
                 global_batch_size=1,

@@ -30,6 +30,8 @@ class Asked:
     max_new_tokens: int
     stop: Sequence[str]
     sampling: Sampling
+    compress: bool
+    """Whether images go through VTC."""
 
     @property
     def record(self) -> Record:
@@ -74,7 +76,7 @@ def answer(asked: Asked, world_size: int) -> None:
     """Loads the model and prints its answer on rank 0; a collective."""
     resolved = resolve_source(asked.source, asked.overrides, world_size)
     with process_group(resolved.config.parallel.timeout_s):
-        generator = Generator(*load_for_inference(asked.source, resolved))
+        generator = Generator(*load_for_inference(asked.source, resolved), compress=asked.compress)
         request = Request(asked.record, asked.max_new_tokens, tuple(asked.stop))
         [text] = generator.generate([request], asked.sampling)
         if is_rank_zero():

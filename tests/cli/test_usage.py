@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "plan", "data", "eval", "report", "doctor")
+COMMANDS = ("train", "plan", "data", "generate", "eval", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
@@ -54,6 +54,9 @@ def test_help_imports_nothing_heavy() -> None:
         (["data", "prepare"], "JSON"),
         (["data", "prepare", "nothing.json"], "--out"),
         (["data", "prepare", "nothing.json", "--out", "out"], "nothing.json"),
+        (["generate", "--prompt", "what?"], "SOURCE"),
+        (["generate", "nowhere", "--prompt", "what?"], "nowhere"),
+        (["generate", "nowhere"], "--prompt"),
         (["eval"], "CHECKPOINT"),
         (["eval", "CONFIG"], "--benchmark"),
         (["eval", "CONFIG", "--benchmark", "gqb=."], "'gqb'"),

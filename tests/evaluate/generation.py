@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import BadSampleError, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling, answering_stage
 from megatron_sts.evaluate.scenes import draw_questions, inference, record_of
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore import groups
+from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.weights import load_part, named_weights, save_weights
+from megatron_sts.model.compression import build_compression
 from megatron_sts.model.init import build_model
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.dist import is_rank_zero, process_group
@@ -52,10 +56,10 @@ def answer_in_layout() -> None:
             load_part(chunks, part, folder / "weights.safetensors")
         gate.set(SkipMask(0, 0, (True,) * 4))  # left behind by training: generation must not skip
         generator, requests = Generator(resolved, place, chunks, gate), requests_of(resolved)
-        said = answers(generator, requests)
+        said = answers(generator, requests) | compressed(resolved, place, chunks, gate)
         assert generator.generate([]) == []
         check_bad_image(generator, requests)
-        assert answers(generator, requests[:1]) == {kind: texts[:1] for kind, texts in said.items()}
+        assert answers(generator, requests[:1]) == {kind: said[kind][:1] for kind in ("greedy", "drawn")}
         assert all(chunk.training for chunk in chunks)
         if is_rank_zero():
             (folder / os.environ["RESULT"]).write_text(json.dumps(said))
@@ -63,6 +67,24 @@ def answer_in_layout() -> None:
 
 def answers(generator: Generator, requests: list[Request]) -> dict[str, list[list[int]]]:
     return {"greedy": generator.generate_tokens(requests), "drawn": generator.generate_tokens(requests, DRAWN)}
+
+
+def compressed(
+    resolved: Resolved, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate
+) -> dict[str, list[list[int]]]:
+    """Answers to half of an image's tokens, by samplers on either side of the projector."""
+    found = {}
+    for sampler in ("uniform", "guided"):
+        generator = Generator(with_sampler(resolved, sampler), place, chunks, gate, compress=True)
+        found[sampler] = generator.generate_tokens(requests_of(resolved))
+    return found
+
+
+def with_sampler(resolved: Resolved, sampler: str) -> Resolved:
+    stage = resolved.stages[-1]
+    vtc = stage.config.vtc.model_copy(update={"sampler": sampler})
+    changed = stage.model_copy(update={"config": stage.config.model_copy(update={"vtc": vtc})})
+    return resolved.model_copy(update={"stages": (changed,)})
 
 
 def check_bad_image(generator: Generator, requests: list[Request]) -> None:
@@ -93,30 +115,45 @@ def check_without_cache() -> None:
         with torch.no_grad():  # what was the third token of an answer now ends it
             swap_rows(chunks[0].language.output_layer.weight, third, eos)
         said = answers(generator, requests)
-        with inference(chunks, gate):
-            expected = [greedy(resolved, chunks[0], request, eos) for request in requests]
-        assert said["greedy"] == expected, [pair for pair in zip(said["greedy"], expected, strict=True)]
-        assert len(said["greedy"][1]) == 2 and len({token for tokens in expected for token in tokens}) > 5
+        said |= compressed(resolved, place, chunks, gate)
+        for kind in ("greedy", "uniform", "guided"):
+            run = resolved if kind == "greedy" else with_sampler(resolved, kind)
+            stage = answering_stage(run.stages[-1], compress=kind != "greedy")
+            chunks[0].compression = build_compression(run, stage)
+            with inference(chunks, gate):
+                expected = [greedy(run, stage, chunks[0], request, eos) for request in requests]
+            assert said[kind] == expected, (kind, *zip(said[kind], expected, strict=True))
+        assert len(said["greedy"][1]) == 2 and len({token for tokens in said["greedy"] for token in tokens}) > 5
+        assert len({json.dumps(said[kind]) for kind in ("greedy", "uniform", "guided")}) == 3
         assert said["drawn"] != said["greedy"]
         save_weights(dict(named_weights(chunks)), folder / "weights.safetensors", torch.float32)
         (folder / os.environ["RESULT"]).write_text(json.dumps(said))
 
 
-def greedy(resolved: Resolved, model: torch.nn.Module, request: Request, eos: int) -> list[int]:
+def greedy(resolved: Resolved, stage: ResolvedStage, model: torch.nn.Module, request: Request, eos: int) -> list[int]:
     """Plain decoding, one token and one whole forward pass at a time."""
-    stage = answering_stage(resolved.stages[-1])
     preparer = BatchPreparer(resolved, stage, needs_pixels=True)
-    counts = stage.uncompressed
+    counts = stage.tokens(0)
     sample = preparer.prepare_prompt(0, request.record, counts)
     batch = preparer.collate([[sample]], counts, longest=sample.length)
     said: list[int] = []
     while len(said) < request.max_new_tokens:
-        now = torch.tensor([[*sample.encoded.tokens, *said]])
-        visual = torch.tensor([[*sample.encoded.is_visual, *(False for _ in said)]])
-        step = replace(batch, tokens=now, position_ids=torch.arange(now.shape[1])[None], is_visual=visual)
         model.set_input_tensor([None])
-        token = int(model(step, None)[0, -1].argmax())
+        token = int(model(longer(batch, said), None)[0, -1].argmax())
         if token == eos:
             break
         said.append(token)
     return said
+
+
+def longer(batch: Batch, said: list[int]) -> Batch:
+    """The only row, with these tokens behind it."""
+    more = torch.arange(len(said))[None]
+    return replace(
+        batch,
+        tokens=torch.cat([batch.tokens, torch.tensor([said], dtype=torch.int64)], dim=1),
+        position_ids=torch.cat([batch.position_ids, batch.position_ids[:, -1:] + 1 + more], dim=1),
+        is_visual=torch.cat([batch.is_visual, more < 0], dim=1),
+        is_instruction=torch.cat([batch.is_instruction, more < 0], dim=1),
+        segments=torch.cat([batch.segments, torch.ones_like(more)], dim=1),
+    )
