@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _build_parser()
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = args.command in (_train, _plan, _generate)
+    takes_overrides = args.command in (_train, _plan, _generate, _eval)
     unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]!r}")
@@ -60,6 +60,7 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     _add_data(commands)
     _add_generate(commands)
+    _add_eval(commands)
     _add_convert(commands)
     _add_verify(commands)
     _add_report(commands)
@@ -160,6 +161,38 @@ def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     generate.add_argument("--nproc", type=_positive, metavar="N", help="local ranks (default: as many as needed)")
     generate.set_defaults(command=_generate)
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="ask a checkpoint the questions of public benchmarks",
+        description="Ask a checkpoint the questions of public benchmarks, greedily and with LLaVA-1.5's prompts, and score the "
+        "answers with the official metrics. Benchmarks: gqa, vqav2, scienceqa, scienceqa_img, pope, mme (PATH: the folder of "
+        "its official files) and scenes (embedded, no PATH). Started again, it asks only what has no answer yet.",
+    )
+    evaluate.add_argument(
+        "source", metavar="CHECKPOINT", type=Path, help="a run's folder, one of its checkpoints, or a folder of weights"
+    )
+    evaluate.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="config values that replace the checkpoint's"
+    )
+    evaluate.add_argument(
+        "--benchmark", metavar="NAME=PATH", action="append", required=True, help="what to ask; may be repeated"
+    )
+    evaluate.add_argument(
+        "--images",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a benchmark's images, if not in their usual place",
+    )
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="answers and results (default: eval/ in the run)")
+    evaluate.add_argument("--nproc", type=_positive, metavar="N", help="local ranks (default: as many as needed)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", default=128, help="longest answer, in tokens (default: 128)"
+    )
+    evaluate.set_defaults(command=_eval)
 
 
 def _add_convert(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -266,6 +299,13 @@ def _generate(args: argparse.Namespace) -> int:
         args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc
     )
     return generation.generate(asked, args.nproc, args.argv)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from megatron_sts.train import benchmarks
+
+    asked = benchmarks.Asked(args.source, args.overrides, args.benchmark, args.images, args.out, args.max_new_tokens)
+    return benchmarks.evaluate(asked, args.nproc)
 
 
 def _convert_to_sts(args: argparse.Namespace) -> int:
