@@ -37,14 +37,17 @@ def composed(vision: Any, language: Any, sections: Sections) -> Any:
 
 
 def _check_kind(sections: Sections) -> None:
-    """Hugging Face has LLaVA with its MLP, and BLIP-2 with one linear layer and its own tower."""
-    tower, projector, has_qformer = sections["vision"], sections.get("projector"), "qformer" in sections
-    if projector is not None and (projector.type == "linear") != has_qformer:
-        refuse("model.projector.type", projector.type, f"{'BLIP-2' if has_qformer else 'LLaVA'} in transformers has another",
-               "such a model cannot be exported")  # fmt: skip
-    if (tower.tower == "hf") != has_qformer:
-        refuse("model.vision.tower", tower.tower, f"{'BLIP-2' if has_qformer else 'LLaVA'} in transformers has another",
-               "such a model cannot be exported")  # fmt: skip
+    """Hugging Face has LLaVA with its MLP; and BLIP-2 with its own tower, all layers of it, and one linear layer."""
+    vision, has_qformer = sections["vision"], "qformer" in sections
+    kind = "BLIP-2" if has_qformer else "LLaVA"
+    projector = sections["projector"].type if "projector" in sections else None
+    for field, value, fits in (
+        ("model.projector.type", projector, projector is None or (projector == "linear") == has_qformer),
+        ("model.vision.tower", vision.tower, (vision.tower == "hf") == has_qformer),
+        ("model.vision.feature_layer", vision.feature_layer, not has_qformer or vision.feature_layer == -1),
+    ):
+        if not fits:
+            refuse(field, value, f"{kind} in transformers has another", "such a model cannot be exported")
 
 
 def from_sections(sections: Sections) -> Any:

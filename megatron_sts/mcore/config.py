@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sts.config.resolve import Resolved
+from megatron_sts.mcore.layer import has_transformer_engine
 from megatron_sts.runtime.device import current_device
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -60,6 +61,7 @@ def language_config(resolved: Resolved) -> TransformerConfig:
         layernorm_epsilon=language.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
+        use_te_activation_func=not has_transformer_engine(),  # or rather: a module's, which is then ``torch_ops.SwiGlu``
         add_bias_linear=False,
         add_qkv_bias=language.add_qkv_bias,
         init_method_std=language.init_std,

@@ -22,16 +22,22 @@ from megatron_sts.mcore.config import language_config
 from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, TorchNorm, has_transformer_engine
 from megatron_sts.mcore.packing import attention_within, check_packing
 from megatron_sts.mcore.rope import scaled_frequencies
+from megatron_sts.mcore.torch_ops import SwiGlu, TorchSelfAttention
 
 
-def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer] = TransformerLayer) -> ModuleSpec:
+def torch_layer_spec(
+    attn_mask_type: AttnMaskType,
+    module: type[TransformerLayer] = TransformerLayer,
+    attention: type[SelfAttention] = SelfAttention,
+    activation: type[SwiGlu] | None = None,
+) -> ModuleSpec:
     """A transformer layer of megatron-core's own parallel linears, torch's norm and torch's attention."""
     return ModuleSpec(
         module=module,
         submodules=TransformerLayerSubmodules(
             input_layernorm=TorchNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=attention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=ColumnParallelLinear,
@@ -42,7 +48,10 @@ def torch_layer_spec(attn_mask_type: AttnMaskType, module: type[TransformerLayer
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+                module=MLP,
+                submodules=MLPSubmodules(
+                    linear_fc1=ColumnParallelLinear, activation_func=activation, linear_fc2=RowParallelLinear
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
         ),
@@ -55,7 +64,7 @@ def skippable_layer_spec(gate: SkipGate, *, recompute: bool) -> ModuleSpec:
         spec = get_gpt_layer_with_transformer_engine_spec()
         spec.module = SkippableTransformerLayer
     else:
-        spec = torch_layer_spec(AttnMaskType.causal, SkippableTransformerLayer)
+        spec = torch_layer_spec(AttnMaskType.causal, SkippableTransformerLayer, TorchSelfAttention, SwiGlu)
     spec.params = {**spec.params, "gate": gate, "recompute": recompute}
     return spec
 

@@ -9,7 +9,7 @@ import torch
 from megatron_sts.config.architecture import QFormerConfig
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.config import PARAMS_DTYPE
-from megatron_sts.vision.hugging_face import Replicated, build, make_config
+from megatron_sts.vision.hugging_face import Replicated, make_config, make_model
 
 
 class QFormer(Replicated):
@@ -22,19 +22,15 @@ class QFormer(Replicated):
         assert vision is not None and qformer is not None
         config = qformer_config(qformer, vision.hidden_size)
         shape = (1, qformer.num_query_tokens, qformer.hidden_size)
-        self.encoder = build(
-            config,
-            dtype,
-            lambda encoder: _attend(
-                encoder, torch.empty(shape, dtype=dtype), torch.empty(1, 1, vision.hidden_size, dtype=dtype)
-            ),
-        )
+        self.encoder = make_model(config, dtype)
         self.query_tokens = torch.nn.Parameter(torch.randn(shape).mul(config.initializer_range).to(dtype))
         self.train()
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` [n, t, vision hidden] -> [n, query tokens, Q-Former hidden]."""
-        return _attend(self.encoder, self.query_tokens.expand(len(features), -1, -1), features)
+        queries = self.query_tokens.expand(len(features), -1, -1)
+        attended: torch.Tensor = self.encoder(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        return attended
 
 
 def qformer_config(qformer: QFormerConfig, vision_hidden: int) -> Any:
@@ -49,8 +45,3 @@ def qformer_config(qformer: QFormerConfig, vision_hidden: int) -> Any:
         cross_attention_frequency=qformer.cross_attention_frequency,
         encoder_hidden_size=vision_hidden,
     )
-
-
-def _attend(encoder: torch.nn.Module, queries: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    attended: torch.Tensor = encoder(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-    return attended

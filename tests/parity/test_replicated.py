@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
@@ -15,6 +17,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
@@ -139,6 +142,42 @@ def test_loss_and_gradients_of_blip2(one_rank: None, num_images: list[int], keep
     if batch.pixels is not None:
         visual = blip.get_image_features(normalised(batch.pixels)).pooler_output
     check_loss_and_gradients(model, batch, composed_loss(visual, blip.language_model, batch), references)
+
+
+def test_weights_under_their_own_names(one_rank: None, tmp_path: Path) -> None:
+    """As examples/minigpt4_7b/README.md puts them into files."""
+    blip = blip2()
+    tower = {f"vision.encoder.{name}": tensor for name, tensor in blip.vision_model.state_dict().items()}
+    qformer = {f"qformer.encoder.{name}": tensor for name, tensor in blip.qformer.state_dict().items()}
+    save_file(tower, tmp_path / "vit.safetensors")
+    save_file({"qformer.query_tokens": blip.query_tokens, **qformer}, tmp_path / "qformer.safetensors")
+    vision = {**written_tower("blip_2_vision_model"), "init": str(tmp_path / "vit.safetensors")}
+    qformer_section = {**QFORMER, "init": str(tmp_path / "qformer.safetensors")}
+    (model,) = build_model(resolved_model(vision=vision, qformer=qformer_section), SkipGate())
+    pixels = torch.randint(0, 256, (2, 3, IMAGE, IMAGE), dtype=torch.uint8)
+    with torch.no_grad():
+        image = blip.vision_model(normalised(pixels)).last_hidden_state
+        queries = blip.query_tokens.expand(2, -1, -1)
+        expected = blip.qformer(query_embeds=queries, encoder_hidden_states=image).last_hidden_state
+        assert relative(model.features(pixels), expected) <= FORWARD_RTOL
+
+
+UNUSABLE = [
+    ({"model_type": "vitt"}, "model.vision.hf_config.model_type=vitt: transformers knows no such model"),
+    ({"model_type": "pvt_v2"}, "model.vision.hf_config.model_type=pvt_v2: Validation error for field"),
+    (
+        {"model_type": "resnet"},
+        "model.vision.hf_config.model_type=resnet: gives features [2048, 1, 1] for 16 patches of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("hf_config", "message"), UNUSABLE, ids=["unknown", "wrong option", "no ViT"])
+def test_a_tower_that_cannot_be_used_is_refused(one_rank: None, hf_config: dict[str, Any], message: str) -> None:
+    vision = {**written_tower("any"), "hf_config": hf_config}
+    with pytest.raises(ConfigError) as error:
+        build_model(resolved_model(vision=vision), SkipGate())
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_clip_tower_shows_its_class_token_to_a_qformer(one_rank: None) -> None:
