@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.schema import PrecisionConfig
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.runtime import probe
 
 H100 = probe.Gpu("H100", (9, 0), 80 * 2**30)
