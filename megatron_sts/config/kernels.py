@@ -15,6 +15,6 @@ class KernelsConfig(Section):
     optimizer: Literal["auto", "transformer-engine", "apex", "torch"] = "auto"
     """Adam."""
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
-    """Weight gradients add to the fp32 buffer within the matrix product. Transformer Engine's layers can; torch's with
-    apex's extension."""
+    """Add weight gradients to their fp32 buffer within the matrix product; needs apex's extension for it."""
     cuda_graphs: bool = False
+    """Not supported yet, and never with LDS: a graph replays the same layers in every step."""

@@ -92,6 +92,9 @@ def check_fp8_params(config: RunConfig) -> None:
     if config.precision.params != "bf16":
         refuse("precision.fp8_params", "true", f"precision.params={config.precision.params}, and what stays out of FP8 is bf16",
                "set precision.params=bf16 or this to false")  # fmt: skip
+    if config.precision.fp8 == "mxfp8":
+        refuse("precision.fp8_params", "true", "precision.fp8=mxfp8 gathers weights through a buffer that is not laid out so",
+               "set it to false, or precision.fp8=tensorwise")  # fmt: skip
     for stage in config.stages:
         if stage.lds is not None:
             refuse("precision.fp8_params", "true", f"stages.{stage.name}.lds leaves weights of skipped layers ungathered",

@@ -12,7 +12,7 @@ from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.runtime.device import current_device
-from megatron_sts.runtime.kernels import APEX, ENGINE
+from megatron_sts.runtime.kernels import ENGINE
 from megatron_sts.runtime.probe import kernels_for
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,7 +38,7 @@ def _common(resolved: Resolved) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": kernels_for(resolved.config).gradient_accumulation_fusion == APEX,
+        "gradient_accumulation_fusion": kernels_for(resolved.config).gradient_accumulation_fusion != "off",
         "use_cpu_initialization": not current_device().is_cuda,
     }
 
@@ -82,7 +82,6 @@ def _kernel_settings(config: RunConfig) -> dict[str, Any]:
     kernels = kernels_for(config)
     return {
         "transformer_impl": "transformer_engine" if kernels.linear == ENGINE else "local",
-        "gradient_accumulation_fusion": kernels.gradient_accumulation_fusion != "off",
         "cross_entropy_loss_fusion": kernels.cross_entropy == "megatron-core, fused",
     }
 

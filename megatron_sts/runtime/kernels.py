@@ -26,8 +26,8 @@ class Kernels:
     norm: Library
     attention: Library
     optimizer: Library
-    gradient_accumulation_fusion: Literal["transformer-engine", "apex", "off"]
-    """What adds the decoder's weight gradients to their fp32 buffer within the matrix product."""
+    gradient_accumulation_fusion: Literal["apex", "off"]
+    """What adds weight gradients to their fp32 buffer within the matrix product, in layers that are torch's."""
     cross_entropy: Literal["megatron-core, fused", "megatron-core"]
     fp8_recipes: tuple[str, ...]
     """Usable values of precision.fp8, besides off."""
@@ -52,7 +52,7 @@ def choose_kernels(wanted: KernelsConfig, fp8: str, usable: Set[str], recipes: t
         norm=layers,
         attention=layers,
         optimizer=_optimizer(wanted, usable),
-        gradient_accumulation_fusion=_fusion(wanted, fp8, layers, usable),
+        gradient_accumulation_fusion=_fusion(wanted, fp8, usable),
         cross_entropy="megatron-core, fused" if "cuda" in usable else "megatron-core",
         fp8_recipes=(*(recipes if has_engine else ()), *(("emulate",) if "torchao" in usable else ())),
     )
@@ -76,16 +76,14 @@ def _optimizer(wanted: KernelsConfig, usable: Set[str]) -> Library:
     return wanted.optimizer
 
 
-def _fusion(
-    wanted: KernelsConfig, fp8: str, layers: Library, usable: Set[str]
-) -> Literal["transformer-engine", "apex", "off"]:
+def _fusion(wanted: KernelsConfig, fp8: str, usable: Set[str]) -> Literal["apex", "off"]:
+    """Transformer Engine's layers could without apex, but the head and the vision tower are torch's in any case."""
     if wanted.gradient_accumulation_fusion is False or fp8 == "emulate":
         return "off"
-    if layers == ENGINE:
-        return ENGINE
     if {"cuda", APEX_FUSION} <= usable:
         return APEX
     if wanted.gradient_accumulation_fusion is True:
-        refuse("kernels.gradient_accumulation_fusion", "true", f"torch's layers need apex's {APEX_FUSION} for it",
-               "set it to auto")  # fmt: skip
+        refuse(
+            "kernels.gradient_accumulation_fusion", "true", f"it needs a GPU and apex's {APEX_FUSION}", "set it to auto"
+        )
     return "off"
