@@ -86,6 +86,16 @@ def kernels_for(config: RunConfig, importer: Importer = importlib.import_module)
     return choose_kernels(config.kernels, config.precision.fp8, usable, recipes)
 
 
+def check_usable(config: RunConfig) -> Kernels:
+    """Refuses what cannot run on this machine, before anything is started; returns what a run computes with.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    check_fp8(config.precision)
+    return kernels_for(config)
+
+
 @functools.cache
 def _usable_here(importer: Importer) -> tuple[frozenset[str], tuple[str, ...]]:
     """The part of ``probe`` that decides about kernels, without imports that take seconds."""

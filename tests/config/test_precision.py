@@ -40,7 +40,10 @@ REFUSED = [
     ("kernels.layers=torch precision.fp8=tensorwise", "kernels.layers=torch: precision.fp8=tensorwise is computed by"),
     ("kernels.layers=transformer-engine precision.fp8=emulate", "precision.fp8=emulate replaces torch's linear layers"),
     ("kernels.gradient_accumulation_fusion=true precision.fp8=emulate", "precision.fp8=emulate has no fused product"),
-    ("kernels.cuda_graphs=true", "kernels.cuda_graphs=true: a graph replays the same layers, stages.finetune.lds draws"),
+    (
+        "kernels.cuda_graphs=true",
+        "kernels.cuda_graphs=true: a graph replays the same layers, stages.finetune.lds draws",
+    ),
     ("kernels.cuda_graphs=true stages.*.lds=null", "kernels.cuda_graphs=true: not supported yet"),
 ]
 
