@@ -7,7 +7,6 @@ collectives around the product, the weights and their names stay. Scales are tho
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any, Literal
 
 import torch
@@ -16,12 +15,10 @@ from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from torchao.float8 import Float8LinearConfig
+from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
 from megatron_sts.config.precision import PrecisionConfig
-
-logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of what it registers there
-from torchao.float8 import Float8LinearConfig  # noqa: E402
-from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args  # noqa: E402
 
 
 class EmulatedProduct:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
 
 from megatron_sts.runtime.kernels import APEX_ADAM, APEX_FUSION
+
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's import warns of what it registers there
 
 Importer = Callable[[str], ModuleType]
 

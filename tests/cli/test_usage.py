@@ -174,4 +174,4 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor"]) == 0
     told = capsys.readouterr().out
     assert all(what in told for what in ("Kernels that will be used", "gradient accumulation fusion", "cross entropy"))
-    assert all(component["problem"][:20] in told for component in found["components"])
+    assert all(component["name"] in told for component in found["components"])
