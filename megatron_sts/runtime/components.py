@@ -51,7 +51,7 @@ def look(importer: Importer) -> tuple[Component, ...]:
             {"pip": "pip install --no-build-isolation flash-attn", "container": CONTAINER},
             importer,
         ),
-        _module("torchao", "precision.fp8=emulate", {"pip": "pip install megatron-sts[emulate]"}, importer),
+        _module("torchao", "precision.fp8=emulate", {"pip": "pip install -e '.[emulate]'"}, importer),
         _module("sentencepiece", "tokenizers", {"pip": "pip install sentencepiece"}, importer),
         _module("tensorboard", "logging.tensorboard", {"pip": "pip install tensorboard"}, importer),
     )
@@ -70,7 +70,7 @@ def transformer_engine(importer: Importer) -> Component:
         return Component(name, True, str(importer("transformer_engine").__version__), "", needed_for)
     except Exception as error:
         install = {
-            "pip": "pip install --no-build-isolation 'megatron-sts[fp8]' (builds for 15 minutes; needs CUDA's headers)",
+            "pip": "pip install --no-build-isolation -e '.[fp8]' (builds for 15 minutes; needs CUDA's headers)",
             "container": CONTAINER,
             "source": "NVTE_FRAMEWORK=pytorch pip install --no-build-isolation "
             "git+https://github.com/NVIDIA/TransformerEngine.git@stable",

@@ -161,7 +161,7 @@ def _check_emulation(importer: Importer) -> None:
         importer("torchao.float8")
     except Exception as error:
         raise ConfigError(
-            f"precision.fp8=emulate: torchao is not usable ({components.why(error)}); pip install megatron-sts[emulate]"
+            f"precision.fp8=emulate: torchao is not usable ({components.why(error)}); pip install -e '.[emulate]'"
         ) from error
 
 
