@@ -1,9 +1,12 @@
-"""How fast prepared pictures come out of the loader: images a second by number of worker processes.
+"""How fast prepared pictures come out of the loader, and whether training ever waits for it.
 
     python tools/bench_data.py [--json]
 
-Writes JPEGs of about the size of LLaVA's to a temporary folder, prepares them, and reads them decoded and fitted to a square.
-The first records, for which the workers start, are not timed. Rates depend on the machine and what else runs on it.
+Writes JPEGs of about the size of LLaVA's to a temporary folder, prepares them, and reads them decoded and fitted to a square:
+images a second by number of worker processes. The first records, for which the workers start, are not timed. Then trains the
+first steps of two examples, the quickstart and ``llava_json`` on these JPEGs, and sets the time that a step waits for its samples
+against the whole step, without each stage's first, before which nothing could be read ahead. Rates depend on the machine and
+what else runs on it.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +31,7 @@ from megatron_sts.data.prepare import prepare
 from megatron_sts.data.records import Record
 
 NUM_WORKERS = (0, 1, 2)
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
 def write_pictures(folder: Path, count: int) -> Path:
@@ -65,7 +70,31 @@ def draw(stream: EnergonStream, count: int) -> None:
         image()
 
 
-def bench(num_images: int, image_size: int) -> dict[str, Any]:
+def waits(example: str, num_steps: int, folder: Path, *overrides: str) -> dict[str, float]:
+    """Of each stage of an example, time spent waiting for samples / time of all steps but the first."""
+    run_dir = folder / example
+    shorter = [f"stages.*.steps={num_steps}", "stages.*.optimizer.warmup_steps=0", "evaluation.num_questions=0"]
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_sts",
+        "train",
+        str(EXAMPLES / example / "config.yaml"),
+        *shorter,
+        *overrides,
+    ]
+    subprocess.run([*command, "--run-dir", str(run_dir)], check=True, stdout=sys.stderr)
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "event" not in line and line["step"] > 0]
+    stages = dict.fromkeys(line["stage"] for line in steps)
+    return {
+        stage: sum(line["data_wait_s"] for line in steps if line["stage"] == stage)
+        / sum(line["step_time_s"] for line in steps if line["stage"] == stage)
+        for stage in stages
+    }
+
+
+def bench(num_images: int, image_size: int, num_steps: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = write_pictures(folder, num_images)
@@ -74,6 +103,10 @@ def bench(num_images: int, image_size: int) -> dict[str, Any]:
         prepared = num_images / (time.perf_counter() - started)
         bytes_an_image = sum(path.stat().st_size for path in folder.glob("*.jpg")) / num_images
         rates = {str(count): rate(folder / "out", count, num_images, image_size) for count in NUM_WORKERS}
+        waited = {
+            "quickstart": waits("quickstart", num_steps, folder),
+            "llava_json": waits("llava_json", num_steps, folder, f"data.path={folder / 'out'}"),
+        }
     return {
         "num_images": num_images,
         "bytes_per_image": bytes_an_image,
@@ -81,6 +114,7 @@ def bench(num_images: int, image_size: int) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "prepared_images_per_s": prepared,
         "images_per_s_by_num_workers": rates,
+        "data_wait_of_step_time": waited,
     }
 
 
@@ -89,9 +123,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--num-images", type=int, default=2000)
     parser.add_argument("--image-size", type=int, default=336, help="pixels that pictures are fitted to")
+    parser.add_argument("--num-steps", type=int, default=20, help="trained in each stage of the examples")
     args = parser.parse_args()
     print(f"bench_data: writing and preparing {args.num_images} pictures", file=sys.stderr, flush=True)
-    found = bench(args.num_images, args.image_size)
+    found = bench(args.num_images, args.image_size, args.num_steps)
     print(json.dumps(found)) if args.json else print_table(found)
 
 
@@ -101,6 +136,9 @@ def print_table(found: dict[str, Any]) -> None:
         table.add_row(num_workers, f"{images_per_s:.0f}")
     console = Console()
     console.print(table)
+    for example, stages in found["data_wait_of_step_time"].items():
+        for stage, share in stages.items():
+            console.print(f"examples/{example}, {stage}: {share:.3%} of the step time spent waiting for samples")
     console.print(f"prepared {found['prepared_images_per_s']:.0f} images/s on {found['cpu_cores']} cores")
 
 

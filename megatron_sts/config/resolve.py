@@ -76,6 +76,11 @@ class ResolvedStage(Section):
         return TokenCounts(visual_tokens_out=kept, sequence_length=round_up(length, self.token_multiple))
 
     @property
+    def is_seekable(self) -> bool:
+        """Whether a step's samples follow from its number alone; else they depend on all that its rank read before."""
+        return self.data.source != "energon" and self.config.batch.packing != "pack"
+
+    @property
     def typical(self) -> TokenCounts:
         """The shape in the middle of the schedule, for plans; steps that see all tokens are left out."""
         middle = range(self.num_steps // 2, self.num_steps)

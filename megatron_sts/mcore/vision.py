@@ -40,9 +40,13 @@ def build_projector(resolved: Resolved) -> MultimodalProjector:
     """Features [..., vision or Q-Former hidden] -> [..., language hidden]."""
     model = resolved.config.model
     assert model.vision is not None
-    return MultimodalProjector(
+    projector = MultimodalProjector(
         projector_config(resolved),
         MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
         projector_type={"linear": "affine", "mlp2x_gelu": "mlp"}[model.projector.type],
         input_size=model.vision.hidden_size if model.qformer is None else model.qformer.hidden_size,
     )
+    if model.projector.type == "linear":
+        # Else megatron-core adds a rank's slice of the bias to outputs that it has gathered already.
+        projector.encoder.skip_bias_add = False
+    return projector

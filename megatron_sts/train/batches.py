@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.data.batch import Batch
 from megatron_sts.mcore import groups
@@ -19,7 +18,8 @@ from megatron_sts.mcore.groups import Place
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import broadcast_object
 from megatron_sts.train.ahead import Ahead
-from megatron_sts.train.feed import Fed, Feed, can_seek
+from megatron_sts.train.feed import Fed, Feed
+from megatron_sts.train.resume import check_same_copies
 
 
 class StageBatches:
@@ -75,17 +75,12 @@ class StageBatches:
             ConfigError: the reading depends on the number of data-parallel ranks, and that has changed.
         """
         # Every rank looks, so that all of them refuse, with one line.
-        if can_seek(self._stage):
+        if self._stage.is_seekable:
             if self._feed is not None:
                 self._feed.seek(step)
             return
-        first = self._file(folder, 0)
-        saved = torch.load(first, weights_only=True)["dp_size"]
-        if saved != self._place.dp_size:
-            raise ConfigError(
-                f"parallel.data_parallel_size={self._place.dp_size}: stage {self._stage.name} was saved on {saved}, whose "
-                f"parts of the data cannot be dealt out anew; go on with {saved}, or start the stage anew"
-            )
+        saved = torch.load(self._file(folder, 0), weights_only=True)["dp_size"]
+        check_same_copies(self._stage, folder.parent, saved, self._place.dp_size)
         if self._feed is None:
             return
         state = torch.load(self._file(folder), weights_only=True)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.files import missing_files
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.lds.planner import choose_layout
@@ -35,6 +37,8 @@ def train(
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
+    for line in missing_files(resolved.config):
+        raise ConfigError(line)
     if rank is not None:
         environment.join(rank, os.environ)
         status = run_rank(resolved, run_dir)

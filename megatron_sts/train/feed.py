@@ -170,7 +170,7 @@ class Feed:
         self._pending = [self._stream.again(kept) for kept in state["pending"]]
 
     def seek(self, step: int) -> None:
-        """Goes on before ``step`` without a state, whatever the number of data-parallel ranks was; see ``can_seek``."""
+        """Goes on before ``step`` without a state, whatever the number of data-parallel ranks was; see ``is_seekable``."""
         num_read = step * self._stage.num_microbatches * self._stage.config.batch.micro_batch_size
         self._stream.load_state_dict({"num_read": num_read})
 
@@ -207,11 +207,6 @@ class Feed:
         rows, left = pack([prepared.length for _, prepared in read], num_rows, counts.sequence_length)
         self._pending = [*(read[number][0] for number in left), *self._pending]
         return [[read[number][1] for number in row] for row in rows]
-
-
-def can_seek(stage: ResolvedStage) -> bool:
-    """Whether a step's samples follow from its number alone."""
-    return stage.data.source != "energon" and stage.config.batch.packing != "pack"
 
 
 def pack(lengths: Sequence[int], num_rows: int, sequence_length: int) -> tuple[list[list[int]], list[int]]:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump
-from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 
 CONFIG = "config.resolved.yaml"
 CHECKPOINTS = "checkpoints"
@@ -92,7 +92,8 @@ def check_same_run(resolved: Resolved, run_dir: Path) -> None:
     Raises:
         ConfigError: naming the first field that differs.
     """
-    if not (run_dir / CONFIG).is_file() or not whole_checkpoints(run_dir / CHECKPOINTS):
+    checkpoints = whole_checkpoints(run_dir / CHECKPOINTS)
+    if not (run_dir / CONFIG).is_file() or not checkpoints:
         return
     before: Any = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
     now = resolved.config.model_dump(mode="json")
@@ -103,6 +104,20 @@ def check_same_run(resolved: Resolved, run_dir: Path) -> None:
                     f"{field}={_show(new)}: {run_dir} holds a run with {field}={_show(old)}; "
                     "restore that value to go on, or give another --run-dir"
                 )
+    progress = read_progress(checkpoints[-1])
+    stage = resolved.stages[progress.stage]
+    if 0 < progress.step < stage.num_steps:
+        check_same_copies(stage, checkpoints[-1], before["parallel"]["data_parallel_size"], resolved.data_parallel_size)
+
+
+def check_same_copies(stage: ResolvedStage, checkpoint: Path, before: int, now: int) -> None:
+    """Refuses to go on within a stage whose samples cannot be dealt out to another number of data-parallel ranks."""
+    if before != now and not stage.is_seekable:
+        raise ConfigError(
+            f"parallel.data_parallel_size={now}: stage {stage.name} was saved on {before}, whose parts of the data cannot "
+            f"be dealt out anew; go on with {before}, or delete the checkpoints of this stage, as {checkpoint}, to start it "
+            "anew"
+        )
 
 
 def write_config(resolved: Resolved, run_dir: Path) -> None:

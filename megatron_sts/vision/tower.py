@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 
 from megatron_sts.config.architecture import HF_SIZES, VisionConfig
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.vision import build_encoder
-from megatron_sts.vision.hugging_face import Replicated, build, make_config
+from megatron_sts.vision.hugging_face import Replicated, make_config, make_model_for
 
 Channels = tuple[float, float, float]
 CHANNEL_STATISTICS: dict[str, tuple[Channels, Channels]] = {
@@ -48,35 +49,52 @@ class VisionTower(torch.nn.Module):
 
 
 class HuggingFaceTower(Replicated):
-    """A ViT of ``transformers``. Tokens before the patches (class, registers) are dropped unless a Q-Former follows."""
+    """A ViT of ``transformers``. Tokens before the patches (class, registers) are dropped unless a Q-Former follows.
+
+    Raises:
+        ConfigError: the model does not give a token of the hidden size for each patch.
+    """
 
     def __init__(self, resolved: Resolved) -> None:
         super().__init__()
         model, dtype = resolved.config.model, PARAMS_DTYPE[resolved.config.precision.params]
         vision = model.vision
-        assert vision is not None and vision.hf_config is not None
-        self._statistics = channel_statistics(vision)
-        self._read_layer = partial(read_layer, feature_layer=vision.feature_layer)
-        self._num_patches = (vision.image_size // vision.patch_size) ** 2 if model.qformer is None else None
+        assert vision is not None
+        self._vision = vision
+        self._num_patches = (vision.image_size // vision.patch_size) ** 2
+        self._drops = model.qformer is None
         pixels = torch.empty(1, 3, vision.image_size, vision.image_size, dtype=dtype, device="meta")
-        config = make_config(
-            "model.vision.hf_config.model_type",
-            **{
-                **vision.hf_config,
-                **{name: getattr(vision, field) for field, name in HF_SIZES.items() if getattr(vision, field)},
-                "num_hidden_layers": resolved.num_vision_layers,
-                # Else some models' last hidden state stands there, which has passed a norm.
-                "tie_last_hidden_states": False,
-            },
-        )
-        self.encoder = build(config, dtype, lambda encoder: self._read_layer(encoder, pixels))
+        config = hugging_face_config(vision, resolved.num_vision_layers)
+        self.encoder = make_model_for(config, dtype, lambda encoder: self._read(encoder, pixels))
         self.train()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         """``pixels`` uint8 [n, 3, h, w] -> [n, patches, vision hidden]."""
         dtype = next(self.encoder.parameters()).dtype
-        features = self._read_layer(self.encoder, normalise(pixels, *self._statistics).to(dtype))
-        return features if self._num_patches is None else features[:, -self._num_patches :]
+        features = self._read(self.encoder, normalise(pixels, *channel_statistics(self._vision)).to(dtype))
+        return features[:, -self._num_patches :] if self._drops else features
+
+    def _read(self, encoder: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+        """The output of a model without layers after ``feature_layer``, or of its last layer."""
+        if self._vision.feature_layer == -1:
+            features: torch.Tensor = encoder(pixel_values=pixels).last_hidden_state
+        else:
+            features = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+        if features.shape[1] < self._num_patches or features.shape[2:] != (self._vision.hidden_size,):
+            raise ConfigError(
+                f"model.vision.hf_config.model_type={(self._vision.hf_config or {})['model_type']}: gives features {list(features.shape[1:])} "
+                f"for {self._num_patches} patches of hidden size {self._vision.hidden_size}; use a plain ViT"
+            )
+        return features
+
+
+def hugging_face_config(vision: VisionConfig, num_layers: int) -> Any:
+    """The config of ``transformers`` for the first ``num_layers`` layers of an hf tower."""
+    sizes = {name: getattr(vision, field) for field, name in HF_SIZES.items() if getattr(vision, field) is not None}
+    options = {**(vision.hf_config or {}), **sizes, "num_hidden_layers": num_layers}
+    # Else some models' last hidden state stands among those of layers, which has passed a norm.
+    options["tie_last_hidden_states"] = False
+    return make_config("model.vision.hf_config.model_type", **options)
 
 
 def build_tower(resolved: Resolved) -> VisionTower | HuggingFaceTower:
@@ -84,15 +102,6 @@ def build_tower(resolved: Resolved) -> VisionTower | HuggingFaceTower:
     vision = resolved.config.model.vision
     assert vision is not None
     return HuggingFaceTower(resolved) if vision.tower == "hf" else VisionTower(resolved)
-
-
-def read_layer(encoder: torch.nn.Module, pixels: torch.Tensor, feature_layer: int) -> torch.Tensor:
-    """What a Hugging Face model without the layers after ``feature_layer`` gives: its output, or its last layer's."""
-    if feature_layer == -1:
-        features: torch.Tensor = encoder(pixel_values=pixels).last_hidden_state
-    else:
-        features = encoder(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
-    return features
 
 
 def normalise(pixels: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:

@@ -42,6 +42,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "CONFIG", "--nproc", "0"], "'0'"),
         (["train", "CONFIG", "--nprocs", "2", "--wrong"], "--nprocs"),
         (["train", "CONFIG", "--json"], "--dry-run"),
+        (["train", "CONFIG", "model.language.init=no.safetensors"], "model.language.init=no.safetensors: no such file"),
+        (["train", "CONFIG", "data.tokenizer=nowhere"], "data.tokenizer=nowhere: no such file"),
         (["train", "CONFIG", "--dry-run", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),
         (
             ["train", "CONFIG", "--dry-run", "--nproc", "2", "parallel.data_parallel_size=4"],
@@ -93,6 +95,15 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert stage["flops_per_step_dense"] == stage["flops_per_step_all_layers"] == stage["flops_per_step_mean"] > 0
     assert main(["train", str(config), "--dry-run"]) == 0
     assert "FLOPs a step" in capsys.readouterr().out
+
+
+def test_dry_run_names_missing_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, tokenizer = "model.language.init=no.safetensors", "data.tokenizer=nowhere"
+    assert main(["train", str(config), weights, tokenizer, "--dry-run", "--json"]) == 0
+    missing = json.loads(capsys.readouterr().out)["missing_files"]
+    assert [line.split(": ")[0] for line in missing] == [weights, tokenizer]
+    assert main(["train", str(config), weights, "--dry-run"]) == 0
+    assert f"Will not start: {weights}" in capsys.readouterr().out
 
 
 def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -110,6 +110,10 @@ def test_shapes_follow_the_schedule(path: Path) -> None:
             "stages.alignment.vtc.keep_ratio_by_image=[1.0, 0.5]: schedule=cosine moves keep_ratio",
         ),
         (
+            "{keep_ratio_by_image: [1, 0.5]}",
+            "stages.alignment.vtc.keep_ratio_by_image=[1.0, 0.5]: 2 ratios, but a sample has at most batch.max_images=1",
+        ),
+        (
             "{schedule: linear, final_keep_ratio: 0.001}",
             "stages.alignment.vtc.keep_ratio=0.001: keeps none of an image's 144 tokens; use at least 0.00694",
         ),

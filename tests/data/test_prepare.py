@@ -140,7 +140,11 @@ def slow_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(source: Path, out: Path) -> subprocess.Popen[bytes]:
     words = ["data", "prepare", source, "--out", out, "--shard-size-mb", "1", "--num-workers", "1"]
-    return subprocess.Popen([sys.executable, "-m", "megatron_sts", *map(str, words)], start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_sts", *map(str, words)],
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
 
 
 @pytest.mark.slow

@@ -64,6 +64,17 @@ MODELS: dict[str, dict[str, Written]] = {
             "rope_scaling": {"factor": 8.0, "original_max_position_embeddings": 48},
         },
     },
+    "qformer": {
+        "vision": {
+            "tower": "hf",
+            "hf_config": {"model_type": "clip_vision_model"},
+            "ffn_hidden_size": 128,
+            "pixel_mean": [0.5, 0.5, 0.5],
+            "pixel_std": [0.25, 0.25, 0.25],
+        },
+        "qformer": {"num_query_tokens": 12, "num_layers": 2, "hidden_size": 32, "num_attention_heads": 4},
+        "projector": {"type": "linear"},
+    },
 }
 """What the small model is given beside or instead of its usual sizes, by name."""
 
@@ -81,20 +92,21 @@ class Trained:
 
 
 def written_run(
-    folder: Path, *stages: Written, model: str = "plain", params: str = "fp32", **parallel: object
+    folder: Path, *stages: Written, model: str = "plain", fresh: bool = False, params: str = "fp32", **parallel: object
 ) -> Written:
-    """A config of a small model on the samples and weights in ``folder``; ``parallel`` is the layout."""
+    """A config of a small model on the samples and (unless ``fresh``) weights in ``folder``; ``parallel`` is the layout."""
     parts = MODELS[model]
     vision = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     language = {"num_layers": NUM_LAYERS, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
     language |= {"ffn_hidden_size": 176, "vocab_size": 1024}
     weights = folder / f"{model}.safetensors"
-    init = {"init": str(weights)} if weights.exists() else {}
+    init = {"init": str(weights)} if weights.exists() and not fresh else {}
     common = {"optimizer": OPTIMIZER, "batch": BATCH}
     return {
         "seed": 1,
         "model": {
             "vision": {**vision, "feature_layer": -1, **parts.get("vision", {}), **init},
+            "qformer": {**parts["qformer"], **init} if "qformer" in parts else None,
             "projector": {**parts.get("projector", {}), **init},
             "language": {**language, **parts.get("language", {}), **init},
         },

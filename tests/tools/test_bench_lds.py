@@ -21,6 +21,8 @@ SMALL = [
     "2",
     "--num-masks",
     "1",
+    "--num-schedule-masks",
+    "2",
     "--json",
 ]
 

@@ -78,6 +78,20 @@ def test_must_stay(run_dir: Path, changes: dict[str, Any], field: str, new: str,
     assert str(refused.value).startswith(f"{field}={new}: {run_dir} holds a run with {field}={old}; ")
 
 
+def test_packed_rows_must_stay_on_as_many_ranks(tmp_path: Path) -> None:
+    packed = stages()
+    packed[0] = packed[0] | {"batch": {**packed[0]["batch"], "packing": "pack"}}
+    two = {"parallel": {"data_parallel_size": 2}}
+    write_config(resolved(stages=packed), tmp_path)
+    checkpoint(tmp_path, "0-alignment-0000002", stage=0, step=2)
+    check_same_run(resolved(stages=packed), tmp_path)
+    refused = r"parallel\.data_parallel_size=2: stage alignment was saved on 1, .* or delete .*0-alignment-0000002"
+    with pytest.raises(ConfigError, match=refused):
+        check_same_run(resolved(stages=packed, **two), tmp_path)
+    checkpoint(tmp_path, "0-alignment-0000004", stage=0, step=4)  # its end: the next stage reads anew
+    check_same_run(resolved(stages=packed, **two), tmp_path)
+
+
 def test_without_checkpoint_anything_may_change(tmp_path: Path) -> None:
     check_same_run(resolved(seed=2), tmp_path)
     write_config(resolved(), tmp_path)

@@ -1,0 +1,35 @@
+"""Files that a config names and that are not there. Torch-free; opens none of them.
+
+Apart from ``checks``, because a run may be planned on a machine that has neither weights nor tokenizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_sts.config.schema import RunConfig
+
+EMBEDDED_TOKENIZER = "scenes"
+EMBEDDED_WEIGHTS = {"vision": "tiny/vision", "language": "tiny/language"}
+"""Names of what this package brings along, where a path may stand too."""
+
+
+def missing_files(config: RunConfig) -> Iterator[str]:
+    """One line for each field whose weights or tokenizer are not there."""
+    model = config.model
+    inits = {
+        "vision": None if model.vision is None else model.vision.init,
+        "projector": model.projector.init,
+        "language": model.language.init,
+    }
+    for part, init in inits.items():
+        embedded = EMBEDDED_WEIGHTS.get(part)
+        if init is not None and init != embedded and not Path(init).exists():
+            remedies = f"{embedded} or null" if embedded else "null"
+            yield f"model.{part}.init={init}: no such file or folder; correct it, or use {remedies}"
+    fields = {"data": config.data} if any(stage.data is None for stage in config.stages) else {}
+    fields |= {f"stages.{stage.name}.data": stage.data for stage in config.stages if stage.data is not None}
+    for field, data in fields.items():
+        if data.tokenizer != EMBEDDED_TOKENIZER and not Path(data.tokenizer).exists():
+            yield f"{field}.tokenizer={data.tokenizer}: no such file or folder; correct it, or use {EMBEDDED_TOKENIZER}"
