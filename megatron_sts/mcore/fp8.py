@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import differs
 
 
@@ -37,6 +38,7 @@ class Fp8Modules:
         ]
         self._modules: list[Any] = [module for _, module in named]
         self._order: list[str] = []
+        self._watching = watch_order  # whatever this rank has: the check is a collective of all
         self._hooks = [
             module.register_forward_pre_hook(partial(self._ran, name)) for name, module in named if watch_order
         ]
@@ -55,14 +57,14 @@ class Fp8Modules:
         Raises:
             ScaleOrderError: on every rank of the run.
         """
-        if not self._hooks:
+        if not self._watching:
             return
+        self._watching = False
         for hook in self._hooks:
             hook.remove()
-        self._hooks.clear()
         group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
         digest = hashlib.sha256("\n".join(self._order).encode()).digest()
-        wrong = torch.tensor(int(differs(digest, group)), device=torch.cuda.current_device())
+        wrong = torch.tensor(int(differs(digest, group)), device=current_device().torch_device)
         dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
         if wrong.item():
             raise ScaleOrderError(
