@@ -58,6 +58,8 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_data(commands)
+    _add_convert(commands)
+    _add_verify(commands)
     _add_report(commands)
     _add_doctor(commands)
     return parser
@@ -120,6 +122,53 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
     prepare.set_defaults(command=_data_prepare)
 
 
+def _add_convert(commands: argparse._SubParsersAction[_Parser]) -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="Hugging Face models in and out",
+        description="Turn Hugging Face models into weights folders that any parallel layout loads, and back. "
+        "Goes on where an interrupted call stopped.",
+    )
+    directions = convert.add_subparsers(required=True, metavar="COMMAND")
+    to_sts = directions.add_parser(
+        "hf-to-sts",
+        help="a LLaVA, a text model, or a vision and a text model that a fresh projector joins",
+        description="Write a weights folder for model.vision.init, model.projector.init and model.language.init, with "
+        "the model section that belongs to it in config.yaml.",
+    )
+    to_sts.add_argument("--hf", type=Path, metavar="DIR", help="a whole model")
+    to_sts.add_argument("--hf-vision", type=Path, metavar="DIR", help="a vision model; goes with --hf-language")
+    to_sts.add_argument("--hf-language", type=Path, metavar="DIR", help="a text model; goes with --hf-vision")
+    to_sts.add_argument("--sts", type=Path, metavar="DIR", required=True, help="where the weights folder is written")
+    to_sts.set_defaults(command=_convert_to_sts)
+    to_hf = directions.add_parser(
+        "sts-to-hf",
+        help="a weights folder or a checkpoint",
+        description="Write a folder for transformers' from_pretrained, with tokenizer, processor and chat template.",
+    )
+    to_hf.add_argument(
+        "--sts",
+        type=Path,
+        metavar="DIR",
+        required=True,
+        help="a weights folder, a run (its newest checkpoint) or a checkpoint",
+    )
+    to_hf.add_argument("--hf", type=Path, metavar="DIR", required=True, help="where the Hugging Face folder is written")
+    to_hf.set_defaults(command=_convert_to_hf)
+
+
+def _add_verify(commands: argparse._SubParsersAction[_Parser]) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="compare a converted model with the original in transformers",
+        description="Run transformers and megatron-sts in fp32 on the same random tokens and images, and print the largest "
+        "difference of their logits. Exits with 1 if it is larger than rounding explains.",
+    )
+    verify.add_argument("--hf", type=Path, metavar="DIR", required=True, help="a Hugging Face folder")
+    verify.add_argument("--sts", type=Path, metavar="DIR", required=True, help="a weights folder")
+    verify.set_defaults(command=_verify)
+
+
 def _add_report(commands: argparse._SubParsersAction[_Parser]) -> None:
     report = commands.add_parser(
         "report",
@@ -167,6 +216,24 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
     num_workers = args.num_workers or os.cpu_count() or 1
     return prepare.command(args.source, args.images, args.out, args.shard_size_mb, num_workers)
+
+
+def _convert_to_sts(args: argparse.Namespace) -> int:
+    from megatron_sts.convert import command
+
+    return command.to_sts(args.hf, args.hf_vision, args.hf_language, args.sts)
+
+
+def _convert_to_hf(args: argparse.Namespace) -> int:
+    from megatron_sts.convert import command
+
+    return command.to_hf(args.sts, args.hf)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from megatron_sts.convert import verify
+
+    return verify.command(args.hf, args.sts)
 
 
 def _report(args: argparse.Namespace) -> int:

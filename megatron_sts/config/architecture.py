@@ -50,7 +50,7 @@ class VisionConfig(Section):
     No norm follows it, except with an hf tower's last layer, whose output is what the model returns.
     """
     init: str | None = None
-    """Weights to start from: ``tiny/vision`` (embedded) or a safetensors file. None: random."""
+    """Weights to start from: ``tiny/vision`` (embedded), a weights folder or a safetensors file. None: random."""
 
     @model_validator(mode="before")
     @classmethod
@@ -78,7 +78,7 @@ class QFormerConfig(Section):
     cross_attention_frequency: PositiveInt = 2
     """Layers 0, n, 2n, ... attend to the image."""
     init: str | None = None
-    """Weights to start from: a safetensors file. None: random."""
+    """Weights to start from: a weights folder or a safetensors file. None: random."""
 
 
 class ProjectorConfig(Section):
@@ -86,7 +86,7 @@ class ProjectorConfig(Section):
 
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     init: str | None = None
-    """Weights to start from: a safetensors file. None: random."""
+    """Weights to start from: a weights folder or a safetensors file. None: random."""
 
 
 class RopeScalingConfig(Section):
@@ -122,6 +122,8 @@ class LanguageConfig(Section):
     kv_channels: PositiveInt | None = None
     """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
     vocab_size: PositiveInt
+    """May be larger than that of the weights in ``init``, for new tokens or to divide by the tensor-parallel size: further
+    rows are the mean of all, so that their logits are never the largest. An export leaves out those that no token names."""
     add_qkv_bias: bool = False
     """Biases of the query, key and value projections (Qwen2)."""
     rotary_base: PositiveInt = 10000
@@ -133,7 +135,7 @@ class LanguageConfig(Section):
     embedding_init_std: float | None = None
     """Defaults to init_std."""
     init: str | None = None
-    """Weights to start from: ``tiny/language`` (embedded) or a safetensors file. None: random."""
+    """Weights to start from: ``tiny/language`` (embedded), a weights folder or a safetensors file. None: random."""
 
 
 class ModelConfig(Section):

@@ -47,6 +47,8 @@ class _Codec(Protocol):
 
     def piece_id(self, piece: str) -> int | None: ...
 
+    def hugging_face(self) -> Any: ...
+
 
 class Tokenizer:
     """One interface for the embedded tokenizer, SentencePiece files and Hugging Face folders.
@@ -93,6 +95,10 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special ids leave no trace."""
         return self._codec.decode(list(ids))
+
+    def hugging_face(self) -> Any:
+        """The transformers tokenizer with the pieces that were added; None for SentencePiece files."""
+        return self._codec.hugging_face()
 
     def has_piece(self, piece: str) -> bool:
         """Whether a special piece has an id."""
@@ -146,6 +152,9 @@ class _SentencePieceCodec:
     def piece_id(self, piece: str) -> int | None:
         return self._added.get(piece, self._known_id(piece))
 
+    def hugging_face(self) -> None:
+        return None
+
     def _known_id(self, piece: str) -> int | None:
         found: int = self._processor.piece_to_id(piece)
         return None if found == self._processor.unk_id() else found
@@ -186,6 +195,9 @@ class _HuggingFaceCodec:
 
     def piece_id(self, piece: str) -> int | None:
         return self._ids.get(self._stand_ins.get(piece, piece))
+
+    def hugging_face(self) -> Any:
+        return self._tokenizer
 
 
 def _owners(pieces: Sequence[Piece], ends: Sequence[int]) -> list[Piece]:

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.mcore.groups import place
 from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.runtime.stored import StoredTensors
 
 _HEAD, _EMBEDDING = "language.output_layer.weight", "language.embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
@@ -32,51 +32,84 @@ def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
         for name, parameter in chunk.named_parameters():
             if match := _LAYER.match(name):
                 layer = chunk.language.decoder.layers[int(match[1])].layer
-                rest = name[match.end() :]
-                name = f"language.decoder.layers.{layer}.{_FUSED_NORMS.get(rest, rest)}"
+                name = unfused(f"language.decoder.layers.{layer}.{name[match.end() :]}")
             elif name == _HEAD and chunk.share_embeddings_and_output_weights:
                 name = _EMBEDDING  # the last stage's copy of the tied weight
             yield name, parameter
 
 
+def unfused(name: str) -> str:
+    """A decoder weight's name without Transformer Engine's."""
+    for fused, plain in _FUSED_NORMS.items():
+        name = name.replace(fused, plain)
+    return name
+
+
 def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
-    """Copies the weights of ``part`` (vision, qformer, projector or language) from a safetensors file into this rank's shards.
+    """Copies the weights of ``part`` (vision, qformer, projector or language) from safetensors into this rank's shards.
+
+    ``path`` is one file or a weights folder; each rank reads only its own slices. A model with a larger vocabulary than is
+    stored gets the mean of the stored rows as further rows: their logits are never the largest.
 
     Raises:
         ConfigError: a tensor is missing or has another shape than the model.
     """
-    with safe_open(path, framework="pt") as file:
-        available = set(file.keys())
-        for name, parameter in named_weights(chunks):
-            if not name.startswith(f"{part}."):
-                continue
-            if name not in available:
-                raise ConfigError(
-                    f"model.{part}.init={path}: has no tensor {name}; does it belong to this architecture?"
-                )
-            shard = shard_of(name, file.get_tensor(name), parameter)
-            if shard.shape != parameter.shape:
-                raise ConfigError(
-                    f"model.{part}.init={path}: {name} has shape {tuple(shard.shape)} on this rank, "
-                    f"the model needs {tuple(parameter.shape)}"
-                )
-            with torch.no_grad():
-                parameter.copy_(shard)
+    stored = StoredTensors(path)
+    for name, parameter in named_weights(chunks):
+        if not name.startswith(f"{part}."):
+            continue
+        if name not in stored.shapes:
+            raise ConfigError(f"model.{part}.init={path}: has no tensor {name}; does it belong to this architecture?")
+        shard = _read_shard(stored, name, parameter)
+        if shard.shape != parameter.shape:
+            raise ConfigError(
+                f"model.{part}.init={path}: {name} has shape {tuple(shard.shape)} on this rank, "
+                f"the model needs {tuple(parameter.shape)}"
+            )
+        with torch.no_grad():
+            parameter.copy_(shard)
 
 
-def shard_of(name: str, whole: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """This tensor-parallel rank's slice of a whole weight.
+def _read_shard(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This tensor-parallel rank's slice of a stored weight."""
+    if name in (_EMBEDDING, _HEAD):
+        return _read_vocabulary(stored, name, parameter)
+    dim = _split_dim(parameter)
+    if dim is None:
+        return stored.read(name)
+    return stored.read_ranges(name, dim, _ranges(name, stored.shapes[name][dim]))
+
+
+def _read_vocabulary(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+    """This rank's rows of the embedding or the head; those beyond the stored ones are the mean of all."""
+    here, num_stored, per_rank = place(), stored.shapes[name][0], len(parameter)
+    if num_stored > per_rank * here.tp_size:
+        return stored.read(name)  # refused for its shape
+    start = min(here.tp_rank * per_rank, num_stored)
+    stop = min(start + per_rank, num_stored)
+    rows = stored.read_ranges(name, 0, [(start, stop)])
+    if (num_missing := per_rank - len(rows)) == 0:
+        return rows
+    mean = stored.read(name).mean(dim=0, keepdim=True, dtype=torch.float32)
+    return torch.cat([rows, mean.to(rows.dtype).expand(num_missing, -1)])
+
+
+def _ranges(name: str, size: int) -> list[tuple[int, int]]:
+    """What this tensor-parallel rank holds of a dimension of ``size``.
 
     A gated MLP's first matrix holds gate over up; each rank holds its slice of both.
     """
     here = place()
-    if here.tp_size == 1 or not getattr(parameter, "tensor_model_parallel", False):
-        return whole
-    dim = parameter.partition_dim  # type: ignore[attr-defined]
-    if is_gated(name):
-        gate, up = whole.chunk(2, dim=dim)
-        return torch.cat([half.chunk(here.tp_size, dim=dim)[here.tp_rank] for half in (gate, up)], dim=dim)
-    return whole.chunk(here.tp_size, dim=dim)[here.tp_rank]
+    blocks = 2 if is_gated(name) else 1
+    length = size // (blocks * here.tp_size)
+    starts = [(block * here.tp_size + here.tp_rank) * length for block in range(blocks)]
+    return [(start, start + length) for start in starts]
+
+
+def _split_dim(parameter: torch.nn.Parameter) -> int | None:
+    """The dimension that tensor-parallel ranks share; None: each holds all of it."""
+    is_split = place().tp_size > 1 and getattr(parameter, "tensor_model_parallel", False)
+    return parameter.partition_dim if is_split else None  # type: ignore[attr-defined]
 
 
 def is_gated(name: str) -> bool:

@@ -38,6 +38,8 @@ def _load(chunks: Sequence[torch.nn.Module], part: str, init: str) -> None:
             load_part(chunks, part, path)
         return
     path = Path(init)
-    if not path.is_file():
-        raise ConfigError(f"model.{part}.init={init}: no such file; give a safetensors file, tiny/{part} or null")
+    if not path.exists():
+        raise ConfigError(
+            f"model.{part}.init={init}: no such file or folder; give a weights folder, a safetensors file, tiny/{part} or null"
+        )
     load_part(chunks, part, path)

@@ -11,18 +11,17 @@ from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.run_folder import COMPLETE, STATE, whole_checkpoints
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.runtime.dist import is_rank_zero
 from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.resume import (
-    COMPLETE,
     EVALUATION,
     PARTIAL_PREFIX,
     Progress,
     read_progress,
     remedy,
-    whole_checkpoints,
 )
 from megatron_sts.train.stage import Stage
 from megatron_sts.train.step import StepResult
@@ -85,7 +84,7 @@ class Checkpointer:
         if newest is None or progress.stage != stage.spec.index or progress.step == 0:
             return progress
         try:
-            common = mcore_checkpoint.load(newest / "state", stage.chunks, stage.optimizer)
+            common = mcore_checkpoint.load(newest / STATE, stage.chunks, stage.optimizer)
         except CheckpointError as error:
             raise CheckpointError(f"checkpoint {newest.name} cannot be read ({error}); {remedy(newest)}") from error
         if (stage.masks is None) != (common["masks"] is None):
@@ -122,11 +121,11 @@ class Checkpointer:
         partial = self._folder / f"{PARTIAL_PREFIX}{name}"
         if is_rank_zero():
             shutil.rmtree(partial, ignore_errors=True)
-            (partial / "state").mkdir(parents=True)
+            (partial / STATE).mkdir(parents=True)
         dist.barrier()
         stage.batches.save(partial / "data")
         common = {"masks": stage.masks.state_dict() if stage.masks else None}
-        mcore_checkpoint.save(partial / "state", stage.chunks, stage.optimizer, common)
+        mcore_checkpoint.save(partial / STATE, stage.chunks, stage.optimizer, common)
         if is_rank_zero():
             (partial / COMPLETE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
             partial.rename(self._folder / name)

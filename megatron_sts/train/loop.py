@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.run_folder import CHECKPOINTS
 from megatron_sts.data.records import BadSampleError
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
@@ -20,7 +21,7 @@ from megatron_sts.train.checkpoint import Checkpointer, advance
 from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
-from megatron_sts.train.resume import CHECKPOINTS, Progress, write_config
+from megatron_sts.train.resume import Progress, write_config
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
 

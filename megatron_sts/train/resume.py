@@ -13,12 +13,9 @@ from omegaconf import OmegaConf
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.run_folder import CHECKPOINTS, COMPLETE, CONFIG, whole_checkpoints
 
-CONFIG = "config.resolved.yaml"
-CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation.json"
-COMPLETE = "progress.json"
-"""Written last, into a folder that is then renamed: a checkpoint with this file is whole."""
 PARTIAL_PREFIX = ".partial-"
 
 FIXED = ("seed", "model", "data", "stages", "precision.params", "parallel.use_distributed_optimizer")
@@ -37,12 +34,6 @@ class Progress:
     """Used ones."""
     num_skipped_samples: int = 0
     num_skipped_updates: int = 0
-
-
-def whole_checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [path.parent for path in folder.glob(f"*/{COMPLETE}") if not path.parent.name.startswith(".")]
-    return sorted(found, key=lambda path: (int(path.name.split("-", 1)[0]), int(path.name.rsplit("-", 1)[1])))
 
 
 def read_progress(checkpoint: Path) -> Progress:

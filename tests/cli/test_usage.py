@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "plan", "data", "report", "doctor")
+COMMANDS = ("train", "plan", "data", "convert", "verify", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
@@ -56,13 +56,25 @@ def test_help_imports_nothing_heavy() -> None:
         (["data", "prepare"], "JSON"),
         (["data", "prepare", "nothing.json"], "--out"),
         (["data", "prepare", "nothing.json", "--out", "out"], "nothing.json"),
+        (["convert"], "COMMAND"),
+        (["convert", "hf-to-sts"], "--sts"),
+        (["convert", "hf-to-sts", "--sts", "out"], "--hf-vision and --hf-language together"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf", ".", "--hf-vision", "."], "give it alone"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf-vision", "."], "--hf-language: missing"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf", "nowhere"], "--hf=nowhere: no such folder"),
+        (["convert", "hf-to-sts", "--sts", "out", "--hf", "EMPTY"], "holds no config.json"),
+        (["convert", "sts-to-hf", "--sts", "nowhere", "--hf", "out"], "--sts=nowhere: no such folder"),
+        (["convert", "sts-to-hf", "--sts", "EMPTY", "--hf", "out"], "neither a run's folder nor a checkpoint"),
+        (["verify", "--hf", "EMPTY", "--sts", "EMPTY"], "not a weights folder"),
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),
     ],
 )
 def test_refusal_is_one_line(words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [str(config) if word == "CONFIG" else word for word in words]
+    empty = config.parent / "empty"
+    empty.mkdir()
+    words = [{"CONFIG": str(config), "EMPTY": str(empty)}.get(word, word) for word in words]
     try:
         status: object = main(words)
     except SystemExit as stop:

@@ -236,7 +236,7 @@ def is_split(weight: torch.nn.Parameter) -> bool:
 
 
 def join(name: str, shards: list[torch.Tensor], dim: int | None) -> torch.Tensor:
-    """Tensor-parallel shards back into one weight; the inverse of ``weights.shard_of``."""
+    """Tensor-parallel shards back into one weight; the inverse of what ``weights.load_part`` reads."""
     if dim is None:
         return shards[0]
     if is_gated(name):

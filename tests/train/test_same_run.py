@@ -10,13 +10,13 @@ import pytest
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.run_folder import whole_checkpoints
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.train.resume import (
     Progress,
     check_same_run,
     is_finished,
     read_progress,
-    whole_checkpoints,
     write_config,
 )
 from tests.train import stagehand

@@ -1,0 +1,100 @@
+"""What travels with the weights: tokenizer, image processor, chat template."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sts.config.schema import TemplateName
+from megatron_sts.convert.architectures import import_transformers
+from megatron_sts.convert.chat_template import jinja
+from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
+
+PROCESSOR = "processor_config.json"
+GENERATION = "generation_config.json"
+EXTRAS = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    GENERATION,
+    "merges.txt",
+    "preprocessor_config.json",
+    PROCESSOR,
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Where an exported model's tokenizer and processor come from."""
+
+    folders: tuple[Path, ...]
+    """Weights folders that may have them."""
+    tokenizer: Tokenizer | None = None
+    """What a run used; None: all files are in the folder."""
+    template: TemplateName = "plain"
+    config: Any = None
+    """The exported model's, for transformers."""
+    channels: tuple[Channels, Channels] = CHANNEL_STATISTICS["clip"]
+    """Mean and standard deviation of pixels in [0, 1]."""
+
+
+def copy_extras(source: Path, out: Path, names: tuple[str, ...] = EXTRAS) -> None:
+    """Copy those of ``names`` that ``source`` has."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def write_extras(extras: Extras, out: Path) -> None:
+    """Files that were imported go out as they came; else a LLaVA processor is made for what a run used.
+
+    Without a Hugging Face tokenizer (SentencePiece) there is none to write, and no image processor for BLIP-2.
+    """
+    if extras.tokenizer is None:
+        copy_extras(extras.folders[0], out)
+        return
+    for folder in extras.folders:
+        copy_extras(folder, out, (GENERATION,))
+    hf = extras.tokenizer.hugging_face()
+    if hf is None:
+        return
+    if (template := jinja(extras.template, extras.tokenizer)) is not None:
+        hf.chat_template = template
+    if extras.config.model_type == "llava":
+        _processor(extras, hf).save_pretrained(out)
+    else:
+        hf.save_pretrained(out)
+
+
+def _processor(extras: Extras, hf: Any) -> Any:
+    """Pads to a square and resizes, as the training data were."""
+    transformers, tokenizer, config = import_transformers(), extras.tokenizer, extras.config
+    assert tokenizer is not None
+    mean, std = extras.channels
+    size = config.vision_config.image_size
+    image_processor = transformers.LlavaImageProcessor(
+        do_pad=True,
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+    strategy = config.vision_feature_select_strategy
+    return transformers.LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=hf,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),  # the class token, which it then leaves out
+        image_token=hf.convert_ids_to_tokens(tokenizer.image_id),
+        chat_template=hf.chat_template,
+    )

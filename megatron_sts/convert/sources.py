@@ -1,0 +1,138 @@
+"""What can be exported: a weights folder, or a checkpoint together with the weights folders its run began with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from megatron_sts.config.architecture import LanguageConfig, Part, VisionConfig
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.load import load
+from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.convert import architectures, hf_configs
+from megatron_sts.convert.extras import Extras
+from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config, read_sections
+from megatron_sts.convert.pairing import Sections, sections_of
+from megatron_sts.data.template import load_tokenizer
+from megatron_sts.mcore.checkpoint import CheckpointError
+from megatron_sts.mcore.saved import SavedWeights
+from megatron_sts.runtime.stored import StoredTensors
+from megatron_sts.vision.tower import channel_statistics
+
+
+class Weights(Protocol):
+    """Whole weights under our names."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be exported."""
+
+    path: Path
+    sections: Sections
+    config: Any
+    """For transformers."""
+    weights: Sequence[Weights]
+    """Where to look for each weight, in this order."""
+    vocab_size: int
+    """Rows of the embedding that are exported."""
+    extras: Extras
+    identity: str
+
+
+def open_source(path: Path) -> Source:
+    """``path``: a weights folder, a run's folder (its newest checkpoint), or a checkpoint.
+
+    Raises:
+        ConfigError: it is none of these, or damaged.
+    """
+    return _of_folder(path) if is_weights_folder(path) else _of_checkpoint(checkpoint_of(path))
+
+
+def _of_folder(path: Path) -> Source:
+    sections, config = read_sections(path), read_hf_config(path)
+    vocab_size = sections["language"].vocab_size if "language" in sections else 0
+    return Source(path, sections, config, [StoredTensors(path)], vocab_size, Extras((path,)), identity(path))
+
+
+def _of_checkpoint(path: Path) -> Source:
+    run = load(config_of(path))
+    origins = _origins(run)
+    try:
+        saved = SavedWeights(path / STATE)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint {path} cannot be read ({error}); export an earlier one") from None
+    weights: list[Weights] = [saved, *(StoredTensors(folder) for folder in dict.fromkeys(origins.values()))]
+    sections = dict(sections_of(run.model))
+    if "vision" in sections and "vision" not in origins:
+        sections["vision"] = built_layers(sections["vision"])
+        weights.append(IdentityNorm(sections["vision"].hidden_size))
+    data = run.stages[-1].data or run.data
+    tokenizer = load_tokenizer(data.tokenizer, data.template)
+    config, vocab_size = _config(sections, origins), run.model.language.vocab_size
+    text_config = getattr(config, "text_config", config)
+    if "language" in origins:
+        vocab_size = min(vocab_size, max(text_config.vocab_size, tokenizer.vocab_size))
+    text_config.vocab_size = vocab_size
+    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
+    if "vision" in sections:
+        config.image_token_index = tokenizer.image_id
+        extras = replace(extras, channels=channel_statistics(sections["vision"]))
+    return Source(path, sections, config, weights, vocab_size, extras, identity(path / STATE))
+
+
+def _origins(run: RunConfig) -> dict[Part, Path]:
+    """The weights folders that a run began with, which hold what it does not train or build."""
+    inits = {part: section.init for part, section in sections_of(run.model).items() if part in ("vision", "language")}
+    return {part: Path(init) for part, init in inits.items() if init and is_weights_folder(Path(init))}
+
+
+def built_layers(vision: VisionConfig) -> VisionConfig:
+    """A tower without the layers after the projected one, which came from nowhere and were never built."""
+    if vision.hf_config is not None:
+        return vision
+    return vision.model_copy(update={"num_layers": vision.num_layers + 1 + vision.feature_layer, "feature_layer": -1})
+
+
+class IdentityNorm:
+    """The norm behind the tower's last layer, which LLaVA does not apply: it changes nothing."""
+
+    path = Path("vision tower")
+
+    def __init__(self, hidden_size: int) -> None:
+        prefix = "vision.encoder.ln_post"
+        self._tensors = {f"{prefix}.weight": torch.ones(hidden_size), f"{prefix}.bias": torch.zeros(hidden_size)}
+        self.shapes: dict[str, tuple[int, ...]] = {name: (hidden_size,) for name in self._tensors}
+        self.dtypes = dict.fromkeys(self._tensors, torch.float32)
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor."""
+        return self._tensors[name]
+
+
+def _config(sections: Sections, origins: Mapping[Part, Path]) -> Any:
+    """Each half as its weights folder has it, or made from our section where a run changed it."""
+    configs = architectures.halves(hf_configs.from_sections(sections))
+    for part, folder in origins.items():
+        kept = architectures.halves(read_hf_config(folder))[part]
+        if part == "vision" or _computes_the_same(sections["language"], architectures.language_section(kept, folder)):
+            configs[part] = kept
+    if "vision" not in sections:
+        return configs["language"]
+    return hf_configs.composed(configs["vision"], configs["language"], sections)
+
+
+def _computes_the_same(section: LanguageConfig, kept: LanguageConfig) -> bool:
+    free = {"vocab_size", "init", "init_std", "embedding_init_std", "kv_channels"}
+    return section.model_dump(exclude=free) == kept.model_dump(exclude=free)

@@ -1,0 +1,178 @@
+"""``megatron-sts verify``: the same random tokens and images through transformers and through our model, in fp32."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sts.config.architecture import VisionConfig
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.convert import architectures
+from megatron_sts.convert.folder import is_weights_folder, read_sections
+from megatron_sts.convert.pairing import Sections
+from megatron_sts.data.batch import Batch
+from megatron_sts.data.collate import PreparedSample, collate
+from megatron_sts.data.template import EncodedSample
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore import groups
+from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
+from megatron_sts.model.init import build_model
+from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.dist import process_group
+from megatron_sts.vision.tower import channel_statistics
+
+BOUND = 1e-4
+"""Of the largest logit. fp32 sums in another order differ by 1e-6 to 1e-5 of it, a weight in the wrong place by about 1."""
+IMAGES = ("", "I", "ttIt", "tI", "II", "ItIttI")
+"""The samples: an ``I`` is an image, a ``t`` a stretch of text, and text follows unless the sample ends with an image."""
+STRETCH = 5
+"""Tokens of a stretch of text."""
+
+
+def command(hf: Path, sts: Path) -> int:
+    """Print the largest difference; 1 if it is above ``BOUND``."""
+    expected, batch, resolved = expect(hf, sts)
+    with process_group(60.0):
+        groups.initialize(resolved.config.parallel, resolved.config.seed)
+        found = logits_of(resolved, batch)
+        groups.destroy()
+    assert found is not None
+    difference = largest_difference(found.cpu(), expected, batch)
+    is_equal = difference <= BOUND  # NaN is not
+    verdict = "equal up to fp32 rounding" if is_equal else f"above {BOUND:g}, more than rounding: not the same model"
+    print(f"largest logit difference: {difference:.1e} of the largest logit; {verdict}")
+    return int(not is_equal)
+
+
+def expect(hf: Path, sts: Path, **parallel: Any) -> tuple[torch.Tensor, Batch, Resolved]:
+    """transformers' logits [b, s, vocab] of random samples, these, and our model as a run with the given layout.
+
+    Raises:
+        ConfigError: a folder is not what it should be, or they hold different kinds of models.
+    """
+    if not is_weights_folder(sts):
+        raise ConfigError(f"--sts={sts}: not a weights folder; give one that convert hf-to-sts wrote")
+    config, sections = architectures.read_config(hf), read_sections(sts)
+    is_whole = "vision" in architectures.halves(config)
+    if "language" not in architectures.halves(config):
+        raise ConfigError(f"--hf={hf}: a {config.model_type} has no logits; verify a text model or a LLaVA")
+    if is_whole and "projector" not in sections:
+        raise ConfigError(f"--sts={sts}: has a fresh projector; verify its text model, or convert a whole LLaVA")
+    resolved = resolved_model(sections if is_whole else {"language": sections["language"]}, sts, parallel)
+    batch = random_batch(resolved, config.image_token_index if is_whole else 0)
+    return _hf_logits(hf, config, resolved.config.model.vision, batch), batch, resolved
+
+
+def resolved_model(sections: Sections, sts: Path, parallel: dict[str, Any]) -> Resolved:
+    """The weights folder's model as the only stage of a run would have it, in fp32."""
+    init = {"init": str(sts)}
+    written = {part: {**section.model_dump(exclude_unset=True), **init} for part, section in sections.items()}
+    vision = sections.get("vision")
+    length = STRETCH * 4
+    if vision is not None:
+        num_patches = (vision.image_size // vision.patch_size) ** 2
+        length += 3 * (sections["qformer"].num_query_tokens if "qformer" in sections else num_patches)
+    size = len(IMAGES)
+    stage = {
+        "name": "verify",
+        "steps": 1,
+        "optimizer": {"lr": 1.0},
+        "batch": {"global_batch_size": size, "micro_batch_size": size, "sequence_length": length, "max_images": 3},
+    }
+    data = {"source": "scenes", "mode": "questions" if vision is not None else "words"}
+    run = {"model": {"vision": None, **written}, "data": data, "parallel": parallel, "stages": [stage]}
+    return resolve(RunConfig.model_validate(run))
+
+
+def random_batch(resolved: Resolved, image_id: int) -> Batch:
+    """The samples of ``IMAGES``; without a vision tower text only."""
+    random = np.random.default_rng(0)
+    rows = [[_sample(resolved, images, image_id, random)] for images in IMAGES]
+    length = resolved.stages[0].uncompressed.sequence_length
+    return collate(rows, sequence_length=length, dense_length=None, pad_id=0, packed=False)
+
+
+def _sample(resolved: Resolved, kinds: str, image_id: int, random: np.random.Generator) -> PreparedSample:
+    vision, num_visual = resolved.config.model.vision, resolved.stages[0].visual_tokens_in
+    tokens: list[int] = []
+    for kind in kinds if kinds.endswith("tI") else f"{kinds}t":
+        if kind == "I":
+            tokens += [image_id] * num_visual
+        else:
+            drawn = random.integers(1, resolved.config.model.language.vocab_size - 1, STRETCH)
+            tokens += (drawn + (drawn >= image_id)).tolist()
+    num_images = kinds.count("I") if vision else 0
+    size = vision.image_size if vision else 0
+    pixels = tuple(random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(num_images))
+    is_visual = [vision is not None and token == image_id for token in tokens]
+    encoded = EncodedSample(tokens, [not visual for visual in is_visual], is_visual, num_images, [False] * len(tokens))
+    return PreparedSample(
+        encoded, torch.arange(len(tokens)), (torch.arange(num_visual),) * num_images, num_visual, pixels or None
+    )
+
+
+def _hf_logits(hf: Path, config: Any, vision: VisionConfig | None, batch: Batch) -> torch.Tensor:
+    transformers, device = architectures.import_transformers(), current_device().torch_device
+    name = {"llava": "LlavaForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}.get(config.model_type)
+    kind = getattr(transformers, name or "AutoModelForCausalLM")
+    model = kind.from_pretrained(hf, dtype=torch.float32).to(device).eval()
+    images = {}
+    if vision is not None and batch.pixels is not None:
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in _pixel_statistics(hf, vision))
+        images["pixel_values"] = ((batch.pixels / 255.0 - mean) / std).to(device)
+    with torch.no_grad():
+        output = model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), **images)
+    logits: torch.Tensor = output.logits.float().cpu()
+    del model
+    gc.collect()  # before ours is built
+    return logits
+
+
+def _pixel_statistics(hf: Path, vision: VisionConfig) -> tuple[Sequence[float], Sequence[float]]:
+    """Those of the folder's image processor, if it has one: a tower that needs others than ours shows."""
+    names = "preprocessor_config.json", "processor_config.json"
+    if not any((hf / name).is_file() for name in names):
+        return channel_statistics(vision)
+    processor = architectures.import_transformers().AutoImageProcessor.from_pretrained(hf)
+    return processor.image_mean, processor.image_std
+
+
+def logits_of(resolved: Resolved, batch: Batch) -> torch.Tensor | None:
+    """Our logits [b, s, vocab / tp] on the last pipeline stage, else None; a collective of initialised groups."""
+    chunks = build_model(resolved, SkipGate())
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        found = run_microbatches(
+            chunks,
+            _forward,
+            [batch.to(current_device().torch_device)],
+            num_microbatches=1,
+            sequence_length=batch.sequence_length,
+            micro_batch_size=len(batch.tokens),
+            forward_only=True,
+        )
+    return found[0] if found else None
+
+
+def _forward(batch: Batch, chunk: torch.nn.Module) -> ForwardResult:
+    return chunk(batch, None), _keep
+
+
+def _keep(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
+    """``non_loss_data`` is how megatron-core asks for the logits themselves."""
+    return logits.float()
+
+
+def largest_difference(found: torch.Tensor, expected: torch.Tensor, batch: Batch) -> float:
+    """Over all tokens that are not padding, relative to the largest logit. A larger vocabulary of ours is cut."""
+    is_token = batch.segments > 0
+    ours, theirs = found[is_token][:, : expected.shape[-1]], expected[is_token]
+    return float((ours - theirs).abs().max() / theirs.abs().max())

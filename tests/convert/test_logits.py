@@ -1,0 +1,135 @@
+"""Converted models compute transformers' logits in every layout; and ``verify`` notices when they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.convert import hf_to_sts, verify
+from megatron_sts.convert.names import pairings
+from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore import groups
+from megatron_sts.mcore.weights import named_weights
+from megatron_sts.model.init import build_model
+from megatron_sts.runtime.dist import process_group
+from tests.convert import hf_models
+from tests.dist.launch import run_ranks
+
+# 5 x the largest difference measured over all models and layouts, relative to the largest logit: fp32 sums in another order.
+RTOL = 5 * 2.3e-6
+COMPARED = ["llava", "llava, qwen2 tied", "llava, llama 3.1", "llava, siglip", "blip-2", "llama", "qwen2 tied", "qwen2"]
+LAYOUTS = {
+    2: [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    4: [{"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}],
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+    """Hugging Face and weights folder of each model."""
+    root = tmp_path_factory.mktemp("models")
+    found = {}
+    for name in COMPARED:
+        hf, sts = hf_models.write(name, root / name / "hf"), root / name / "sts"
+        hf_to_sts.convert(hf_to_sts.whole(hf), sts, shard_bytes=100_000)
+        found[name] = hf, sts
+    return found
+
+
+def difference(hf: str | Path, sts: str | Path, **parallel: int) -> float | None:
+    """In an initialised process group; None but on the last stage."""
+    expected, batch, resolved = verify.expect(Path(hf), Path(sts), **parallel)
+    here = groups.initialize(resolved.config.parallel, resolved.config.seed)
+    shard = verify.logits_of(resolved, batch)
+    whole = None
+    if shard is not None:
+        shards = [torch.empty_like(shard) for _ in range(here.tp_size)]
+        dist.all_gather(shards, shard.contiguous(), group=groups.tensor_parallel_group())
+        whole = verify.largest_difference(torch.cat(shards, dim=-1), expected, batch)
+    groups.destroy()
+    return whole
+
+
+def compare() -> None:
+    """What the ranks run."""
+    with process_group(60.0):
+        for hf, sts in json.loads(os.environ["FOLDERS"]):
+            for parallel in json.loads(os.environ["LAYOUTS"]):
+                found = difference(hf, sts, **parallel)
+                if found is not None:
+                    print("DIFFERENCE", json.dumps([parallel, found]), flush=True)
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_one_rank(name: str, folders: dict[str, tuple[Path, Path]]) -> None:
+    with process_group(60.0):
+        found = difference(*folders[name])
+    print(f"{found:.1e}")
+    assert found is not None and found <= RTOL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_ranks", LAYOUTS)
+def test_layouts(num_ranks: int, folders: dict[str, tuple[Path, Path]]) -> None:
+    jobs = [[str(path) for path in pair] for pair in folders.values()]
+    outputs = run_ranks(compare, num_ranks, 240, FOLDERS=json.dumps(jobs), LAYOUTS=json.dumps(LAYOUTS[num_ranks]))
+    lines = [line.split(" ", 1)[1] for output in outputs for line in output.splitlines() if line.startswith("DIFF")]
+    found = [json.loads(line)[1] for line in lines]
+    print(max(found))
+    last_stage_ranks = {2: 2 + 1, 4: 2}[num_ranks]
+    assert len(found) == len(jobs) * last_stage_ranks and max(found) <= RTOL
+
+
+@pytest.mark.parametrize("name", ["llava", "llava, siglip", "blip-2", "qwen2"])
+def test_the_table_names_every_weight_that_is_built(name: str, folders: dict[str, tuple[Path, Path]]) -> None:
+    """Against megatron-core's own modules: names and shapes. What is stored but not built: the tower's end."""
+    _, _, resolved = verify.expect(*folders[name])
+    with process_group(60.0):
+        groups.initialize(resolved.config.parallel, resolved.config.seed)
+        built = {name: tuple(weight.shape) for name, weight in named_weights(build_model(resolved, SkipGate()))}
+        groups.destroy()
+    listed = {pair.ours: pair.shape for pair in pairings(hf_to_sts.whole(folders[name][0]).sections)}
+    assert built.items() <= listed.items()
+    never_built = ("vision.encoder.ln_post.", "vision.encoder.decoder.layers.2.", "vision.encoder.head.")
+    assert all(rest.startswith(never_built) for rest in listed.keys() - built)
+
+
+def test_images_matter(folders: dict[str, tuple[Path, Path]]) -> None:
+    """Other pixels move transformers' logits by far more than the bound: the comparison sees the images."""
+    hf, sts = folders["llava"]
+    expected, batch, resolved = verify.expect(hf, sts)
+    assert batch.pixels is not None and len(batch.pixels) == sum(kinds.count("I") for kinds in verify.IMAGES)
+    config = verify.architectures.read_config(hf)
+    batch.pixels[0].zero_()
+    other = verify._hf_logits(hf, config, resolved.config.model.vision, batch)
+    assert verify.largest_difference(other, expected, batch) > 1e-2
+
+
+@pytest.mark.parametrize("tensor", ["multi_modal_projector.linear_2.bias", "vision_tower.encoder.layers.0.mlp.fc1.weight",
+                                    "language_model.model.layers.3.self_attn.k_proj.weight"])  # fmt: skip
+def test_verify_notices_one_other_tensor(
+    tensor: str, tmp_path: Path, folders: dict[str, tuple[Path, Path]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, sts = folders["llava"]
+    hf = hf_models.write("llava", tmp_path / "hf")
+    assert verify.command(hf, sts) == 0
+    assert "equal up to fp32 rounding" in capsys.readouterr().out
+    weights = hf_models.tensors(hf)
+    weights[tensor] = weights[tensor].roll(1, 0)
+    hf_models.rewrite(hf, weights)
+    assert verify.command(hf, sts) == 1
+    assert "not the same model" in capsys.readouterr().out
+
+
+def test_verify_refuses_what_has_no_logits(folders: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    clip = hf_models.write("clip", tmp_path / "clip")
+    with pytest.raises(ConfigError, match="no logits"):
+        verify.expect(clip, folders["llava"][1])
+    with pytest.raises(ConfigError, match="not a weights folder"):
+        verify.expect(folders["llava"][0], clip)

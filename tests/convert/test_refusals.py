@@ -1,0 +1,89 @@
+"""What cannot be converted is refused in one line, before anything is written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, QFormerConfig, VisionConfig
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.convert import hf_configs, hf_to_sts
+from tests.convert import hf_models
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        hf_to_sts.convert(hf_to_sts.whole(folder), folder.parent / "out")
+    message = str(error.value)
+    assert "\n" not in message and not (folder.parent / "out").exists()
+    return message
+
+
+def test_wrong_tensors_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    hf = hf_models.write("llava", tmp_path / "hf")
+    weights = hf_models.tensors(hf)
+    name = "language_model.model.layers.2.self_attn.k_proj.weight"
+    hf_models.rewrite(hf, {key: tensor for key, tensor in weights.items() if key != name})
+    assert f"has no tensor {name}" in refused(hf)
+    hf_models.rewrite(hf, weights | {name: torch.zeros(8, 64)})
+    assert f"tensor {name} has shape (8, 64), but config.json makes it (16, 64)" in refused(hf)
+    hf_models.rewrite(hf, weights | {"language_model.model.layers.2.self_attn.k_norm.weight": torch.zeros(8)})
+    assert "nothing of ours holds its tensor language_model.model.layers.2.self_attn.k_norm.weight" in refused(hf)
+    hf_models.rewrite(hf, weights | {"audio_tower.conv.weight": torch.zeros(8)})
+    assert "nothing of ours holds its tensor audio_tower.conv.weight" in refused(hf)
+    hf_models.rewrite(hf, weights | {"lm_head.weight": weights["language_model.lm_head.weight"].clone()})
+    assert "are the same weight" in refused(hf)
+
+
+def test_models_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
+    hf = hf_models.write("llama", tmp_path / "hf")
+    written = json.loads((hf / "config.json").read_text())
+    for changes, message in (
+        ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ({"attention_bias": True}, "attention_bias=True"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type=yarn"),
+        ({"model_type": "bert"}, "model_type=bert"),
+    ):
+        hf_models.edit_config(hf, **changes)
+        assert message in refused(hf)
+        (hf / "config.json").write_text(json.dumps(written))
+
+
+def test_parts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
+    hf = hf_models.write("llava", tmp_path / "hf")
+    written = json.loads((hf / "config.json").read_text())
+    for changes, message in (
+        ({"text_config": {"model_type": "mistral"}}, "model_type=mistral"),
+        ({"vision_config": {"model_type": "pixtral"}}, "model_type=pixtral"),
+        ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer=[-2, -5]"),
+        ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy=full"),
+    ):
+        hf_models.edit_config(hf, **changes)
+        assert message in refused(hf)
+        (hf / "config.json").write_text(json.dumps(written))
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    hf = hf_models.write("llama", tmp_path / "hf", max_shard_size="100KB")
+    shard = sorted(hf.glob("*.safetensors"))[1]
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert f"{shard}: damaged" in refused(hf)
+    shard.unlink()
+    assert f"{shard}: missing" in refused(hf)
+    (hf / "config.json").unlink()
+    assert "holds no config.json" in refused(hf)
+
+
+def test_models_that_hugging_face_lacks_are_refused() -> None:
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    vision = VisionConfig(**sizes, image_size=32, patch_size=8)
+    language = LanguageConfig(**sizes, ffn_hidden_size=64, vocab_size=100)
+    sections = {"vision": vision, "projector": ProjectorConfig(type="linear"), "language": language}
+    with pytest.raises(ConfigError, match=r"model\.projector\.type=linear: LLaVA in transformers has another"):
+        hf_configs.from_sections(sections)
+    with pytest.raises(ConfigError, match=r"model\.vision\.tower=clip: BLIP-2 in transformers has another"):
+        hf_configs.from_sections({**sections, "qformer": QFormerConfig()})
