@@ -22,7 +22,7 @@ TINY = [
 
 @pytest.mark.slow
 def test_four_runs_and_their_gaps(tmp_path: Path) -> None:
-    command = [sys.executable, str(TOOL), "--out", str(tmp_path), "--json", *TINY]
+    command = [sys.executable, str(TOOL), "--out", str(tmp_path), "--seeds", "3", "--json", *TINY]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     facts = json.loads(run.stdout)
@@ -31,8 +31,8 @@ def test_four_runs_and_their_gaps(tmp_path: Path) -> None:
     for kind in ("dense", "STS"):
         for stage, found in facts["gaps"][kind].items():
             plain, fp8 = (
-                np.array([line["loss"] for line in read_run(tmp_path / f"{kind.lower()}-{name}").steps[stage]])
+                np.array([line["loss"] for line in read_run(tmp_path / f"3-{kind.lower()}-{name}").steps[stage]])
                 for name in ("plain", "tensorwise")
             )
             assert len(plain) == 4 and not np.array_equal(plain, fp8)
-            assert found["gap"] == pytest.approx(fp8[-1] / plain[-1] - 1)
+            assert found["gap"] == pytest.approx(fp8[-1] / plain[-1] - 1) and found["of_seeds"] == [found["gap"]]
