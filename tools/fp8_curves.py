@@ -1,6 +1,6 @@
 """What FP8 does to the loss, dense and with STS: the quickstart's training in its own format and in emulated FP8.
 
-    python tools/fp8_curves.py [--out DIR] [--seeds 1234 2] [--json] [key.path=value ...]
+    python tools/fp8_curves.py [key.path=value ...] [--out DIR] [--seeds 1234 2] [--json]
 
 For each seed four runs on the same samples and initial weights: dense and STS, each plain and with precision.fp8=emulate.
 The gap is FP8 loss / plain loss - 1 with both losses averaged over the last quarter of a stage's steps; how far seeds lie
