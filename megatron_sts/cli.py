@@ -29,12 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     parser = _build_parser()
     args, rest = parser.parse_known_args(argv)
-    takes_overrides = args.command in (_train, _plan)
+    takes_overrides = args.command in (_train, _plan, _generate, _eval)
     unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
         parser.error(f"unrecognized argument {unknown[0]!r}")
     if takes_overrides:
         args.overrides += rest
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return args.command(args)
     except ConfigError as error:
@@ -58,6 +59,8 @@ def _build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_plan(commands)
     _add_data(commands)
+    _add_generate(commands)
+    _add_eval(commands)
     _add_convert(commands)
     _add_verify(commands)
     _add_report(commands)
@@ -120,6 +123,76 @@ def _add_data(commands: argparse._SubParsersAction[_Parser]) -> None:
         "--num-workers", type=_positive, metavar="N", help="worker processes (default: one a CPU core)"
     )
     prepare.set_defaults(command=_data_prepare)
+
+
+def _add_generate(commands: argparse._SubParsersAction[_Parser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="ask a trained model something and print its answer",
+        description="Ask a trained model something and print its answer. Greedy unless a temperature is given. In this process, "
+        "or on as many local ranks as --nproc or overrides like parallel.tensor_model_parallel_size=2 ask for.",
+    )
+    generate.add_argument(
+        "source", metavar="SOURCE", type=Path, help="a run's folder, a checkpoint or a weights folder"
+    )
+    generate.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="config values that replace the model's"
+    )
+    generate.add_argument(
+        "--prompt", metavar="TEXT", required=True, help="the question; <image> says where an image stands"
+    )
+    generate.add_argument(
+        "--image", type=Path, metavar="FILE", action="append", default=[], help="an image, in order; may be repeated"
+    )
+    generate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", default=256, help="longest answer, in tokens (default: 256)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, metavar="T", default=0.0, help="draw tokens (default: 0, greedy)"
+    )
+    generate.add_argument("--top-p", type=float, metavar="P", default=1.0, help="draw from the likeliest share P")
+    generate.add_argument("--top-k", type=int, metavar="K", default=0, help="draw from the K likeliest tokens")
+    generate.add_argument("--seed", type=int, metavar="N", default=0, help="of what is drawn (default: 0)")
+    generate.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated"
+    )
+    generate.add_argument(
+        "--vtc", action="store_true", help="compress images as at the end of the last stage (default: see all tokens)"
+    )
+    generate.add_argument("--nproc", type=_positive, metavar="N", help="local ranks (default: as many as needed)")
+    generate.set_defaults(command=_generate)
+
+
+def _add_eval(commands: argparse._SubParsersAction[_Parser]) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="ask a checkpoint the questions of public benchmarks",
+        description="Ask a checkpoint the questions of public benchmarks, greedily and with LLaVA-1.5's prompts, and score the "
+        "answers with the official metrics. Benchmarks: gqa, vqav2, scienceqa, scienceqa_img, pope, mme (PATH: the folder of "
+        "its official files) and scenes (embedded, no PATH). Started again, it asks only what has no answer yet.",
+    )
+    evaluate.add_argument(
+        "source", metavar="CHECKPOINT", type=Path, help="a run's folder, one of its checkpoints, or a folder of weights"
+    )
+    evaluate.add_argument(
+        "overrides", metavar="key.path=value", nargs="*", help="config values that replace the checkpoint's"
+    )
+    evaluate.add_argument(
+        "--benchmark", metavar="NAME=PATH", action="append", required=True, help="what to ask; may be repeated"
+    )
+    evaluate.add_argument(
+        "--images",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a benchmark's images, if not in their usual place",
+    )
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="answers and results (default: eval/ in the run)")
+    evaluate.add_argument("--nproc", type=_positive, metavar="N", help="local ranks (default: as many as needed)")
+    evaluate.add_argument(
+        "--max-new-tokens", type=_positive, metavar="N", default=128, help="longest answer, in tokens (default: 128)"
+    )
+    evaluate.set_defaults(command=_eval)
 
 
 def _add_convert(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -216,6 +289,23 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
     num_workers = args.num_workers or os.cpu_count() or 1
     return prepare.command(args.source, args.images, args.out, args.shard_size_mb, num_workers)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from megatron_sts.train import generation
+
+    sampling = generation.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    asked = generation.Asked(
+        args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc
+    )
+    return generation.generate(asked, args.nproc, args.argv)
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from megatron_sts.train import benchmarks
+
+    asked = benchmarks.Asked(args.source, args.overrides, args.benchmark, args.images, args.out, args.max_new_tokens)
+    return benchmarks.evaluate(asked, args.nproc)
 
 
 def _convert_to_sts(args: argparse.Namespace) -> int:

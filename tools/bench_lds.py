@@ -18,20 +18,18 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from fixed_steps import step_seconds
 from rich.console import Console
 from rich.table import Table
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import LdsConfig, RunConfig
 from megatron_sts.cost.flops import planned_load, step_flops
-from megatron_sts.data.batch import Batch
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
 from megatron_sts.lds.placement import placement
@@ -39,8 +37,7 @@ from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import max_over_ranks, process_group
-from megatron_sts.train.stage import Stage, build_stage
-from megatron_sts.train.step import train_step
+from megatron_sts.train.stage import build_stage
 
 SKIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, None)
 """None: the paper's schedule with alpha = epsilon = 0.5."""
@@ -50,24 +47,6 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "PP2": (2, {"pipeline_model_parallel_size": 2}),
 }
 RESULT = "BENCH_RESULT"
-
-
-@dataclass(frozen=True)
-class Given:
-    """In place of a stage's mask plan and data: this mask, these batches, in every step."""
-
-    given: SkipMask
-    batches: Sequence[Batch]
-    wait_s: float = 0.0
-
-    def mask(self, _step: int) -> SkipMask:
-        return self.given
-
-    def residual_scales(self, _step: int) -> None:
-        return None
-
-    def step(self, _step: int) -> Sequence[Batch]:
-        return self.batches
 
 
 class Bench:
@@ -86,13 +65,8 @@ class Bench:
 
     def seconds(self, mask: SkipMask) -> float:
         """One step; the slowest rank's time."""
-        given = Given(mask, self.batches)
-        stage: Stage = replace(self.stage, masks=given, batches=given)  # type: ignore[arg-type]
         dist.barrier()
-        started = time.perf_counter()
-        train_step(stage, 0)
-        current_device().synchronize()
-        [seconds] = max_over_ranks([time.perf_counter() - started])
+        [seconds] = max_over_ranks([step_seconds(self.stage, self.batches, mask)])
         return seconds
 
     def flops(self, mask: SkipMask) -> int:

@@ -14,14 +14,13 @@ import argparse
 import json
 import os
 import statistics
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from fixed_steps import step_seconds
 from rich.console import Console
 from rich.table import Table
 
@@ -36,21 +35,9 @@ from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.train.feed import Feed
 from megatron_sts.train.stage import Stage, build_stage
-from megatron_sts.train.step import train_step
 
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.1)
 MICRO_BATCH_SIZE, NUM_MICROBATCHES = 4, 2
-
-
-@dataclass(frozen=True)
-class Given:
-    """In place of a stage's data: these batches in every step."""
-
-    batches: list[Batch]
-    wait_s: float = 0.0
-
-    def step(self, _step: int) -> list[Batch]:
-        return self.batches
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -98,10 +85,12 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
     batches = {ratio: batches_of(resolved_run(args, ratio)) for ratio in KEEP_RATIOS}
     saved = {ratio: saved_bytes(stage, batches[ratio]) for ratio in KEEP_RATIOS}
     for ratio in KEEP_RATIOS:
-        seconds(stage, batches[ratio])
+        step_seconds(stage, batches[ratio])
     cases = []
     for ratio in KEEP_RATIOS:
-        pairs = [(seconds(stage, batches[1.0]), seconds(stage, batches[ratio])) for _ in range(args.num_pairs)]
+        pairs = [
+            (step_seconds(stage, batches[1.0]), step_seconds(stage, batches[ratio])) for _ in range(args.num_pairs)
+        ]
         ideal = 1 - flops(stage, batches[ratio]) / flops(stage, batches[1.0])
         realised = statistics.median(1 - compressed / whole for whole, compressed in pairs)
         cases.append(
@@ -121,15 +110,6 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
 def batches_of(resolved: Resolved) -> list[Batch]:
     """The first step's micro-batches."""
     return Feed(resolved, resolved.stages[0], groups.place()).step(0).batches
-
-
-def seconds(stage: Stage, batches: list[Batch]) -> float:
-    """One step."""
-    given: Any = Given(batches)
-    started = time.perf_counter()
-    train_step(replace(stage, batches=given), 0)
-    current_device().synchronize()
-    return time.perf_counter() - started
 
 
 def saved_bytes(stage: Stage, batches: list[Batch]) -> int:

@@ -25,15 +25,27 @@ DERIVED_KEY = "resolved"
 """Top-level key of derived values in a dumped config; ignored when it is read again."""
 
 
-def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load(path: Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> RunConfig:
     """Read a config file, or the ``config.yaml`` of a folder, and apply ``key.path=value`` overrides in order.
 
     Values are YAML. Entries of a list are addressed by index, by their ``name``, or all at once by ``*``:
-    ``stages.finetune.lds.alpha=0.3``, ``stages.1.lds.alpha=0.3``, ``stages.*.vtc=null``.
+    ``stages.finetune.lds.alpha=0.3``, ``stages.1.lds.alpha=0.3``, ``stages.*.vtc=null``. ``defaults``: what the file may
+    leave out.
     """
     written = _read(path / CONFIG_NAME if path.is_dir() else path)
-    for override in overrides:
-        _apply(written, override)
+    if defaults is not None:
+        written = OmegaConf.to_container(OmegaConf.merge(defaults, written), resolve=False)  # type: ignore[assignment]
+    return _parse(written, overrides)
+
+
+def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The same config, but for ``key.path=value`` overrides; see ``load``."""
+    return _parse(config.model_dump(mode="json"), overrides)
+
+
+def _parse(written: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+    for words in overrides:
+        _apply(written, words)
     written.pop(DERIVED_KEY, None)
     try:
         values = OmegaConf.to_container(OmegaConf.create(written), resolve=True, throw_on_missing=True)

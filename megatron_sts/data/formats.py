@@ -88,6 +88,11 @@ def render(chat: ChatFormat, turns: Sequence[Turn]) -> list[Piece]:
     return pieces
 
 
+def render_prompt(chat: ChatFormat, turns: Sequence[Turn]) -> list[Piece]:
+    """A conversation that ends with the user's turn, and the generation prompt; as ``render``."""
+    return [*render(chat, turns), *_spell(chat, chat.before_answer)]
+
+
 def _question(chat: ChatFormat, text: str) -> list[Piece]:
     num_images = text.count(IMAGE_MARKER)
     if chat.images_first and num_images:

@@ -8,9 +8,9 @@ from itertools import groupby
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import TemplateName
-from megatron_sts.data.formats import FORMATS, IMAGE, ChatFormat, render
+from megatron_sts.data.formats import FORMATS, IMAGE, ChatFormat, render, render_prompt
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
-from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.data.tokenizer import Piece, Tokenizer
 
 USER_PIECE = "<|user|>"
 ASSISTANT_PIECE = "<|assistant|>"
@@ -58,27 +58,61 @@ def encode(
     Raises:
         BadSampleError: markers and images differ in number, an answer holds a marker, or there is nothing to learn from.
     """
+    _check_images(record)
+    encoder = _Encoder(tokenizer, tokens_of_image)
+    if template in FORMATS:
+        _add_pieces(encoder, FORMATS[template], render(FORMATS[template], record.turns))
+    else:
+        _add_turns(encoder, record.turns, template)
+    if not any(encoder.is_target):
+        raise BadSampleError("no assistant turn with text")
+    return encoder.sample()
+
+
+def encode_prompt(
+    record: Record, tokenizer: Tokenizer, template: TemplateName, tokens_of_image: Callable[[int], int]
+) -> EncodedSample:
+    """As ``encode`` for a record that ends with the user's turn: all that the model reads before it answers.
+
+    Raises:
+        BadSampleError: markers and images differ in number, an answer holds a marker, or the last turn is not the user's.
+    """
+    _check_images(record)
+    if not record.turns or record.turns[-1].role != "user":
+        raise BadSampleError("the last turn is not the user's")
+    encoder = _Encoder(tokenizer, tokens_of_image)
+    if template in FORMATS:
+        _add_pieces(encoder, FORMATS[template], render_prompt(FORMATS[template], record.turns))
+    else:
+        _add_turns(encoder, record.turns, template)
+        encoder.add([tokenizer.piece_id(ASSISTANT_PIECE)] if template == "chat" else [])
+    return encoder.sample()
+
+
+def answer_ends(tokenizer: Tokenizer, template: TemplateName) -> frozenset[int]:
+    """Ids that end an answer: eos, and the template's end piece."""
+    ends = [FORMATS[template].end_of_answer] if template in FORMATS else []
+    return frozenset([tokenizer.eos_id, *map(tokenizer.piece_id, ends)])
+
+
+def _check_images(record: Record) -> None:
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
         raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images")
     if any(IMAGE_MARKER in turn.text for turn in record.turns if turn.role == "assistant"):
         raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
-    encoder = _Encoder(tokenizer, tokens_of_image)
-    if template in FORMATS:
-        _add_conversation(encoder, record.turns, FORMATS[template])
-    else:
-        encoder.add([tokenizer.bos_id])
-        for turn in record.turns:
-            _add_turn(encoder, turn, template)
-    if not any(encoder.is_target):
-        raise BadSampleError("no assistant turn with text")
-    return EncodedSample(encoder.tokens, encoder.is_target, encoder.is_visual, num_markers, encoder.is_instruction)
 
 
-def _add_conversation(encoder: _Encoder, turns: Sequence[Turn], chat: ChatFormat) -> None:
+def _add_turns(encoder: _Encoder, turns: Sequence[Turn], template: TemplateName) -> None:
+    encoder.add([encoder.tokenizer.bos_id])
+    for turn in turns:
+        _add_turn(encoder, turn, template)
+
+
+def _add_pieces(encoder: _Encoder, chat: ChatFormat, pieces: Sequence[Piece]) -> None:
     if chat.starts_with_bos:
         encoder.add([encoder.tokenizer.bos_id])
-    for is_image, run in groupby(render(chat, turns), key=lambda piece: piece == IMAGE):
+    for is_image, run in groupby(pieces, key=lambda piece: piece == IMAGE):
         if is_image:
             for _ in run:
                 encoder.add_image()
@@ -112,6 +146,9 @@ class _Encoder:
         self.is_target: list[bool] = []
         self.is_visual: list[bool] = []
         self.is_instruction: list[bool] = []
+
+    def sample(self) -> EncodedSample:
+        return EncodedSample(self.tokens, self.is_target, self.is_visual, self.num_images, self.is_instruction)
 
     def add(
         self, ids: list[int], *, is_target: bool = False, is_visual: bool = False, is_instruction: bool = False

@@ -6,11 +6,12 @@ Accuracies come with the standard error of a proportion, sqrt(p (1 - p) / n).
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from megatron_sts.evaluate.vqa_text import normalise
 
 Metrics = dict[str, Any]
 """JSON-ready. Always holds ``accuracy``, ``standard_error`` and ``num_questions``."""
@@ -44,6 +45,31 @@ def proportion(hits: Iterable[bool]) -> Metrics:
     return {"accuracy": share, "standard_error": error, "num_questions": len(marks)}
 
 
+def average(credits: Iterable[float]) -> Metrics:
+    """As ``proportion``, of credits between 0 and 1; the standard error is their standard deviation / sqrt(n)."""
+    values = list(credits)
+    if not values:
+        return proportion([])
+    mean, num = sum(values) / len(values), len(values)
+    error = math.sqrt(sum((value - mean) ** 2 for value in values)) / num
+    return {"accuracy": mean, "standard_error": error, "num_questions": num}
+
+
+def yes_rates(said_and_true: Sequence[tuple[bool, bool]]) -> Metrics:
+    """Precision, recall and F1 of "yes" and the share of "yes", from whether each answer and each reference is "yes".
+
+    Precision and recall are 0 where nothing was predicted or nothing was true.
+    """
+    num_said, num_true = sum(said for said, _ in said_and_true), sum(true for _, true in said_and_true)
+    num_both = sum(said and true for said, true in said_and_true)
+    return {
+        "precision": num_both / num_said if num_said else 0.0,
+        "recall": num_both / num_true if num_true else 0.0,
+        "f1": 2 * num_both / (num_said + num_true) if num_said + num_true else 0.0,
+        "yes_rate": num_said / len(said_and_true) if said_and_true else 0.0,
+    }
+
+
 def pope(answered: Sequence[Answered]) -> Metrics:
     """POPE: accuracy, precision, recall and F1 of "yes", share of "yes"; over all and per kind of negatives."""
     variants = _by(answered, lambda item: item.variant)
@@ -59,7 +85,7 @@ def gqa(answered: Sequence[Answered]) -> Metrics:
 
 def vqa(answered: Sequence[Answered]) -> Metrics:
     """VQA v2 with a single reference: exact match after its text normalisation."""
-    return proportion(normalise_vqa(item.prediction) == normalise_vqa(item.answer) for item in answered)
+    return proportion(normalise(item.prediction) == normalise(item.answer) for item in answered)
 
 
 def science_qa(answered: Sequence[Answered]) -> Metrics:
@@ -85,17 +111,8 @@ def _pairs(answered: Sequence[Answered]) -> Metrics:
 
 
 def _yes_no(answered: Sequence[Answered]) -> Metrics:
-    """Precision and recall are 0 where nothing was predicted or nothing was true."""
-    said_yes = [_first_word(item.prediction) == "yes" for item in answered]
-    num_said, num_true = sum(said_yes), sum(item.answer == "yes" for item in answered)
-    num_both = sum(said and item.answer == "yes" for said, item in zip(said_yes, answered, strict=True))
-    return {
-        **proportion(map(_is_first_word_right, answered)),
-        "precision": num_both / num_said if num_said else 0.0,
-        "recall": num_both / num_true if num_true else 0.0,
-        "f1": 2 * num_both / (num_said + num_true) if num_said + num_true else 0.0,
-        "yes_rate": num_said / len(answered) if answered else 0.0,
-    }
+    said_and_true = [(_first_word(item.prediction) == "yes", item.answer == "yes") for item in answered]
+    return {**proportion(map(_is_first_word_right, answered)), **yes_rates(said_and_true)}
 
 
 def _is_equal(item: Answered) -> bool:
@@ -116,29 +133,6 @@ def _by(answered: Sequence[Answered], key: Callable[[Answered], str]) -> dict[st
     for item in answered:
         groups[key(item)].append(item)
     return dict(groups)
-
-
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_NUMBER_WORDS = {
-    word: str(number)
-    for number, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"])
-} | {"none": "0"}  # fmt: skip
-_ARTICLES = ("a", "an", "the")
-
-
-def normalise_vqa(text: str) -> str:
-    """VQA v2's answer normalisation: punctuation, number words, articles.
-
-    Its table of contractions (``dont`` -> ``don't``) is left out: no answer of ours holds one.
-    """
-    original = text = text.strip().replace("\n", " ").replace("\t", " ").lower()
-    has_thousands = re.search(r"\d,\d", original) is not None
-    for mark in _PUNCTUATION:
-        is_loose = f"{mark} " in original or f" {mark}" in original
-        text = text.replace(mark, "" if is_loose or has_thousands else " ")
-    text = re.sub(r"\.(?!\d)", "", text)
-    words = (_NUMBER_WORDS.get(word, word) for word in text.split())
-    return " ".join(word for word in words if word not in _ARTICLES)
 
 
 _SCORES: dict[str, Callable[[Sequence[Answered]], Metrics]] = {

@@ -83,3 +83,10 @@ def tensor_parallel_group() -> dist.ProcessGroup:
 def model_parallel_group() -> dist.ProcessGroup:
     """Ranks that share one copy of the model; the first one has the first tensor-parallel shard of the first stage."""
     return parallel_state.get_model_parallel_group()
+
+
+def broadcast_from_last_stage(tensor: torch.Tensor) -> None:
+    """What the last stage's first rank holds, into ``tensor`` of all ranks of a copy of the model; a collective."""
+    here, group = place(), model_parallel_group()
+    source = dist.get_process_group_ranks(group)[(here.pp_size - 1) * here.tp_size]
+    dist.broadcast(tensor, src=source, group=group)

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, TorchNorm
+from megatron_sts.mcore.torch_ops import SwiGlu, TorchSelfAttention
 from megatron_sts.runtime.kernels import ENGINE
 from megatron_sts.runtime.probe import kernels_for
 
@@ -33,7 +34,11 @@ PLAIN: Linears = (ColumnParallelLinear, RowParallelLinear)
 
 
 def torch_layer_spec(
-    attn_mask_type: AttnMaskType, module: type[TransformerLayer] = TransformerLayer, linears: Linears = PLAIN
+    attn_mask_type: AttnMaskType,
+    module: type[TransformerLayer] = TransformerLayer,
+    attention: type[SelfAttention] = SelfAttention,
+    activation: type[SwiGlu] | None = None,
+    linears: Linears = PLAIN,
 ) -> ModuleSpec:
     """A transformer layer of megatron-core's own parallel linears, torch's norm and torch's attention."""
     column, row = linears
@@ -42,7 +47,7 @@ def torch_layer_spec(
         submodules=TransformerLayerSubmodules(
             input_layernorm=TorchNorm,
             self_attention=ModuleSpec(
-                module=SelfAttention,
+                module=attention,
                 params={"attn_mask_type": attn_mask_type},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=column, core_attention=SdpaCoreAttention, linear_proj=row
@@ -50,7 +55,9 @@ def torch_layer_spec(
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=row)),
+            mlp=ModuleSpec(
+                module=MLP, submodules=MLPSubmodules(linear_fc1=column, activation_func=activation, linear_fc2=row)
+            ),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -74,7 +81,8 @@ def decoder_spec(
     specs = []
     for layer in range(first, first + count):
         is_outer = min(layer, config.num_layers - 1 - layer) < precision.first_last_layers_bf16
-        spec = torch_layer_spec(AttnMaskType.causal, SkippableTransformerLayer, PLAIN if is_outer else emulated)
+        linears = PLAIN if is_outer else emulated
+        spec = torch_layer_spec(AttnMaskType.causal, SkippableTransformerLayer, TorchSelfAttention, SwiGlu, linears)
         spec.params = params
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)

@@ -23,3 +23,20 @@ def vocab_parallel_argmax(logits: torch.Tensor) -> torch.Tensor:
     token = torch.where(largest == overall, token, here.tp_size * shard_size)
     dist.all_reduce(token, op=dist.ReduceOp.MIN, group=tensor_parallel_group())
     return token
+
+
+def hide_ids_from(logits: torch.Tensor, num_ids: int) -> torch.Tensor:
+    """The same logits [..., vocab / tp], but tokens from ``num_ids`` on get no share."""
+    shard_size = logits.shape[-1]
+    tokens = torch.arange(shard_size, device=logits.device) + place().tp_rank * shard_size
+    return logits.masked_fill(tokens >= num_ids, -torch.inf)
+
+
+def whole_vocabulary(logits: torch.Tensor) -> torch.Tensor:
+    """``logits`` [..., vocab / tp] of this rank -> [..., vocab], the same on every tensor-parallel rank."""
+    here = place()
+    if here.tp_size == 1:
+        return logits
+    shards = [torch.empty_like(logits) for _ in range(here.tp_size)]
+    dist.all_gather(shards, logits.contiguous(), group=tensor_parallel_group())
+    return torch.cat(shards, dim=-1)

@@ -8,7 +8,9 @@ from itertools import accumulate
 import torch
 from torch import distributed as dist
 
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import VtcConfig
+from megatron_sts.config.tokens import LOOKING
 from megatron_sts.data.batch import Batch
 from megatron_sts.mcore.groups import tensor_parallel_group
 from megatron_sts.mcore.relay import PipelineRelay
@@ -74,6 +76,14 @@ class Compression:
         projected = project(features.flatten(0, 1)).view(num_images, num_tokens_in, -1)
         chosen = choose(self._looking, projected, batch, words)
         return compress(projected, chosen), chosen
+
+
+def build_compression(resolved: Resolved, spec: ResolvedStage) -> Compression:
+    """How the stage compresses images; a collective where what it chooses must travel down the pipeline."""
+    vtc, parallel = spec.config.vtc, resolved.config.parallel
+    travels = vtc is not None and vtc.sampler in LOOKING and vtc.positions == "original"
+    relay = PipelineRelay(parallel.timeout_s) if travels and parallel.pipeline_model_parallel_size > 1 else None
+    return Compression(vtc, spec.visual_tokens_in, relay)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import BadSampleError, Record
-from megatron_sts.data.template import EncodedSample, encode, load_tokenizer
+from megatron_sts.data.template import EncodedSample, encode, encode_prompt, load_tokenizer
 from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
@@ -38,8 +38,16 @@ class BatchPreparer:
         Raises:
             BadSampleError: it cannot be used.
         """
+        encoded = encode(record, self.tokenizer, self._stage.data.template, counts.of_image)
+        return self._prepared(index, record, encoded, counts)
+
+    def prepare_prompt(self, index: int, record: Record, counts: TokenCounts) -> PreparedSample:
+        """As ``prepare`` for a record that ends with the user's turn: what the model reads before it answers."""
+        encoded = encode_prompt(record, self.tokenizer, self._stage.data.template, counts.of_image)
+        return self._prepared(index, record, encoded, counts)
+
+    def _prepared(self, index: int, record: Record, encoded: EncodedSample, counts: TokenCounts) -> PreparedSample:
         stage = self._stage
-        encoded = encode(record, self.tokenizer, stage.data.template, counts.of_image)
         if len(encoded.tokens) > counts.sequence_length:
             raise BadSampleError(
                 f"{len(encoded.tokens)} tokens exceed the stage's {counts.sequence_length} "

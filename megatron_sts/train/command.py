@@ -46,7 +46,7 @@ def train(
     check_usable(resolved.config)
     from megatron_sts.train.launch import launch_local
 
-    return launch_local([str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
+    return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
 
 
 def default_run_dir(config: Path) -> Path:

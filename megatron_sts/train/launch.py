@@ -22,7 +22,7 @@ FATAL_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, 
 
 
 def launch_local(argv: Sequence[str], nproc: int) -> int:
-    """Run ``python -m megatron_sts train ARGV`` on ``nproc`` local ranks until all have ended; returns the exit status."""
+    """Run ``python -m megatron_sts ARGV`` on ``nproc`` local ranks until all have ended; returns the exit status."""
     _prepare_environment(nproc)
     # Everything torchelastic has to say about a failure is in the exception; its log would bury the one line.
     logging.disable(logging.CRITICAL)
@@ -42,7 +42,7 @@ def launch_local(argv: Sequence[str], nproc: int) -> int:
     )
     signal.signal(signal.SIGUSR1, _forward)
     try:
-        elastic_launch(config, sys.executable)("-m", "megatron_sts", "train", *argv)
+        elastic_launch(config, sys.executable)("-m", "megatron_sts", *argv)
     except ChildFailedError as error:
         return _explain(error.failures)
     except SignalException as error:

@@ -9,7 +9,6 @@ import torch
 from torch import distributed as dist
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.tokens import LOOKING
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask
 from megatron_sts.lds.placement import placement
@@ -18,8 +17,7 @@ from megatron_sts.mcore.fp8 import Fp8Modules
 from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
 from megatron_sts.mcore.pipeline import unwrap
-from megatron_sts.mcore.relay import PipelineRelay
-from megatron_sts.model.compression import Compression
+from megatron_sts.model.compression import Compression, build_compression
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.batches import StageBatches
 
@@ -89,14 +87,6 @@ def build_stage(
         fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),
         compression=compression,
     )
-
-
-def build_compression(resolved: Resolved, spec: ResolvedStage) -> Compression:
-    """How the stage compresses images; a collective where what it chooses must travel down the pipeline."""
-    vtc, parallel = spec.config.vtc, resolved.config.parallel
-    travels = vtc is not None and vtc.sampler in LOOKING and vtc.positions == "original"
-    relay = PipelineRelay(parallel.timeout_s) if travels and parallel.pipeline_model_parallel_size > 1 else None
-    return Compression(vtc, spec.visual_tokens_in, relay)
 
 
 def build_masks(resolved: Resolved, spec: ResolvedStage) -> MaskPlan:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sts.cli import main
 
-COMMANDS = ("train", "plan", "data", "convert", "verify", "report", "doctor")
+COMMANDS = ("train", "plan", "data", "convert", "verify", "generate", "eval", "report", "doctor")
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
@@ -56,6 +56,9 @@ def test_help_imports_nothing_heavy() -> None:
         (["data", "prepare"], "JSON"),
         (["data", "prepare", "nothing.json"], "--out"),
         (["data", "prepare", "nothing.json", "--out", "out"], "nothing.json"),
+        (["generate", "--prompt", "what?"], "SOURCE"),
+        (["generate", "nowhere", "--prompt", "what?"], "nowhere"),
+        (["generate", "nowhere"], "--prompt"),
         (["convert"], "COMMAND"),
         (["convert", "hf-to-sts"], "--sts"),
         (["convert", "hf-to-sts", "--sts", "out"], "--hf-vision and --hf-language together"),
@@ -66,6 +69,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["convert", "sts-to-hf", "--sts", "nowhere", "--hf", "out"], "--sts=nowhere: no such folder"),
         (["convert", "sts-to-hf", "--sts", "EMPTY", "--hf", "out"], "neither a run's folder nor a checkpoint"),
         (["verify", "--hf", "EMPTY", "--sts", "EMPTY"], "not a weights folder"),
+        (["eval"], "CHECKPOINT"),
+        (["eval", "CONFIG"], "--benchmark"),
+        (["eval", "CONFIG", "--benchmark", "gqb=."], "'gqb'"),
+        (["eval", "CONFIG", "--benchmark", "gqa=nowhere"], "nowhere/testdev_balanced_questions.json"),
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),

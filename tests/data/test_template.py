@@ -10,7 +10,7 @@ from hypothesis import given
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.records import BadSampleError, Record, Turn
-from megatron_sts.data.template import encode, load_tokenizer
+from megatron_sts.data.template import answer_ends, encode, encode_prompt, load_tokenizer
 from tests.data.conversations import Pair, conversations, expanded, messages_of, record_of, tokens_of_image
 from tests.data.small_tokenizers import LLAMA3_SPECIAL, llama3_like, qwen2_like, vicuna_like
 
@@ -76,6 +76,35 @@ def test_tokens_and_mask_are_those_of_apply_chat_template(
     found = encode(record_of(rounds), pair.ours, template, tokens_of_image)
 
     assert found == expanded(ids, reference["assistant_masks"], pair.image_id)
+
+
+@pytest.mark.parametrize(("template", "published"), [("llama3", LLAMA3_JINJA), ("chatml", QWEN2_JINJA)])
+@given(rounds=conversations())
+def test_a_prompt_has_the_tokens_of_add_generation_prompt(
+    pairs: dict[TemplateName, Pair], template: TemplateName, published: str, rounds: list[tuple[str, str]]
+) -> None:
+    pair, whole = pairs[template], record_of(rounds)
+    asked = Record("key", whole.turns[:-1], whole.images)
+    ids = pair.theirs.apply_chat_template(
+        messages_of(rounds, pair.image_piece)[:-1],
+        chat_template=published,
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    found, expected = encode_prompt(asked, pair.ours, template, tokens_of_image), expanded(ids, ids, pair.image_id)
+    assert (found.tokens, found.is_visual, found.num_images) == (
+        expected.tokens,
+        expected.is_visual,
+        expected.num_images,
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("vicuna_v1", "</s>")]
+)
+def test_answers_end_at_the_end_piece_or_eos(pairs: dict[TemplateName, Pair], template: TemplateName, end: str) -> None:
+    theirs = pairs[template].theirs
+    assert answer_ends(pairs[template].ours, template) == {theirs.eos_token_id, theirs.convert_tokens_to_ids(end)}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from megatron_sts.data.formats import FORMATS, render
-from megatron_sts.data.template import encode, load_tokenizer
+from megatron_sts.data.records import Record
+from megatron_sts.data.template import encode, encode_prompt, load_tokenizer
 from tests.data.conversations import Pair, conversations, expanded, record_of, tokens_of_image
 from tests.data.small_tokenizers import vicuna_like
 
@@ -163,3 +164,6 @@ def test_the_prompt_has_the_tokens_of_the_hugging_face_template(legacy: Pair, ro
     found = encode(record_of([(asked, said)]), legacy.ours, "vicuna_v1", tokens_of_image)
     prompt = expanded([legacy.theirs.bos_token_id, *ids], [0] * (len(ids) + 1), legacy.image_id)
     assert found.tokens[: found.is_target.index(True)] == prompt.tokens
+    whole = record_of([(asked, said)])
+    asked_alone = encode_prompt(Record("key", whole.turns[:1], whole.images), legacy.ours, "vicuna_v1", tokens_of_image)
+    assert asked_alone.tokens == prompt.tokens

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megatron_sts.data.batch import Batch
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore import groups
@@ -45,6 +46,17 @@ class Spent(TorchDispatchMode):
         else:
             self.num_kernels += 1
         return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class GivenBatches:
+    """In place of a stage's data, which are read once, in order."""
+
+    batches: list[Batch]
+    wait_s: float = 0.0
+
+    def step(self, step: int) -> list[Batch]:
+        return self.batches
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ def prepared(written: Written, world_size: int = 1) -> Stage:
     resolved = resolved_run(written, world_size)
     place, gate = groups.initialize(resolved.config.parallel, resolved.config.seed), SkipGate()
     stage = build_stage(resolved, resolved.stages[0], place, build_model(resolved, gate), gate)
+    stage = replace(stage, batches=GivenBatches(stage.batches.step(0)))  # type: ignore[arg-type]
     for _ in range(2):  # DDP learns in the first step which gradients to wait for
         train_step(given(stage, []), 0)
     return stage

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from megatron_sts.evaluate.metrics import Answered, normalise_vqa, proportion, score
+from megatron_sts.evaluate.metrics import Answered, average, proportion, score
+from megatron_sts.evaluate.vqa_text import normalise
 
 
 def answered(family: str, *rows: tuple[str, str], variant: str = "", pair: str | None = None) -> list[Answered]:
@@ -16,6 +17,14 @@ def test_proportion() -> None:
     found = proportion([True, True, True, False])
     assert found == {"accuracy": 0.75, "standard_error": math.sqrt(0.75 * 0.25 / 4), "num_questions": 4}
     assert proportion([]) == {"accuracy": 0.0, "standard_error": 0.0, "num_questions": 0}
+
+
+def test_average_of_credits() -> None:
+    assert average([1, 1, 1, 0]) == pytest.approx(proportion([True, True, True, False]))
+    assert average([1, 0.3, 0.2, 0.9]) == pytest.approx(
+        {"accuracy": 0.6, "standard_error": math.sqrt(0.16 + 0.09 + 0.16 + 0.09) / 4, "num_questions": 4}
+    )
+    assert average([]) == proportion([])
 
 
 def test_pope() -> None:
@@ -64,10 +73,20 @@ def test_vqa() -> None:
         ("2.5 m.", "2.5 m"),
         ("none", "0"),
         ("4 7 unfinished", "4 7 unfinished"),
+        ("don't", "don't"),
+        ("Dont", "don't"),
+        ("couldnt've couldn'tve", "couldn't've couldn't've"),
+        ("well were its", "well were its"),  # words that lack no apostrophe
+        ("somebody'd", "somebodyd"),  # so in the official table
+        ("3.", "3"),
+        ("U.S.A.", "usa"),
+        ("red/blue", "red blue"),
+        ("red / blue", "red blue"),
+        ("." * 33 + "a", "." + "a"),  # the official script takes away 32
     ],
 )
 def test_vqa_normalisation(text: str, normalised: str) -> None:
-    assert normalise_vqa(text) == normalised
+    assert normalise(text) == normalised
 
 
 def test_science_qa_keeps_the_letter_a() -> None:

@@ -16,12 +16,11 @@ from megatron_sts.config.schema import ParallelConfig, VtcConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
-from megatron_sts.model.compression import Compression, choose, instructions
+from megatron_sts.model.compression import Compression, build_compression, choose, instructions
 from megatron_sts.model.init import build_model
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.train.feed import Feed
-from megatron_sts.train.stage import build_compression
 from megatron_sts.vtc.guided import GuidedSampler
 from megatron_sts.vtc.positions import position_ids
 from tests.dist.ladder import BATCH, resolved_run, write_samples, written_run

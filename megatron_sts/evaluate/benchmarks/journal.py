@@ -1,0 +1,78 @@
+"""Answers on disk as they come, so that an interrupted run asks only what is left. Knows no benchmark and no model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_sts.config.checks import refuse
+from megatron_sts.data.shards import write_atomically
+from megatron_sts.evaluate.benchmarks.question import Answer, Question
+
+SETTINGS_NAME = "model.json"
+"""Whose answers a folder holds."""
+
+
+def claim(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Make ``folder`` the place for the answers that ``settings`` give; it may hold some already.
+
+    Raises:
+        ConfigError: it holds answers that other settings gave.
+    """
+    path, text = folder / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n"
+    if path.is_file():
+        if (found := path.read_text(encoding="utf-8")) != text:
+            why = f"holds the answers of {' '.join(found.split())}, not of {json.dumps(settings)}"
+            refuse("--out", folder, why, "give another folder, or remove this one")
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+
+
+class Journal:
+    """The answers to one benchmark: a JSON object a line, with ``key``, ``prompt`` and ``answer``.
+
+    Without a ``path`` they are kept in memory alone.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._answers = self._read()
+
+    def answer(self, question: Question) -> Answer | None:
+        """What was said to ``question``, if it was asked in these very words."""
+        prompt, text = self._answers.get(question.key, (None, ""))
+        return Answer(question, text) if prompt == question.prompt else None
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Append ``answers``; they are on disk when this returns."""
+        entries = [
+            {"key": answer.question.key, "prompt": answer.question.prompt, "answer": answer.text} for answer in answers
+        ]
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+                file.flush()
+                os.fsync(file.fileno())
+        self._answers |= {entry["key"]: (entry["prompt"], entry["answer"]) for entry in entries}
+
+    def _read(self) -> dict[str, tuple[str, str]]:
+        """All answers by key. What stands behind the last line's end was torn by a crash, and is cut off."""
+        if self._path is None or not self._path.is_file():
+            return {}
+        content = self._path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(self._path, len(whole))
+        lines = whole.decode("utf-8").split("\n")[:-1]
+        return dict(self._parse(number, line) for number, line in enumerate(lines, 1))
+
+    def _parse(self, number: int, line: str) -> tuple[str, tuple[str, str]]:
+        try:
+            entry = json.loads(line)
+            return entry["key"], (entry["prompt"], entry["answer"])
+        except (ValueError, TypeError, KeyError) as error:
+            why = f"line {number} is no answer ({type(error).__name__}: {error})"
+            refuse("--out", self._path, why, "remove that line, or the file")

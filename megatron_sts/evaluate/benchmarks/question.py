@@ -1,0 +1,119 @@
+"""What every benchmark is made of: questions with their references, and the credit that an answer earns. Knows no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_sts.config.checks import refuse
+from megatron_sts.data.image import decode_image
+from megatron_sts.data.records import IMAGE_MARKER, ImageSource, Record, Turn
+from megatron_sts.evaluate.metrics import Metrics, average
+
+SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
+"""LLaVA-1.5's prompt for GQA, VQA v2, POPE and MME (its ``docs/Evaluation.md``)."""
+LETTER_ANSWER = "\nAnswer with the option's letter from the given choices directly."
+"""LLaVA-1.5's prompt for multiple choice."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of a benchmark."""
+
+    key: str
+    """Unique in its benchmark, the same in every run."""
+    prompt: str
+    """What the user says, without the image."""
+    image: Path | ImageSource | None
+    references: tuple[str, ...]
+    """What is right, in the benchmark's own words: one answer, or VQA v2's ten."""
+    family: str
+    """What it asks for, in words that benchmarks share: ``counting``, ``ocr`` ...; see README.md."""
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """By kind of breakdown (``subject``), the groups that it counts in (``NAT``)."""
+
+    def record(self) -> Record:
+        """The conversation that asks it; as in LLaVA, the image comes first."""
+        if self.image is None:
+            return Record(self.key, (Turn("user", self.prompt),))
+        source = partial(decode_image, self.image) if isinstance(self.image, Path) else self.image
+        return Record(self.key, (Turn("user", f"{IMAGE_MARKER}\n{self.prompt}"),), (source,))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question and what the model said to it."""
+
+    question: Question
+    text: str
+
+
+Credit = Callable[[Answer], float]
+"""What an answer earns, from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A benchmark: how its files are read and how its answers are scored."""
+
+    read: Callable[[Path, Path | None], list[Question]]
+    """From the folder of its official files, and that of its images where they lie elsewhere. Raises ConfigError."""
+    score: Callable[[Sequence[Answer]], Metrics]
+    credit: Credit
+    headline: str
+    """The metric of ``score`` that papers quote."""
+    has_files: bool = True
+
+
+def accuracy(answers: Sequence[Answer], credit: Credit) -> Metrics:
+    """Mean credit over all, and apart for each group of each kind of breakdown."""
+    kinds = dict.fromkeys(kind for answer in answers for kind in answer.question.groups)
+    return {**average(map(credit, answers)), **{kind: by_group(answers, credit, kind) for kind in kinds}}
+
+
+def by_group(answers: Sequence[Answer], credit: Credit, kind: str) -> dict[str, Metrics]:
+    """Mean credit in each group of one kind of breakdown."""
+    return {name: average(map(credit, members)) for name, members in members_by_group(answers, kind).items()}
+
+
+def by_family(answers: Sequence[Answer], credit: Credit) -> dict[str, Metrics]:
+    """Mean credit in each question family."""
+    families = sorted({answer.question.family for answer in answers})
+    return {name: average(credit(answer) for answer in answers if answer.question.family == name) for name in families}
+
+
+def members_by_group(answers: Sequence[Answer], kind: str) -> dict[str, list[Answer]]:
+    """The answers of each group of one kind of breakdown, by name."""
+    members: dict[str, list[Answer]] = {}
+    for answer in answers:
+        for name in answer.question.groups[kind]:
+            members.setdefault(name, []).append(answer)
+    return dict(sorted(members.items()))
+
+
+@contextmanager
+def official_file(path: Path) -> Iterator[None]:
+    """Within it, whatever a file lacks of its benchmark's format ends in one line.
+
+    Raises:
+        ConfigError: the file cannot be read, or has another format.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        refuse("--benchmark", path, "no such file", "give the folder of the benchmark's official files")
+    except OSError as error:
+        refuse("--benchmark", path, error.strerror or str(error), "give a readable file")
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        why = f"not in the benchmark's official format ({type(error).__name__}: {error})"
+        refuse("--benchmark", path, why, "give the file as it was published")
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file's value; within ``official_file``."""
+    return json.loads(path.read_text(encoding="utf-8"))

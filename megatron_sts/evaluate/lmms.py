@@ -1,0 +1,138 @@
+"""lmms-eval's model ``megatron_sts``: its benchmarks, asked of our checkpoints. Needs the extra ``eval``.
+
+``python -m lmms_eval --model megatron_sts --model_args checkpoint=RUN_DIR --tasks gqa`` finds it by the entry point
+``lmms_eval.models``, and takes config values by path as further ``model_args``. The interface is lmms-eval 0.7's
+(``lmms_eval/api/model.py``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from PIL import Image
+from rich.progress import track
+from torch import distributed as dist
+
+from megatron_sts.config.checks import refuse
+from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
+from megatron_sts.evaluate.generate import Generator, Request, Sampling
+from megatron_sts.evaluate.load import load_for_inference, resolve_source
+from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.dist import is_rank_zero, process_group
+
+MANIFEST = ModelManifest("megatron_sts", simple_class_path="megatron_sts.evaluate.lmms.MegatronSts")
+DEFAULT_MAX_NEW_TOKENS = 1024
+"""Where a task sets none, as lmms-eval's adapter for LLaVA has it."""
+BATCHES_AT_ONCE = 8
+JOIN_TIMEOUT_S = 600.0
+
+
+class MegatronSts(lmms):
+    """A checkpoint as lmms-eval asks it.
+
+    lmms-eval gives each rank other requests, equally many; tensor- and pipeline-parallel ranks answer together. So ranks
+    share their requests, answer all of them as one, and each hands back the answers to its own.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        checkpoint: str,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+        **overrides: object,
+    ) -> None:
+        """``checkpoint`` and ``overrides`` are those of ``megatron-sts eval``; ``batch_size`` is of a data-parallel rank.
+
+        ``device`` and ``max_batch_size`` are what lmms-eval always hands over; a rank's device is its own choice.
+        """
+        super().__init__()
+        self._joined = ExitStack()  # until the process ends
+        if not dist.is_initialized():
+            self._joined.enter_context(process_group(JOIN_TIMEOUT_S))
+        words = [f"{path}={value}" for path, value in overrides.items()]
+        words.append(f"evaluation.micro_batch_size={batch_size}")
+        resolved = resolve_source(Path(checkpoint), words, dist.get_world_size())
+        self._num_at_once = BATCHES_AT_ONCE * resolved.config.evaluation.micro_batch_size
+        self._generator = Generator(*load_for_inference(Path(checkpoint), resolved))
+
+    @property
+    def device(self) -> torch.device:
+        """Where lmms-eval counts requests over ranks."""
+        return current_device().torch_device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """The answers to this rank's requests; a collective."""
+        texts: list[str] = []
+        starts = range(0, len(requests), self._num_at_once)
+        for start in track(starts, description="megatron_sts", disable=not is_rank_zero()):
+            texts += self._answer(
+                [self._asked(*instance.args) for instance in requests[start : start + self._num_at_once]]
+            )
+        return texts
+
+    def loglikelihood(self, requests: list[Instance]) -> NoReturn:
+        """Refused: tasks that rank given answers by likelihood."""
+        refuse("--tasks", requests[0].task_name, "ranks answers by their likelihood", "choose tasks of generate_until")
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
+        """Refused: tasks that go on asking after an answer."""
+        refuse("--tasks", requests[0].task_name, "asks in several rounds", "choose tasks of generate_until")
+
+    def _asked(
+        self, context: str, settings: Mapping[str, Any], doc_to_visual: Any, doc_id: int, task: str, split: str
+    ) -> tuple[Request, Sampling]:
+        visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
+        record = record_of(f"{task}/{split}/{doc_id}", context, visuals)
+        until = settings.get("until", [])
+        request = Request(
+            record,
+            max_new_tokens=int(settings.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)),
+            stop=(until,) if isinstance(until, str) else tuple(word for word in until if word),
+        )
+        return request, sampling_of(settings)
+
+    def _answer(self, asked: Sequence[tuple[Request, Sampling]]) -> list[str]:
+        """Answers of this rank's part; a collective."""
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, asked)
+        everything = [pair for part in parts for pair in part]
+        texts: dict[int, str] = {}
+        for sampling in dict.fromkeys(sampling for _, sampling in everything):
+            places = [place for place, (_, wanted) in enumerate(everything) if wanted == sampling]
+            said = self._generator.generate([everything[place][0] for place in places], sampling)
+            texts |= zip(places, said, strict=True)
+        first = sum(len(part) for part in parts[: dist.get_rank()])
+        return [texts[first + number] for number in range(len(asked))]
+
+
+def record_of(key: str, context: str, visuals: Sequence[object]) -> Record:
+    """A conversation of one turn; images that ``context`` has no marker for come first, as in lmms-eval's LLaVA.
+
+    Raises:
+        ConfigError: a visual is no picture.
+    """
+    for visual in visuals:
+        if not isinstance(visual, Image.Image):
+            refuse("--tasks", key, f"shows the model a {type(visual).__name__}", "choose tasks of pictures and text")
+    num_unmarked = len(visuals) - context.count(IMAGE_MARKER)
+    text = f"{' '.join([IMAGE_MARKER] * num_unmarked)}\n{context}" if num_unmarked > 0 else context
+    images = tuple(partial(np.asarray, visual.convert("RGB")) for visual in visuals if isinstance(visual, Image.Image))
+    return Record(key, (Turn("user", text),), images)
+
+
+def sampling_of(settings: Mapping[str, Any]) -> Sampling:
+    """Greedy unless a task sets a temperature above 0."""
+    temperature = float(settings.get("temperature") or 0)
+    return Sampling(temperature=temperature, top_p=float(settings.get("top_p") or 1.0)) if temperature else Sampling()

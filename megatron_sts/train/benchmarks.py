@@ -1,0 +1,128 @@
+"""``megatron-sts eval``: benchmarks first, then local ranks or this rank. Must not know how answers are made or scored."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from megatron_sts.config.run_folder import checkpoint_of
+from megatron_sts.convert.folder import is_weights_folder
+from megatron_sts.data.records import Record
+from megatron_sts.data.shards import write_atomically
+from megatron_sts.evaluate.benchmarks.journal import claim
+from megatron_sts.evaluate.benchmarks.registry import read_exams
+from megatron_sts.evaluate.load import resolve_source
+from megatron_sts.evaluate.metrics import Metrics
+from megatron_sts.train import environment, failure
+
+MICRO_BATCHES_AT_ONCE = 8
+"""Of each data-parallel rank, between two writes of answers; pipeline ranks work on them side by side."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks of which checkpoint."""
+
+    source: Path
+    overrides: Sequence[str]
+    benchmarks: Sequence[str]
+    """NAME=PATH each."""
+    images: Sequence[str]
+    """NAME=DIR each."""
+    out: Path | None
+    max_new_tokens: int
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """A folder of weights, or a checkpoint: the newest of a run."""
+        return self.source if is_weights_folder(self.source) else checkpoint_of(self.source)
+
+    @property
+    def folder(self) -> Path:
+        """Where answers and results go: ``out``, RUN_DIR/eval/CHECKPOINT, or ``eval`` in a folder of weights."""
+        if self.out is not None:
+            return self.out
+        if is_weights_folder(self.source):
+            return self.source / "eval"
+        return self.checkpoint.parents[1] / "eval" / self.checkpoint.name
+
+    def argv(self) -> list[str]:
+        """The command line that a local rank is started with."""
+        options = [
+            *(f"--benchmark={word}" for word in self.benchmarks),
+            *(f"--images={word}" for word in self.images),
+            f"--out={self.folder}",
+            f"--max-new-tokens={self.max_new_tokens}",
+        ]
+        return ["eval", str(self.checkpoint), *self.overrides, *options]
+
+
+def evaluate(asked: Asked, nproc: int | None) -> int:
+    """Check benchmarks and checkpoint before anything is started, then ask on local ranks or as this rank."""
+    rank = environment.rank_from(os.environ)
+    if rank is None:
+        read_exams(asked.benchmarks, asked.images)
+        resolved = resolve_source(asked.source, asked.overrides, nproc)
+        from megatron_sts.train.launch import launch_local
+
+        return launch_local(asked.argv(), resolved.world_size)
+    environment.join(rank, os.environ)
+    status = run_rank(asked)
+    return failure.leave(status) if status else 0
+
+
+def run_rank(asked: Asked) -> int:
+    """This process is one rank: ask, and leave what went wrong where the launcher finds it."""
+    try:
+        _run(asked)
+    except Exception as error:
+        return failure.report(error)
+    return 0
+
+
+def _run(asked: Asked) -> None:
+    from megatron_sts.evaluate.benchmarks.runner import run_exams
+    from megatron_sts.evaluate.benchmarks.tables import print_tables
+    from megatron_sts.evaluate.generate import Generator, Request
+    from megatron_sts.evaluate.load import load_for_inference
+    from megatron_sts.runtime.dist import is_rank_zero, process_group
+
+    resolved = resolve_source(asked.checkpoint, asked.overrides, int(os.environ["WORLD_SIZE"]))
+    exams = read_exams(asked.benchmarks, asked.images)
+    num_at_once = MICRO_BATCHES_AT_ONCE * resolved.data_parallel_size * resolved.config.evaluation.micro_batch_size
+    with process_group(resolved.config.parallel.timeout_s):
+        if is_rank_zero():
+            claim(asked.folder, _settings(asked))
+        generator = Generator(*load_for_inference(asked.checkpoint, resolved))
+
+        def ask(records: Sequence[Record]) -> list[str]:
+            return generator.generate([Request(record, asked.max_new_tokens) for record in records])
+
+        results = run_exams(exams, ask, asked.folder, num_at_once)
+        if is_rank_zero():
+            print_tables(results)
+            _write(results, asked.folder)
+
+
+def _write(results: Sequence[Metrics], folder: Path) -> None:
+    """A JSON a benchmark; images that are not there are named in it."""
+    for result in results:
+        path = folder / f"{result['benchmark']}.json"
+        write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        num_missing = len(result["missing_images"])
+        print(f"{path}: {num_missing} images are missing, see missing_images" if num_missing else path)
+
+
+def _settings(asked: Asked) -> dict[str, object]:
+    """What decides the answers. The parallel layout does not, beyond rounding."""
+    free = ("parallel.", "evaluation.")
+    overrides = sorted(word for word in asked.overrides if not word.startswith(free))
+    return {
+        "checkpoint": str(asked.checkpoint.resolve()),
+        "max_new_tokens": asked.max_new_tokens,
+        "overrides": overrides,
+    }

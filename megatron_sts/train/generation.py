@@ -1,0 +1,83 @@
+"""``megatron-sts generate``: one answer, printed; in this process, on local ranks, or as this rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.data.image import decode_image
+from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
+from megatron_sts.evaluate.generate import Generator, Request, Sampling
+from megatron_sts.evaluate.load import load_for_inference, resolve_source
+from megatron_sts.mcore.checkpoint import CheckpointError
+from megatron_sts.runtime.dist import is_rank_zero, process_group
+from megatron_sts.train import environment, failure
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a command asks of which model."""
+
+    source: Path
+    overrides: Sequence[str]
+    prompt: str
+    images: Sequence[Path]
+    max_new_tokens: int
+    stop: Sequence[str]
+    sampling: Sampling
+    compress: bool
+    """Whether images go through VTC."""
+
+    @property
+    def record(self) -> Record:
+        """The question; images that the prompt has no marker for come first."""
+        num_unmarked = len(self.images) - self.prompt.count(IMAGE_MARKER)
+        text = " ".join([*[IMAGE_MARKER] * num_unmarked, self.prompt])
+        return Record("--prompt", (Turn("user", text),), tuple(partial(decode_image, path) for path in self.images))
+
+
+def generate(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
+    """Check everything before anything is started, then answer. ``argv``: the command line for local ranks."""
+    for path in asked.images:
+        if not path.is_file():
+            refuse("--image", path, "no such file", "correct it")
+    rank = environment.rank_from(os.environ)
+    resolved = resolve_source(asked.source, asked.overrides, nproc if rank is None else rank.world_size)
+    if rank is not None:
+        environment.join(rank, os.environ)
+        status = run_rank(asked)
+        return failure.leave(status) if status else 0
+    if resolved.world_size > 1:
+        from megatron_sts.train.launch import launch_local
+
+        return launch_local(argv, resolved.world_size)
+    try:
+        answer(asked, 1)
+    except (BadSampleError, CheckpointError) as error:
+        raise ConfigError(str(error)) from error
+    return 0
+
+
+def run_rank(asked: Asked) -> int:
+    """This process is one rank: answer, and leave what went wrong where the launcher finds it."""
+    try:
+        answer(asked, int(os.environ["WORLD_SIZE"]))
+    except Exception as error:
+        return failure.report(error)
+    return 0
+
+
+def answer(asked: Asked, world_size: int) -> None:
+    """Loads the model and prints its answer on rank 0; a collective."""
+    resolved = resolve_source(asked.source, asked.overrides, world_size)
+    with process_group(resolved.config.parallel.timeout_s):
+        generator = Generator(*load_for_inference(asked.source, resolved), compress=asked.compress)
+        request = Request(asked.record, asked.max_new_tokens, tuple(asked.stop))
+        [text] = generator.generate([request], asked.sampling)
+        if is_rank_zero():
+            print(text.strip(), flush=True)

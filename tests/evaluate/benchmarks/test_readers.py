@@ -1,0 +1,189 @@
+"""Each benchmark is read from files in the official format, and asked with LLaVA-1.5's prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_sts.config.checks import EVALUATION_FAMILIES
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.evaluate.benchmarks.registry import Exam, read_exams
+from tests.evaluate.benchmarks import official_files
+
+
+def read(name: str, folder: Path) -> Exam:
+    [exam] = read_exams([f"{name}={folder}"], [])
+    return exam
+
+
+def test_gqa(tmp_path: Path) -> None:
+    exam = read("gqa", official_files.gqa(tmp_path))
+    assert [question.key for question in exam.questions] == ["201307251", "201640614", "202225914", "20602949"]
+    question = exam.questions[1]
+    assert question.prompt == "Who is wearing the dress?\nAnswer the question using a single word or phrase."
+    assert question.image == tmp_path / "images" / "n235859.jpg"
+    assert question.references == ("woman",)
+    assert question.groups == {"structural": ("query",), "semantic": ("relation",), "answer": ("open",)}
+    assert [question.family for question in exam.questions] == ["scene", "relation", "attribute", "attribute"]
+
+
+def test_gqa_reads_a_named_split(tmp_path: Path) -> None:
+    official_files.gqa(tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").rename(tmp_path / "val_balanced_questions.json")
+    assert len(read("gqa", tmp_path / "val_balanced_questions.json").questions) == 4
+
+
+def test_vqav2(tmp_path: Path) -> None:
+    questions = read("vqav2", official_files.vqav2(tmp_path)).questions
+    assert [question.family for question in questions] == ["other", "counting", "ocr", "yes/no"]
+    where = questions[0]
+    assert where.key == "262148000"
+    assert where.prompt == "Where is he looking?\nAnswer the question using a single word or phrase."
+    assert where.image == tmp_path / "val2014" / "COCO_val2014_000000262148.jpg"
+    assert where.references == ("down",) * 7 + ("at table",) * 3
+    assert where.groups == {"answer_type": ("other",), "question_type": ("none of the above",)}
+
+
+def test_scienceqa(tmp_path: Path) -> None:
+    questions = {question.key: question for question in read("scienceqa", official_files.scienceqa(tmp_path)).questions}
+    assert list(questions) == ["11", "22", "33", "44"]
+    letter = "\nAnswer with the option's letter from the given choices directly."
+    assert questions["11"].prompt == f"What is the colony?\nA. Maryland\nB. Ohio\nC. Utah{letter}"
+    hinted = f"Context: Select the better answer.\nWhat do they share?\nA. hard\nB. bendable{letter}"
+    assert questions["33"].prompt == hinted
+    assert questions["33"].image == tmp_path / "images" / "test" / "33" / "image.png"
+    assert questions["33"].references == ("B",)
+    assert questions["22"].image is None
+    contexts = {key: question.groups["context"] for key, question in questions.items()}
+    assert contexts == {"11": ("IMG",), "22": ("NO",), "33": ("TXT", "IMG"), "44": ("TXT",)}
+    assert [question.groups["subject"] for question in questions.values()] == [("SOC",), ("LAN",), ("NAT",), ("NAT",)]
+    assert [question.groups["grade"][0] for question in questions.values()] == ["G1-6", "G7-12", "G1-6", "G7-12"]
+    assert [question.key for question in read("scienceqa_img", tmp_path).questions] == ["11", "33"]
+
+
+def test_pope(tmp_path: Path) -> None:
+    questions = read("pope", official_files.pope(tmp_path)).questions
+    assert len(questions) == 12 and len({question.key for question in questions}) == 12
+    assert questions[0].prompt == (
+        "Is there a snowboard in the image?\nAnswer the question using a single word or phrase."
+    )
+    assert questions[0].references == ("yes",)
+    assert [question.groups["split"][0] for question in questions[::4]] == ["random", "popular", "adversarial"]
+    assert {question.family for question in questions} == {"existence"}
+
+
+def test_pope_with_one_split(tmp_path: Path) -> None:
+    assert len(read("pope", official_files.pope(tmp_path, ("popular",))).questions) == 4
+
+
+def test_mme_in_both_layouts(tmp_path: Path) -> None:
+    questions = {question.key: question for question in read("mme", official_files.mme(tmp_path)).questions}
+    assert len(questions) == 16
+    beside, apart = questions["code_reasoning/0002/0"], questions["artwork/0001/1"]
+    assert beside.prompt == "Is it code_reasoning 2?\nAnswer the question using a single word or phrase."
+    assert beside.image == tmp_path / "code_reasoning" / "0002.png"
+    assert beside.references == ("yes",)
+    assert apart.image == tmp_path / "artwork" / "images" / "0001.jpg"
+    assert apart.references == ("no",)
+    assert apart.groups == {"subtask": ("artwork",), "image": ("artwork/0001",)}
+    families = {question.family for question in questions.values()}
+    assert families == {"counting", "ocr", "artwork", "code_reasoning"}
+
+
+def test_scenes() -> None:
+    [exam] = read_exams(["scenes"], [])
+    assert len(exam.questions) == len({question.key for question in exam.questions}) == 7 * 504
+    assert {question.family for question in exam.questions} == set(EVALUATION_FAMILIES)
+    assert exam.questions[0].record().images[0]().shape[2] == 3
+
+
+def test_the_image_comes_first(tmp_path: Path) -> None:
+    exam = read("scienceqa", official_files.scienceqa(tmp_path))
+    seen, unseen = exam.questions[0].record(), exam.questions[1].record()
+    assert [turn.text for turn in seen.turns] == [f"<image>\n{exam.questions[0].prompt}"]
+    assert [image().shape for image in seen.images] == [(32, 48, 3)]
+    assert unseen.turns[0].text == exam.questions[1].prompt and not unseen.images
+
+
+def test_images_elsewhere(tmp_path: Path) -> None:
+    official_files.pope(tmp_path / "pope")
+    (tmp_path / "pope" / "val2014").rename(tmp_path / "coco")
+    [exam] = read_exams([f"pope={tmp_path / 'pope'}"], [f"pope={tmp_path / 'coco'}"])
+    assert exam.questions[0].image == tmp_path / "coco" / "COCO_val2014_000000310196.jpg"
+
+
+def test_missing_images_are_counted_and_listed(tmp_path: Path) -> None:
+    lost = official_files.gqa(tmp_path) / "images" / "n336443.jpg"
+    lost.unlink()
+    exam = read("gqa", tmp_path)
+    assert [question.key for question in exam.questions] == ["201307251", "201640614"]
+    assert exam.missing == [lost] and exam.num_left_out == 2
+
+
+def break_nothing(folder: Path) -> None:
+    official_files.gqa(folder)
+
+
+def lose_questions(folder: Path) -> None:
+    (official_files.gqa(folder) / "testdev_balanced_questions.json").unlink()
+
+
+def lose_images(folder: Path) -> None:
+    for image in (official_files.gqa(folder) / "images").iterdir():
+        image.unlink()
+
+
+def another_format(folder: Path) -> None:
+    (official_files.gqa(folder) / "testdev_balanced_questions.json").write_text(json.dumps({"1": {"question": "?"}}))
+
+
+def not_json(folder: Path) -> None:
+    (official_files.gqa(folder) / "testdev_balanced_questions.json").write_text("{")
+
+
+def no_balanced_question(folder: Path) -> None:
+    (official_files.gqa(folder) / "testdev_balanced_questions.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "benchmarks", "images", "said"),
+    [
+        (break_nothing, ["gqb=DIR"], [], "gqa, vqav2, scienceqa, scienceqa_img, pope, mme, scenes"),
+        (break_nothing, ["gqa"], [], "--benchmark gqa=PATH"),
+        (break_nothing, ["gqa=DIR", "gqa=DIR"], [], "twice"),
+        (break_nothing, ["scenes=DIR"], [], "write --benchmark scenes"),
+        (break_nothing, ["gqa=DIR"], ["pope=DIR"], "add --benchmark pope=PATH"),
+        (break_nothing, ["pope=DIR"], [], "coco_pope_random.json"),
+        (break_nothing, ["mme=DIR"], [], "no subtask of MME"),
+        (break_nothing, ["vqav2=DIR"], [], "v2_OpenEnded_mscoco_val2014_questions.json: no such file"),
+        (lose_questions, ["gqa=DIR"], [], "testdev_balanced_questions.json: no such file"),
+        (lose_images, ["gqa=DIR"], [], "none of its 3 images is there"),
+        (another_format, ["gqa=DIR"], [], "KeyError"),
+        (not_json, ["gqa=DIR"], [], "JSONDecodeError"),
+        (no_balanced_question, ["gqa=DIR"], [], "has no question"),
+    ],
+)
+def test_refusals(
+    prepare: Callable[[Path], None], benchmarks: list[str], images: list[str], said: str, tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        read_exams(*([word.replace("DIR", str(tmp_path)) for word in words] for words in (benchmarks, images)))
+    assert said in str(caught.value)
+
+
+def test_a_question_without_annotation_is_refused(tmp_path: Path) -> None:
+    path = official_files.vqav2(tmp_path) / "v2_mscoco_val2014_annotations.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"annotations": content["annotations"][1:]}))
+    with pytest.raises(ConfigError, match=r"v2_mscoco_val2014_annotations\.json.*KeyError: 393225001"):
+        read("vqav2", tmp_path)
+
+
+def test_an_mme_image_with_one_question_is_refused(tmp_path: Path) -> None:
+    (official_files.mme(tmp_path) / "OCR" / "0001.txt").write_text("Is it? Please answer yes or no.\tYes\n")
+    with pytest.raises(ConfigError, match=r"0001\.txt.*two lines"):
+        read("mme", tmp_path)
