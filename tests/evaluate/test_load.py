@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.precision import PrecisionConfig
+from megatron_sts.config.run_folder import CONFIG
 from megatron_sts.convert import hf_to_sts
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import Record, Turn
@@ -106,6 +111,17 @@ def test_layouts_and_copies_suit_the_ranks(run_dir: Path) -> None:
     assert resolve_source(run_dir, world_size=3).data_parallel_size == 3
     with pytest.raises(ConfigError, match="nowhere"):
         resolve_source(run_dir / "nowhere")
+
+
+def test_settings_of_fp8_training_are_left_behind(run_dir: Path, tmp_path: Path) -> None:
+    """One token at a time has no aligned rows, and the machine at hand may have no FP8."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = tmp_path / "run" / CONFIG
+    trained = {"params": "bf16", "fp8": "delayed", "amax_history_len": 16}
+    written = yaml.safe_load(config.read_text()) | {"precision": trained, "kernels": {"optimizer": "apex"}}
+    config.write_text(yaml.safe_dump(written))
+    found = resolve_source(tmp_path / "run").config
+    assert (found.precision, found.kernels) == (PrecisionConfig(params="bf16"), KernelsConfig())
 
 
 @pytest.fixture(scope="module")
