@@ -107,6 +107,8 @@ def _of_weights(source: Path) -> RunConfig:
     parts = read_sections(source)
     if "language" not in parts:
         raise ConfigError(f"{source}: holds no language model, but only {', '.join(parts)}; give a whole model")
+    if "vision" in parts and "projector" not in parts:
+        raise ConfigError(f"{source}: holds two halves without a projector between them; train one first")
     data = {"mode": "words", "tokenizer": str(source), "template": likely_template(source)}
     config = load(source, defaults={"model": {"vision": None}, "data": data, "stages": [UNTRAINED]})
     return config.model_copy(update={"model": _with_init(config.model, dict.fromkeys(parts, str(source)))})
@@ -124,9 +126,7 @@ def likely_template(folder: Path) -> TemplateName:
 
 def _with_init(model: ModelConfig, init: dict[Part, str]) -> ModelConfig:
     """The same model, with these weights to start from; other parts: none."""
-    changed = {
-        part: section.model_copy(update={"init": init.get(part)})
-        for part in ("vision", "projector", "language")
-        if (section := getattr(model, part)) is not None
+    changed: dict[str, Any] = {
+        part: getattr(model, part).model_copy(update={"init": init.get(part)}) for part in model.parts
     }
     return model.model_copy(update=changed)

@@ -30,6 +30,8 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.runtime.dist import process_group
+from megatron_sts.runtime.stored import StoredTensors
+from tests.convert.hf_models import write
 from tests.data.small_tokenizers import vicuna_like
 from tests.parity.hf import hf_clip, hf_decoder, hf_projector
 from tests.parity.llava import hf_answer, hf_llava
@@ -71,6 +73,28 @@ def test_weights_are_those_of_the_checkpoint(run_dir: Path, name: str) -> None:
     assert found.keys() == saved.shapes.keys()
     for name, weight in found.items():
         assert torch.equal(weight, saved.read(name).view_as(weight)), name
+
+
+def test_every_part_comes_from_the_weights_folder(tmp_path: Path) -> None:
+    hf_to_sts.convert(hf_to_sts.whole(write("blip-2", tmp_path / "hf")), tmp_path / "sts")
+    vicuna_like(tmp_path / "sts", legacy=False)
+    resolved = resolve_source(tmp_path / "sts")
+    with process_group(60.0):
+        _, _, chunks, _ = load_for_inference(tmp_path / "sts", resolved)
+        found = {name: weight.detach().clone() for name, weight in named_weights(chunks)}
+        groups.destroy()
+    stored = StoredTensors(tmp_path / "sts")
+    assert {name.split(".")[0] for name in found} == {"vision", "qformer", "projector", "language"}
+    for name, weight in found.items():
+        whole = stored.read(name)
+        assert torch.equal(weight[: len(whole)].view_as(whole), whole), name
+
+
+def test_two_halves_are_not_asked(tmp_path: Path) -> None:
+    halves = [write(name, tmp_path / name) for name in ("clip", "llama")]
+    hf_to_sts.convert(hf_to_sts.two_halves(*halves), tmp_path / "sts")
+    with pytest.raises(ConfigError, match="two halves without a projector"):
+        resolve_source(tmp_path / "sts")
 
 
 def test_the_command_says_the_same_on_one_rank_and_on_two(run_dir: Path, picture: Path) -> None:
