@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.architecture_checks import check_architecture
 from megatron_sts.config.errors import refuse
+from megatron_sts.config.precision_checks import check_precision
 from megatron_sts.config.schema import (
     DataConfig,
     ParallelConfig,
@@ -32,7 +33,7 @@ def check_run(config: RunConfig) -> None:
     check_architecture(config.model)
     check_tensor_parallel(config)
     check_parallel(config)
-    check_fp8(config)
+    check_precision(config)
     check_evaluation(config)
     if config.data != DataConfig() and all(stage.data is not None for stage in config.stages):
         refuse("data", f"{{source: {config.data.source}, ...}}", "every stage has data of its own, so nothing reads it",
@@ -138,36 +139,6 @@ def check_layout(num_layers: int, parallel: ParallelConfig) -> None:
             f"holds {sum(parallel.layout)} layers, model.language.num_layers={num_layers}",
             "give numbers that add up to it",
         )
-
-
-def check_fp8(config: RunConfig) -> None:
-    """FP8 matrix products of the decoder need every local width to be a multiple of 16 (mxfp8: 32)."""
-    multiple = fp8_alignment(config.precision.fp8)
-    language, size = config.model.language, config.parallel.tensor_model_parallel_size
-    channels = language.kv_channels or language.hidden_size // language.num_attention_heads
-    groups = language.num_query_groups or language.num_attention_heads
-    local = {
-        "model.language.hidden_size": (language.hidden_size, language.hidden_size),
-        "model.language.ffn_hidden_size": (language.ffn_hidden_size, language.ffn_hidden_size // size),
-        "model.language.num_attention_heads": (
-            language.num_attention_heads,
-            language.num_attention_heads * channels // size,
-        ),
-        "model.language.num_query_groups": (groups, groups * channels // size),
-    }
-    for field, (value, width) in local.items():
-        if width % multiple:
-            refuse(
-                field,
-                value,
-                f"FP8 needs local widths that are multiples of {multiple}, this one is {width}",
-                "change it, or set precision.fp8=off",
-            )
-
-
-def fp8_alignment(fp8: str) -> int:
-    """Elements that every dimension of an FP8 operand must be a multiple of (Transformer Engine); 1 without FP8."""
-    return {"off": 1, "mxfp8": 32}.get(fp8, 16)
 
 
 def check_evaluation(config: RunConfig) -> None:

@@ -17,14 +17,8 @@ EMBEDDED_WEIGHTS = {"vision": "tiny/vision", "language": "tiny/language"}
 
 def missing_files(config: RunConfig) -> Iterator[str]:
     """One line for each field whose weights or tokenizer are not there."""
-    model = config.model
-    inits = {
-        "vision": None if model.vision is None else model.vision.init,
-        "projector": model.projector.init,
-        "language": model.language.init,
-    }
-    for part, init in inits.items():
-        embedded = EMBEDDED_WEIGHTS.get(part)
+    for part in config.model.parts:
+        init, embedded = getattr(config.model, part).init, EMBEDDED_WEIGHTS.get(part)
         if init is not None and init != embedded and not Path(init).exists():
             remedies = f"{embedded} or null" if embedded else "null"
             yield f"model.{part}.init={init}: no such file or folder; correct it, or use {remedies}"

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_sts.config.alignment import sequence_multiple, visual_multiple
 from megatron_sts.config.architecture import ModelConfig
-from megatron_sts.config.checks import check_run, fp8_alignment
+from megatron_sts.config.checks import check_run
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.schema import (
     DataConfig,
     ParallelConfig,
-    PrecisionConfig,
     RunConfig,
     StageConfig,
 )
@@ -178,17 +178,6 @@ def can_interleave(resolved: Resolved) -> bool:
     )
 
 
-def sequence_multiple(parallel: ParallelConfig, precision: PrecisionConfig) -> int:
-    """Tokens a padded sequence is a multiple of.
-
-    Sequence parallelism gives every tensor rank an equal shard, context parallelism gives every context rank two
-    equal pieces (one from either end, to balance causal attention), and FP8 needs every shard aligned.
-    """
-    context = parallel.context_parallel_size
-    shards = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-    return shards * math.lcm(2 if context > 1 else 1, fp8_alignment(precision.fp8))
-
-
 def count_samples(data: DataConfig) -> int:
     """Samples of one epoch of ``data``."""
     if data.source == "scenes":
@@ -257,8 +246,8 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         refuse("data.path", data.path, "holds no samples", "use a file that does")
     tokens_in = _visual_tokens(config.model)
     multiple = sequence_multiple(config.parallel, config.precision)
-    visual_multiple = fp8_alignment(config.precision.fp8)
-    check_kept(stage, tokens_in, visual_multiple)
+    of_visual = visual_multiple(config.precision)
+    check_kept(stage, tokens_in, of_visual)
     uncompressed = stage.batch.sequence_length
     if config.model.vision is not None and uncompressed < (needed := stage.batch.max_images * tokens_in + 2):
         refuse(
@@ -277,7 +266,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         visual_tokens_in=tokens_in,
         uncompressed=TokenCounts(visual_tokens_out=(tokens_in,), sequence_length=round_up(uncompressed, multiple)),
         token_multiple=multiple,
-        visual_multiple=visual_multiple,
+        visual_multiple=of_visual,
     )
 
 

@@ -1,7 +1,7 @@
 """What a user may write in a config file. Torch-free; knows nothing of how a value is used.
 
 Every model is frozen and refuses unknown keys. Values that follow from others are not here: see
-``resolve.py``. The ``model`` section is in ``architecture.py``.
+``resolve.py``. The sections ``model``, ``precision`` and ``kernels`` are in files of their own.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from megatron_sts.config.architecture import ModelConfig, Part
+from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.section import Fraction, NonNegativeInt, PositiveInt, Ratio, Section
 
 TemplateName = Literal["chat", "plain", "vicuna_v1", "llama3", "chatml"]
@@ -43,19 +45,6 @@ class ParallelConfig(Section):
     """Activation recomputation in the decoder."""
     timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """A collective that waits longer than this fails on every rank instead of hanging."""
-
-
-class PrecisionConfig(Section):
-    """Number formats of parameters and matrix products."""
-
-    params: Literal["fp32", "bf16"] = "fp32"
-    fp8: Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8"] = "off"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yaml_off(cls, data: object) -> object:
-        # YAML 1.1 reads a bare `off` as False.
-        return {**data, "fp8": "off"} if isinstance(data, dict) and data.get("fp8") is False else data
 
 
 class DataConfig(Section):
@@ -271,6 +260,7 @@ class RunConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()
+    kernels: KernelsConfig = KernelsConfig()
     data: DataConfig = DataConfig()
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()

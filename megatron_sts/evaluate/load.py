@@ -10,7 +10,9 @@ import torch
 
 from megatron_sts.config.architecture import ModelConfig, Part
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.load import load, override
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import COMPLETE, CONFIG, STATE, checkpoint_of, config_of
 from megatron_sts.config.schema import BatchConfig, DataConfig, ParallelConfig, RunConfig, TemplateName
@@ -92,7 +94,8 @@ def _of_run(source: Path) -> RunConfig:
         update={
             "model": _with_init(config.model, {}),
             "parallel": ParallelConfig(),
-            "precision": config.precision.model_copy(update={"fp8": "off"}),
+            "precision": PrecisionConfig(params=config.precision.params),
+            "kernels": KernelsConfig(),
             "data": DataConfig(mode="words", tokenizer=data.tokenizer, template=data.template),
             "stages": (stage,),
         }
@@ -104,6 +107,8 @@ def _of_weights(source: Path) -> RunConfig:
     parts = read_sections(source)
     if "language" not in parts:
         raise ConfigError(f"{source}: holds no language model, but only {', '.join(parts)}; give a whole model")
+    if "vision" in parts and "projector" not in parts:
+        raise ConfigError(f"{source}: holds two halves without a projector between them; train one first")
     data = {"mode": "words", "tokenizer": str(source), "template": likely_template(source)}
     config = load(source, defaults={"model": {"vision": None}, "data": data, "stages": [UNTRAINED]})
     return config.model_copy(update={"model": _with_init(config.model, dict.fromkeys(parts, str(source)))})
@@ -121,9 +126,7 @@ def likely_template(folder: Path) -> TemplateName:
 
 def _with_init(model: ModelConfig, init: dict[Part, str]) -> ModelConfig:
     """The same model, with these weights to start from; other parts: none."""
-    changed = {
-        part: section.model_copy(update={"init": init.get(part)})
-        for part in ("vision", "projector", "language")
-        if (section := getattr(model, part)) is not None
+    changed: dict[str, Any] = {
+        part: getattr(model, part).model_copy(update={"init": init.get(part)}) for part in model.parts
     }
     return model.model_copy(update=changed)

@@ -12,7 +12,8 @@ import torch
 from rich.progress import Progress
 from torch import distributed as dist
 
-from megatron_sts.config.resolve import Resolved, ResolvedStage, sequence_multiple
+from megatron_sts.config.alignment import sequence_multiple
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import DataConfig, EvaluationConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn

@@ -19,6 +19,8 @@ class SkipGate:
     def __init__(self) -> None:
         self.num_runs: Counter[int] = Counter()
         """How often each decoder layer of this rank ran forward since ``set``, recomputation not counted."""
+        self.has_started = False
+        """Whether any step has begun: since this process started, not since the run did."""
         self._mask: SkipMask | None = None
         self._row: Sequence[bool] | None = None
         self._residual_scales: Sequence[float] | None = None
@@ -27,6 +29,7 @@ class SkipGate:
         """``residual_scales``: for each layer, what its contribution to the residual stream is multiplied by; None: 1."""
         self._mask, self._row, self._residual_scales = mask, mask.row(0), residual_scales
         self.num_runs.clear()
+        self.has_started = True
 
     def enter(self, microbatch: int) -> None:
         """The forward passes that follow are of this micro-batch (0-based within the step)."""

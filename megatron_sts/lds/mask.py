@@ -48,6 +48,11 @@ class SkipMask:
         """Layers skipped, in the mean over micro-batches."""
         return sum(map(sum, self.rows)) / len(self.rows)
 
+    def running_all_first(self, num_microbatches: int) -> SkipMask:
+        """The same, but for the step's first micro-batch, which runs every layer."""
+        rows = [(False,) * self.num_layers, *(self.row(microbatch) for microbatch in range(1, num_microbatches))]
+        return SkipMask(self.stage, self.step, tuple(rows))
+
     @property
     def digest(self) -> str:
         """16 hex digits of SHA-256 over stage, step and bits, for logs and comparisons."""

@@ -8,9 +8,12 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.mcore.layer import has_transformer_engine
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.kernels import ENGINE
+from megatron_sts.runtime.probe import kernels_for
 
 PARAMS_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,7 +38,7 @@ def _common(resolved: Resolved) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "calculate_per_token_loss": True,
-        "gradient_accumulation_fusion": False,
+        "gradient_accumulation_fusion": kernels_for(resolved.config).gradient_accumulation_fusion != "off",
         "use_cpu_initialization": not current_device().is_cuda,
     }
 
@@ -44,13 +47,11 @@ def language_config(resolved: Resolved) -> TransformerConfig:
     """The decoder: RMSNorm, SwiGLU, no biases but those of QKV, the run's tensor, pipeline and sequence parallelism."""
     language, parallel, precision = resolved.config.model.language, resolved.config.parallel, resolved.config.precision
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    fp8 = {} if precision.fp8 == "off" else {"fp8": "hybrid", "fp8_recipe": precision.fp8}
+    settings = _common(resolved) | _kernel_settings(resolved.config) | _fp8_settings(precision)
+    if parallel.recompute == "selective":  # full: the layer's own
+        settings["recompute_granularity"] = "selective"
     return TransformerConfig(
-        **_common(resolved),
-        **(
-            {"recompute_granularity": "selective"} if parallel.recompute == "selective" else {}
-        ),  # full: the layer's own
-        **fp8,
+        **settings,
         num_layers=language.num_layers,
         hidden_size=language.hidden_size,
         num_attention_heads=language.num_attention_heads,
@@ -61,7 +62,6 @@ def language_config(resolved: Resolved) -> TransformerConfig:
         layernorm_epsilon=language.norm_epsilon,
         gated_linear_unit=True,
         activation_func=F.silu,
-        use_te_activation_func=not has_transformer_engine(),  # or rather: a module's, which is then ``torch_ops.SwiGlu``
         add_bias_linear=False,
         add_qkv_bias=language.add_qkv_bias,
         init_method_std=language.init_std,
@@ -76,6 +76,32 @@ def language_config(resolved: Resolved) -> TransformerConfig:
         batch_p2p_comm=not (interleaved and parallel.overlap_p2p_comm),
         deallocate_pipeline_outputs=True,
     )
+
+
+def _kernel_settings(config: RunConfig) -> dict[str, Any]:
+    kernels = kernels_for(config)
+    return {
+        "transformer_impl": "transformer_engine" if kernels.linear == ENGINE else "local",
+        "use_te_activation_func": kernels.linear != ENGINE,  # or rather: a module's, which is then ``torch_ops.SwiGlu``
+        "cross_entropy_loss_fusion": kernels.cross_entropy == "megatron-core, fused",
+    }
+
+
+def _fp8_settings(precision: PrecisionConfig) -> dict[str, Any]:
+    """Of Transformer Engine's recipes; emulation is in the layer spec."""
+    if precision.engine_recipe is None:
+        return {}
+    count = precision.first_last_layers_bf16
+    return {
+        "fp8": precision.format,
+        "fp8_recipe": precision.engine_recipe,
+        "fp8_param": precision.fp8_params,
+        "fp8_amax_history_len": precision.amax_history_len,
+        "fp8_amax_compute_algo": precision.amax_compute_algo,
+        "first_last_layers_bf16": count > 0,
+        "num_layers_at_start_in_bf16": count,
+        "num_layers_at_end_in_bf16": count,
+    }
 
 
 def _pipeline_layout(resolved: Resolved) -> list[list[str]]:

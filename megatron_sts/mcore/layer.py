@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore.fp8 import fp8_unless_few
 
 
 class SkippableTransformerLayer(TransformerLayer):
@@ -26,10 +26,13 @@ class SkippableTransformerLayer(TransformerLayer):
     ``recompute_granularity="full"`` does, but within the layer: the gate is asked once, in the forward pass.
     """
 
-    def __init__(self, *args: Any, gate: SkipGate, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, gate: SkipGate, recompute: bool = False, min_tokens_for_fp8: int = 0, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self.gate = gate
         self.recompute = recompute
+        self.min_tokens_for_fp8 = min_tokens_for_fp8
         for parameter in self.parameters():
             # Lets buckets and optimizer find what a skipped layer owns, after any wrapping and sharding.
             parameter.decoder_layer = self.layer
@@ -45,11 +48,17 @@ class SkippableTransformerLayer(TransformerLayer):
             return hidden_states, kwargs.get("context")
         self.gate.num_runs[self.layer] += 1
         run = partial(super().forward, **kwargs)
-        output, context = (
-            self._recomputed(run, hidden_states) if self.recompute and self.training else run(hidden_states)
-        )
+        with fp8_unless_few(self.config, self._num_tokens(hidden_states), self.min_tokens_for_fp8):
+            output, context = (
+                self._recomputed(run, hidden_states) if self.recompute and self.training else run(hidden_states)
+            )
         scale = self.gate.residual_scale(self.layer)
         return output if scale == 1 else torch.lerp(hidden_states, output, scale), context
+
+    def _num_tokens(self, hidden_states: torch.Tensor) -> int:
+        """Rows of the layer's matrix products: under sequence parallelism the shards of all tensor-parallel ranks."""
+        shards = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        return hidden_states.shape[0] * hidden_states.shape[1] * shards
 
     def _recomputed(self, run: Callable[..., Any], hidden_states: torch.Tensor) -> Any:
         if self.config.fp8:
@@ -110,12 +119,3 @@ class SdpaCoreAttention(torch.nn.Module):
             enable_gqa=key.shape[2] != heads,
         )
         return attended.permute(2, 0, 1, 3).reshape(sequence, batch, -1)
-
-
-@functools.cache
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine's modules can be used here: it imports, and there is a CUDA device to run on."""
-    from megatron_sts.runtime.device import current_device
-    from megatron_sts.runtime.probe import transformer_engine_status
-
-    return current_device().is_cuda and transformer_engine_status()[0]

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from megatron.core import optimizer as core_optimizer
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
@@ -21,6 +22,8 @@ from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.frozen import leaving_out, param_pairs
 from megatron_sts.mcore.pipeline import unwrap
 from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.kernels import APEX, ENGINE, TORCH, Library
+from megatron_sts.runtime.probe import kernels_for
 
 
 def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) -> list[LayerDataParallel]:
@@ -32,8 +35,20 @@ def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) ->
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         grad_reduce_in_fp32=True,
+        fp8_param_gather=resolved.config.precision.fp8_params,
     )
     return [LayerDataParallel(unwrap(chunk).config, ddp_config, chunk) for chunk in chunks]
+
+
+def _use_adam(library: Library) -> None:
+    """megatron-core takes the first Adam that imports, be there a GPU for it or not; this takes the one that was chosen."""
+    if library == ENGINE:
+        from transformer_engine.pytorch.optimizers import FusedAdam
+    elif library == APEX:
+        from apex.optimizers import FusedAdam
+    else:
+        FusedAdam = torch.optim.AdamW
+    core_optimizer.Adam, core_optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, library == TORCH
 
 
 def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
@@ -58,6 +73,8 @@ class StageOptimizer:
         self._chunks = chunks
         self._clip_grad = settings.clip_grad
         self._freeze_skipped = stage.config.lds is not None and stage.config.lds.skipped_update == "freeze"
+        kernels = kernels_for(resolved.config)
+        _use_adam(kernels.optimizer)
         self.optimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -71,6 +88,7 @@ class StageOptimizer:
                 bf16=dtype is torch.bfloat16,
                 params_dtype=dtype,
                 use_distributed_optimizer=resolved.config.parallel.use_distributed_optimizer,
+                fp8_recipe=resolved.config.precision.engine_recipe,
             ),
             list(chunks),
         )

@@ -6,20 +6,22 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.mcore.layer import has_transformer_engine
+from megatron_sts.runtime.kernels import ENGINE
+from megatron_sts.runtime.probe import kernels_for
 
 
-def attention_within(segments: torch.Tensor | None) -> dict[str, Any]:
+def attention_within(segments: torch.Tensor | None, config: TransformerConfig) -> dict[str, Any]:
     """What ``GPTModel`` is called with so that tokens attend within their segment, ``segments`` [b, s] or None.
 
     Transformer Engine takes the ends of the segments and computes nothing between them; torch's attention gets a mask.
     """
     if segments is None:
         return {"attention_mask": None}
-    if has_transformer_engine():
+    if config.transformer_impl == "transformer_engine":
         return {"attention_mask": None, "packed_seq_params": packed_seq_params(segments)}
     return {"attention_mask": hidden_pairs(segments)}
 
@@ -30,7 +32,7 @@ def check_packing(resolved: Resolved) -> None:
     Raises:
         ConfigError: a stage packs several rows a micro-batch.
     """
-    for stage in resolved.stages if has_transformer_engine() else ():
+    for stage in resolved.stages if kernels_for(resolved.config).attention == ENGINE else ():
         batch = stage.config.batch
         if batch.packing == "pack" and batch.micro_batch_size > 1:
             raise ConfigError(

@@ -11,8 +11,8 @@ from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.config import projector_config, vision_config
-from megatron_sts.mcore.decoder import torch_layer_spec
 from megatron_sts.mcore.layer import TorchNorm
+from megatron_sts.mcore.specs import torch_layer_spec
 
 
 def build_encoder(resolved: Resolved) -> CLIPViTModel:

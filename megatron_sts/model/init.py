@@ -40,6 +40,6 @@ def _load(chunks: Sequence[torch.nn.Module], part: str, init: str) -> None:
     path = Path(init)
     if not path.exists():
         raise ConfigError(
-            f"model.{part}.init={init}: no such file or folder; give a weights folder, a safetensors file, tiny/{part} or null"
+            f"model.{part}.init={init}: no such file or folder; give a weights folder or a safetensors file"
         )
     load_part(chunks, part, path)

@@ -47,13 +47,17 @@ def check_same_everywhere(what: str, text: str) -> None:
     Raises:
         ConfigError: on every rank, naming ``what`` differs.
     """
-    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
-    digest = digest.to(current_device().torch_device, torch.int64)
-    lowest, highest = digest.clone(), digest.clone()
-    dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX)
-    if not torch.equal(lowest, highest):
+    if differs(hashlib.sha256(text.encode()).digest()):
         raise ConfigError(f"{what} differs between ranks; start every rank with the same file, overrides and version")
+
+
+def differs(digest: bytes, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether ranks of the group (None: all) hold different bytes, of the same number; a collective."""
+    values = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(current_device().torch_device, torch.int64)
+    lowest, highest = values.clone(), values.clone()
+    dist.all_reduce(lowest, op=dist.ReduceOp.MIN, group=group)
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return not torch.equal(lowest, highest)
 
 
 def max_over_ranks(values: list[float]) -> list[float]:

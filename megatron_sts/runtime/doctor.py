@@ -9,7 +9,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_sts.runtime.probe import Component, Machine
+from megatron_sts.runtime.components import Component
+from megatron_sts.runtime.probe import Machine
+
+KERNEL_ROWS = {
+    "linear": "linear layers",
+    "norm": "norms",
+    "attention": "attention",
+    "optimizer": "optimizer",
+    "gradient_accumulation_fusion": "gradient accumulation fusion",
+    "cross_entropy": "cross entropy",
+}
 
 
 def print_json(machine: Machine) -> None:
@@ -22,10 +32,10 @@ def print_table(machine: Machine) -> None:
     console = Console()
     console.print(_machine(machine), _components(machine), _kernels(machine))
     for component in machine.components:
-        if not component.available:
-            console.print(
-                f"[bold]{component.name}[/] ({escape(component.needed_for)}): {escape(component.hint)}", soft_wrap=True
-            )
+        if component.install:
+            console.print(f"[bold]{component.name}[/] ({escape(component.needed_for)}):")
+        for platform, command in component.install.items():
+            console.print(f"  {platform}: {escape(command)}", soft_wrap=True, highlight=False)
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -54,13 +64,16 @@ def _components(machine: Machine) -> Table:
 
 
 def _state(component: Component) -> str:
-    return "[green]ok[/]" if component.available else f"[yellow]not usable:[/] {escape(component.problem)}"
+    if component.available and not component.problem:
+        return "[green]ok[/]"
+    state = "in part" if component.available else "not usable"
+    return f"[yellow]{state}:[/] {escape(component.problem)}"
 
 
 def _kernels(machine: Machine) -> Table:
     table = _table("Kernels that will be used", "what", "from")
-    for what in ("linear", "norm", "attention", "optimizer"):
-        table.add_row(what, getattr(machine.kernels, what))
+    for what, label in KERNEL_ROWS.items():
+        table.add_row(label, getattr(machine.kernels, what))
     table.add_row("precision.fp8", ", ".join(("off", *machine.kernels.fp8_recipes)))
     return table
 

@@ -12,7 +12,7 @@ from megatron_sts.config.files import missing_files
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.lds.planner import choose_layout
-from megatron_sts.runtime.probe import check_fp8
+from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train import environment, failure, resume
 
 
@@ -43,7 +43,7 @@ def train(
         environment.join(rank, os.environ)
         status = run_rank(resolved, run_dir)
         return failure.leave(status) if status else 0
-    check_fp8(resolved.config.precision)
+    check_usable(resolved.config)
     from megatron_sts.train.launch import launch_local
 
     return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
@@ -15,7 +16,7 @@ from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, max_over_ranks, process_group
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
-from megatron_sts.runtime.probe import check_fp8
+from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.checkpoint import Checkpointer, advance
 from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.interrupt import StopRequest
@@ -30,13 +31,14 @@ BAD_SAMPLES_GRACE = 100
 
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
-    check_fp8(resolved.config.precision)
+    kernels = check_usable(resolved.config)
     with process_group(resolved.config.parallel.timeout_s):
         check_same_everywhere("the resolved config", resolved.model_dump_json())
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
             write_config(resolved, run_dir)
+        log.event("kernels", **asdict(kernels))
         gate = SkipGate()
         chunks = build_model(resolved, gate)
         checkpointer = Checkpointer(resolved, run_dir / CHECKPOINTS, log)

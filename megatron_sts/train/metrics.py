@@ -32,7 +32,7 @@ class StepCosts:
     def __init__(self, resolved: Resolved, stage: ResolvedStage) -> None:
         self._resolved, self._stage = resolved, stage
         precision = resolved.config.precision
-        dtype = precision.params if precision.fp8 == "off" else "fp8"
+        dtype = precision.params if precision.engine_recipe is None else "fp8"
         self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(
             current_device().name, dtype
         )

@@ -13,6 +13,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask
 from megatron_sts.lds.placement import placement
 from megatron_sts.lds.sync import MaskPlan
+from megatron_sts.mcore.fp8 import Fp8Modules
 from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
 from megatron_sts.mcore.pipeline import unwrap
@@ -34,6 +35,7 @@ class Stage:
     batches: StageBatches
     gate: SkipGate
     masks: MaskPlan | None
+    fp8: Fp8Modules
     compression: Compression
 
     @property
@@ -42,10 +44,16 @@ class Stage:
         return self.resolved.config.model.language.num_layers
 
     def mask(self, step: int) -> SkipMask:
-        """The step's skip mask; a collective at the first step of each block."""
+        """The step's skip mask; a collective at the first step of each block.
+
+        Delayed scaling finds a layer's scales by the order in which layers first ran in this process. So its first
+        micro-batch runs all of them, after a restart too.
+        """
         if self.masks is None:
             return dense_mask(self.spec.index, step, self.num_layers)
-        return self.masks.mask(step)
+        mask = self.masks.mask(step)
+        is_ordering = self.resolved.config.precision.fp8 == "delayed" and not self.gate.has_started
+        return mask.running_all_first(self.spec.num_microbatches) if is_ordering else mask
 
     def close(self) -> None:
         """Ends the stage: parameters whole on every rank (a collective), nothing read ahead any more."""
@@ -76,6 +84,7 @@ def build_stage(
         batches=StageBatches(resolved, spec, place),
         gate=gate,
         masks=build_masks(resolved, spec) if spec.config.lds else None,
+        fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),
         compression=compression,
     )
 

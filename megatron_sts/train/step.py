@@ -65,6 +65,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.gate.set(mask, stage.residual_scales(step))
     stage.compression.begin_step()
     stage.optimizer.begin_step(mask)
+    stage.fp8.begin_step()
     device = current_device().torch_device
     reports = run_microbatches(
         stage.chunks,
@@ -74,6 +75,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
         sequence_length=batches[0].sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
     )
+    stage.fp8.check_order()
     grad_norm = stage.optimizer.step(mask)
     totals, layer_runs = reduce_totals(stage, reports, batches)
     stage.gate.clear()

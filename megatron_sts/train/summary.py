@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import missing_files
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
 from megatron_sts.lds.schedule import mean_skip_fraction
+from megatron_sts.runtime.probe import check_usable
 
 Outline = dict[str, Any]
 """JSON-ready; the keys are those that ``--json`` prints."""
@@ -38,12 +41,21 @@ def outline(resolved: Resolved) -> Outline:
             "sequence_parallel": parallel.sequence_parallel,
         },
         "precision": resolved.config.precision.model_dump(mode="json"),
+        "kernels": kernels_here(resolved),
         "layers_per_chunk": [list(chunks) for chunks in resolved.layers_per_chunk],
         "parameters": parameters(resolved),
         "parameters_per_rank": parameters_per_rank(resolved),
         "stages": [_stage(resolved, stage) for stage in resolved.stages],
         "missing_files": list(missing_files(resolved.config)),
     }
+
+
+def kernels_here(resolved: Resolved) -> Outline:
+    """What this machine would compute with, or why it cannot run the config: another one may."""
+    try:
+        return asdict(check_usable(resolved.config))
+    except ConfigError as error:
+        return {"problem": str(error)}
 
 
 def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
@@ -101,9 +113,19 @@ def print_table(outline: Outline) -> None:
     )
     parts = ", ".join(f"{part} {_short(count)}" for part, count in outline["parameters"].items())
     console.print(f"[bold]{_short(sum(outline['parameters'].values()))} parameters[/]: {parts}", highlight=False)
+    console.print(f"[bold]Kernels on this machine[/]: {_kernels(outline)}", highlight=False, soft_wrap=True)
     console.print(_ranks_table(outline), _stages_table(outline["stages"]))
     for line in outline["missing_files"]:
         console.print(f"[bold]Will not start:[/] {escape(line)}", highlight=False, soft_wrap=True)
+
+
+def _kernels(outline: Outline) -> str:
+    kernels, fp8 = outline["kernels"], outline["precision"]["fp8"]
+    if "problem" in kernels:
+        return f"it cannot run this. {escape(kernels['problem'])}"
+    names = {"linear": "linear layers", "norm": "norms", "attention": "attention", "optimizer": "optimizer"}
+    names |= {"gradient_accumulation_fusion": "gradient accumulation fusion", "cross_entropy": "cross entropy"}
+    return ", ".join(f"{label} {kernels[key]}" for key, label in names.items()) + f"; FP8 {fp8}"
 
 
 def _ranks_table(outline: Outline) -> Table:

@@ -184,9 +184,24 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         "flash-attn",
         "sentencepiece",
         "tensorboard",
+        "torchao",
+        "cuda",
+        "nccl",
     }
-    assert set(found["kernels"]) >= {"linear", "norm", "attention", "optimizer"}
+    assert set(found["kernels"]) == {
+        "linear",
+        "norm",
+        "attention",
+        "optimizer",
+        "gradient_accumulation_fusion",
+        "cross_entropy",
+        "fp8_recipes",
+    }
     assert found["cores"] > 0 and found["memory_bytes"] > 0
-    assert all(component["hint"] for component in found["components"] if not component["available"])
+    for component in found["components"]:
+        assert bool(component["problem"]) == bool(component["install"])
+        assert set(component["install"]) <= {"pip", "container", "source"}
     assert main(["doctor"]) == 0
-    assert "Kernels that will be used" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert all(what in told for what in ("Kernels that will be used", "gradient accumulation fusion", "cross entropy"))
+    assert all(component["name"] in told for component in found["components"])

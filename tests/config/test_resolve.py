@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sts.config.alignment import sequence_multiple
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import Layout, Resolved, resolve, sequence_multiple
-from megatron_sts.config.schema import ParallelConfig, PrecisionConfig, RunConfig
+from megatron_sts.config.precision import PrecisionConfig
+from megatron_sts.config.resolve import Layout, Resolved, resolve
+from megatron_sts.config.schema import ParallelConfig, RunConfig
 from megatron_sts.config.tokens import TokenCounts
 
 

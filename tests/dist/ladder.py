@@ -56,6 +56,7 @@ BERNOULLI = {"sampler": "bernoulli", "alpha": 0.5, "epsilon": 0.2, "schedule": "
 MODELS: dict[str, dict[str, Written]] = {
     "plain": {},
     "tied": {"language": {"tie_word_embeddings": True}},
+    "aligned": {"language": {"ffn_hidden_size": 192}},  # on two tensor-parallel ranks a multiple of 16, for FP8
     "siglip": {
         "vision": {"tower": "siglip"},
         "language": {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaForConditionalGeneration
 
 from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.precision import PrecisionConfig
+from megatron_sts.config.run_folder import CONFIG
 from megatron_sts.convert import hf_to_sts
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import Record, Turn
@@ -25,6 +30,8 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.runtime.dist import process_group
+from megatron_sts.runtime.stored import StoredTensors
+from tests.convert.hf_models import write
 from tests.data.small_tokenizers import vicuna_like
 from tests.parity.hf import hf_clip, hf_decoder, hf_projector
 from tests.parity.llava import hf_answer, hf_llava
@@ -68,6 +75,28 @@ def test_weights_are_those_of_the_checkpoint(run_dir: Path, name: str) -> None:
         assert torch.equal(weight, saved.read(name).view_as(weight)), name
 
 
+def test_every_part_comes_from_the_weights_folder(tmp_path: Path) -> None:
+    hf_to_sts.convert(hf_to_sts.whole(write("blip-2", tmp_path / "hf")), tmp_path / "sts")
+    vicuna_like(tmp_path / "sts", legacy=False)
+    resolved = resolve_source(tmp_path / "sts")
+    with process_group(60.0):
+        _, _, chunks, _ = load_for_inference(tmp_path / "sts", resolved)
+        found = {name: weight.detach().clone() for name, weight in named_weights(chunks)}
+        groups.destroy()
+    stored = StoredTensors(tmp_path / "sts")
+    assert {name.split(".")[0] for name in found} == {"vision", "qformer", "projector", "language"}
+    for name, weight in found.items():
+        whole = stored.read(name)
+        assert torch.equal(weight[: len(whole)].view_as(whole), whole), name
+
+
+def test_two_halves_are_not_asked(tmp_path: Path) -> None:
+    halves = [write(name, tmp_path / name) for name in ("clip", "llama")]
+    hf_to_sts.convert(hf_to_sts.two_halves(*halves), tmp_path / "sts")
+    with pytest.raises(ConfigError, match="two halves without a projector"):
+        resolve_source(tmp_path / "sts")
+
+
 def test_the_command_says_the_same_on_one_rank_and_on_two(run_dir: Path, picture: Path) -> None:
     words = ["--prompt", "is there a cat?", "--image", str(picture), "--max-new-tokens", "8"]
     said = [
@@ -106,6 +135,17 @@ def test_layouts_and_copies_suit_the_ranks(run_dir: Path) -> None:
     assert resolve_source(run_dir, world_size=3).data_parallel_size == 3
     with pytest.raises(ConfigError, match="nowhere"):
         resolve_source(run_dir / "nowhere")
+
+
+def test_settings_of_fp8_training_are_left_behind(run_dir: Path, tmp_path: Path) -> None:
+    """One token at a time has no aligned rows, and the machine at hand may have no FP8."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    config = tmp_path / "run" / CONFIG
+    trained = {"params": "bf16", "fp8": "delayed", "amax_history_len": 16}
+    written = yaml.safe_load(config.read_text()) | {"precision": trained, "kernels": {"optimizer": "apex"}}
+    config.write_text(yaml.safe_dump(written))
+    found = resolve_source(tmp_path / "run").config
+    assert (found.precision, found.kernels) == (PrecisionConfig(params="bf16"), KernelsConfig())
 
 
 @pytest.fixture(scope="module")

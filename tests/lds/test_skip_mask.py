@@ -153,3 +153,20 @@ def test_gate_answers_for_the_mask_it_holds() -> None:
     assert [gate.skips(layer) for layer in range(3)] == [False, True, True]
     gate.clear()
     assert not gate.skips(1)
+
+
+def test_mask_that_runs_all_layers_first() -> None:
+    per_step = SkipMask(stage=1, step=2, rows=((True, False, True),))
+    assert per_step.running_all_first(3).rows == ((False,) * 3, *per_step.rows * 2)
+    per_microbatch = SkipMask(stage=1, step=2, rows=((True, False), (True, True)))
+    first = per_microbatch.running_all_first(2)
+    assert (first.stage, first.step, first.rows) == (1, 2, ((False, False), (True, True)))
+    assert per_step.running_all_first(1).idle == (False,) * 3
+
+
+def test_gate_knows_whether_any_step_has_begun() -> None:
+    gate = SkipGate()
+    assert not gate.has_started
+    gate.set(dense_mask(0, 0, 2))
+    gate.clear()
+    assert gate.has_started

@@ -1,0 +1,53 @@
+"""The ``precision`` section of a config: number formats. Torch-free; knows nothing of what a device can do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from megatron_sts.config.section import NonNegativeInt, PositiveInt, Section
+
+Fp8 = Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8", "emulate"]
+
+
+class PrecisionConfig(Section):
+    """Number formats of parameters, and of the matrix products in the decoder's layers."""
+
+    params: Literal["fp32", "bf16"] = "fp32"
+    fp8: Fp8 = "off"
+    """tensorwise, delayed, blockwise, mxfp8: Transformer Engine's recipes. tensorwise is the one to take with LDS: it keeps
+    nothing from step to step. emulate: rounds to FP8 and multiplies in ``params``; shows what FP8 does to a loss, anywhere.
+    """
+    fp8_format: Literal["hybrid", "e4m3"] | None = None
+    """hybrid: E4M3 forward, E5M2 for gradients; e4m3: E4M3 for all. None: hybrid, and e4m3 with blockwise, mxfp8 and
+    rowwise emulation, which scale finely enough."""
+    first_last_layers_bf16: NonNegativeInt = 0
+    """So many decoder layers next to the input, and as many next to the output, multiply in ``params``."""
+    min_tokens_for_fp8: NonNegativeInt = 0
+    """Decoder layers multiply in ``params`` when a micro-batch of one rank has fewer tokens: FP8 is slower there."""
+    fp8_params: bool = False
+    """Keep the decoder's weights in FP8 only; needs the distributed optimizer, which has the fp32 ones."""
+    amax_history_len: PositiveInt = 1024
+    """delayed: micro-batches whose largest values decide a scale."""
+    amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """delayed: which of these values does."""
+    emulated_scaling: Literal["tensorwise", "rowwise"] = "tensorwise"
+    """emulate: one scale a tensor, or one (a power of two) a row or column."""
+
+    @property
+    def engine_recipe(self) -> str | None:
+        """The recipe that Transformer Engine runs; None where it runs none."""
+        return None if self.fp8 in ("off", "emulate") else self.fp8
+
+    @property
+    def format(self) -> str:
+        """``fp8_format``, or its default for the recipe."""
+        is_fine = self.fp8 in ("blockwise", "mxfp8") or (self.fp8 == "emulate" and self.emulated_scaling == "rowwise")
+        return self.fp8_format or ("e4m3" if is_fine else "hybrid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_off(cls, data: object) -> object:
+        # YAML 1.1 reads a bare `off` as False.
+        return {**data, "fp8": "off"} if isinstance(data, dict) and data.get("fp8") is False else data

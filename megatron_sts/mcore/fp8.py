@@ -1,0 +1,88 @@
+"""What FP8 modules need from the training loop: fresh weights each step, and scales in the same order on every rank."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.dist import differs
+
+
+class ScaleOrderError(RuntimeError):
+    """Ranks would read each other's scales. Raised on every rank of the run."""
+
+
+class Fp8Modules:
+    """The modules of this rank's chunks, vision tower and projector included, that keep weights in FP8 from one micro-batch
+    to the next.
+
+    ``watch_order``: record in which order they first run, for ``check_order``. Delayed scaling keeps the largest values of
+    all modules in one table in this order, and reduces the table over the ranks that share the layers.
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], *, watch_order: bool = False) -> None:
+        named = [
+            (f"{index}.{name}", module)
+            for index, chunk in enumerate(chunks)
+            for name, module in chunk.named_modules()
+            if hasattr(module, "is_first_microbatch")
+        ]
+        self._modules: list[Any] = [module for _, module in named]
+        self._order: list[str] = []
+        self._watching = watch_order  # whatever this rank has: the check is a collective of all
+        self._hooks = [
+            module.register_forward_pre_hook(partial(self._ran, name)) for name, module in named if watch_order
+        ]
+
+    def begin_step(self) -> None:
+        """Before a step's first forward pass: weights moved, so that whatever runs first casts them anew.
+
+        A layer that the first micro-batch skips keeps the mark until one runs it.
+        """
+        for module in self._modules:
+            module.is_first_microbatch = True
+
+    def check_order(self) -> None:
+        """After the first step: all ranks that share these modules ran them in the same order. A collective, once.
+
+        Raises:
+            ScaleOrderError: on every rank of the run.
+        """
+        if not self._watching:
+            return
+        self._watching = False
+        for hook in self._hooks:
+            hook.remove()
+        group = parallel_state.get_amax_reduction_group(with_context_parallel=True)
+        digest = hashlib.sha256("\n".join(self._order).encode()).digest()
+        wrong = torch.tensor(int(differs(digest, group)), device=current_device().torch_device)
+        dist.all_reduce(wrong, op=dist.ReduceOp.MAX)
+        if wrong.item():
+            raise ScaleOrderError(
+                f"precision.fp8=delayed: ranks that share layers first ran their {len(self._order)} FP8 modules here in "
+                f"different orders (digest {digest.hex()[:16]}), so that scales would be mixed up; every rank must run "
+                "all layers in its first micro-batch"
+            )
+
+    def _ran(self, name: str, _module: torch.nn.Module, _inputs: Any) -> None:
+        if name not in self._order:
+            self._order.append(name)
+
+
+def fp8_unless_few(config: TransformerConfig, num_tokens: int, min_tokens: int) -> AbstractContextManager[Any]:
+    """A context in which a layer multiplies in FP8, or with fewer than ``min_tokens`` in its parameters' format."""
+    if not config.fp8 or num_tokens >= min_tokens:
+        return nullcontext()
+    from transformer_engine.pytorch import fp8_autocast
+
+    context: AbstractContextManager[Any] = fp8_autocast(enabled=False)
+    return context
