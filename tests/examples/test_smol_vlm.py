@@ -1,0 +1,52 @@
+"""The example's script from conversion to the answers of the export, with a tiny random model in place of SmolLM2."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests.data.small_tokenizers import qwen2_like
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smol_vlm"
+TINY = [
+    "model.vision.init=null", "model.vision.num_layers=1", "model.language.num_layers=8", "model.language.hidden_size=36",
+    "model.language.ffn_hidden_size=64", "model.language.vocab_size=704", "parallel.layout=[4, 4]",
+    "stages.*.batch.sequence_length=512", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
+    "stages.*.batch.global_batch_size=2", "stages.*.batch.micro_batch_size=1", "evaluation.num_questions=12",
+    "logging.tensorboard=false",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_from_a_text_model_to_answers_about_pictures(tmp_path: Path) -> None:
+    smollm2 = tmp_path / "runs" / "smol_vlm" / "smollm2"
+    smollm2.mkdir(parents=True)
+    qwen2_like(smollm2)
+    LlamaForCausalLM(
+        LlamaConfig(
+            num_hidden_layers=8,
+            hidden_size=36,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            intermediate_size=64,
+            vocab_size=700,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+        )
+    ).save_pretrained(smollm2)
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        ["bash", EXAMPLE / "run.sh", *TINY], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=350
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers = re.findall(r"^(existence|ocr|choice): .* -> .* \(right: .+\)$", run.stdout, re.MULTILINE)
+    assert [answers.count(family) for family in ("existence", "ocr", "choice")] == [3, 3, 3]
