@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sts.config.architecture import Part
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.chat_template import jinja
@@ -14,6 +15,7 @@ from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
 
 PROCESSOR = "processor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
 GENERATION = "generation_config.json"
 EXTRAS = (
     "added_tokens.json",
@@ -21,7 +23,7 @@ EXTRAS = (
     "chat_template.json",
     GENERATION,
     "merges.txt",
-    "preprocessor_config.json",
+    IMAGE_PROCESSOR,
     PROCESSOR,
     "special_tokens_map.json",
     "tokenizer.json",
@@ -30,6 +32,11 @@ EXTRAS = (
     "vocab.json",
     "vocab.txt",
 )
+EXTRAS_OF_HALVES: dict[Part, tuple[str, ...]] = {
+    "vision": (IMAGE_PROCESSOR,),
+    "language": tuple(name for name in EXTRAS if name not in (IMAGE_PROCESSOR, PROCESSOR)),
+}
+"""A CLIP has a tokenizer and a generation config of its own, which the joined model must not get."""
 
 
 @dataclass(frozen=True)
