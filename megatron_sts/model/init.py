@@ -10,13 +10,12 @@ from pathlib import Path
 import torch
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.files import EMBEDDED_PREFIX
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.pipeline import build_chunks
 from megatron_sts.mcore.weights import load_part
 from megatron_sts.model.mllm import MultimodalModel
-
-EMBEDDED_PREFIX = "tiny/"
 
 
 def build_model(resolved: Resolved, gate: SkipGate) -> list[torch.nn.Module]:
