@@ -87,7 +87,10 @@ def _of_checkpoint(path: Path) -> Source:
         kept = architectures.halves(read_hf_config(origins["language"]))["language"]
         vocab_size = min(vocab_size, max(kept.vocab_size, tokenizer.vocab_size))
     text_config.vocab_size = vocab_size
-    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
+    text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+    text_config.pad_token_id = tokenizer.pad_id
+    folders = (origins["language"],) if "language" in origins else ()
+    extras = Extras(folders, tokenizer, data.template, config)
     if "vision" in sections:
         config.image_token_index = tokenizer.image_id
         extras = replace(extras, channels=channel_statistics(sections["vision"]))

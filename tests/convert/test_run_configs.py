@@ -7,16 +7,19 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer, GenerationConfig
 
+from megatron_sts.config.architecture import LanguageConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.run_folder import COMPLETE, CONFIG
-from megatron_sts.convert import hf_to_sts, sources
+from megatron_sts.convert import hf_configs, hf_to_sts, sources
+from megatron_sts.convert.extras import write_extras
 from megatron_sts.convert.sources import Source, open_source
 from tests.convert import hf_models
 from tests.data.small_tokenizers import llama3_like
 
 VOCAB = 708
-TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 300}
+TOKENS = {"bos_token_id": 5, "eos_token_id": 6, "max_position_embeddings": 300}
 
 
 class Run:
@@ -81,3 +84,22 @@ def test_a_tower_that_a_run_changed_is_refused(run: Run, field: str, value: floa
     run.model["vision"][field] = value
     with pytest.raises(ConfigError, match=rf"model\.vision\.{field}={value}: .*sts has .*; such a run cannot"):
         run.source()
+
+
+def test_the_end_of_an_answer_goes_along(run: Run) -> None:
+    """Llama-3's is not its eos. Other settings of the text model stay."""
+    (run.folder / "sts" / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    source = run.source()
+    write_extras(source.extras, run.folder)
+    hf = AutoTokenizer.from_pretrained(run.folder / "llama")
+    ends = sorted(hf.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]))
+    text = source.config.text_config
+    assert (text.bos_token_id, text.eos_token_id) == (hf.bos_token_id, hf.eos_token_id)
+    found = GenerationConfig.from_pretrained(run.folder)
+    assert found.eos_token_id == ends and found.temperature == 0.6 and found.bos_token_id == hf.bos_token_id
+
+
+def test_qwen2_keeps_the_width_of_its_heads() -> None:
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidden_size": 64, "vocab_size": 100}
+    language = LanguageConfig(**sizes, kv_channels=16, add_qkv_bias=True)
+    assert hf_configs.from_sections({"language": language}).head_dim == 16
