@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_sts.config.architecture import LanguageConfig, VisionConfig
 from megatron_sts.config.errors import refuse
-from megatron_sts.convert.architectures import NORM_EPSILON, TOKENS_LEFT_OUT, import_transformers
+from megatron_sts.config.weights_folder import NORM_EPSILON
+from megatron_sts.convert.architectures import TOKENS_LEFT_OUT, import_transformers
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.vision.qformer import qformer_config
 

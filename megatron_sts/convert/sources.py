@@ -15,9 +15,10 @@ from megatron_sts.config.files import EMBEDDED_PREFIX
 from megatron_sts.config.load import load
 from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.weights_folder import NORM_EPSILON, read_sections
 from megatron_sts.convert import architectures, hf_configs
 from megatron_sts.convert.extras import Extras
-from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config, read_sections
+from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config
 from megatron_sts.convert.pairing import Sections, sections_of
 from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore.checkpoint import CheckpointError
@@ -159,7 +160,7 @@ def _check_vision(section: VisionConfig, config: Any, folder: Path) -> None:
 
 
 def _with_defaults(vision: VisionConfig) -> VisionConfig:
-    epsilon = vision.norm_epsilon or architectures.NORM_EPSILON.get(vision.tower)
+    epsilon = vision.norm_epsilon or NORM_EPSILON.get(vision.tower)
     width = vision.ffn_hidden_size or 4 * vision.hidden_size
     return vision.model_copy(update={"norm_epsilon": epsilon, "ffn_hidden_size": width})
 
