@@ -11,6 +11,7 @@ from pathlib import Path
 from megatron_sts.config.schema import RunConfig
 
 EMBEDDED_TOKENIZER = "scenes"
+EMBEDDED_PREFIX = "tiny/"
 EMBEDDED_WEIGHTS = {"vision": "tiny/vision", "language": "tiny/language"}
 """Names of what this package brings along, where a path may stand too."""
 

@@ -17,6 +17,7 @@ from megatron_sts.config.architecture import (
     VisionConfig,
 )
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.weights_folder import NORM_EPSILON
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.convert.spelling import SPELLINGS
 from megatron_sts.vision.tower import CHANNEL_STATISTICS
@@ -38,8 +39,6 @@ TOWERS: dict[str, Literal["clip", "siglip", "hf"]] = {
     "siglip_vision_model": "siglip",
     "blip_2_vision_model": "hf",
 }
-NORM_EPSILON = {"clip": 1e-5, "siglip": 1e-6}
-"""Of our towers, unless a config says otherwise."""
 TOKENS_LEFT_OUT = {"clip": "default", "siglip": "full", "hf": "default"}
 """LLaVA's vision_feature_select_strategy: default drops the class token, full has none to drop."""
 FEATURE_LAYER = -2

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_sts.config.architecture import Part
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.chat_template import jinja
+from megatron_sts.convert.shards import write_atomically
+from megatron_sts.data.template import answer_ends
 from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
 
 PROCESSOR = "processor_config.json"
+IMAGE_PROCESSOR = "preprocessor_config.json"
 GENERATION = "generation_config.json"
 EXTRAS = (
     "added_tokens.json",
@@ -21,7 +26,7 @@ EXTRAS = (
     "chat_template.json",
     GENERATION,
     "merges.txt",
-    "preprocessor_config.json",
+    IMAGE_PROCESSOR,
     PROCESSOR,
     "special_tokens_map.json",
     "tokenizer.json",
@@ -30,6 +35,11 @@ EXTRAS = (
     "vocab.json",
     "vocab.txt",
 )
+EXTRAS_OF_HALVES: dict[Part, tuple[str, ...]] = {
+    "vision": (IMAGE_PROCESSOR,),
+    "language": tuple(name for name in EXTRAS if name not in (IMAGE_PROCESSOR, PROCESSOR)),
+}
+"""A CLIP has a tokenizer and a generation config of its own, which the joined model must not get."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ class Extras:
     """Where an exported model's tokenizer and processor come from."""
 
     folders: tuple[Path, ...]
-    """Weights folders that may have them."""
+    """Weights folders that may have them: a whole model's, or the text model's that a run began with."""
     tokenizer: Tokenizer | None = None
     """What a run used; None: all files are in the folder."""
     template: TemplateName = "plain"
@@ -62,8 +72,7 @@ def write_extras(extras: Extras, out: Path) -> None:
     if extras.tokenizer is None:
         copy_extras(extras.folders[0], out)
         return
-    for folder in extras.folders:
-        copy_extras(folder, out, (GENERATION,))
+    _write_generation(extras, extras.tokenizer, out)
     hf = extras.tokenizer.hugging_face()
     if hf is None:
         return
@@ -73,6 +82,18 @@ def write_extras(extras: Extras, out: Path) -> None:
         _processor(extras, hf).save_pretrained(out)
     else:
         hf.save_pretrained(out)
+
+
+def _write_generation(extras: Extras, tokenizer: Tokenizer, out: Path) -> None:
+    """That of the text model, with the ends of answers that the run was trained on."""
+    found = [path for folder in extras.folders if (path := folder / GENERATION).is_file()]
+    settings = json.loads(found[0].read_text(encoding="utf-8")) if found else {}
+    settings |= {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": sorted(answer_ends(tokenizer, extras.template)),
+        "pad_token_id": tokenizer.pad_id,
+    }
+    write_atomically(out / GENERATION, json.dumps(settings, indent=2) + "\n")
 
 
 def _processor(extras: Extras, hf: Any) -> Any:

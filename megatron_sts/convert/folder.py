@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, QFormerConfig, VisionConfig
-from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import CONFIG_NAME
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.pairing import Sections
@@ -20,7 +17,6 @@ from megatron_sts.runtime.stored import INDEX
 
 HF_CONFIG = "hf_config.json"
 """Not config.json: transformers must not take the folder for one of its own."""
-_SECTIONS = {"vision": VisionConfig, "qformer": QFormerConfig, "projector": ProjectorConfig, "language": LanguageConfig}
 
 
 def is_weights_folder(path: Path) -> bool:
@@ -33,20 +29,6 @@ def write_model(folder: Path, sections: Sections, config: Any) -> None:
     model = {part: section.model_dump(mode="json", exclude_unset=True) for part, section in sections.items()}
     write_atomically(folder / CONFIG_NAME, yaml.safe_dump({"model": model}, sort_keys=False))
     write_atomically(folder / HF_CONFIG, json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n")
-
-
-def read_sections(folder: Path) -> Sections:
-    """The sections that a weights folder has.
-
-    Raises:
-        ConfigError: config.yaml is damaged.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        return {part: kind.model_validate(model[part]) for part, kind in _SECTIONS.items() if part in model}  # type: ignore[misc, attr-defined]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{path}: holds no model section ({error}); convert the weights again") from None
 
 
 def read_hf_config(folder: Path) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 
 from megatron_sts.config.architecture import LanguageConfig, VisionConfig
 from megatron_sts.config.errors import refuse
-from megatron_sts.convert.architectures import NORM_EPSILON, TOKENS_LEFT_OUT, import_transformers
+from megatron_sts.config.weights_folder import NORM_EPSILON
+from megatron_sts.convert.architectures import TOKENS_LEFT_OUT, import_transformers
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.vision.qformer import qformer_config
 
@@ -82,7 +83,7 @@ def _language(language: LanguageConfig) -> Any:
     kind = transformers.Qwen2Config if language.add_qkv_bias else transformers.LlamaConfig
     scaling = language.rope_scaling
     rope = {"rope_type": "llama3", **scaling.model_dump()} if scaling else {"rope_type": "default"}
-    width = {} if language.kv_channels is None or language.add_qkv_bias else {"head_dim": language.kv_channels}
+    width = {} if language.kv_channels is None else {"head_dim": language.kv_channels}
     return kind(
         vocab_size=language.vocab_size,
         hidden_size=language.hidden_size,

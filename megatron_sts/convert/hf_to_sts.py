@@ -13,7 +13,7 @@ import torch
 from megatron_sts.config.architecture import Part
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.convert import architectures, hf_configs, shards
-from megatron_sts.convert.extras import copy_extras
+from megatron_sts.convert.extras import EXTRAS, EXTRAS_OF_HALVES, copy_extras
 from megatron_sts.convert.folder import identity, write_model
 from megatron_sts.convert.joining import join
 from megatron_sts.convert.names import pairings
@@ -91,8 +91,10 @@ def convert(origin: Origin, out: Path, shard_bytes: int = shards.SHARD_BYTES) ->
     settings: dict[str, Any] = {part: identity(folder.path) for part, folder in origin.folders.items()}
     shards.claim(out, "--sts", settings | {"shard_bytes": shard_bytes})
     write_model(out, origin.sections, origin.config)
-    for path in {folder.path: None for folder in origin.folders.values()}:
-        copy_extras(path, out)
+    paths = {part: folder.path for part, folder in origin.folders.items()}
+    is_whole = len(set(paths.values())) == 1
+    for part, path in paths.items():
+        copy_extras(path, out, EXTRAS if is_whole else EXTRAS_OF_HALVES[part])
     return shards.write_shards(out, units, shard_bytes)
 
 

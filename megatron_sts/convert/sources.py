@@ -10,13 +10,15 @@ from typing import Any, Protocol
 import torch
 
 from megatron_sts.config.architecture import LanguageConfig, Part, VisionConfig
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.files import EMBEDDED_PREFIX
 from megatron_sts.config.load import load
 from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.weights_folder import NORM_EPSILON, read_sections
 from megatron_sts.convert import architectures, hf_configs
 from megatron_sts.convert.extras import Extras
-from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config, read_sections
+from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config
 from megatron_sts.convert.pairing import Sections, sections_of
 from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore.checkpoint import CheckpointError
@@ -83,9 +85,13 @@ def _of_checkpoint(path: Path) -> Source:
     config, vocab_size = _config(sections, origins), run.model.language.vocab_size
     text_config = getattr(config, "text_config", config)
     if "language" in origins:
-        vocab_size = min(vocab_size, max(text_config.vocab_size, tokenizer.vocab_size))
+        kept = architectures.halves(read_hf_config(origins["language"]))["language"]
+        vocab_size = min(vocab_size, max(kept.vocab_size, tokenizer.vocab_size))
     text_config.vocab_size = vocab_size
-    extras = Extras(tuple(dict.fromkeys(origins.values())), tokenizer, data.template, config)
+    text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
+    text_config.pad_token_id = tokenizer.pad_id
+    folders = (origins["language"],) if "language" in origins else ()
+    extras = Extras(folders, tokenizer, data.template, config)
     if "vision" in sections:
         config.image_token_index = tokenizer.image_id
         extras = replace(extras, channels=channel_statistics(sections["vision"]))
@@ -95,6 +101,9 @@ def _of_checkpoint(path: Path) -> Source:
 def _origins(run: RunConfig) -> dict[Part, Path]:
     """The weights folders that a run began with, which hold what it does not train or build."""
     inits = {part: section.init for part, section in sections_of(run.model).items() if part in ("vision", "language")}
+    for part, init in inits.items():
+        if init and not init.startswith(EMBEDDED_PREFIX) and not Path(init).exists():
+            refuse(f"model.{part}.init", init, "no such file or folder", "put back what the run began with")
     return {part: Path(init) for part, init in inits.items() if init and is_weights_folder(Path(init))}
 
 
@@ -122,10 +131,12 @@ class IdentityNorm:
 
 
 def _config(sections: Sections, origins: Mapping[Part, Path]) -> Any:
-    """Each half as its weights folder has it, or made from our section where a run changed it."""
+    """Each half as its weights folder has it, or for a text model that a run changed, made from our section."""
     configs = architectures.halves(hf_configs.from_sections(sections))
     for part, folder in origins.items():
         kept = architectures.halves(read_hf_config(folder))[part]
+        if part == "vision":
+            _check_vision(sections["vision"], kept, folder)
         if part == "vision" or _computes_the_same(sections["language"], architectures.language_section(kept, folder)):
             configs[part] = kept
     if "vision" not in sections:
@@ -133,6 +144,34 @@ def _config(sections: Sections, origins: Mapping[Part, Path]) -> Any:
     return hf_configs.composed(configs["vision"], configs["language"], sections)
 
 
+def _check_vision(section: VisionConfig, config: Any, folder: Path) -> None:
+    """The exported tower is described by the config that is kept with its weights, so a run must not have changed it."""
+    if section.hf_config is not None:
+        ours, kept = section.hf_config, config.to_dict()
+        ours = {name: value for name, value in ours.items() if name in kept}
+    else:
+        ours, kept = (
+            _with_defaults(one).model_dump(exclude={"hf_config", "pixel_mean", "pixel_std", "feature_layer", "init"})
+            for one in (section, architectures.vision_section(config, folder))
+        )
+    for name, value in ours.items():
+        if value != kept[name]:
+            refuse(f"model.vision.{name}", value, f"{folder} has {kept[name]}", "such a run cannot be exported")
+
+
+def _with_defaults(vision: VisionConfig) -> VisionConfig:
+    epsilon = vision.norm_epsilon or NORM_EPSILON.get(vision.tower)
+    width = vision.ffn_hidden_size or 4 * vision.hidden_size
+    return vision.model_copy(update={"norm_epsilon": epsilon, "ffn_hidden_size": width})
+
+
 def _computes_the_same(section: LanguageConfig, kept: LanguageConfig) -> bool:
-    free = {"vocab_size", "init", "init_std", "embedding_init_std", "kv_channels"}
-    return section.model_dump(exclude=free) == kept.model_dump(exclude=free)
+    free = {"vocab_size", "init", "init_std", "embedding_init_std"}
+    ours, theirs = (_explicit(one).model_dump(exclude=free) for one in (section, kept))
+    return ours == theirs
+
+
+def _explicit(language: LanguageConfig) -> LanguageConfig:
+    heads = language.num_attention_heads
+    width = language.kv_channels or language.hidden_size // heads
+    return language.model_copy(update={"num_query_groups": language.num_query_groups or heads, "kv_channels": width})

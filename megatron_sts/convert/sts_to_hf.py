@@ -25,8 +25,11 @@ def convert(source: Source, out: Path, shard_bytes: int = shards.SHARD_BYTES) ->
     """Write the Hugging Face folder ``out``; False if an earlier call had done all of it.
 
     Raises:
-        ConfigError: tensors are missing, left over, or of another shape than the config says; ``out`` holds something else.
+        ConfigError: tensors are missing, left over, or of another shape than the config says; a LLaVA has no projector;
+            ``out`` holds something else.
     """
+    if "vision" in source.sections and "language" in source.sections and "projector" not in source.sections:
+        raise ConfigError(f"{source.path}: has no projector; train one on these two halves, then export the run")
     pairs = pairings(source.sections)
     places = _check(source, pairs)
     spelling = SPELLINGS[source.config.model_type]

@@ -14,8 +14,9 @@ from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.weights_folder import read_sections
 from megatron_sts.convert import architectures
-from megatron_sts.convert.folder import is_weights_folder, read_sections
+from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate

@@ -16,7 +16,8 @@ from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import COMPLETE, CONFIG, STATE, checkpoint_of, config_of
 from megatron_sts.config.schema import BatchConfig, DataConfig, ParallelConfig, RunConfig, TemplateName
-from megatron_sts.convert.folder import is_weights_folder, read_sections
+from megatron_sts.config.weights_folder import read_sections
+from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.formats import FORMATS
 from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.lds.gate import SkipGate

@@ -57,7 +57,10 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     if not (path / INDEX).is_file():
         if not (path / SINGLE).is_file():
-            raise ConfigError(f"{path}: holds neither {INDEX} nor {SINGLE}; give a folder of safetensors weights")
+            remedy = "give a folder of safetensors weights"
+            if any(path.glob("*.bin")):
+                remedy = "its *.bin are not read: load it with transformers and save_pretrained it"
+            raise ConfigError(f"{path}: holds neither {INDEX} nor {SINGLE}; {remedy}")
         return [path / SINGLE]
     try:
         names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()

@@ -100,6 +100,18 @@ def test_the_table_names_every_weight_that_is_built(name: str, folders: dict[str
     assert all(rest.startswith(never_built) for rest in listed.keys() - built)
 
 
+def test_another_rotary_base_than_the_weights_is_refused(folders: dict[str, tuple[Path, Path]]) -> None:
+    """No tensor's shape shows it."""
+    _, _, resolved = verify.expect(*folders["llama"])
+    language = resolved.config.model.language
+    object.__setattr__(language, "rotary_base", language.rotary_base + 1)
+    with process_group(60.0):
+        groups.initialize(resolved.config.parallel, resolved.config.seed)
+        with pytest.raises(ConfigError, match=r"model\.language\.rotary_base=5001: the weights in .* with 5000"):
+            build_model(resolved, SkipGate())
+        groups.destroy()
+
+
 def test_images_matter(folders: dict[str, tuple[Path, Path]]) -> None:
     """Other pixels move transformers' logits by far more than the bound: the comparison sees the images."""
     hf, sts = folders["llava"]

@@ -78,6 +78,12 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     assert "holds no config.json" in refused(hf)
 
 
+def test_older_files_are_refused_with_a_remedy(tmp_path: Path) -> None:
+    hf = hf_models.write("llama", tmp_path / "hf")
+    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
+    assert refused(hf).endswith("its *.bin are not read: load it with transformers and save_pretrained it")
+
+
 def test_models_that_hugging_face_lacks_are_refused() -> None:
     sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
     vision = VisionConfig(**sizes, image_size=32, patch_size=8)
