@@ -1,6 +1,6 @@
 """Asks the exported model, in transformers alone, what training never showed it: held-out pictures with a known answer.
 
-    python chat.py HF_FOLDER [number of questions a family]
+python chat.py HF_FOLDER [number of questions a family]
 """
 
 from __future__ import annotations
