@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ class Question:
     """What it asks for, in words that benchmarks share: ``counting``, ``ocr`` ...; see README.md."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By kind of breakdown (``subject``), the groups that it counts in (``NAT``)."""
+
+    @cached_property
+    def picture(self) -> str | None:
+        """Tells the image's file from another, or from what it was before: its path, size and time of change."""
+        if not isinstance(self.image, Path):
+            return None
+        found = self.image.stat()
+        return f"{self.image.resolve()} {found.st_size} {found.st_mtime_ns}"
 
     def record(self) -> Record:
         """The conversation that asks it; as in LLaVA, the image comes first."""

@@ -94,6 +94,21 @@ def test_a_changed_question_is_asked_again(folder: Path) -> None:
     assert parrot.asked == [["popular/1"]]
 
 
+@pytest.mark.parametrize("way", ["another folder", "changed in place"])
+def test_a_changed_picture_is_asked_again(folder: Path, tmp_path: Path, way: str) -> None:
+    run(folder, Parrot())
+    pictures = folder / "val2014"
+    if way == "another folder":
+        pictures.rename(folder / "elsewhere")
+        pictures.symlink_to("elsewhere")
+    else:
+        for path in pictures.iterdir():
+            path.write_bytes(path.read_bytes() + b"\0")
+    parrot = Parrot()
+    assert run(folder, parrot)["num_questions"] == 12
+    assert sum(map(len, parrot.asked)) == 12
+
+
 def test_a_damaged_line_is_refused(folder: Path) -> None:
     run(folder, Parrot())
     path = folder / "pope.jsonl"
