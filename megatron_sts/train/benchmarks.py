@@ -121,9 +121,10 @@ def _run(asked: Asked) -> None:
 
 
 def _write(results: Sequence[Metrics], folder: Path) -> None:
-    """A JSON a benchmark; images that are not there are named in it."""
+    """A JSON a benchmark; what was left out is named in it."""
     for result in results:
         path = folder / f"{result['benchmark']}.json"
         write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        num_missing = len(result["missing_images"])
-        print(f"{path}: {num_missing} images are missing, see missing_images" if num_missing else path)
+        named = {"images are missing": "missing_images", "questions cannot be asked": "unusable"}
+        notes = [f"{len(result[name])} {what}, see {name}" for what, name in named.items() if result[name]]
+        print(f"{path}: {'; '.join(notes)}" if notes else path)
