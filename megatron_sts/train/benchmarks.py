@@ -101,12 +101,13 @@ def _run(asked: Asked) -> None:
     from megatron_sts.evaluate.benchmarks.tables import print_tables
     from megatron_sts.evaluate.generate import Generator, Request
     from megatron_sts.evaluate.load import load_for_inference
-    from megatron_sts.runtime.dist import is_rank_zero, process_group
+    from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, process_group
 
     resolved = resolve_source(asked.checkpoint, asked.overrides, int(os.environ["WORLD_SIZE"]))
     exams = read_exams(asked.benchmarks, asked.images)
     num_at_once = MICRO_BATCHES_AT_ONCE * resolved.data_parallel_size * resolved.config.evaluation.micro_batch_size
     with process_group(resolved.config.parallel.timeout_s):
+        check_same_everywhere("the newest checkpoint", str(asked.checkpoint))
         if is_rank_zero():
             claim(asked.folder, asked.settings)
         generator = Generator(*load_for_inference(asked.checkpoint, resolved))

@@ -20,7 +20,7 @@ from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
 from megatron_sts.mcore.checkpoint import CheckpointError
-from megatron_sts.runtime.dist import broadcast_object, is_rank_zero, process_group
+from megatron_sts.runtime.dist import is_rank_zero, process_group
 from megatron_sts.train import environment, failure
 
 
@@ -97,4 +97,6 @@ def answer(asked: Asked, world_size: int) -> None:
 
 def same_source(source: Path) -> Path:
     """Rank 0's checkpoint, on every rank: a run that trains on may have given others a newer one; a collective."""
-    return Path(broadcast_object(str(source), dist.group.WORLD))
+    box = [source]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -41,8 +41,6 @@ def test_a_scenes_question_is_a_training_samples_first_turn(template: str) -> No
         ("chat", "what?", 1, "<image> what?"),
     ],
 )
-def test_a_prompts_images_stand_as_in_training(
-    prompt: str, template: TemplateName, prompt: str, num_images: int, text: str
-) -> None:
+def test_a_prompts_images_stand_as_in_training(template: TemplateName, prompt: str, num_images: int, text: str) -> None:
     asked = Asked(Path(), [], prompt, [Path("a.png")] * num_images, 1, [], Sampling(), compress=False)
     assert asked.record(template).turns[0].text == text
