@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,11 +25,12 @@ from rich.progress import track
 from torch import distributed as dist
 
 from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
 from megatron_sts.runtime.device import current_device
-from megatron_sts.runtime.dist import is_rank_zero, process_group
+from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_group
 
 MANIFEST = ModelManifest("megatron_sts", simple_class_path="megatron_sts.evaluate.lmms.MegatronSts")
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -39,8 +42,9 @@ JOIN_TIMEOUT_S = 600.0
 class MegatronSts(lmms):
     """A checkpoint as lmms-eval asks it.
 
-    lmms-eval gives each rank other requests, equally many; tensor- and pipeline-parallel ranks answer together. So ranks
-    share their requests, answer all of them as one, and each hands back the answers to its own.
+    lmms-eval gives each rank other requests; tensor- and pipeline-parallel ranks answer together. So ranks
+    share their requests, answer all of them as one, and each hands back the answers to its own. With a response cache they
+    may have unequally many, and ranks with few send empty parts.
     """
 
     is_simple = True
@@ -61,11 +65,13 @@ class MegatronSts(lmms):
         self._joined = ExitStack()  # until the process ends
         if not dist.is_initialized():
             self._joined.enter_context(process_group(JOIN_TIMEOUT_S))
+        check_no_cache(sys.argv, dist.get_world_size())
         words = [f"{path}={value}" for path, value in overrides.items()]
         words.append(f"evaluation.micro_batch_size={batch_size}")
         resolved = resolve_source(Path(checkpoint), words, dist.get_world_size())
         self._num_at_once = BATCHES_AT_ONCE * resolved.config.evaluation.micro_batch_size
         self._generator = Generator(*load_for_inference(Path(checkpoint), resolved))
+        self._num_asked = 0
 
     @property
     def device(self) -> torch.device:
@@ -75,11 +81,10 @@ class MegatronSts(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answers to this rank's requests; a collective."""
         texts: list[str] = []
-        starts = range(0, len(requests), self._num_at_once)
+        [most] = max_over_ranks([float(len(requests))])
+        starts = range(0, int(most), self._num_at_once)
         for start in track(starts, description="megatron_sts", disable=not is_rank_zero()):
-            texts += self._answer(
-                [self._asked(*instance.args) for instance in requests[start : start + self._num_at_once]]
-            )
+            texts += self._answer(requests[start : start + self._num_at_once])
         return texts
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
@@ -95,7 +100,7 @@ class MegatronSts(lmms):
     ) -> tuple[Request, Sampling]:
         visuals = doc_to_visual(self.task_dict[task][split][doc_id]) or []
         record = record_of(f"{task}/{split}/{doc_id}", context, visuals)
-        until = settings.get("until", [])
+        until = settings.get("until") or ()
         request = Request(
             record,
             max_new_tokens=int(settings.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)),
@@ -103,18 +108,45 @@ class MegatronSts(lmms):
         )
         return request, sampling_of(settings)
 
-    def _answer(self, asked: Sequence[tuple[Request, Sampling]]) -> list[str]:
-        """Answers of this rank's part; a collective."""
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, asked)
+    def _answer(self, instances: Sequence[Instance]) -> list[str]:
+        """Answers of this rank's part, which may be empty; a collective."""
+        parts = self._all_parts(instances)
         everything = [pair for part in parts for pair in part]
         texts: dict[int, str] = {}
         for sampling in dict.fromkeys(sampling for _, sampling in everything):
             places = [place for place, (_, wanted) in enumerate(everything) if wanted == sampling]
-            said = self._generator.generate([everything[place][0] for place in places], sampling)
+            numbered = replace(sampling, first_number=self._num_asked)
+            said = self._generator.generate([everything[place][0] for place in places], numbered)
+            self._num_asked += len(places)
             texts |= zip(places, said, strict=True)
         first = sum(len(part) for part in parts[: dist.get_rank()])
-        return [texts[first + number] for number in range(len(asked))]
+        return [texts[first + number] for number in range(len(instances))]
+
+    def _all_parts(self, instances: Sequence[Instance]) -> list[list[tuple[Request, Sampling]]]:
+        """What each rank asks; a collective, because none may go on where another cannot.
+
+        Raises:
+            ConfigError: on every rank, one of them cannot make requests of its instances.
+        """
+        asked: list[tuple[Request, Sampling]] = []
+        reason = None
+        try:
+            asked = [self._asked(*instance.args) for instance in instances]
+        except Exception as error:  # a task's own code raises anything
+            reason = f"{type(error).__name__}: {error}"
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (asked, reason))
+        for rank, (_, found) in enumerate(parts):
+            if found is not None:
+                raise ConfigError(f"rank {rank} cannot make requests of its task ({found}); choose another --tasks")
+        return [part for part, _ in parts]
+
+
+def check_no_cache(argv: Sequence[str], num_ranks: int) -> None:
+    """Refuses lmms-eval's response cache on several ranks: one that finds all its answers there asks us nothing."""
+    if num_ranks > 1 and any(word.split("=")[0] == "--use_cache" for word in argv):
+        refuse("--use_cache", f"on {num_ranks} ranks", "a rank with all answers cached leaves the others waiting",
+               "leave it out, or ask on one rank")  # fmt: skip
 
 
 def record_of(key: str, context: str, visuals: Sequence[object]) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.checkpoint import CheckpointError, load_model
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.init import build_model
+from megatron_sts.runtime.dist import is_rank_zero
 
 UNTRAINED: dict[str, Any] = {
     "name": "inference",
@@ -62,6 +64,9 @@ def load_for_inference(source: Path, resolved: Resolved) -> tuple[Resolved, Plac
         ConfigError: they do not hold it.
     """
     place, gate = groups.initialize(resolved.config.parallel, resolved.config.seed), SkipGate()
+    if is_weights_folder(source) and is_rank_zero():
+        note = f"{source} is asked in the template {resolved.config.data.template}; data.template=NAME chooses another"
+        print(f"megatron-sts: {note}", file=sys.stderr)
     chunks = build_model(resolved, gate)
     if not is_weights_folder(source):
         checkpoint = checkpoint_of(source)
@@ -116,7 +121,7 @@ def _of_weights(source: Path) -> RunConfig:
 
 
 def likely_template(folder: Path) -> TemplateName:
-    """The chat format whose special pieces the folder's tokenizer has; the one that needs fewest if several do."""
+    """The chat format whose special pieces the folder's tokenizer has; the one that needs most if several do."""
     tokenizer = Tokenizer.load(str(folder))
     names: list[TemplateName] = ["llama3", "chatml", "vicuna_v1"]
     for name in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,11 +24,16 @@ class Sampling:
     top_k: int = 0
     """Only so many of the likeliest tokens; 0: all."""
     seed: int = 0
-    """A request's answer depends on it and on the request's place among those asked together, not on batches or layout."""
+    """A request's answer depends on it and on the request's number, not on batches or layout."""
+    first_number: int = 0
+    """The number of the first request of those asked together, so that no draws repeat where several lots are asked."""
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            refuse("temperature", self.temperature, "below 0", "use 0 for greedy answers, or about 1")
+        # Logits divided by less leave softmax nothing but 0, 1 and, in the end, nan.
+        if self.temperature != 0 and not 1e-6 <= self.temperature < math.inf:
+            refuse(
+                "temperature", self.temperature, "neither 0 nor in [1e-6, inf)", "use 0 for greedy answers, or about 1"
+            )
         if not 0 < self.top_p <= 1:
             refuse("top_p", self.top_p, "not in (0, 1]", "use 1 to keep all tokens")
         if self.top_k < 0:
@@ -42,7 +48,7 @@ class Sampling:
 
     def draws(self, requests: Sequence[int], step: int) -> torch.Tensor:
         """The uniform random number behind token ``step`` of each of these requests, float64 in [0, 1)."""
-        streams = [np.random.Philox(key=[self.seed, request], counter=step) for request in requests]
+        streams = [np.random.Philox(key=[self.seed, self.first_number + request], counter=step) for request in requests]
         return torch.tensor([np.random.Generator(stream).random() for stream in streams], dtype=torch.float64)
 
 

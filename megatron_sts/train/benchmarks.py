@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megatron_sts.config.run_folder import checkpoint_of
-from megatron_sts.convert.folder import is_weights_folder
+from megatron_sts.config.run_folder import STATE, checkpoint_of
+from megatron_sts.convert.folder import identity, is_weights_folder
 from megatron_sts.data.records import Record
 from megatron_sts.data.shards import write_atomically
 from megatron_sts.evaluate.benchmarks.journal import claim
@@ -49,6 +49,18 @@ class Asked:
         if is_weights_folder(self.source):
             return self.source / "eval"
         return self.checkpoint.parents[1] / "eval" / self.checkpoint.name
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the answers to any question. The parallel layout does not, beyond rounding."""
+        free = ("parallel.", "evaluation.")
+        checkpoint = self.checkpoint
+        return {
+            "checkpoint": str(checkpoint.resolve()),
+            "weights": identity(checkpoint if is_weights_folder(checkpoint) else checkpoint / STATE),
+            "max_new_tokens": self.max_new_tokens,
+            "overrides": [word for word in self.overrides if not word.startswith(free)],
+        }
 
     def argv(self) -> list[str]:
         """The command line that a local rank is started with."""
@@ -89,14 +101,15 @@ def _run(asked: Asked) -> None:
     from megatron_sts.evaluate.benchmarks.tables import print_tables
     from megatron_sts.evaluate.generate import Generator, Request
     from megatron_sts.evaluate.load import load_for_inference
-    from megatron_sts.runtime.dist import is_rank_zero, process_group
+    from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, process_group
 
     resolved = resolve_source(asked.checkpoint, asked.overrides, int(os.environ["WORLD_SIZE"]))
     exams = read_exams(asked.benchmarks, asked.images)
     num_at_once = MICRO_BATCHES_AT_ONCE * resolved.data_parallel_size * resolved.config.evaluation.micro_batch_size
     with process_group(resolved.config.parallel.timeout_s):
+        check_same_everywhere("the newest checkpoint", str(asked.checkpoint))
         if is_rank_zero():
-            claim(asked.folder, _settings(asked))
+            claim(asked.folder, asked.settings)
         generator = Generator(*load_for_inference(asked.checkpoint, resolved))
 
         def ask(records: Sequence[Record]) -> list[str]:
@@ -109,20 +122,10 @@ def _run(asked: Asked) -> None:
 
 
 def _write(results: Sequence[Metrics], folder: Path) -> None:
-    """A JSON a benchmark; images that are not there are named in it."""
+    """A JSON a benchmark; what was left out is named in it."""
     for result in results:
         path = folder / f"{result['benchmark']}.json"
         write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        num_missing = len(result["missing_images"])
-        print(f"{path}: {num_missing} images are missing, see missing_images" if num_missing else path)
-
-
-def _settings(asked: Asked) -> dict[str, object]:
-    """What decides the answers. The parallel layout does not, beyond rounding."""
-    free = ("parallel.", "evaluation.")
-    overrides = sorted(word for word in asked.overrides if not word.startswith(free))
-    return {
-        "checkpoint": str(asked.checkpoint.resolve()),
-        "max_new_tokens": asked.max_new_tokens,
-        "overrides": overrides,
-    }
+        named = {"images are missing": "missing_images", "questions cannot be asked": "unusable"}
+        notes = [f"{len(result[name])} {what}, see {name}" for what, name in named.items() if result[name]]
+        print(f"{path}: {'; '.join(notes)}" if notes else path)

@@ -8,8 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from torch import distributed as dist
+
 from megatron_sts.config.checks import refuse
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.run_folder import checkpoint_of
+from megatron_sts.config.schema import TemplateName
+from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
@@ -33,11 +38,16 @@ class Asked:
     compress: bool
     """Whether images go through VTC."""
 
-    @property
-    def record(self) -> Record:
-        """The question; images that the prompt has no marker for come first."""
+    def record(self, template: TemplateName) -> Record:
+        """The question; images that the prompt has no marker for come first.
+
+        They are spelled as in the data that a template is used with: the scenes' (``chat``; ``plain`` is asked in it) have a
+        space behind them, which their tokenizer tells from LLaVA's new line.
+        """
         num_unmarked = len(self.images) - self.prompt.count(IMAGE_MARKER)
-        text = " ".join([*[IMAGE_MARKER] * num_unmarked, self.prompt])
+        after_images = " " if template in ("chat", "plain") else "\n"
+        markers = " ".join([IMAGE_MARKER] * num_unmarked)
+        text = f"{markers}{after_images}{self.prompt}" if markers else self.prompt
         return Record("--prompt", (Turn("user", text),), tuple(partial(decode_image, path) for path in self.images))
 
 
@@ -74,10 +84,19 @@ def run_rank(asked: Asked) -> int:
 
 def answer(asked: Asked, world_size: int) -> None:
     """Loads the model and prints its answer on rank 0; a collective."""
-    resolved = resolve_source(asked.source, asked.overrides, world_size)
+    source = asked.source if is_weights_folder(asked.source) else checkpoint_of(asked.source)
+    resolved = resolve_source(source, asked.overrides, world_size)
     with process_group(resolved.config.parallel.timeout_s):
-        generator = Generator(*load_for_inference(asked.source, resolved), compress=asked.compress)
-        request = Request(asked.record, asked.max_new_tokens, tuple(asked.stop))
+        source = same_source(source)
+        generator = Generator(*load_for_inference(source, resolved), compress=asked.compress)
+        request = Request(asked.record(resolved.stages[-1].data.template), asked.max_new_tokens, tuple(asked.stop))
         [text] = generator.generate([request], asked.sampling)
         if is_rank_zero():
             print(text.strip(), flush=True)
+
+
+def same_source(source: Path) -> Path:
+    """Rank 0's checkpoint, on every rank: a run that trains on may have given others a newer one; a collective."""
+    box = [source]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

@@ -134,7 +134,17 @@ def test_chat_prompt_is_how_the_answered_conversation_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("temperature", -0.1), ("top_p", 0.0), ("top_p", 1.1), ("top_k", -1), ("seed", -1)]
+    ("field", "value"),
+    [
+        ("temperature", float("nan")),
+        ("temperature", 1e-7),
+        ("temperature", float("inf")),
+        ("temperature", -0.1),
+        ("top_p", 0.0),
+        ("top_p", 1.1),
+        ("top_k", -1),
+        ("seed", -1),
+    ],
 )
 def test_bad_sampling_is_refused(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):

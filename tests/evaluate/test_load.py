@@ -158,7 +158,9 @@ def llava_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_converted_llava_answers_as_in_transformers(llava_folder: Path, picture: Path, tmp_path: Path) -> None:
+def test_a_converted_llava_answers_as_in_transformers(
+    llava_folder: Path, picture: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sts = tmp_path / "sts"
     hf_to_sts.convert(hf_to_sts.whole(llava_folder), sts)
     tokenizer = load_tokenizer(str(llava_folder), "vicuna_v1")
@@ -174,6 +176,7 @@ def test_a_converted_llava_answers_as_in_transformers(llava_folder: Path, pictur
         generator = Generator(*load_for_inference(sts, resolved))
         found = generator.generate([Request(record, 12) for record in records])
         groups.destroy()
+    assert "is asked in the template vicuna_v1;" in capsys.readouterr().err
     llava = LlavaForConditionalGeneration.from_pretrained(llava_folder)
     expected = [hf_answer(llava, record, 12, tokenizer, "vicuna_v1") for record in records]
     assert found == list(map(tokenizer.decode, expected))

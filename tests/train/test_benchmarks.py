@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.load import CONFIG_NAME
+from megatron_sts.evaluate.benchmarks.journal import claim
+from megatron_sts.runtime.stored import INDEX
+from megatron_sts.train.benchmarks import Asked
 from tests.evaluate.benchmarks import official_files
 from tests.evaluate.benchmarks.tiny_run import answers, megatron_sts, train
 
@@ -71,6 +77,20 @@ def test_a_damaged_picture_ends_it_in_one_line(folder: Path, tmp_path: Path) -> 
     done = megatron_sts(folder, "eval", "runs/tiny", f"--benchmark=pope={tmp_path}", f"--out={tmp_path / 'out'}")
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1 and picture.name in done.stderr
+
+
+@pytest.mark.parametrize("change", ["weights", "order"])
+def test_answers_of_other_weights_or_overrides_are_not_mixed_in(tmp_path: Path, change: str) -> None:
+    for name in (CONFIG_NAME, INDEX, "model.safetensors"):
+        (tmp_path / name).write_text("before")
+    words = ["data.template=chat", "data.template=chatml"]
+    asked = Asked(tmp_path, [*words, "parallel.tensor_model_parallel_size=2"], [], [], tmp_path / "out", 128)
+    claim(asked.folder, asked.settings)
+    claim(asked.folder, replace(asked, overrides=words).settings)
+    if change == "weights":
+        (tmp_path / "model.safetensors").write_text("behind")
+    with pytest.raises(ConfigError, match="give another folder"):
+        claim(asked.folder, replace(asked, overrides=words[:: -1 if change == "order" else 1]).settings)
 
 
 @pytest.mark.parametrize("source", ["nowhere", "pope"])

@@ -32,8 +32,12 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     write_atomically(path, text)
 
 
+Said = tuple[str, str | None, str]
+"""Prompt, picture and answer."""
+
+
 class Journal:
-    """The answers to one benchmark: a JSON object a line, with ``key``, ``prompt`` and ``answer``.
+    """The answers to one benchmark: a JSON object a line, with ``key``, ``prompt``, ``picture`` and ``answer``.
 
     Without a ``path`` they are kept in memory alone.
     """
@@ -43,23 +47,29 @@ class Journal:
         self._answers = self._read()
 
     def answer(self, question: Question) -> Answer | None:
-        """What was said to ``question``, if it was asked in these very words."""
-        prompt, text = self._answers.get(question.key, (None, ""))
-        return Answer(question, text) if prompt == question.prompt else None
+        """What was said to ``question``, if it was asked in these very words about this very picture."""
+        prompt, picture, text = self._answers.get(question.key, (None, None, ""))
+        return Answer(question, text) if (prompt, picture) == (question.prompt, question.picture) else None
 
     def add(self, answers: Sequence[Answer]) -> None:
         """Append ``answers``; they are on disk when this returns."""
         entries = [
-            {"key": answer.question.key, "prompt": answer.question.prompt, "answer": answer.text} for answer in answers
+            {
+                "key": answer.question.key,
+                "prompt": answer.question.prompt,
+                "picture": answer.question.picture,
+                "answer": answer.text,
+            }
+            for answer in answers
         ]
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
                 file.flush()
                 os.fsync(file.fileno())
-        self._answers |= {entry["key"]: (entry["prompt"], entry["answer"]) for entry in entries}
+        self._answers |= dict(map(_by_key, entries))
 
-    def _read(self) -> dict[str, tuple[str, str]]:
+    def _read(self) -> dict[str, Said]:
         """All answers by key. What stands behind the last line's end was torn by a crash, and is cut off."""
         if self._path is None or not self._path.is_file():
             return {}
@@ -69,10 +79,13 @@ class Journal:
         lines = whole.decode("utf-8").split("\n")[:-1]
         return dict(self._parse(number, line) for number, line in enumerate(lines, 1))
 
-    def _parse(self, number: int, line: str) -> tuple[str, tuple[str, str]]:
+    def _parse(self, number: int, line: str) -> tuple[str, Said]:
         try:
-            entry = json.loads(line)
-            return entry["key"], (entry["prompt"], entry["answer"])
+            return _by_key(json.loads(line))
         except (ValueError, TypeError, KeyError) as error:
             why = f"line {number} is no answer ({type(error).__name__}: {error})"
             refuse("--out", self._path, why, "remove that line, or the file")
+
+
+def _by_key(entry: Mapping[str, Any]) -> tuple[str, Said]:
+    return entry["key"], (entry["prompt"], entry["picture"], entry["answer"])

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,23 @@ class Question:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By kind of breakdown (``subject``), the groups that it counts in (``NAT``)."""
 
+    after_image: str = "\n"
+    """What stands between image and prompt: a new line, as in LLaVA."""
+
+    @cached_property
+    def picture(self) -> str | None:
+        """Tells the image's file from another, or from what it was before: its path, size and time of change."""
+        if not isinstance(self.image, Path):
+            return None
+        found = self.image.stat()
+        return f"{self.image.resolve()} {found.st_size} {found.st_mtime_ns}"
+
     def record(self) -> Record:
-        """The conversation that asks it; as in LLaVA, the image comes first."""
+        """The conversation that asks it; the image comes first."""
         if self.image is None:
             return Record(self.key, (Turn("user", self.prompt),))
         source = partial(decode_image, self.image) if isinstance(self.image, Path) else self.image
-        return Record(self.key, (Turn("user", f"{IMAGE_MARKER}\n{self.prompt}"),), (source,))
+        return Record(self.key, (Turn("user", f"{IMAGE_MARKER}{self.after_image}{self.prompt}"),), (source,))
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,11 @@ from megatron_sts.data.scenes.source import EVALUATED_FAMILIES, EvalQuestion, ev
 from megatron_sts.evaluate import metrics
 from megatron_sts.evaluate.benchmarks.question import Answer, Benchmark, Question
 from megatron_sts.evaluate.metrics import Answered, Metrics
+from megatron_sts.evaluate.scenes import ASKED, QUESTION_SEED
 
 NUM_QUESTIONS = 504
 """Of each family: a multiple of 12, so that answers are balanced."""
-SEED = 0
-POOLED = {"category": "relation"}
-"""Families that are reported as part of another."""
+POOLED = {asked: reported for reported, families in ASKED.items() for asked in families}
 
 
 def read(_source: Path, _images: Path | None) -> list[Question]:
@@ -22,7 +21,7 @@ def read(_source: Path, _images: Path | None) -> list[Question]:
     return [
         _question(question)
         for family in EVALUATED_FAMILIES
-        for question in evaluation_questions(family, "eval", NUM_QUESTIONS, SEED)
+        for question in evaluation_questions(family, "eval", NUM_QUESTIONS, QUESTION_SEED)
     ]
 
 
@@ -34,6 +33,7 @@ def _question(question: EvalQuestion) -> Question:
         references=(question.answer,),
         family=POOLED.get(question.family, question.family),
         groups={"asked": (question.family,), "variant": (question.variant,), "pair": (question.pair or "",)},
+        after_image=" ",  # as in training
     )
 
 

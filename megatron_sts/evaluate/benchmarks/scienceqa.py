@@ -40,6 +40,8 @@ def read(source: Path, images: Path | None, *, only_with_image: bool) -> list[Qu
 
 
 def _question(key: str, problem: dict[str, Any], images: Path) -> Question:
+    if len(problem["choices"]) > len(LETTERS):
+        raise ValueError(f"problem {key} has more than {len(LETTERS)} choices")
     choices = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
     context = f"Context: {problem['hint']}\n" if problem["hint"] else ""
     return Question(

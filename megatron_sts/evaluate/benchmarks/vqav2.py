@@ -67,20 +67,18 @@ def _family(text: str, question_type: str, answer_type: str) -> str:
 
 
 def credit(answer: Answer) -> float:
-    """``vqa_accuracy`` of the normalised answer, which is what LLaVA submits."""
-    return vqa_accuracy(normalise(answer.text), answer.question.references)
+    """The official accuracy, see ``vqa_accuracy``."""
+    return vqa_accuracy(answer.text, answer.question.references)
 
 
 def vqa_accuracy(answer: str, references: Sequence[str]) -> float:
     """The official accuracy: min(matches / 3, 1) among the other references, averaged over leaving each one out.
 
-    As in ``vqaEval.py``, texts are normalised only if the references differ.
+    All texts are normalised. ``vqaEval.py`` leaves them as they are where the references agree; there a normalised
+    answer, which is what LLaVA submits, would never equal references like "two" or "t-shirt".
     """
-    answer = answer.replace("\n", " ").replace("\t", " ").strip()
-    given = [reference.replace("\n", " ").replace("\t", " ").strip() for reference in references]
-    if len(set(given)) > 1:
-        answer, given = normalise(answer), [normalise(reference) for reference in given]
-    hits = [reference == answer for reference in given]
+    said = normalise(answer)
+    hits = [normalise(reference) == said for reference in references]
     return sum(min((sum(hits) - hit) / 3, 1.0) for hit in hits) / len(hits)
 
 

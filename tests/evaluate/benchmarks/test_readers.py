@@ -115,6 +115,13 @@ def test_images_elsewhere(tmp_path: Path) -> None:
     assert exam.questions[0].image == tmp_path / "coco" / "COCO_val2014_000000310196.jpg"
 
 
+def test_a_sixth_choice_is_refused(tmp_path: Path) -> None:
+    path = official_files.scienceqa(tmp_path) / "problems.json"
+    path.write_text(path.read_text().replace('["up", "down"]', '["up", "down", "c", "d", "e", "f"]'))
+    with pytest.raises(ConfigError, match="problem 22 has more than 5 choices"):
+        read("scienceqa", tmp_path)
+
+
 def test_missing_images_are_counted_and_listed(tmp_path: Path) -> None:
     lost = official_files.gqa(tmp_path) / "images" / "n336443.jpg"
     lost.unlink()

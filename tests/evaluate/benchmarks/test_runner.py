@@ -11,12 +11,12 @@ import pytest
 from rich.console import Console
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.data.records import Record
+from megatron_sts.data.records import BadSampleError, Record
 from megatron_sts.evaluate.benchmarks import tables
 from megatron_sts.evaluate.benchmarks.journal import Journal, claim
 from megatron_sts.evaluate.benchmarks.question import Answer, Question
 from megatron_sts.evaluate.benchmarks.registry import read_exams
-from megatron_sts.evaluate.benchmarks.runner import run_exams
+from megatron_sts.evaluate.benchmarks.runner import Ask, run_exams
 from megatron_sts.evaluate.metrics import Metrics
 from megatron_sts.runtime.dist import process_group
 from tests.dist.launch import run_ranks
@@ -37,7 +37,7 @@ class Parrot:
         return [self.text] * len(records)
 
 
-def run(folder: Path, ask: Parrot, num_at_once: int = 5) -> Metrics:
+def run(folder: Path, ask: Ask, num_at_once: int = 5) -> Metrics:
     [exam] = read_exams([f"pope={folder}"], [])
     with process_group(60):
         [found] = run_exams([exam], ask, folder, num_at_once)
@@ -92,6 +92,41 @@ def test_a_changed_question_is_asked_again(folder: Path) -> None:
     parrot = Parrot()
     assert run(folder, parrot)["num_questions"] == 12
     assert parrot.asked == [["popular/1"]]
+
+
+@pytest.mark.parametrize("way", ["another folder", "changed in place"])
+def test_a_changed_picture_is_asked_again(folder: Path, tmp_path: Path, way: str) -> None:
+    run(folder, Parrot())
+    pictures = folder / "val2014"
+    if way == "another folder":
+        pictures.rename(folder / "elsewhere")
+        pictures.symlink_to("elsewhere")
+    else:
+        for path in pictures.iterdir():
+            path.write_bytes(path.read_bytes() + b"\0")
+    parrot = Parrot()
+    assert run(folder, parrot)["num_questions"] == 12
+    assert sum(map(len, parrot.asked)) == 12
+
+
+def test_a_question_with_a_damaged_picture_is_left_out_with_its_reason(folder: Path) -> None:
+    def ask(records: Sequence[Record]) -> list[str]:
+        if any(record.key == "popular/2" for record in records):
+            raise BadSampleError("half a picture")
+        return ["Yes"] * len(records)
+
+    found = run(folder, ask)
+    assert found["num_questions"] == 11 and found["num_left_out"] == 1
+    assert found["unusable"] == {"popular/2": "half a picture"}
+    assert run(folder, Parrot())["num_questions"] == 12  # mended
+
+
+def test_a_benchmark_of_damaged_pictures_is_refused(folder: Path) -> None:
+    def ask(records: Sequence[Record]) -> list[str]:
+        raise BadSampleError(f"half a picture in {records[0].key}")
+
+    with pytest.raises(BadSampleError, match=r"pope: no question can be asked .*random/1"):
+        run(folder, ask)
 
 
 def test_a_damaged_line_is_refused(folder: Path) -> None:

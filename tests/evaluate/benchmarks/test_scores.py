@@ -48,11 +48,17 @@ def test_gqa(tmp_path: Path) -> None:
         ("down", ["down"] + ["up"] * 9, 0.3),  # (1 * 0 + 9 * 1/3) / 10
         ("left", ["down"] * 5 + ["up"] * 5, 0.0),
         ("two", ["2"] * 3 + ["the two"] + ["3"] * 6, 1.0),  # 4 equal after normalisation
-        ("Yes", ["yes"] * 10, 0.0),  # references that agree: texts stay as they are, in the official script
+        ("Yes", ["yes"] * 10, 1.0),  # normalised although the references agree
     ],
 )
 def test_vqa_accuracy(answer: str, references: list[str], expected: float) -> None:
     assert vqa_accuracy(answer, references) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("words", ["two", "t-shirt", "none", "the beach"])
+def test_vqav2_credits_an_answer_that_all_references_give_word_for_word(words: str) -> None:
+    question = Question("1", "", None, (words,) * 10, "other")
+    assert BENCHMARKS["vqav2"].credit(Answer(question, words)) == 1.0
 
 
 def test_vqav2(tmp_path: Path) -> None:
