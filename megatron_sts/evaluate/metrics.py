@@ -120,7 +120,7 @@ def _is_equal(item: Answered) -> bool:
 
 
 def _is_first_word_right(item: Answered) -> bool:
-    """As POPE and MME read an answer: its first word is yes or no, whatever follows."""
+    """How scenes read an answer: its first word is yes or no, whatever follows."""
     return _first_word(item.prediction) == item.answer
 
 

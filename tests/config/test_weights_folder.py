@@ -44,7 +44,14 @@ def test_other_settings_are_refused(folder: Path, part: str, field: str, value: 
 
 
 def test_defaults_may_be_spelled_out_and_the_rest_is_free(folder: Path) -> None:
-    said = {"num_query_groups": 4, "kv_channels": 8, "vocab_size": 128, "init": "x", "init_std": 0.1}
+    said = {
+        "norm_epsilon": 9.999999747378752e-06,
+        "num_query_groups": 4,
+        "kv_channels": 8,
+        "vocab_size": 128,
+        "init": "x",
+        "init_std": 0.1,
+    }
     check_same_model("language", LanguageConfig(**LANGUAGE | said), folder)
     seen = {"ffn_hidden_size": 128, "norm_epsilon": 1e-5, "feature_layer": -1, "init": "x"}
     check_same_model("vision", VisionConfig(**VISION | seen), folder)
