@@ -6,7 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageStat, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from megatron_sts.data.records import BadSampleError
 
@@ -45,8 +45,12 @@ LARGEST_ASPECT_RATIO = 32
 """At 336 pixels a picture's content is then 10 pixels high: less than a patch."""
 
 
-def fit_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Pads to a square with the mean colour (as LLaVA-1.5 does) and resizes to uint8 [size, size, 3].
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+
+
+def fit_square(image: np.ndarray, size: int, padding: Colour) -> np.ndarray:
+    """Pads to a square with ``padding`` (LLaVA-1.5: the tower's mean) and resizes to uint8 [size, size, 3].
 
     Raises:
         BadSampleError: a strip, of which the square would be mostly padding, and maybe gigabytes.
@@ -60,7 +64,6 @@ def fit_square(image: np.ndarray, size: int) -> np.ndarray:
             f"image of {width} x {height}: longer than {LARGEST_ASPECT_RATIO} times its width or height"
         )
     picture = Image.fromarray(image)
-    colour = tuple(int(c) for c in ImageStat.Stat(picture).mean)
-    square = Image.new("RGB", (side, side), colour)
+    square = Image.new("RGB", (side, side), padding)
     square.paste(picture, ((side - width) // 2, (side - height) // 2))
     return np.asarray(square.resize((size, size), Image.Resampling.BICUBIC))

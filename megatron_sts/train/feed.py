@@ -19,6 +19,7 @@ from megatron_sts.data.records import BadSampleError, Record, RecordSource, Skip
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.prepare import BatchPreparer
+from megatron_sts.vision.tower import padding_colour
 
 Sample = tuple[int, Record | SkippedSample]
 """A record with a number of its own."""
@@ -101,6 +102,7 @@ class PreparedStream:
             num_workers=data.num_workers,
             shuffle_buffer_size=data.shuffle_buffer_size,
             image_size=vision.image_size,
+            padding=padding_colour(vision),
         )
         self._place, self._num_read = place, 0
 

@@ -10,6 +10,7 @@ import torch
 from megatron_sts.config.architecture import HF_SIZES, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
+from megatron_sts.data.image import Colour
 from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.vision import build_encoder
 from megatron_sts.vision.hugging_face import Replicated, make_config, make_model_for
@@ -107,6 +108,12 @@ def build_tower(resolved: Resolved) -> VisionTower | HuggingFaceTower:
 def normalise(pixels: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:
     """``pixels`` uint8 [n, 3, h, w] -> fp32, with zero mean and unit deviation of channels with these statistics."""
     return (pixels.to(torch.float32) / 255.0 - _on(pixels.device, mean)) / _on(pixels.device, std)
+
+
+def padding_colour(vision: VisionConfig) -> Colour:
+    """What pictures are padded with, as LLaVA-1.5 and its processor in transformers do: the mean, near 0 when normalised."""
+    red, green, blue = (int(255 * mean) for mean in channel_statistics(vision)[0])
+    return red, green, blue
 
 
 def channel_statistics(vision: VisionConfig) -> tuple[Channels, Channels]:

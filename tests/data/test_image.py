@@ -1,4 +1,4 @@
-"""Pictures: every kind of bad file is a bad sample, and fitting pads with the mean colour."""
+"""Pictures: every kind of bad file is a bad sample, and fitting pads with the given colour."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.data.llava_files import picture
 
 
 @given(st.integers(2, 60), st.integers(2, 60), st.integers(0, 2**32 - 1))
-def test_padding_has_the_mean_colour(height: int, width: int, seed: int) -> None:
+def test_padding_has_the_given_colour(height: int, width: int, seed: int) -> None:
     image = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     side = max(height, width)
-    fitted = fit_square(image, side)
+    fitted = fit_square(image, side, (1, 20, 255))
     top, left = (side - height) // 2, (side - width) // 2
     wanted = np.empty((side, side, 3), np.uint8)
-    wanted[:] = image.reshape(-1, 3).mean(axis=0).astype(np.uint8)
+    wanted[:] = (1, 20, 255)
     wanted[top : top + height, left : left + width] = image
     np.testing.assert_array_equal(fitted, wanted)  # nothing is scaled, so nothing is rounded
 

@@ -33,6 +33,10 @@ def hf_llava(
     return llava
 
 
+CLIP_GREY = (122, 116, 104)
+"""CLIP's channel means of 255, cut off, as transformers' LLaVA processor pads."""
+
+
 @torch.no_grad()
 def hf_answer(
     llava: LlavaForConditionalGeneration,
@@ -43,7 +47,7 @@ def hf_answer(
 ) -> list[int]:
     """The greedy answer's tokens, without eos."""
     prompt = encode_prompt(record, tokenizer, template, lambda _: NUM_PATCHES).tokens
-    images = [torch.from_numpy(fit_square(decode(), IMAGE)) for decode in record.images]
+    images = [torch.from_numpy(fit_square(decode(), IMAGE, CLIP_GREY)) for decode in record.images]
     mean, std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
     pixels = {"pixel_values": ((torch.stack(images) / 255 - mean) / std).permute(0, 3, 1, 2)} if images else {}
     said = llava.generate(

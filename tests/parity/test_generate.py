@@ -65,7 +65,7 @@ def test_greedy_answers_are_hugging_faces(one_rank: None) -> None:
     expected = [hf_says(llava, number) for number in range(len(QUESTIONS))]
     assert answer([Request(record(number), NUM_NEW) for number in range(len(QUESTIONS))]) == expected
     lengths = list(map(len, expected))
-    assert len(expected[3]) == 4 and lengths.count(NUM_NEW) > 2, lengths
+    assert 0 < min(lengths) < NUM_NEW and lengths.count(NUM_NEW) > 2, lengths  # one ends early
     assert len({token for tokens in expected for token in tokens}) > 10
 
 
