@@ -214,7 +214,7 @@ def gather_weights(chunks: Sequence[torch.nn.Module]) -> dict[str, torch.Tensor]
         name: (
             here.tp_rank,
             getattr(weight, "partition_dim", -1) if is_split(weight) else None,
-            weight.detach().clone(),
+            weight.detach().cpu().clone(),
         )
         for name, weight in named_weights(chunks)
     }

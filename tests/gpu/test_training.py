@@ -1,0 +1,210 @@
+"""On GPUs small models train as on the CPU: in fp32 to rounding, with other kernels and formats as near as these allow."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_sts.runtime.probe import probe
+from tests.dist.ladder import (
+    ALIGNMENT,
+    BATCH,
+    BERNOULLI,
+    DENSE,
+    SKIPPING,
+    Trained,
+    Written,
+    train_alone,
+    train_layouts,
+    write_inputs,
+    written_run,
+)
+from tests.dist.launch import REPOSITORY, run_ranks
+from tests.dist.test_parity import LAYOUTS, relative
+
+pytestmark = pytest.mark.timeout(300)
+
+MODEL = "aligned"
+FP8_BATCH = {**BATCH, "sequence_length": 96}  # FP8 multiplies multiples of 16
+STAGES = tuple({**stage, "batch": FP8_BATCH} for stage in (ALIGNMENT, SKIPPING, DENSE))
+RANDOM = {**SKIPPING, "batch": FP8_BATCH, "lds": {**BERNOULLI, "granularity": "microbatch"}}
+TORCH, ENGINE = {"layers": "torch", "optimizer": "torch"}, {"layers": "transformer-engine"}
+FP8 = ("tensorwise", "delayed", "blockwise")
+
+
+def on_cpu() -> None:
+    """On a rank without a GPU: samples and weights, then the reference."""
+    torch.set_num_threads(1)
+    write_inputs(Path(os.environ["JOBS"]).parent, ["plain", "tied", MODEL])
+    train_layouts()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Samples, weights, and in cpu.pt what the CPU made of them."""
+    path = tmp_path_factory.mktemp("gpu")
+    written = config(path, "fp32", TORCH)
+    for part in ("vision", "projector", "language"):  # written by the job itself, before it trains
+        written["model"][part]["init"] = str(path / f"{MODEL}.safetensors")
+    (path / "jobs.json").write_text(json.dumps({"cpu": written}))
+    run_ranks(on_cpu, 1, 200, JOBS=path / "jobs.json", CUDA_VISIBLE_DEVICES="")
+    return path
+
+
+def config(
+    folder: Path,
+    params: str,
+    kernels: Written,
+    fp8: str = "off",
+    stages: tuple[Written, ...] = STAGES,
+    **layout: object,
+) -> Written:
+    written = written_run(folder, *stages, model=MODEL, **layout)
+    return {**written, "precision": {"params": params, "fp8": fp8}, "kernels": kernels}
+
+
+@functools.cache
+def trained(folder: Path, params: str, library: str, fp8: str = "off") -> Trained:
+    return train_alone(config(folder, params, TORCH if library == "torch" else ENGINE, fp8))
+
+
+def needs_engine(fp8: str = "off") -> None:
+    machine = probe()
+    engine = machine.component("transformer-engine")
+    if not engine.available:
+        pytest.skip(f"Transformer Engine: {engine.problem}")
+    if fp8 != "off" and fp8 not in machine.kernels.fp8_recipes:
+        pytest.skip(f"{machine.gpus[0].name} has no {fp8}")
+
+
+def weights_apart(found: Trained, expected: Trained) -> float:
+    """Largest distance of a weight tensor after all stages, as a part of how far training moved it."""
+    start, ends = expected.weights[0], (found.weights[-1], expected.weights[-1])
+    apart = {
+        name: float((ends[0][name].float() - whole.float()).norm() / moved)
+        for name, whole in ends[1].items()
+        if (moved := (whole.float() - start[name].float()).norm()) > 0
+    }
+    return max(apart.values())
+
+
+def test_fp32_trains_as_on_the_cpu(folder: Path) -> None:
+    found, expected = trained(folder, "fp32", "torch"), Trained(**torch.load(folder / "cpu.pt"))
+    loss, norm = relative(found.losses, expected.losses), relative(found.grad_norms, expected.grad_norms)
+    print(f"loss {loss:.1e}, norm {norm:.1e}, weights {weights_apart(found, expected):.1e}")
+    # fp32 sums in the order of other kernels; no TF32, which would show as 1e-4.
+    assert loss < 5e-6
+    assert norm < 5e-5
+    assert found.masks == expected.masks
+
+
+@pytest.mark.parametrize("library", ["torch", "transformer-engine"])
+def test_bf16_is_fp32_but_for_rounding(folder: Path, library: str) -> None:
+    if library != "torch":
+        needs_engine()
+    found, exact = trained(folder, "bf16", library), trained(folder, "fp32", "torch")
+    apart = relative(found.losses, exact.losses)
+    print(f"loss {apart:.1e}")
+    assert apart < 1e-2  # bf16 keeps 8 bits, 4e-3, and a loss is a mean of many
+    assert found.masks == exact.masks
+
+
+def test_engine_trains_as_torch_in_fp32(folder: Path) -> None:
+    needs_engine()
+    found, expected = trained(folder, "fp32", "transformer-engine"), trained(folder, "fp32", "torch")
+    loss, norm = relative(found.losses, expected.losses), relative(found.grad_norms, expected.grad_norms)
+    print(f"loss {loss:.1e}, norm {norm:.1e}, weights {weights_apart(found, expected):.1e}")
+    assert loss < 1e-4  # Transformer Engine multiplies fp32 in TF32, 11 bits
+    assert norm < 1e-3
+
+
+@pytest.mark.parametrize("fp8", FP8)
+def test_fp8_is_bf16_but_for_rounding(folder: Path, fp8: str) -> None:
+    needs_engine(fp8)
+    found, plain = trained(folder, "bf16", "transformer-engine", fp8), trained(folder, "bf16", "transformer-engine")
+    apart = relative(found.losses, plain.losses)
+    print(f"loss {apart:.1e}")
+    assert found.losses != plain.losses  # it really multiplied in FP8
+    assert apart < 5e-2  # E4M3 keeps 4 bits of an operand, 6e-2, and a loss is a mean of many
+    assert found.masks == plain.masks
+
+
+@pytest.mark.parametrize("fp8", ["off", *FP8])
+def test_a_step_that_skips_nothing_is_a_dense_one_bit_for_bit(folder: Path, fp8: str) -> None:
+    needs_engine(fp8)
+    never = {**DENSE, "steps": 3, "batch": FP8_BATCH, "lds": {**BERNOULLI, "alpha": 0.0}}
+    dense = {**never, "lds": None}
+    of_never, of_dense = (train_alone(config(folder, "bf16", ENGINE, fp8, (stage,))) for stage in (never, dense))
+    assert of_never.losses == of_dense.losses
+    assert all(torch.equal(weight, of_dense.weights[-1][name]) for name, weight in of_never.weights[-1].items())
+
+
+@pytest.mark.parametrize("fp8", ["off", *FP8])
+def test_layers_skipped_at_random_train(folder: Path, fp8: str) -> None:
+    """Each micro-batch skips others: weights in FP8 are cast anew by whichever runs first."""
+    needs_engine(fp8)
+    stage = {**RANDOM, "steps": 6}
+    found = train_alone(config(folder, "bf16", ENGINE, fp8, (stage,)))
+    exact = train_alone(config(folder, "fp32", TORCH, "off", (stage,)))
+    print(f"loss {relative(found.losses, exact.losses):.1e}")
+    assert relative(found.losses, exact.losses) < (5e-2 if fp8 != "off" else 1e-2)
+
+
+@pytest.mark.parametrize("recompute", ["full", "selective"])
+def test_recomputation_changes_nothing(folder: Path, recompute: str) -> None:
+    plain = trained(folder, "fp32", "torch")
+    again = train_alone(config(folder, "fp32", TORCH, recompute=recompute))
+    assert relative(again.losses, plain.losses) < 1e-6  # the same kernels; atomics may add in another order
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_every_layout_trains_as_one_gpu(folder: Path, num_ranks: int) -> None:
+    """NCCL: the layouts of the CPU's ladder, and with 8 GPUs those of 4 on twice as many data-parallel ranks."""
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs, has {torch.cuda.device_count()}")
+    layouts = {name: layout for name, (run, layout) in LAYOUTS[min(num_ranks, 4)].items() if run == "all"}
+    jobs = folder / str(num_ranks) / "jobs.json"
+    jobs.parent.mkdir()
+    jobs.write_text(json.dumps({name: config(folder, "fp32", TORCH, **layout) for name, layout in layouts.items()}))
+    run_ranks(train_layouts, num_ranks, 240, JOBS=jobs)
+    alone = trained(folder, "fp32", "torch")
+    for name in layouts:
+        found = Trained(**torch.load(jobs.with_name(f"{name}.pt")))
+        assert relative(found.losses, alone.losses) < 5e-6, name
+        assert found.masks == alone.masks, name
+
+
+@pytest.mark.parametrize("fp8", ["off", "tensorwise"])
+def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path: Path, fp8: str) -> None:
+    """The quickstart on one GPU in bf16, killed between two checkpoints of its second stage."""
+    if fp8 != "off":
+        needs_engine(fp8)
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_quickstart(whole, fp8)
+    train_quickstart(broken, fp8)
+    for kept in ("1-finetune-0000004", "1-finetune-0000006"):  # what a crash in step 3 would not have left
+        subprocess.run(["rm", "-r", str(broken / "checkpoints" / kept)], check=True)
+    train_quickstart(broken, fp8)
+    assert losses(broken)[-4:] == losses(whole)[-4:]
+
+
+def train_quickstart(run_dir: Path, fp8: str) -> None:
+    settings = [
+        "parallel.pipeline_model_parallel_size=1", "precision.params=bf16", f"precision.fp8={fp8}", "stages.*.steps=6", "stages.*.optimizer.warmup_steps=2",
+        "evaluation.num_questions=0", "checkpoint.interval_steps=2", "checkpoint.keep_last=99", "logging.tensorboard=false",
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "megatron_sts", "train", str(REPOSITORY / "examples/quickstart/config.yaml")]
+    subprocess.run([*command, *settings, "--run-dir", str(run_dir)], check=True, timeout=200, cwd=REPOSITORY)
+
+
+def losses(run_dir: Path) -> list[float]:
+    lines: list[dict[str, Any]] = list(map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines()))
+    return [line["loss"] for line in lines if line.get("stage") == "finetune" and "loss" in line]
