@@ -74,10 +74,14 @@ class Case:
 
 
 def resolved_run(args: argparse.Namespace, fmt: str, *overrides: str) -> Resolved:
-    """The preset on one rank in one of the formats; without FP8's exceptions for outer layers and few tokens."""
-    batch = f"stages.*.batch.micro_batch_size={args.micro_batch_size}"
-    whole = f"stages.*.batch.global_batch_size={args.micro_batch_size * args.num_microbatches}"
-    config = load(EXAMPLES / args.preset / "config.yaml", [*ONE_GPU, *FORMATS[fmt], batch, whole, *overrides])
+    """The preset on one rank in one of the formats."""
+    sizes = {"alignment": args.alignment_micro_batch_size, "finetune": args.micro_batch_size}
+    batches = [
+        f"stages.{stage}.batch.{name}={count}"
+        for stage, size in sizes.items()
+        for name, count in (("micro_batch_size", size), ("global_batch_size", size * args.num_microbatches))
+    ]
+    config = load(EXAMPLES / args.preset / "config.yaml", [*ONE_GPU, *FORMATS[fmt], *batches, *overrides])
     return resolve(config, world_size=1)
 
 
@@ -108,6 +112,9 @@ def finetune(args: argparse.Namespace, fmt: str) -> list[dict[str, Any]]:
         return found
 
     return measure(args, run, spec, cases)
+
+
+PARTS = {"alignment": alignment, "finetune": finetune}
 
 
 def measure(
@@ -164,7 +171,7 @@ def describe(stage: Stage, dense: Case, case: Case, pairs: list[tuple[float, flo
 def bench(args: argparse.Namespace, fmt: str) -> dict[str, Any]:
     """Both stages in one format, or why it failed: a GPU's software may refuse in ways of its own."""
     started, lines, problem = time.monotonic(), [], None
-    for part in (alignment, finetune):
+    for part in (PARTS[name] for name in args.stages):
         try:
             lines += part(args, fmt)
         except Exception as error:
@@ -184,8 +191,10 @@ def main() -> None:
         "--preset", default="llava15_7b", help="a folder of examples/ with stages alignment and finetune"
     )
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["torch", "te", "tensorwise"])
+    parser.add_argument("--stages", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--num-layers", type=int, default=8, help="decoder layers of the slice that trains")
-    parser.add_argument("--micro-batch-size", type=int, default=4)
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="of finetune")
+    parser.add_argument("--alignment-micro-batch-size", type=int, default=16, help="large, or launches take the time")
     parser.add_argument("--num-microbatches", type=int, default=2)
     parser.add_argument("--num-pairs", type=int, default=8, help="times that each step is timed next to a dense one")
     args = parser.parse_args()
@@ -203,7 +212,8 @@ def main() -> None:
 def print_tables(found: dict[str, Any]) -> None:
     console = Console(highlight=False, width=130)
     for of_format in found["formats"]:
-        table = Table(title=f"{found['preset']}, {of_format['format']}, {found['device']}")
+        title = f"{found['preset']}, {of_format['format']}, {found['device']}, torch {found['torch']}"
+        table = Table(title=f"{title}: {of_format['wall_s']:.0f} s in all")
         for column in ("stage", "layers", "case", "tokens", "step", "time/dense", "FLOPs/dense", "samples/s", "TFLOP/s", "MFU", "peak", "state"):  # fmt: skip
             table.add_column(column)
         for line in of_format["lines"]:

@@ -82,7 +82,7 @@ def _kernel_settings(config: RunConfig) -> dict[str, Any]:
     kernels = kernels_for(config)
     return {
         "transformer_impl": "transformer_engine" if kernels.linear == ENGINE else "local",
-        "use_te_activation_func": kernels.linear != ENGINE,  # or rather: a module's, which is then ``torch_ops.SwiGlu``
+        "use_te_activation_func": True,  # or rather: the layer spec's, which is ``torch_ops.SwiGlu``
         "cross_entropy_loss_fusion": kernels.cross_entropy == "megatron-core, fused",
     }
 

@@ -113,8 +113,25 @@ def _install_random_state() -> None:
     random.CudaRNGStatesTracker = CpuRngStatesTracker
 
 
+def _install_gradient_scaling() -> None:
+    """megatron-core scales and sums lists of tensors with kernels of Transformer Engine or apex as soon as one imports."""
+    from megatron.core.optimizer import clip_grads, optimizer
+    from megatron.core.utils import (
+        local_multi_tensor_applier,
+        local_multi_tensor_l2_norm,
+        local_multi_tensor_scale,
+    )
+
+    clip_grads.l2_norm_impl = local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_tensor_impl = None
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = local_multi_tensor_applier
+        module.multi_tensor_scale_impl = local_multi_tensor_scale
+
+
 def install() -> None:
     """Installs the stand-ins once per process. Must run before anything else imports megatron-core."""
     _install_devices()
     _install_tensor_methods()
     _install_random_state()
+    _install_gradient_scaling()

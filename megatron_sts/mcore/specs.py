@@ -71,10 +71,7 @@ def decoder_spec(
     params = {"gate": gate, "recompute": resolved.config.parallel.recompute == "full"}
     params |= {"min_tokens_for_fp8": precision.min_tokens_for_fp8}
     if kernels_for(resolved.config).linear == ENGINE:
-        spec = get_gpt_layer_with_transformer_engine_spec()
-        spec.module = SkippableTransformerLayer
-        spec.params = {**spec.params, **params}
-        return spec
+        return engine_layer_spec(params)
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage, get_pipeline_model_parallel_rank())
     emulated = _emulated_linears(resolved) if precision.fp8 == "emulate" else PLAIN
@@ -86,6 +83,20 @@ def decoder_spec(
         spec.params = params
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)
+
+
+def engine_layer_spec(params: dict[str, Any]) -> ModuleSpec:
+    """A layer of Transformer Engine's linears, norms and attention, that can be skipped.
+
+    RoPE and SwiGLU are those of the torch layers: megatron-core's fused RoPE knows one position for all rows, and its eager
+    versions launch twice as many kernels.
+    """
+    spec = get_gpt_layer_with_transformer_engine_spec()
+    spec.module = SkippableTransformerLayer
+    spec.params = {**spec.params, **params}
+    spec.submodules.self_attention.module = TorchSelfAttention
+    spec.submodules.mlp.keywords["submodules"].activation_func = SwiGlu
+    return spec
 
 
 def _emulated_linears(resolved: Resolved) -> Linears:

@@ -162,13 +162,15 @@ def train(resolved: Resolved) -> Trained:
     """All stages, as ``train.loop`` does them, in an initialised process group."""
     trained = Trained()
     place = groups.initialize(resolved.config.parallel, resolved.config.seed)
-    gate = SkipGate()
-    chunks = build_model(resolved, gate)
-    trained.weights.append(gather_weights(chunks))
-    for spec in resolved.stages:
-        train_stage(build_stage(resolved, spec, place, chunks, gate), trained)
+    try:
+        gate = SkipGate()
+        chunks = build_model(resolved, gate)
         trained.weights.append(gather_weights(chunks))
-    groups.destroy()
+        for spec in resolved.stages:
+            train_stage(build_stage(resolved, spec, place, chunks, gate), trained)
+            trained.weights.append(gather_weights(chunks))
+    finally:
+        groups.destroy()
     return trained
 
 
