@@ -202,30 +202,35 @@ def main() -> None:
         raise SystemExit(
             "bench_gpu: needs a CUDA device; on CPUs tools/bench_lds.py and tools/bench_vtc.py measure ratios"
         )
+    facts = {"device": current_device().name, "preset": args.preset, "torch": torch.__version__}
+    formats = []
     with process_group(600.0):
-        formats = [bench(args, fmt) for fmt in track(args.formats, console=Console(stderr=True), transient=True)]
-    found = {"device": current_device().name, "preset": args.preset, "torch": torch.__version__, "formats": formats}
-    print(json.dumps(found)) if args.json else print_tables(found)
+        for fmt in track(args.formats, console=Console(stderr=True), transient=True):
+            formats.append(bench(args, fmt))
+            if not args.json:
+                print_table(facts, formats[-1])
+    if args.json:
+        print(json.dumps({**facts, "formats": formats}))
     raise SystemExit(any(one["problem"] for one in formats))
 
 
-def print_tables(found: dict[str, Any]) -> None:
+def print_table(facts: dict[str, Any], found: dict[str, Any]) -> None:
+    """One format's."""
     console = Console(highlight=False, width=130)
-    for of_format in found["formats"]:
-        title = f"{found['preset']}, {of_format['format']}, {found['device']}, torch {found['torch']}"
-        table = Table(title=f"{title}: {of_format['wall_s']:.0f} s in all")
-        for column in ("stage", "layers", "case", "tokens", "step", "time/dense", "FLOPs/dense", "samples/s", "TFLOP/s", "MFU", "peak", "state"):  # fmt: skip
-            table.add_column(column)
-        for line in of_format["lines"]:
-            table.add_row(
-                line["stage"], str(line["num_layers"]), line["case"], str(line["tokens_per_row"]),
-                f"{line['step_time_s'] * 1e3:.0f} ms", f"{line['time_ratio']:.3f}", f"{line['flops_ratio']:.3f}",
-                f"{line['samples_per_s']:.1f}", f"{line['tflops']:.0f}", "-" if line["mfu"] is None else f"{line['mfu']:.1%}",
-                f"{line['peak_memory_bytes'] / 2**30:.1f} GiB", f"{line['planned_state_bytes'] / 2**30:.1f} GiB",
-            )  # fmt: skip
-        console.print(table)
-        if of_format["problem"]:
-            console.print(f"failed: {of_format['problem']}")
+    title = f"{facts['preset']}, {found['format']}, {facts['device']}, torch {facts['torch']}: {found['wall_s']:.0f} s in all"
+    table = Table(title=title)
+    for column in ("stage", "layers", "case", "tokens", "step", "time/dense", "FLOPs/dense", "samples/s", "TFLOP/s", "MFU", "peak", "state"):  # fmt: skip
+        table.add_column(column)
+    for line in found["lines"]:
+        table.add_row(
+            line["stage"], str(line["num_layers"]), line["case"], str(line["tokens_per_row"]),
+            f"{line['step_time_s'] * 1e3:.0f} ms", f"{line['time_ratio']:.3f}", f"{line['flops_ratio']:.3f}",
+            f"{line['samples_per_s']:.1f}", f"{line['tflops']:.0f}", "-" if line["mfu"] is None else f"{line['mfu']:.1%}",
+            f"{line['peak_memory_bytes'] / 2**30:.1f} GiB", f"{line['planned_state_bytes'] / 2**30:.1f} GiB",
+        )  # fmt: skip
+    console.print(table)
+    if found["problem"]:
+        console.print(f"failed: {found['problem']}")
 
 
 if __name__ == "__main__":

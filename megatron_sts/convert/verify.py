@@ -175,5 +175,5 @@ def _keep(logits: torch.Tensor, non_loss_data: bool = True) -> torch.Tensor:
 def largest_difference(found: torch.Tensor, expected: torch.Tensor, batch: Batch) -> float:
     """Over all tokens that are not padding, relative to the largest logit. A larger vocabulary of ours is cut."""
     is_token = batch.segments > 0
-    ours, theirs = found[is_token][:, : expected.shape[-1]], expected[is_token]
+    ours, theirs = found.to(expected.device)[is_token][:, : expected.shape[-1]], expected[is_token]
     return float((ours - theirs).abs().max() / theirs.abs().max())

@@ -8,6 +8,7 @@ from typing import Literal
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.precision import PrecisionConfig
 
 ENGINE: Literal["transformer-engine"] = "transformer-engine"
 APEX: Literal["apex"] = "apex"
@@ -33,19 +34,23 @@ class Kernels:
     """Usable values of precision.fp8, besides off."""
 
 
-def choose_kernels(wanted: KernelsConfig, fp8: str, usable: Set[str], recipes: tuple[str, ...]) -> Kernels:
+def choose_kernels(
+    wanted: KernelsConfig, precision: PrecisionConfig, usable: Set[str], recipes: tuple[str, ...]
+) -> Kernels:
     """What a run uses.
 
     Args:
         wanted: the run's ``kernels``.
-        fp8: its ``precision.fp8``; emulate replaces torch's linear layers.
+        precision: its ``precision``; fp8=emulate replaces torch's linear layers.
         usable: of cuda, transformer-engine, torchao and apex's extensions, those that work here.
         recipes: what Transformer Engine offers on this GPU.
 
     Raises:
         ConfigError: ``wanted`` names what is not usable here.
     """
-    has_engine = {"cuda", ENGINE} <= usable
+    fp8, has_engine = precision.fp8, {"cuda", ENGINE} <= usable
+    # megatron-core's fused one rounds the logits' gradient to bf16, whatever format it comes in.
+    fuses_loss = "cuda" in usable and precision.params == "bf16"
     layers = _layers(wanted, fp8, has_engine)
     return Kernels(
         linear=layers,
@@ -53,7 +58,7 @@ def choose_kernels(wanted: KernelsConfig, fp8: str, usable: Set[str], recipes: t
         attention=layers,
         optimizer=_optimizer(wanted, usable),
         gradient_accumulation_fusion=_fusion(wanted, fp8, usable),
-        cross_entropy="megatron-core, fused" if "cuda" in usable else "megatron-core",
+        cross_entropy="megatron-core, fused" if fuses_loss else "megatron-core",
         fp8_recipes=(*(recipes if has_engine else ()), *(("emulate",) if "torchao" in usable else ())),
     )
 

@@ -72,7 +72,9 @@ def probe(importer: Importer = importlib.import_module) -> Machine:
         nccl_version=by_name["nccl"].version,
         gpus=gpus,
         components=found,
-        kernels=choose_kernels(KernelsConfig(), "off", _usable(gpus, found), _recipes(gpus, cuda_version)),
+        kernels=choose_kernels(
+            KernelsConfig(), PrecisionConfig(params="bf16"), _usable(gpus, found), _recipes(gpus, cuda_version)
+        ),
     )
 
 
@@ -83,7 +85,7 @@ def kernels_for(config: RunConfig, importer: Importer = importlib.import_module)
         ConfigError: ``kernels`` names what is not usable here.
     """
     usable, recipes = _usable_here(importer)
-    return choose_kernels(config.kernels, config.precision.fp8, usable, recipes)
+    return choose_kernels(config.kernels, config.precision, usable, recipes)
 
 
 def check_usable(config: RunConfig) -> Kernels:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer as core_optimizer
+from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore import config as mcore_config
 from megatron_sts.mcore import optim
 from megatron_sts.mcore.fp8 import fp8_unless_few
+from megatron_sts.runtime.dist import process_group
 from megatron_sts.runtime.kernels import Kernels
 from tests.dist.ladder import DENSE, resolved_run, written_run
 
@@ -84,3 +87,14 @@ def test_few_tokens_leave_the_fp8_context(monkeypatch: pytest.MonkeyPatch) -> No
     for fp8, num_tokens in (("hybrid", 64), (None, 63), ("hybrid", 63)):
         fp8_unless_few(SimpleNamespace(fp8=fp8), num_tokens, 64)  # type: ignore[arg-type]
     assert entered == [False]
+
+
+def test_why_the_fused_loss_is_for_bf16_only() -> None:
+    """Should this fail, megatron-core no longer rounds fp32 gradients, and fp32 runs may have its fused loss as well."""
+    logits = torch.randn(4, 2, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    with process_group(60.0):
+        fused_vocab_parallel_cross_entropy(
+            logits, torch.ones(4, 2, dtype=torch.int64), dist.group.WORLD
+        ).sum().backward()
+    assert logits.grad is not None and logits.grad.dtype is torch.float32
+    assert torch.equal(logits.grad, logits.grad.bfloat16().float())

@@ -8,13 +8,15 @@ import pytest
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.runtime.kernels import APEX_ADAM, APEX_FUSION, ENGINE, choose_kernels
 
 ALL = {"cuda", ENGINE, "apex", APEX_ADAM, APEX_FUSION, "torchao"}
 
 
-def choose(usable: set[str], fp8: str = "off", **wanted: Any) -> Any:
-    return choose_kernels(KernelsConfig.model_validate(wanted), fp8, usable, ("tensorwise",))
+def choose(usable: set[str], fp8: Any = "off", params: Any = "bf16", **wanted: Any) -> Any:
+    precision = PrecisionConfig(params=params, fp8=fp8)
+    return choose_kernels(KernelsConfig.model_validate(wanted), precision, usable, ("tensorwise",))
 
 
 def test_overrides() -> None:
@@ -28,6 +30,11 @@ def test_overrides() -> None:
 def test_emulation_takes_torch_layers_without_fusion() -> None:
     chosen = choose(ALL, fp8="emulate")
     assert (chosen.linear, chosen.gradient_accumulation_fusion, chosen.optimizer) == ("torch", "off", ENGINE)
+
+
+def test_the_loss_is_fused_only_for_bf16() -> None:
+    assert choose(ALL, params="bf16").cross_entropy == "megatron-core, fused"
+    assert choose(ALL, params="fp32").cross_entropy == "megatron-core"
 
 
 @pytest.mark.parametrize(
