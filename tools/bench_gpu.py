@@ -122,8 +122,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Builds the stage and times its cases, each next to the first."""
     place, gate = groups.initialize(run.config.parallel, seed=1), SkipGate()
-    stage = build_stage(run, spec, place, build_model(run, gate), gate)
     try:
+        stage = build_stage(run, spec, place, build_model(run, gate), gate)
         dense, *others = cases_of(stage)
         seconds = {case.name: partial(step_seconds, stage, case.batches, case.mask) for case in (dense, *others)}
         peaks = {case.name: peak_bytes(seconds[case.name]) for case in (dense, *others)}
@@ -131,9 +131,10 @@ def measure(
             case.name: [(seconds["dense"](), seconds[case.name]()) for _ in range(args.num_pairs)] for case in others
         }
         pairs["dense"] = [(first, first) for timed in pairs.values() for first, _ in timed]
-        return [describe(stage, dense, case, pairs[case.name], peaks[case.name]) for case in (dense, *others)]
-    finally:
+        lines = [describe(stage, dense, case, pairs[case.name], peaks[case.name]) for case in (dense, *others)]
         stage.close()
+        return lines
+    finally:
         groups.destroy()
 
 
