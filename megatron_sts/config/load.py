@@ -59,9 +59,11 @@ def _parse(written: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
         raise ConfigError(_explain(first, values)) from None
 
 
-def dump(resolved: Resolved, path: Path) -> None:
-    """Write the config and, under ``resolved:``, what was derived from it. ``load`` reads the file back."""
-    derived = resolved.model_dump(mode="json", exclude={"config": True, "stages": {"__all__": {"config", "data"}}})
+def dump(resolved: Resolved, path: Path, **found: Any) -> None:
+    """Write the config and, under ``resolved:``, what was derived from it and ``found``. ``load`` reads the file back."""
+    derived = (
+        resolved.model_dump(mode="json", exclude={"config": True, "stages": {"__all__": {"config", "data"}}}) | found
+    )
     written = {**resolved.config.model_dump(mode="json"), DERIVED_KEY: derived}
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(written)), encoding="utf-8")
 

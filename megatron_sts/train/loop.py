@@ -37,7 +37,7 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
-            write_config(resolved, run_dir)
+            write_config(resolved, run_dir, kernels)
         log.event("kernels", **asdict(kernels))
         gate = SkipGate()
         chunks = build_model(resolved, gate)

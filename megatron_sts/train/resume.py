@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.run_folder import CHECKPOINTS, COMPLETE, CONFIG, whole_checkpoints
+from megatron_sts.runtime.kernels import Kernels
 
 EVALUATION = "evaluation.json"
 PARTIAL_PREFIX = ".partial-"
@@ -111,11 +112,11 @@ def check_same_copies(stage: ResolvedStage, checkpoint: Path, before: int, now: 
         )
 
 
-def write_config(resolved: Resolved, run_dir: Path) -> None:
-    """Replaces RUN_DIR's config in one piece: another rank may be reading it."""
+def write_config(resolved: Resolved, run_dir: Path, kernels: Kernels) -> None:
+    """Replaces RUN_DIR's config, with what computes it here, in one piece: another rank may be reading it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     partial = run_dir / f".{CONFIG}"
-    dump(resolved, partial)
+    dump(resolved, partial, kernels=asdict(kernels))
     partial.replace(run_dir / CONFIG)
 
 

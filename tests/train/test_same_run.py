@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import whole_checkpoints
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.resume import (
     Progress,
     check_same_run,
@@ -20,6 +23,8 @@ from megatron_sts.train.resume import (
     write_config,
 )
 from tests.train import stagehand
+
+KERNELS = Kernels(*("torch",) * 4, "off", "megatron-core", ())  # type: ignore[arg-type]
 
 
 def resolved(**changes: Any) -> Resolved:
@@ -35,7 +40,7 @@ def checkpoint(run_dir: Path, name: str, **progress: int) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run that has saved its first checkpoint."""
-    write_config(resolved(), tmp_path)
+    write_config(resolved(), tmp_path, KERNELS)
     checkpoint(tmp_path, "0-alignment-0000002", stage=0, step=2)
     return tmp_path
 
@@ -82,7 +87,7 @@ def test_packed_rows_must_stay_on_as_many_ranks(tmp_path: Path) -> None:
     packed = stages()
     packed[0] = packed[0] | {"batch": {**packed[0]["batch"], "packing": "pack"}}
     two = {"parallel": {"data_parallel_size": 2}}
-    write_config(resolved(stages=packed), tmp_path)
+    write_config(resolved(stages=packed), tmp_path, KERNELS)
     checkpoint(tmp_path, "0-alignment-0000002", stage=0, step=2)
     check_same_run(resolved(stages=packed), tmp_path)
     refused = r"parallel\.data_parallel_size=2: stage alignment was saved on 1, .* or delete .*0-alignment-0000002"
@@ -94,7 +99,7 @@ def test_packed_rows_must_stay_on_as_many_ranks(tmp_path: Path) -> None:
 
 def test_without_checkpoint_anything_may_change(tmp_path: Path) -> None:
     check_same_run(resolved(seed=2), tmp_path)
-    write_config(resolved(), tmp_path)
+    write_config(resolved(), tmp_path, KERNELS)
     check_same_run(resolved(seed=2), tmp_path)
 
 
@@ -121,3 +126,9 @@ def test_damaged_progress(run_dir: Path) -> None:
     (newest / "progress.json").write_text("{")
     with pytest.raises(ConfigError, match=r"progress.json is damaged .*; delete .*0-alignment-0000002 to go on"):
         read_progress(newest)
+
+
+def test_the_resolved_config_shows_the_kernels_and_is_read_back(run_dir: Path) -> None:
+    written = OmegaConf.load(run_dir / "config.resolved.yaml")
+    assert written.resolved.kernels.linear == "torch"
+    assert load(run_dir / "config.resolved.yaml") == resolved().config
