@@ -81,7 +81,8 @@ class DataConfig(Section):
     """How turns become tokens: ``chat``, role pieces of our own; ``plain``, the answer right after the image (LLaVA's
     alignment format); ``vicuna_v1`` (LLaVA-1.5), ``llama3`` (Llama-3-Instruct), ``chatml`` (Qwen2)."""
     max_bad_fraction: Fraction = 0.05
-    """Skipped samples, as a share of all since the stage began (after the first 100), above which the run stops."""
+    """Skipped samples, as a share of all since the stage began, above which the run stops (judged from the 100th sample
+    on, and at the stage's end). A stage that used none always fails."""
 
 
 class OptimizerConfig(Section):

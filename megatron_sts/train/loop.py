@@ -26,7 +26,7 @@ from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
 
 BAD_SAMPLES_GRACE = 100
-"""Samples before the share of skipped ones is judged."""
+"""Samples before the share of skipped ones is judged within a stage."""
 
 
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
@@ -89,15 +89,22 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
 
 
 def check_bad_samples(spec: ResolvedStage, progress: Progress) -> None:
-    """Stops a run whose data are mostly unusable.
+    """Stops a run whose data are mostly unusable: once there were enough samples to judge by, and at the stage's end.
 
     Raises:
-        BadSampleError: the share of skipped samples is above ``data.max_bad_fraction``. The same on every rank.
+        BadSampleError: the share of skipped samples is above ``data.max_bad_fraction``, or a whole stage used none. The
+            same on every rank.
     """
-    num_samples = progress.num_samples + progress.num_skipped_samples
-    fraction = progress.num_skipped_samples / max(num_samples, 1)
-    if num_samples >= BAD_SAMPLES_GRACE and fraction > spec.data.max_bad_fraction:
+    num_skipped, is_over = progress.num_skipped_samples, progress.step == spec.num_steps
+    num_samples = progress.num_samples + num_skipped
+    if is_over and progress.num_samples == 0:
         raise BadSampleError(
-            f"stage {spec.name}: {progress.num_skipped_samples} of {num_samples} samples could not be used, more than "
+            f"stage {spec.name}: none of its {num_samples} samples could be used; the warnings above say why"
+        )
+    if not is_over and num_samples < BAD_SAMPLES_GRACE:
+        return
+    if num_skipped > spec.data.max_bad_fraction * num_samples:
+        raise BadSampleError(
+            f"stage {spec.name}: {num_skipped} of {num_samples} samples could not be used, more than "
             f"data.max_bad_fraction={spec.data.max_bad_fraction:g}; the warnings above say why"
         )

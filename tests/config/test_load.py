@@ -47,6 +47,7 @@ def test_interpolation_sees_overrides(path: Path) -> None:
     [
         ("stages.1.lds.alpha=2", "stages.finetune.lds.alpha=2: it should be less than or equal to 1"),
         ("stages.1.lds.alfa=1", "stages.finetune.lds.alfa=1: unknown key; did you mean alpha?"),
+        ("data.num_samples=0", "data.num_samples=0: it should be greater than 0"),
         ("model.vison.num_layers=2", "model.vison={'num_layers': 2}: unknown key; did you mean vision?"),
         (
             "stages.0.batch={micro_batch_sise: 1}",
