@@ -1,4 +1,5 @@
-"""Lets the real Transformer Engine run where no GPU is, as far as its code is Python: a GPU is pretended for the whole process.
+"""Lets the real Transformer Engine run where no GPU is, as far as its code is Python: a GPU is
+pretended for the whole process, from the import of this file on.
 
 Its modules, recipes, FP8 contexts and tables of largest values are the real ones, as are megatron-core's and ours. What its
 CUDA kernels would compute comes from its own reference recipe (``CustomRecipe``, in torch), or is not reached.
@@ -7,13 +8,14 @@ CUDA kernels would compute comes from its own reference recipe (``CustomRecipe``
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+
+import megatron_sts.mcore  # noqa: F401  # readies megatron-core for the CPU, while torch still says that there is no GPU
 
 BLACKWELL = SimpleNamespace(name="a pretended GPU", major=10, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
 """The first architecture that has every recipe."""
@@ -72,12 +74,6 @@ def _replace_norm_kernels() -> None:
         module.rmsnorm_fwd, module.rmsnorm_bwd = _rms_norm, _rms_norm_backward
 
 
-def install() -> None:
-    """Installs the stand-ins; nothing removes them."""
-    import megatron_sts.mcore  # noqa: F401  # megatron-core's CPU stand-in, chosen while torch still says that there is no GPU
-
-    os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"  # scales follow from the table in torch instead of in one kernel
-    os.environ["NVTE_TORCH_COMPILE"] = "0"
-    _pretend_gpu()
-    _admit_cpu_tensors()
-    _replace_norm_kernels()
+_pretend_gpu()
+_admit_cpu_tensors()
+_replace_norm_kernels()
