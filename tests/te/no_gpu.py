@@ -74,6 +74,14 @@ def _replace_norm_kernels() -> None:
         module.rmsnorm_fwd, module.rmsnorm_bwd = _rms_norm, _rms_norm_backward
 
 
+def _use_cpu_random_state() -> None:
+    from transformer_engine.pytorch import distributed
+
+    distributed._get_cuda_rng_state = lambda *_a, **_k: torch.get_rng_state()
+    distributed._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
+
+
 _pretend_gpu()
 _admit_cpu_tensors()
 _replace_norm_kernels()
+_use_cpu_random_state()
