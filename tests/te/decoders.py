@@ -69,8 +69,8 @@ def one_rank(resolved: Resolved) -> Iterator[None]:
     try:
         groups.initialize(resolved.config.parallel, seed=0)
         yield
-        groups.destroy()
     finally:
+        groups.destroy()
         dist.destroy_process_group()
 
 
