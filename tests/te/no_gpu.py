@@ -81,7 +81,19 @@ def _use_cpu_random_state() -> None:
     distributed._set_cuda_rng_state = lambda state, *_a, **_k: torch.set_rng_state(state)
 
 
+def _use_torch_for_many_tensors() -> None:
+    """megatron-core's own functions for gradient norms and copies, as it takes them without Transformer Engine."""
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, optimizer
+
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_tensor_impl = utils.local_multi_tensor_l2_norm, None
+
+
 _pretend_gpu()
 _admit_cpu_tensors()
 _replace_norm_kernels()
 _use_cpu_random_state()
+_use_torch_for_many_tensors()
