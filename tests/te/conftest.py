@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
-collect_ignore_glob = [] if os.environ.get("MEGATRON_STS_TE_JOB") else ["test_*.py"]
-# Ranks that a test starts inherit these. Scales follow from the table in torch instead of in one CUDA kernel, and eagerly.
-os.environ |= {"NVTE_UNFUSED_FP8_UPDATE": "1", "NVTE_TORCH_COMPILE": "0"} if not collect_ignore_glob else {}
+IS_JOB = "MEGATRON_STS_TE_JOB" in os.environ
+collect_ignore_glob = [] if IS_JOB else ["test_*.py"]
+if IS_JOB:
+    # For ranks that a test starts too: scales follow from the table in torch instead of in one CUDA kernel, and eagerly.
+    os.environ |= {"NVTE_UNFUSED_FP8_UPDATE": "1", "NVTE_TORCH_COMPILE": "0"}
+    importlib.import_module("tests.te.no_gpu")  # before anything asks torch for a device

@@ -47,7 +47,13 @@ REFERENCE = {
 }
 """In place of tensorwise: the same scaling, computed in torch."""
 ON_CPU = {"attention_backend": AttnBackend.unfused}
-ON_META = {"use_cpu_initialization": False, "init_model_with_meta_device": True, "perform_initialization": False}
+"""Transformer Engine's attention in torch. A process has one backend: all of its decoders are built with this."""
+ON_META = {
+    **ON_CPU,
+    "use_cpu_initialization": False,
+    "init_model_with_meta_device": True,
+    "perform_initialization": False,
+}
 
 
 def small_run(*overrides: str, data_parallel_size: int = 1) -> Resolved:

@@ -17,7 +17,9 @@ import torch
 
 import megatron_sts.mcore  # noqa: F401  # readies megatron-core for the CPU, while torch still says that there is no GPU
 
-BLACKWELL = SimpleNamespace(name="a pretended GPU", major=10, minor=0, total_memory=80 * 2**30, multi_processor_count=132)
+BLACKWELL = SimpleNamespace(
+    name="a pretended GPU", major=10, minor=0, total_memory=80 * 2**30, multi_processor_count=132
+)
 """The first architecture that has every recipe."""
 
 

@@ -49,13 +49,14 @@ build_wheel() {
   sts_say "building transformer-engine-torch $TE_VERSION for torch $TORCH_VERSION (once, 12 to 15 minutes on 2 cores)"
   mkdir -p "$cache"
   new=$(mktemp -d "$cache/new.XXXXXX")
+  # shellcheck disable=SC2064 # the name as it is now
+  trap "rm -rf '$new'" EXIT
   install setuptools wheel pybind11 ninja cmake packaging nvidia-cudnn-frontend
   PATH=$venv/bin:$PATH CUDA_HOME=$(dirname "$headers") CPATH=$headers${CPATH:+:$CPATH} MAX_JOBS=${MAX_JOBS:-2} \
     NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 \
     "$python" -m pip wheel --disable-pip-version-check --quiet --no-deps --no-build-isolation --no-binary transformer-engine-torch \
-    -w "$new" "transformer-engine-torch==$TE_VERSION" || { rm -r "$new"; sts_say "error: the build failed (see above)"; return 1; }
+    -w "$new" "transformer-engine-torch==$TE_VERSION" || { sts_say "error: the build failed (see above)"; return 1; }
   mv "$new"/*.whl "$cache" # only a finished wheel is ever found
-  rmdir "$new"
 }
 
 prepare() {
@@ -83,4 +84,4 @@ prepare
   environment
   MEGATRON_STS_TE_JOB=1 OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES='' \
     "$python" -m pytest tests/te -v -s --no-header --color=no -W ignore "$@" 2>&1
-} | sed "s#$venv#VENV#g; s#$root/##g" | tee tests/te/last_run.log
+} | sed "s#$venv#VENV#g; s#$root/##g; s#${HOME:-/root}#HOME#g" | tee tests/te/last_run.log

@@ -58,7 +58,10 @@ def sized_decoder(gate: SkipGate, data_parallel_size: int = 1) -> torch.nn.Modul
 
 def linears(decoder: Any) -> list[list[Any]]:
     """By layer."""
-    return [[module for module in layer.modules() if isinstance(module, Linear | LayerNormLinear)] for layer in decoder.decoder.layers]
+    return [
+        [module for module in layer.modules() if isinstance(module, Linear | LayerNormLinear)]
+        for layer in decoder.decoder.layers
+    ]
 
 
 def run_microbatches(decoder: Any, gate: SkipGate, *skipped: list[int]) -> None:
@@ -146,5 +149,9 @@ def test_a_layer_that_first_runs_later_registers_behind_the_others(noting: None)
     with one_rank(small_run(*DELAYED)):
         decoder = sized_decoder(gate)
         run_microbatches(decoder, gate, [0], [])
-        places = [module.fp8_meta[FP8GlobalStateManager.get_buffer_info()][0] for layer in linears(decoder) for module in layer]
+        places = [
+            module.fp8_meta[FP8GlobalStateManager.get_buffer_info()][0]
+            for layer in linears(decoder)
+            for module in layer
+        ]
     assert min(places[:4]) > max(places[4:])

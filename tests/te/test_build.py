@@ -133,7 +133,9 @@ def test_a_layer_with_few_tokens_leaves_fp8_and_the_next_is_in_it() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_module_that_keeps_fp8_weights_is_marked_each_step(name: str) -> None:
     with built(name, "tensorwise") as chunks:
-        linears = [module for chunk in chunks for module in chunk.modules() if isinstance(module, Linear | LayerNormLinear)]
+        linears = [
+            module for chunk in chunks for module in chunk.modules() if isinstance(module, Linear | LayerNormLinear)
+        ]
         assert len(linears) == 4 * PRESETS[name].num_layers
         for linear in linears:
             linear.is_first_microbatch = False

@@ -163,7 +163,7 @@ def test_full_recomputation_changes_nothing() -> None:
     y, gradients = there_and_back(decoder_in_fp8(skipping(SKIPPED), "parallel.recompute=full"))
     assert torch.equal(y, plain_y)
     for name, gradient in plain.items():
-        assert gradient is None and gradients[name] is None or torch.equal(gradients[name], gradient), name
+        assert (gradient is None and gradients[name] is None) or torch.equal(gradients[name], gradient), name
 
 
 @torch.no_grad()  # a backward pass would take the reference's kept weights with it

@@ -44,7 +44,9 @@ def trained(folder: Path, fp8: str) -> Trained:
 def test_first_steps_are_those_of_emulated_fp8(folder: Path) -> None:
     """The second step's loss is that of weights which the first moved."""
     found, expected = trained(folder, "tensorwise"), trained(folder, "emulate")
-    loss, norm = (relative(a[:2], b[:2]) for a, b in ((found.losses, expected.losses), (found.grad_norms, expected.grad_norms)))
+    loss, norm = (
+        relative(a[:2], b[:2]) for a, b in ((found.losses, expected.losses), (found.grad_norms, expected.grad_norms))
+    )
     print(f"two steps: loss {loss:.1e}, norm {norm:.1e} off the emulated")
     assert loss < 1e-6  # fp32 sums in another order
     assert norm < 1e-5
