@@ -64,13 +64,14 @@ prepare() {
   sts_say "installing into $venv (the first time: several GB)"
   install "torch==$TORCH_VERSION"
   install "transformer-engine-cu13==$TE_VERSION" "transformer-engine==$TE_VERSION"
-  if [ -z "$(wheel)" ]; then build_wheel; fi
+  if [ -n "$(wheel)" ]; then binding="from the cache"; else binding="built by this run"; build_wheel; fi
   install "$(wheel)"
   install -e "${root}[dev]" "torch==$TORCH_VERSION"
 }
 
 environment() {
   printf 'megatron-sts %s, %s (UTC)\n' "$(git describe --always --dirty --exclude '*' 2>/dev/null)" "$(date -u +%F)"
+  printf 'transformer-engine-torch: %s\n' "$binding"
   "$python" - <<'EOF'
 import importlib.metadata as metadata, os, platform
 print(f"Python {platform.python_version()}, {platform.system()} {platform.machine()}, {len(os.sched_getaffinity(0))} cores, no GPU used")

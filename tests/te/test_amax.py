@@ -30,8 +30,8 @@ WEIGHT = 1
 """The place of a linear module's weight among its forward tensors; its input is 0."""
 HISTORY = 4
 DELAYED = ("precision.fp8=delayed", f"precision.amax_history_len={HISTORY}")
-FIRST_MASKS = {"each its own": ([0], [3]), "the same": ([0], [0]), "none": ([], [])}
-"""Layers that each of two ranks skips in the first micro-batch."""
+CASES = {"each its own": ([0], [3], False), "the same": ([0], [0], False), "each its own, our rule": ([0], [3], True)}
+"""Layers that each of two ranks skips in the first of two micro-batches; by our rule in the second, and none in the first."""
 
 
 def note_largest_values() -> None:
@@ -64,10 +64,13 @@ def linears(decoder: Any) -> list[list[Any]]:
     ]
 
 
-def run_microbatches(decoder: Any, gate: SkipGate, *skipped: list[int]) -> None:
-    rows = tuple(tuple(layer in layers for layer in range(NUM_LAYERS)) for layers in skipped)
-    gate.set(SkipMask(0, 0, rows))
-    for microbatch in range(len(skipped)):
+def row(skipped: list[int]) -> tuple[bool, ...]:
+    return tuple(layer in skipped for layer in range(NUM_LAYERS))
+
+
+def run_microbatches(decoder: Any, gate: SkipGate, mask: SkipMask, num_microbatches: int) -> None:
+    gate.set(mask)
+    for microbatch in range(num_microbatches):
         gate.enter(microbatch)
         run(decoder, torch.randn(16, 2, HIDDEN))
 
@@ -81,16 +84,18 @@ def scales_off(decoder: Any) -> list[float]:
     ]
 
 
-def each_first_mask() -> None:
-    """On each of two data-parallel ranks: for every first mask, how the scales stand after a second micro-batch without one."""
+def each_case() -> None:
+    """On each of two data-parallel ranks: prints for every case how the scales stand after two micro-batches."""
     note_largest_values()
     with process_group(60.0):
-        for label, masks in FIRST_MASKS.items():
+        for label, (*skipped, is_ours) in CASES.items():
             place = groups.initialize(small_run(data_parallel_size=2).config.parallel, seed=0)
             gate = SkipGate()
             decoder = sized_decoder(gate, data_parallel_size=2)
             modules = Fp8Modules([decoder], watch_order=True)
-            run_microbatches(decoder, gate, masks[place.dp_rank], [])
+            own = row(skipped[place.dp_rank])
+            first = SkipMask(0, 0, (own,)).running_all_first(2) if is_ours else SkipMask(0, 0, (own, row([])))
+            run_microbatches(decoder, gate, first, 2)
             try:
                 modules.check_order()
                 verdict = "accepted"
@@ -103,13 +108,13 @@ def each_first_mask() -> None:
 
 @functools.cache
 def found() -> list[dict[str, tuple[str, list[float]]]]:
-    """By rank and first mask."""
-    outputs = run_ranks(each_first_mask, 2, 240)
+    """By rank and case."""
+    outputs = run_ranks(each_case, 2, 240)
     lines = [[json.loads(line[6:]) for line in output.splitlines() if line.startswith("found ")] for output in outputs]
     return [{label: (verdict, off) for label, verdict, off in of_rank} for of_rank in lines]
 
 
-@pytest.mark.parametrize("label", FIRST_MASKS)
+@pytest.mark.parametrize("label", CASES)
 def test_scales_and_order_on_two_ranks(label: str) -> None:
     for rank, by_label in enumerate(found()):
         verdict, off = by_label[label]
@@ -134,9 +139,9 @@ def test_a_layer_skipped_longer_than_the_history_keeps_its_scale(noting: None) -
     gate = SkipGate()
     with one_rank(small_run(*DELAYED)):
         decoder = sized_decoder(gate)
-        run_microbatches(decoder, gate, [])
+        run_microbatches(decoder, gate, SkipMask(0, 0, (row([]),)), 1)
         kept = [module.fp8_meta["scaling_fwd"].scale.clone() for module in linears(decoder)[1]]
-        run_microbatches(decoder, gate, *[[1]] * (HISTORY + 2))
+        run_microbatches(decoder, gate, SkipMask(0, 1, (row([1]),)), HISTORY + 2)
         for module, scale in zip(linears(decoder)[1], kept, strict=True):
             assert torch.equal(module.fp8_meta["scaling_fwd"].scale, scale)
             assert module.fp8_meta["scaling_fwd"].amax_history.count_nonzero() == 0
@@ -148,7 +153,7 @@ def test_a_layer_that_first_runs_later_registers_behind_the_others(noting: None)
     gate = SkipGate()
     with one_rank(small_run(*DELAYED)):
         decoder = sized_decoder(gate)
-        run_microbatches(decoder, gate, [0], [])
+        run_microbatches(decoder, gate, SkipMask(0, 0, (row([0]), row([]))), 2)
         places = [
             module.fp8_meta[FP8GlobalStateManager.get_buffer_info()][0]
             for layer in linears(decoder)
