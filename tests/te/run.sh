@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # FP8 with the real Transformer Engine on a machine without GPU: makes an environment of its own, builds Transformer Engine's
 # binding for torch there (once: 12 to 15 minutes on 2 cores) and runs the tests of this folder, which no other command
-# collects. What ran goes into tests/te/last_run.log. Arguments are pytest's.
+# collects. What ran goes into tests/te/last_run.log. Arguments are pytest's, but for a first one --if-built: does nothing
+# unless the binding was built before.
 #
 #   MEGATRON_STS_TE_VENV   folder of the environment (default: .venv-te in the checkout)
 #   MEGATRON_STS_TE_CACHE  folder of built wheels (default: megatron-sts/te in the user's cache folder)
@@ -15,7 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 root=$PWD
 
 case ${1:-} in
-  -h | --help) printf 'usage: %s [pytest arguments]\n' "${BASH_SOURCE[0]}"; sed -n '2,13s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  -h | --help) printf 'usage: %s [pytest arguments]\n' "${BASH_SOURCE[0]}"; sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
 esac
 # shellcheck source=launch/setup.sh
 . launch/setup.sh
@@ -25,6 +26,14 @@ TORCH_VERSION=${TORCH_VERSION:-2.11.0}
 venv=${MEGATRON_STS_TE_VENV:-$root/.venv-te}
 cache=${MEGATRON_STS_TE_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/megatron-sts/te}/te-$TE_VERSION-torch-$TORCH_VERSION
 python=$venv/bin/python
+
+if [ "${1:-}" = --if-built ]; then
+  shift
+  if ! compgen -G "$cache/transformer_engine_torch-$TE_VERSION-*.whl" >/dev/null; then
+    sts_say "no transformer-engine-torch $TE_VERSION for torch $TORCH_VERSION in $cache: its tests are left out"
+    exit 0
+  fi
+fi
 
 install() { "$python" -m pip install --disable-pip-version-check --quiet "$@"; }
 
