@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sts import __version__
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
 
 PROGRAM = "megatron-sts"
 BAD_USAGE = 2
@@ -294,6 +294,9 @@ def _data_prepare(args: argparse.Namespace) -> int:
 def _generate(args: argparse.Namespace) -> int:
     from megatron_sts.train import generation
 
+    for option, value, unused in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
+        if args.temperature == 0 and value != unused:
+            refuse(option, value, "greedy answers draw no tokens", "give a --temperature as well, or leave it out")
     sampling = generation.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     asked = generation.Asked(
         args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc

@@ -59,6 +59,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["generate", "--prompt", "what?"], "SOURCE"),
         (["generate", "nowhere", "--prompt", "what?"], "nowhere"),
         (["generate", "nowhere"], "--prompt"),
+        (["generate", "nowhere", "--prompt", "what?", "--top-k", "5"], "--top-k=5: greedy answers draw no tokens"),
+        (["generate", "nowhere", "--prompt", "what?", "--top-p", "0.5"], "--top-p=0.5: greedy answers draw no tokens"),
         (["convert"], "COMMAND"),
         (["convert", "hf-to-sts"], "--sts"),
         (["convert", "hf-to-sts", "--sts", "out"], "--hf-vision and --hf-language together"),
