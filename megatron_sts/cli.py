@@ -292,11 +292,11 @@ def _data_prepare(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    for option, value, off in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
+        if args.temperature == 0 and value != off:
+            refuse(option, value, "nothing is drawn at --temperature=0", "give a temperature, as 1, or remove it")
     from megatron_sts.train import generation
 
-    for option, value, unused in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
-        if args.temperature == 0 and value != unused:
-            refuse(option, value, "greedy answers draw no tokens", "give a --temperature as well, or leave it out")
     sampling = generation.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     asked = generation.Asked(
         args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc

@@ -52,7 +52,14 @@ def write_pictures(folder: Path, count: int) -> Path:
 def rate(path: Path, num_workers: int, count: int, image_size: int) -> float:
     """Images a second, after a tenth of them to warm up."""
     stream = EnergonStream(
-        path, seed=0, dp_rank=0, dp_size=1, num_workers=num_workers, shuffle_buffer_size=100, image_size=image_size
+        path,
+        seed=0,
+        dp_rank=0,
+        dp_size=1,
+        num_workers=num_workers,
+        shuffle_buffer_size=100,
+        image_size=image_size,
+        padding=(0, 0, 0),
     )
     draw(stream, count // 10)
     started = time.perf_counter()

@@ -176,7 +176,7 @@ def bench(args: argparse.Namespace, fmt: str) -> dict[str, Any]:
         try:
             lines += part(args, fmt)
         except Exception as error:
-            problem = f"{part.__name__}: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+            problem = f"{part.__name__}: {type(error).__name__}: {str(error).strip()[:300]}"
             if args.traceback:
                 sys.excepthook(type(error), error, error.__traceback__)
         gc.collect()

@@ -34,7 +34,11 @@ def to_hf(sts: Path, hf: Path) -> int:
     from megatron_sts.convert.sources import open_source
 
     _check_folder("--sts", sts)
-    return _run(lambda: sts_to_hf.convert(open_source(sts), hf), hf)
+    source = open_source(sts)
+    status = _run(lambda: sts_to_hf.convert(source, hf), hf)
+    if not status and source.extras.lacks_tokenizer:
+        print(f"{hf} has no tokenizer: the run's is a SentencePiece file, which transformers does not read")
+    return status
 
 
 def _run(convert: Callable[[], bool], out: Path) -> int:

@@ -56,6 +56,11 @@ class Extras:
     channels: tuple[Channels, Channels] = CHANNEL_STATISTICS["clip"]
     """Mean and standard deviation of pixels in [0, 1]."""
 
+    @property
+    def lacks_tokenizer(self) -> bool:
+        """Whether there is none that transformers could read: a run's is of SentencePiece."""
+        return self.tokenizer is not None and self.tokenizer.hugging_face() is None
+
 
 def copy_extras(source: Path, out: Path, names: tuple[str, ...] = EXTRAS) -> None:
     """Copy those of ``names`` that ``source`` has."""

@@ -64,6 +64,11 @@ def expect(hf: Path, sts: Path, **parallel: Any) -> tuple[torch.Tensor, Batch, R
     is_whole = "vision" in architectures.halves(config)
     if "language" not in architectures.halves(config):
         raise ConfigError(f"--hf={hf}: a {config.model_type} has no logits; verify a text model or a LLaVA")
+    if missing := {"vision", "language"} & architectures.halves(config).keys() - sections.keys():
+        raise ConfigError(
+            f"--sts={sts}: has no {' and no '.join(sorted(missing))} model, but --hf={hf} is a {config.model_type}; give the "
+            "folder that was converted from it"
+        )
     if is_whole and "projector" not in sections:
         raise ConfigError(f"--sts={sts}: has a fresh projector; verify its text model, or convert a whole LLaVA")
     resolved = resolved_model(sections if is_whole else {"language": sections["language"]}, sts, parallel)

@@ -61,7 +61,7 @@ class EnergonStream:
         num_workers: int,
         shuffle_buffer_size: int,
         image_size: int | None,
-        padding: Colour = (0, 0, 0),
+        padding: Colour,
     ) -> None:
         """
         Args:

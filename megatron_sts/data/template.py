@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from megatron_sts.config.errors import refuse
+from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.resolve import ResolvedStage
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.formats import FORMATS, IMAGE, ChatFormat, render, render_prompt
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
@@ -43,6 +44,21 @@ def load_tokenizer(name_or_path: str, template: TemplateName) -> Tokenizer:
             refuse(
                 "data.template", template, why, "use the tokenizer of a model that talks like this, or another template"
             )
+    return tokenizer
+
+
+def tokenizer_of(stage: ResolvedStage, vocab_size: int) -> Tokenizer:
+    """A stage's tokenizer.
+
+    Raises:
+        ConfigError: as ``load_tokenizer``; or it has ids beyond the vocabulary, which tensor-parallel embeddings take for zeros.
+    """
+    tokenizer = load_tokenizer(stage.data.tokenizer, stage.data.template)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"model.language.vocab_size={vocab_size}: tokenizer {stage.data.tokenizer} of stage {stage.name} has "
+            f"{tokenizer.vocab_size} ids with <image> and the pieces of template {stage.data.template}; raise it"
+        )
     return tokenizer
 
 

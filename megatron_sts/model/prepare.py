@@ -6,15 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import BadSampleError, Record
-from megatron_sts.data.template import EncodedSample, encode, encode_prompt, load_tokenizer
-from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.data.template import EncodedSample, encode, encode_prompt, tokenizer_of
 from megatron_sts.vision.tower import padding_colour
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
@@ -25,7 +23,7 @@ class BatchPreparer:
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, *, needs_pixels: bool) -> None:
         vtc, vision = stage.config.vtc, resolved.config.model.vision
-        self.tokenizer = _tokenizer_for(stage, resolved.config.model.language.vocab_size)
+        self.tokenizer = tokenizer_of(stage, resolved.config.model.language.vocab_size)
         self._stage = stage
         self._image_size = vision.image_size if vision else 0
         self._padding = padding_colour(vision) if vision else (0, 0, 0)
@@ -78,14 +76,3 @@ class BatchPreparer:
         num_in = self._stage.visual_tokens_in
         keys = [(index, number) for number in range(encoded.num_images)]
         return tuple(self._sampler.indices([key], num_in, counts.of_image(key[1]))[0] for key in keys)
-
-
-def _tokenizer_for(stage: ResolvedStage, vocab_size: int) -> Tokenizer:
-    """The stage's tokenizer; refused if it has ids beyond the vocabulary, which tensor-parallel embeddings take for zeros."""
-    tokenizer = load_tokenizer(stage.data.tokenizer, stage.data.template)
-    if tokenizer.vocab_size > vocab_size:
-        raise ConfigError(
-            f"model.language.vocab_size={vocab_size}: tokenizer {stage.data.tokenizer} of stage {stage.name} has "
-            f"{tokenizer.vocab_size} ids with <image> and the pieces of template {stage.data.template}; raise it"
-        )
-    return tokenizer

@@ -156,7 +156,7 @@ def _module(name: str, needed_for: str, install: Mapping[str, str], importer: Im
 
 
 def cuda(importer: Importer) -> Component:
-    """CUDA that torch was built for, with a device that it can talk to. A broken driver may raise anything."""
+    """CUDA that torch was built for, with devices that all answer. A broken driver may raise anything."""
     needed_for, version = "GPUs", None
     try:
         torch = importer("torch")
@@ -164,6 +164,9 @@ def cuda(importer: Importer) -> Component:
         problem = "" if torch.cuda.is_available() else "torch is built without CUDA" if version is None else "no device"
         if problem == "no device" and torch.cuda.device_count():
             problem = "a device, but torch cannot use it: is the driver as new as this CUDA?"
+        if not problem:
+            for index in range(torch.cuda.device_count()):
+                torch.cuda.get_device_properties(index)
     except Exception as error:
         problem = why(error)
     install = {

@@ -168,12 +168,11 @@ def _check_emulation(importer: Importer) -> None:
 
 
 def _gpus(importer: Importer) -> tuple[Gpu, ...]:
-    """A driver that torch cannot talk to may raise anything."""
-    try:
-        cuda = importer("torch").cuda
-        properties = [cuda.get_device_properties(i) for i in range(cuda.device_count())] if cuda.is_available() else []
-    except Exception:
+    """None unless all of them answer; the component ``cuda`` says why not."""
+    if not components.cuda(importer).available:
         return ()
+    cuda = importer("torch").cuda
+    properties = [cuda.get_device_properties(i) for i in range(cuda.device_count())]
     return tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in properties)
 
 

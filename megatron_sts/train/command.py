@@ -44,7 +44,11 @@ def train(
         status = run_rank(resolved, run_dir)
         return failure.leave(status) if status else 0
     check_usable(resolved.config)
+    from megatron_sts.data.template import tokenizer_of
     from megatron_sts.train.launch import launch_local
+
+    for stage in resolved.stages:
+        tokenizer_of(stage, resolved.config.model.language.vocab_size)
 
     return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
 

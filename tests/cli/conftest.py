@@ -13,7 +13,7 @@ import pytest
 CONFIG = """
 model:
   vision: null
-  language: {num_layers: 4, hidden_size: 32, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 64}
+  language: {num_layers: 4, hidden_size: 32, num_attention_heads: 4, ffn_hidden_size: 64, vocab_size: 1024}
 data: {mode: words}
 stages:
   - name: only

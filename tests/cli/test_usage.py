@@ -43,6 +43,10 @@ def test_help_imports_nothing_heavy() -> None:
         (["train", "CONFIG", "--nprocs", "2", "--wrong"], "--nprocs"),
         (["train", "CONFIG", "--json"], "--dry-run"),
         (["train", "CONFIG", "model.language.init=no.safetensors"], "model.language.init=no.safetensors: no such file"),
+        (
+            ["train", "CONFIG", "model.language.vocab_size=64"],
+            "model.language.vocab_size=64: tokenizer scenes of stage only has 1024",
+        ),
         (["train", "CONFIG", "data.tokenizer=nowhere"], "data.tokenizer=nowhere: no such file"),
         (["train", "CONFIG", "--dry-run", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),
         (
@@ -59,8 +63,11 @@ def test_help_imports_nothing_heavy() -> None:
         (["generate", "--prompt", "what?"], "SOURCE"),
         (["generate", "nowhere", "--prompt", "what?"], "nowhere"),
         (["generate", "nowhere"], "--prompt"),
-        (["generate", "nowhere", "--prompt", "what?", "--top-k", "5"], "--top-k=5: greedy answers draw no tokens"),
-        (["generate", "nowhere", "--prompt", "what?", "--top-p", "0.5"], "--top-p=0.5: greedy answers draw no tokens"),
+        (["generate", "nowhere", "--prompt", "what?", "--top-p", "0.9"], "--top-p=0.9: nothing is drawn"),
+        (
+            ["generate", "nowhere", "--prompt", "what?", "--top-k", "5", "--temperature", "0"],
+            "--top-k=5: nothing is drawn",
+        ),
         (["convert"], "COMMAND"),
         (["convert", "hf-to-sts"], "--sts"),
         (["convert", "hf-to-sts", "--sts", "out"], "--hf-vision and --hf-language together"),

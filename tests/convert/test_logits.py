@@ -145,3 +145,18 @@ def test_verify_refuses_what_has_no_logits(folders: dict[str, tuple[Path, Path]]
         verify.expect(clip, folders["llava"][1])
     with pytest.raises(ConfigError, match="not a weights folder"):
         verify.expect(folders["llava"][0], clip)
+
+
+def test_verify_refuses_a_folder_without_the_model_to_compare(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path
+) -> None:
+    tower = tmp_path / "tower"
+    hf_to_sts.convert(hf_to_sts.whole(hf_models.write("clip", tmp_path / "clip")), tower)
+    (llama, text), (llava, _) = folders["llama"], folders["llava"]
+    for hf, sts, missing, kind in (
+        (llama, tower, "language", "llama"),
+        (llava, tower, "language", "llava"),
+        (llava, text, "vision", "llava"),
+    ):
+        with pytest.raises(ConfigError, match=rf"has no {missing} model, but --hf={hf} is a {kind}; give the folder"):
+            verify.expect(hf, sts)

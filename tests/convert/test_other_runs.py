@@ -45,7 +45,11 @@ def train_and_export(folder: Path, model: dict[str, Any], *words: str, **stage: 
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(written))
     sts(folder, "train", "config.yaml", "--run-dir", "run", *words)
-    sts(folder, "convert", "sts-to-hf", "--sts", "run", "--hf", "out")
+    said = sts(folder, "convert", "sts-to-hf", "--sts", "run", "--hf", "out")
+    assert said.splitlines() == [
+        "converted: out",
+        "out has no tokenizer: the run's is a SentencePiece file, which transformers does not read",
+    ]
     return folder / "out"
 
 

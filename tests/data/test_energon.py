@@ -52,6 +52,7 @@ def stream(prepared: Path) -> Iterator[Open]:
     def start(**changes: Any) -> EnergonStream:
         arguments: dict[str, Any] = {
             "path": prepared, "seed": 1, "dp_rank": 0, "dp_size": 1, "num_workers": 0, "shuffle_buffer_size": 8, "image_size": SIZE,
+            "padding": (0, 0, 0),
         }  # fmt: skip
         opened.append(EnergonStream(**{**arguments, **changes}))
         return opened[-1]
@@ -119,6 +120,7 @@ def draw_half() -> None:
             num_workers=1,
             shuffle_buffer_size=1,
             image_size=8,
+            padding=(0, 0, 0),
         )
         print(json.dumps(keys(opened, NUM_GOOD // 2)))
         opened.close()
@@ -302,7 +304,8 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_sts.data.energon import EnergonStream
-stream = EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4, image_size=8)
+stream = EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4, image_size=8,
+                       padding=(0, 0, 0))
 next(stream)
 print("drawn", flush=True)
 time.sleep(100)

@@ -18,6 +18,7 @@ if [ -z "$gpu" ]; then
 fi
 report=${REPORT:-tests/gpu/reports/$(printf '%s' "$gpu" | tr -c 'A-Za-z0-9\n' '-' | tr 'A-Z' 'a-z').md}
 mkdir -p "$(dirname "$report")"
+version=$(git describe --always --dirty 2>/dev/null) # before the report changes
 status=0
 
 section() { # title, command...: what it printed, in a code block
@@ -31,10 +32,12 @@ section() { # title, command...: what it printed, in a code block
 }
 
 {
-  printf '# %s\n\nmegatron-sts %s, %s (UTC).\n' "$gpu" "$(git describe --always --dirty 2>/dev/null)" "$(date -u +%F)"
+  printf '# %s\n\nmegatron-sts %s, %s (UTC).\n' "$gpu" "$version" "$(date -u +%F)"
   section Environment "$PYTHON" -m megatron_sts doctor
-  section Tests "$PYTHON" -m pytest tests/gpu -q -rs -s -W ignore --color=no
+  section Tests "$PYTHON" -m pytest tests/gpu -q -rs -s -W ignore --color=no --tb=short -p no:logging
   section Benchmarks "$PYTHON" tools/bench_gpu.py "$@"
   exit "$status"
-} | tee "$report"
-exit "${PIPESTATUS[0]}"
+} | tee "$report.partial"
+status=${PIPESTATUS[0]}
+mv "$report.partial" "$report"
+exit "$status"

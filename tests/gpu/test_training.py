@@ -114,7 +114,7 @@ def test_bf16_is_fp32_but_for_rounding(folder: Path, library: str) -> None:
     found, exact = trained(folder, "bf16", library), trained(folder, "fp32", "torch")
     apart = relative(found.losses, exact.losses)
     print(f"loss {apart:.1e}")
-    assert apart < 1e-2  # bf16 keeps 8 bits, 4e-3, and a loss is a mean of many
+    assert apart < 1.5e-3  # measured 5.5e-4 and 5.7e-4
     assert found.masks == exact.masks
 
 
@@ -134,7 +134,7 @@ def test_fp8_is_bf16_but_for_rounding(folder: Path, fp8: str) -> None:
     apart = relative(found.losses, plain.losses)
     print(f"loss {apart:.1e}")
     assert found.losses != plain.losses  # it really multiplied in FP8
-    assert apart < 5e-2  # E4M3 keeps 4 bits of an operand, 6e-2, and a loss is a mean of many
+    assert apart < 4e-2  # measured 2.3e-2, 2.2e-2, 1.4e-2; without updates 5e-2
     assert found.masks == plain.masks
 
 
@@ -156,7 +156,8 @@ def test_layers_skipped_at_random_train(folder: Path, fp8: str) -> None:
     found = train_alone(config(folder, "bf16", ENGINE, fp8, (stage,)))
     exact = train_alone(config(folder, "fp32", TORCH, "off", (stage,)))
     print(f"loss {relative(found.losses, exact.losses):.1e}")
-    assert relative(found.losses, exact.losses) < (5e-2 if fp8 != "off" else 1e-2)
+    # Measured 4.7e-3, 4.1e-3, 6.1e-3 and, in bf16, 4.6e-4; without updates the losses would be 3e-2 apart.
+    assert relative(found.losses, exact.losses) < (1.5e-2 if fp8 != "off" else 1.5e-3)
 
 
 @pytest.mark.parametrize("recompute", ["full", "selective"])
@@ -168,32 +169,35 @@ def test_recomputation_changes_nothing(folder: Path, recompute: str) -> None:
 
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_every_layout_trains_as_one_gpu(folder: Path, num_ranks: int) -> None:
-    """NCCL: the layouts of the CPU's ladder, and with 8 GPUs those of 4 on twice as many data-parallel ranks."""
+    """NCCL: layouts of the CPU's ladder in fp32, and with 8 GPUs those of 4 on twice as many data-parallel ranks."""
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs, has {torch.cuda.device_count()}")
     layouts = {name: layout for name, (run, layout) in LAYOUTS[min(num_ranks, 4)].items() if run == "all"}
     jobs = folder / str(num_ranks) / "jobs.json"
-    jobs.parent.mkdir()
+    jobs.parent.mkdir(exist_ok=True)
     jobs.write_text(json.dumps({name: config(folder, "fp32", TORCH, **layout) for name, layout in layouts.items()}))
     run_ranks(train_layouts, num_ranks, 240, JOBS=jobs)
     alone = trained(folder, "fp32", "torch")
     for name in layouts:
         found = Trained(**torch.load(jobs.with_name(f"{name}.pt")))
+        # Not run yet. On the CPU 6.5e-7 and 9e-6 hold (tests/dist/test_parity.py); NCCL may add in another order.
         assert relative(found.losses, alone.losses) < 5e-6, name
+        assert relative(found.grad_norms, alone.grad_norms) < 5e-5, name
         assert found.masks == alone.masks, name
 
 
 @pytest.mark.parametrize("fp8", ["off", "tensorwise"])
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path: Path, fp8: str) -> None:
-    """The quickstart on one GPU in bf16, killed between two checkpoints of its second stage."""
+    """The quickstart on one GPU in bf16, begun again from a checkpoint in the middle of its second stage."""
     if fp8 != "off":
         needs_engine(fp8)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     finish(train_quickstart(whole, fp8), train_quickstart(broken, fp8))
     for kept in ("1-finetune-0000004", "1-finetune-0000006"):  # what a crash in step 3 would not have left
         subprocess.run(["rm", "-r", str(broken / "checkpoints" / kept)], check=True)
+    before = len(losses(broken))
     finish(train_quickstart(broken, fp8))
-    assert losses(broken)[-4:] == losses(whole)[-4:]
+    assert losses(broken)[before:] == losses(whole)[-4:]  # steps 2 to 5, and no others
 
 
 def train_quickstart(run_dir: Path, fp8: str) -> subprocess.Popen[bytes]:
@@ -206,7 +210,11 @@ def train_quickstart(run_dir: Path, fp8: str) -> subprocess.Popen[bytes]:
 
 
 def finish(*runs: subprocess.Popen[bytes]) -> None:
-    assert [run.wait(timeout=200) for run in runs] == [0] * len(runs)
+    try:
+        assert [run.wait(timeout=100) for run in runs] == [0] * len(runs)
+    finally:
+        for run in runs:
+            run.kill()
 
 
 def losses(run_dir: Path) -> list[float]:

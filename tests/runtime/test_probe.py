@@ -190,6 +190,20 @@ def test_cuda(torch: SimpleNamespace, problem: str) -> None:
     assert (cuda.problem, cuda.available, bool(cuda.install)) == (problem, not problem, bool(problem))
 
 
+@pytest.mark.parametrize("name", ["is_available", "device_count", "get_device_properties"])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: unknown error"), AssertionError(), OSError("libcuda.so")])
+def test_a_driver_that_fails_is_named_and_no_gpu_is_used(name: str, error: Exception) -> None:
+    def fail(*_: int) -> None:
+        raise error
+
+    torch = torch_with(H100)
+    setattr(torch.cuda, name, fail)
+    machine = probe.probe(importer(torch=torch))
+    assert (machine.gpus, machine.device) == ((), "cpu")
+    cuda = machine.component("cuda")
+    assert not cuda.available and cuda.problem.startswith(type(error).__name__) and cuda.install
+
+
 @pytest.mark.parametrize(
     ("capability", "cuda", "recipes"),
     [

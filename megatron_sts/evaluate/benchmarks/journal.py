@@ -24,9 +24,11 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """
     path, text = folder / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n"
     if path.is_file():
-        if (found := path.read_text(encoding="utf-8")) != text:
-            why = f"holds the answers of {' '.join(found.split())}, not of {json.dumps(settings)}"
-            refuse("--out", folder, why, "give another folder, or remove this one")
+        found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
+        if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+            said = ", ".join(f"{name}={json.dumps(found.get(name))}" for name in differing)
+            refuse("--out", folder, f"holds answers given with other settings ({said})",
+                   "give another folder, or remove this one")  # fmt: skip
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, text)

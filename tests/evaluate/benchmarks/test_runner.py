@@ -149,8 +149,12 @@ def test_any_text_survives(tmp_path: Path) -> None:
 def test_answers_of_another_model_are_not_mixed_in(tmp_path: Path) -> None:
     claim(tmp_path / "out", {"checkpoint": "a", "max_new_tokens": 128})
     claim(tmp_path / "out", {"checkpoint": "a", "max_new_tokens": 128})
-    with pytest.raises(ConfigError, match="give another folder"):
+    with pytest.raises(ConfigError) as error:
         claim(tmp_path / "out", {"checkpoint": "b", "max_new_tokens": 128})
+    assert str(error.value) == (
+        f'--out={tmp_path / "out"}: holds answers given with other settings (checkpoint="a"); give another folder, or '
+        "remove this one"
+    )
 
 
 def on_two_ranks() -> None:
