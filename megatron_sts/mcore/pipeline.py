@@ -37,8 +37,19 @@ def build_chunks(resolved: Resolved, make_chunk: ChunkFactory) -> list[torch.nn.
             post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
             vp_stage=vp_stage,
         ).to(current_device().torch_device)
-        chunks.append(Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk)
+        chunks.append(to_bf16(chunk) if chunk.config.bf16 else chunk)
     return chunks
+
+
+def to_bf16(chunk: PipelineChunk) -> Float16Module:
+    """Casts parameters and inputs. Buffers in fp32 stay so: models register what bf16 is too coarse for, as RoPE's
+    frequencies, and Float16Module would round them."""
+    kept = [(name, buffer) for name, buffer in chunk.named_buffers() if buffer.dtype == torch.float32]
+    wrapped = Float16Module(chunk.config, chunk)
+    for name, buffer in kept:
+        owner, _, attribute = name.rpartition(".")
+        setattr(chunk.get_submodule(owner), attribute, buffer)
+    return wrapped
 
 
 def unwrap(module: torch.nn.Module) -> PipelineChunk:

@@ -18,7 +18,10 @@ from transformers import (
 )
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.resolve import resolve
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore.pipeline import unwrap
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from tests.parity.hf import (
@@ -96,6 +99,20 @@ def test_features_and_what_learns(one_rank: None, model_type: str, feature_layer
     assert difference <= FORWARD_RTOL
     found.sum().backward()
     assert all(parameter.grad is not None for parameter in model.vision.parameters())
+
+
+def test_bf16_leaves_the_rotary_frequencies_in_fp32(one_rank: None) -> None:
+    """As transformers does: in bf16 they would be off by up to 0.4 %, and angles with them."""
+    vision = {**written_tower("dinov3_vit"), "hf_config": {"model_type": "dinov3_vit", **SIZES, "rope_theta": 50.0}}
+    run = resolved_model(vision=vision).config.model_dump() | {"precision": {"params": "bf16"}}
+    (chunk,) = build_model(resolve(RunConfig.model_validate(run)), SkipGate())
+    tower = unwrap(chunk).vision
+    assert {parameter.dtype for parameter in tower.parameters()} == {torch.bfloat16}
+    width = VISION_HIDDEN // VISION_HEADS // 4  # frequencies: half of a head's pairs for each of the two axes
+    (frequencies,) = (buffer for name, buffer in tower.named_buffers() if name.endswith("inv_freq"))
+    assert frequencies.dtype == torch.float32
+    torch.testing.assert_close(frequencies, 50.0 ** -(torch.arange(width) / width), rtol=1e-6, atol=0)
+    assert tower(torch.randint(0, 256, (2, 3, IMAGE, IMAGE), dtype=torch.uint8)).dtype == torch.bfloat16
 
 
 def blip2() -> Blip2ForConditionalGeneration:
