@@ -120,22 +120,25 @@ PARTS = {"alignment": alignment, "finetune": finetune}
 def measure(
     args: argparse.Namespace, run: Resolved, spec: ResolvedStage, cases_of: Callable[[Stage], list[Case]]
 ) -> list[dict[str, Any]]:
-    """Builds the stage and times its cases, each next to the first."""
+    """Builds the stage, times its cases and takes it down."""
     place, gate = groups.initialize(run.config.parallel, seed=1), SkipGate()
     try:
         stage = build_stage(run, spec, place, build_model(run, gate), gate)
-        dense, *others = cases_of(stage)
-        seconds = {case.name: partial(step_seconds, stage, case.batches, case.mask) for case in (dense, *others)}
-        peaks = {case.name: peak_bytes(seconds[case.name]) for case in (dense, *others)}
-        pairs = {
-            case.name: [(seconds["dense"](), seconds[case.name]()) for _ in range(args.num_pairs)] for case in others
-        }
-        pairs["dense"] = [(first, first) for timed in pairs.values() for first, _ in timed]
-        lines = [describe(stage, dense, case, pairs[case.name], peaks[case.name]) for case in (dense, *others)]
-        stage.close()
-        return lines
+        try:
+            return time_cases(args, stage, *cases_of(stage))
+        finally:
+            stage.close()
     finally:
         groups.destroy()
+
+
+def time_cases(args: argparse.Namespace, stage: Stage, dense: Case, *others: Case) -> list[dict[str, Any]]:
+    """One line a case, each timed next to the first."""
+    seconds = {case.name: partial(step_seconds, stage, case.batches, case.mask) for case in (dense, *others)}
+    peaks = {case.name: peak_bytes(seconds[case.name]) for case in (dense, *others)}
+    pairs = {case.name: [(seconds["dense"](), seconds[case.name]()) for _ in range(args.num_pairs)] for case in others}
+    pairs["dense"] = [(first, first) for timed in pairs.values() for first, _ in timed]
+    return [describe(stage, dense, case, pairs[case.name], peaks[case.name]) for case in (dense, *others)]
 
 
 def peak_bytes(step: Callable[[], float]) -> int:
@@ -171,17 +174,17 @@ def describe(stage: Stage, dense: Case, case: Case, pairs: list[tuple[float, flo
 
 def bench(args: argparse.Namespace, fmt: str) -> dict[str, Any]:
     """Both stages in one format, or why it failed: a GPU's software may refuse in ways of its own."""
-    started, lines, problem = time.monotonic(), [], None
+    started, lines, problems = time.monotonic(), [], []
     for part in (PARTS[name] for name in args.stages):
         try:
             lines += part(args, fmt)
         except Exception as error:
-            problem = f"{part.__name__}: {type(error).__name__}: {str(error).strip()[:300]}"
+            problems.append(f"{part.__name__}: {type(error).__name__}: {str(error).strip()[:300]}")
             if args.traceback:
                 sys.excepthook(type(error), error, error.__traceback__)
         gc.collect()
         torch.cuda.empty_cache()
-    return {"format": fmt, "lines": lines, "problem": problem, "wall_s": time.monotonic() - started}
+    return {"format": fmt, "lines": lines, "problem": "; ".join(problems), "wall_s": time.monotonic() - started}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ KERNEL_ROWS = {
     "attention": "attention",
     "optimizer": "optimizer",
     "gradient_accumulation_fusion": "gradient accumulation fusion",
-    "cross_entropy": "cross entropy",
+    "cross_entropy": "cross entropy (in bf16)",
 }
 
 

@@ -101,9 +101,10 @@ def test_fp32_trains_as_on_the_cpu(folder: Path) -> None:
     loss, norm = relative(found.losses, expected.losses), relative(found.grad_norms, expected.grad_norms)
     print(f"loss {loss:.1e}, norm {norm:.1e}, weights {weights_apart(found, expected):.1e}")
     # fp32 sums in the order of other kernels. With gradients of logits in bf16, as megatron-core's fused cross entropy has
-    # them: 8e-6 and 8e-4, measured.
-    assert loss < 5e-6
-    assert norm < 5e-5
+    # them: 8e-6, 8e-4 and 1.8e-3 were measured. Not run since that changed; Transformer Engine's fp32 is 1e-7, 4e-7, 5e-5 off.
+    assert loss < 1e-6
+    assert norm < 1e-5
+    assert weights_apart(found, expected) < 5e-4
     assert found.masks == expected.masks
 
 
@@ -125,6 +126,7 @@ def test_engine_trains_as_torch_in_fp32(folder: Path) -> None:
     print(f"loss {loss:.1e}, norm {norm:.1e}, weights {weights_apart(found, expected):.1e}")
     assert loss < 1e-6  # measured 1.0e-7 and 3.6e-7; with TF32, 11 bits, 8e-5 and 8e-4
     assert norm < 1e-5
+    assert weights_apart(found, expected) < 5e-4  # measured 4.7e-5
 
 
 @pytest.mark.parametrize("fp8", FP8)
@@ -183,6 +185,7 @@ def test_every_layout_trains_as_one_gpu(folder: Path, num_ranks: int) -> None:
         # Not run yet. On the CPU 6.5e-7 and 9e-6 hold (tests/dist/test_parity.py); NCCL may add in another order.
         assert relative(found.losses, alone.losses) < 5e-6, name
         assert relative(found.grad_norms, alone.grad_norms) < 5e-5, name
+        assert weights_apart(found, alone) < 5e-4, name  # other kernels on one GPU: 4.7e-5
         assert found.masks == alone.masks, name
 
 
@@ -213,8 +216,9 @@ def finish(*runs: subprocess.Popen[bytes]) -> None:
     try:
         assert [run.wait(timeout=100) for run in runs] == [0] * len(runs)
     finally:
-        for run in runs:
-            run.kill()
+        for run in runs:  # nothing to one that has ended; else the launcher ends its rank
+            run.terminate()
+            run.wait(timeout=30)
 
 
 def losses(run_dir: Path) -> list[float]:

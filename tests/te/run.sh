@@ -79,7 +79,9 @@ prepare() {
 }
 
 environment() {
-  printf 'megatron-sts %s, %s (UTC)\n' "$(git describe --always --dirty --exclude '*' 2>/dev/null)" "$(date -u +%F)"
+  local changed=
+  git diff --quiet HEAD -- . ':!tests/te/last_run.log' || changed=" with changes"
+  printf 'megatron-sts %s%s, %s (UTC)\n' "$(git rev-parse --short HEAD)" "$changed" "$(date -u +%F)"
   printf 'transformer-engine-torch: %s\n' "$binding"
   "$python" - <<'EOF'
 import importlib.metadata as metadata, os, platform

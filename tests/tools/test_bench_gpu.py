@@ -9,6 +9,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sts.runtime.dist import process_group
 
@@ -20,6 +21,7 @@ TINY = [
 ]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tiny sizes in fp32 are for a CPU")
 def test_bench_times_every_case_next_to_a_dense_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
     import bench_gpu
@@ -32,7 +34,7 @@ def test_bench_times_every_case_next_to_a_dense_step(monkeypatch: pytest.MonkeyP
     with process_group(60.0):
         found = bench_gpu.bench(args, "torch")
         unusable = bench_gpu.bench(args, "te")
-    assert found["problem"] is None
+    assert found["problem"] == ""
     cases = [(line["stage"], line["case"]) for line in found["lines"]]
     finetune = [("finetune", f"LDS {percent}%") for percent in (25, 50, 75)]
     assert cases == [("alignment", "dense"), ("alignment", "VTC"), ("finetune", "dense"), *finetune]
@@ -40,7 +42,7 @@ def test_bench_times_every_case_next_to_a_dense_step(monkeypatch: pytest.MonkeyP
     assert ratios[0] == ratios[2] == 1 and 1 > ratios[3] > ratios[4] > ratios[5] > 0 and ratios[1] < 1
     assert all(line["step_time_s"] > 0 and line["tflops"] > 0 for line in found["lines"])
     bench_gpu.print_table({"preset": "tiny", "device": "cpu", "torch": "2"}, found)
-    assert not unusable["lines"] and "Transformer Engine is not usable here" in unusable["problem"]
+    assert not unusable["lines"] and unusable["problem"].count("Transformer Engine is not usable here") == 2
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def claim(folder: Path, settings: Mapping[str, Any]) -> None:
     path, text = folder / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n"
     if path.is_file():
         found, wanted = json.loads(path.read_text(encoding="utf-8")), json.loads(text)
-        if differing := [name for name in wanted if found.get(name) != wanted[name]]:
+        if differing := [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]:
             said = ", ".join(f"{name}={json.dumps(found.get(name))}" for name in differing)
             refuse("--out", folder, f"holds answers given with other settings ({said})",
                    "give another folder, or remove this one")  # fmt: skip
