@@ -190,6 +190,26 @@ def test_every_layout_trains_as_one_gpu(folder: Path, num_ranks: int) -> None:
 
 
 @pytest.mark.parametrize("fp8", ["off", "tensorwise"])
+def test_engine_layouts_train_as_one_gpu(folder: Path, fp8: str) -> None:
+    """Transformer Engine's own parallel layers, as the 7B in FP8 has them."""
+    needs_engine(fp8)
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs 2 GPUs, has {torch.cuda.device_count()}")
+    layouts = {name: LAYOUTS[2][name][1] for name in ("TP2", "TP2 SP", "PP2 VPP2", "DP2 all overlap")}
+    jobs = folder / f"engine-{fp8}" / "jobs.json"
+    jobs.parent.mkdir(exist_ok=True)
+    jobs.write_text(json.dumps({name: config(folder, "bf16", ENGINE, fp8, **layouts[name]) for name in layouts}))
+    run_ranks(train_layouts, 2, 240, JOBS=jobs)
+    alone = trained(folder, "bf16", "transformer-engine", fp8)
+    for name in layouts:
+        found = Trained(**torch.load(jobs.with_name(f"{name}.pt")))
+        # Not run yet. bf16: 1.9e-3 holds on the CPU (tests/dist/test_parity.py). FP8: less than the 2.3e-2 that its rounding
+        # costs at all, since only partial sums round elsewhere.
+        assert relative(found.losses, alone.losses) < (2e-3 if fp8 == "off" else 2e-2), name
+        assert found.masks == alone.masks, name
+
+
+@pytest.mark.parametrize("fp8", ["off", "tensorwise"])
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path: Path, fp8: str) -> None:
     """The quickstart on one GPU in bf16, begun again from a checkpoint in the middle of its second stage."""
     if fp8 != "off":
