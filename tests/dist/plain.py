@@ -33,7 +33,9 @@ def train_plainly(written: Written, lrs: Sequence[float], masks: Sequence[SkipMa
     with process_group(60.0):
         resolved = resolved_run(written, num_copies)
         place = Place(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1)
-        single = resolved.config.parallel.model_copy(update={"data_parallel_size": 1, "pipeline_model_parallel_size": 1})
+        single = resolved.config.parallel.model_copy(
+            update={"data_parallel_size": 1, "pipeline_model_parallel_size": 1}
+        )
         assert groups.initialize(single, resolved.config.seed) == place
         gate, lds = SkipGate(), resolved.stages[0].config.lds
         (model,) = build_model(resolved, gate)
@@ -87,6 +89,4 @@ def backward(resolved: Resolved, num_copies: int, gate: SkipGate, model: torch.n
 
 def is_idle(name: str, mask: SkipMask) -> bool:
     """Whether a weight belongs to a layer that the whole step skips."""
-    return any(
-        mask.idle[layer] and name.startswith(f"language.decoder.layers.{layer}.") for layer in range(NUM_LAYERS)
-    )
+    return any(mask.idle[layer] and name.startswith(f"language.decoder.layers.{layer}.") for layer in range(NUM_LAYERS))

@@ -16,7 +16,13 @@ from tests.dist.launch import run_ranks
 pytestmark = pytest.mark.timeout(300)  # the first test trains all layouts
 
 BATCH = {"global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 96, "max_images": 2}  # 96: as long with SP
-SKIPPING = {"name": "skipping", "freeze": ["vision"], "steps": 4, "batch": BATCH, "lds": {**BERNOULLI, "granularity": "microbatch"}}
+SKIPPING = {
+    "name": "skipping",
+    "freeze": ["vision"],
+    "steps": 4,
+    "batch": BATCH,
+    "lds": {**BERNOULLI, "granularity": "microbatch"},
+}
 STAGES = (SKIPPING, {**DENSE, "batch": BATCH})
 TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
 LAYOUTS: dict[str, dict[str, Any]] = {

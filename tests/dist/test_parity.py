@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from tests.dist.ladder import (
-    ALIGNMENT,
     BERNOULLI,
     DENSE,
     Trained,

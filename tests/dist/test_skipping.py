@@ -15,7 +15,6 @@ import pytest
 import torch
 import yaml
 
-from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds import sync
 from megatron_sts.lds.gate import SkipGate
@@ -41,8 +40,8 @@ from tests.dist.ladder import (
     write_inputs,
     written_run,
 )
-from tests.dist.plain import train_plainly
 from tests.dist.launch import RanksFailed, run_ranks
+from tests.dist.plain import train_plainly
 
 # Measured against plain torch over 6 steps, times 5: one rounding of a weight; moments are sums of other roundings.
 WEIGHT_ULPS, MOMENT_RTOL = 5 * 0.9, 5 * 1.1e-6
