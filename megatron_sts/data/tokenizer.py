@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import sentencepiece
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.files import EMBEDDED_TOKENIZER
 from megatron_sts.data.scenes.catalog import asset
 
-EMBEDDED = "scenes"
 IMAGE_PIECE = "<image>"
 RESERVED = "reserved_special_token"
 """In the names of ids that a vocabulary keeps free for its users."""
@@ -71,10 +71,12 @@ class Tokenizer:
         does), else a new one at its end, which ``vocab_size`` counts.
         """
         wanted = (IMAGE_PIECE, *own_pieces)
-        if name_or_path == EMBEDDED:
+        if name_or_path == EMBEDDED_TOKENIZER:
             return cls(_SentencePieceCodec(asset("tokenizer.model").read_bytes(), wanted))
         if not Path(name_or_path).exists():
-            raise ConfigError(f"data.tokenizer={name_or_path}: no such file or folder; correct it, or use {EMBEDDED}")
+            raise ConfigError(
+                f"data.tokenizer={name_or_path}: no such file or folder; correct it, or use {EMBEDDED_TOKENIZER}"
+            )
         if name_or_path.endswith(".model"):
             return cls(_SentencePieceCodec(Path(name_or_path).read_bytes(), wanted))
         return cls(_HuggingFaceCodec(name_or_path, wanted))
