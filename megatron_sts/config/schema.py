@@ -227,6 +227,7 @@ class CheckpointConfig(Section):
     interval_steps: PositiveInt | None = None
     """None: at the end of each stage only."""
     keep_last: PositiveInt = 2
+    """Newest checkpoints that stay; that of a stage's end goes like any other."""
 
 
 class LoggingConfig(Section):

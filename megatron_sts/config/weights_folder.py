@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megatron_sts.config.architecture import LanguageConfig, Part, ProjectorConfig, QFormerConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.load import CONFIG_NAME
+from megatron_sts.config.schema import ModelConfig
 
 NORM_EPSILON = {"clip": 1e-5, "siglip": 1e-6}
 """Of our towers, unless a config says otherwise."""
@@ -41,6 +42,18 @@ def read_sections(folder: Path) -> dict[Part, Any]:
         return {part: kind.model_validate(model[part]) for part, kind in _SECTIONS.items() if part in model}  # type: ignore[misc, attr-defined]
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
         raise ConfigError(f"{path}: holds no model section ({error}); convert the weights again") from None
+
+
+def check_same_models(model: ModelConfig) -> None:
+    """``check_same_model`` for each part that begins with a weights folder.
+
+    Raises:
+        ConfigError: a setting differs from that of the weights.
+    """
+    for part in model.parts:
+        section = getattr(model, part)
+        if section.init is not None and (Path(section.init) / CONFIG_NAME).is_file():
+            check_same_model(part, section, Path(section.init))
 
 
 def check_same_model(part: str, section: Any, folder: Path) -> None:

@@ -36,7 +36,9 @@ def decode_bytes(encoded: bytes, name: str) -> np.ndarray:
         with Image.open(BytesIO(encoded)) as image:
             return np.asarray(image.convert("RGB"))
     except UnidentifiedImageError as error:
-        raise BadSampleError(f"image {name}: no picture in a known format") from error  # PIL names a memory address
+        raise BadSampleError(
+            f"image {name}: no picture in a known format; save it as JPEG or PNG"
+        ) from error  # PIL names a memory address
     except Exception as error:  # decoders raise anything on corrupt bytes: SyntaxError, struct.error, IndexError ...
         raise BadSampleError(f"image {name}: {str(error) or type(error).__name__}") from error
 

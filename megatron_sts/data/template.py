@@ -114,7 +114,7 @@ def answer_ends(tokenizer: Tokenizer, template: TemplateName) -> frozenset[int]:
 def _check_images(record: Record) -> None:
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
-        raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images")
+        raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images; give each its own")
     if any(IMAGE_MARKER in turn.text for turn in record.turns if turn.role == "assistant"):
         raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
 

@@ -23,6 +23,7 @@ def report(run_dirs: Sequence[Path], out: Path | None) -> int:
     if len(run_dirs) > 2:
         raise ConfigError(f"report: {len(run_dirs)} run folders; give one, or two to compare (dense, then STS)")
     runs = [read_run(folder) for folder in run_dirs]
+    comparison = compare(*run_dirs) if len(run_dirs) == 2 else None  # refused before anything is written
     pages = {run.folder / "report.html": run_page(run) for run in runs}
     for path, page in pages.items():
         path.write_text(page, encoding="utf-8")
@@ -31,9 +32,9 @@ def report(run_dirs: Sequence[Path], out: Path | None) -> int:
         if found := utilisation(run):
             save_png(utilisation_figure(found), run.folder / "utilisation.png")
             print(run.folder / "utilisation.png")
-    if len(run_dirs) == 2:
+    if comparison is not None:
         folder = out or Path(os.path.commonpath([path.absolute() for path in run_dirs]))
-        write_comparison(compare(*run_dirs), folder)
+        write_comparison(comparison, folder)
     return 0
 
 

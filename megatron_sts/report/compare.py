@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.run import Line, Run, read_run
 
@@ -41,12 +43,13 @@ SHARED = ("seed", "model", "parallel", "precision", "data", "stages")
 def _check_same(dense: Run, sts: Run) -> None:
     """Ratios mean something only if nothing but VTC and LDS differs."""
     for section in SHARED:
-        values = [run.config[section] for run in (dense, sts)]
+        old, new = dense.config[section], sts.config[section]
         if section == "stages":
-            values = [[{**stage, "vtc": None, "lds": None} for stage in stages] for stages in values]
-        if values[0] != values[1]:
+            old, new = ([{**stage, "vtc": None, "lds": None} for stage in stages] for stages in (old, new))
+        for field, theirs, ours in differences(old, new, section):
             raise ConfigError(
-                f"{sts.folder}: {section} is not as in {dense.folder}, vtc and lds aside; compare runs of one config"
+                f"{sts.folder}: {field}={json.dumps(ours)}, {dense.folder} has {json.dumps(theirs)}; two compared runs "
+                "may differ in vtc and lds alone"
             )
 
 

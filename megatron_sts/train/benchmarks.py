@@ -89,6 +89,7 @@ def evaluate(asked: Asked, nproc: int | None) -> int:
 
 def run_rank(asked: Asked) -> int:
     """This process is one rank: ask, and leave what went wrong where the launcher finds it."""
+    failure.end_with_launcher()
     try:
         _run(asked)
     except Exception as error:

@@ -97,6 +97,7 @@ class Checkpointer:
         if progress.step < stage.spec.num_steps:  # else there is nothing left to read, whatever the layout
             stage.batches.restore(newest / "data", progress.step)
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
+        self._log.say(f"going on from checkpoint {newest.name}")
         return progress
 
     def save(self, stage: Stage, progress: Progress) -> None:

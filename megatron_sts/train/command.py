@@ -12,8 +12,10 @@ from megatron_sts.config.files import missing_files
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.lds.planner import choose_layout
+from megatron_sts.runtime.exclusive import sole_writer
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train import environment, failure, resume
+from megatron_sts.train.obstacles import obstacles
 
 
 def train(
@@ -37,18 +39,18 @@ def train(
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
-    for line in missing_files(resolved.config):
-        raise ConfigError(line)
     if rank is not None:
+        for line in missing_files(resolved.config):
+            raise ConfigError(line)
         environment.join(rank, os.environ)
         status = run_rank(resolved, run_dir)
         return failure.leave(status) if status else 0
     check_usable(resolved.config)
-    from megatron_sts.data.template import tokenizer_of
+    for line in obstacles(resolved):
+        raise ConfigError(line)
+    with sole_writer(run_dir):
+        pass  # rank 0 will hold it; this says so before ranks start
     from megatron_sts.train.launch import launch_local
-
-    for stage in resolved.stages:
-        tokenizer_of(stage, resolved.config.model.language.vocab_size)
 
     return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
 
@@ -65,6 +67,7 @@ def run_rank(resolved: Resolved, run_dir: Path) -> int:
     from megatron_sts.train.interrupt import StopRequest
 
     stop = StopRequest()  # before the imports below: the signal may come during them
+    failure.end_with_launcher()
     try:
         from megatron_sts.train.loop import run
 

@@ -75,6 +75,7 @@ def generate(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
 
 def run_rank(asked: Asked) -> int:
     """This process is one rank: answer, and leave what went wrong where the launcher finds it."""
+    failure.end_with_launcher()
     try:
         answer(asked, int(os.environ["WORLD_SIZE"]))
     except Exception as error:

@@ -149,6 +149,11 @@ class RunLog:
             print(f"megatron-sts: warning: skipped sample {sample.key}: {reason}", file=sys.stderr, flush=True)
             self.event("skipped_sample", stage=stage, step=step, key=sample.key, reason=reason)
 
+    def say(self, line: str) -> None:
+        """A line on the console."""
+        if self._enabled:
+            print(f"megatron-sts: {line}", flush=True)
+
     def event(self, event: str, **details: Any) -> None:
         """Writes a line that is no step."""
         if self._enabled:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import Resolved, ResolvedStage
@@ -118,23 +119,6 @@ def write_config(resolved: Resolved, run_dir: Path, kernels: Kernels) -> None:
     partial = run_dir / f".{CONFIG}"
     dump(resolved, partial, kernels=asdict(kernels))
     partial.replace(run_dir / CONFIG)
-
-
-def differences(old: object, new: object, field: str) -> Iterator[tuple[str, object, object]]:
-    """(dotted field, old, new) for each leaf that differs. Entries of a list are addressed by their ``name``, if any."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for key in [*new, *(key for key in old if key not in new)]:
-            yield from differences(old.get(key), new.get(key), f"{field}.{key}")
-    elif _is_named(old) and _is_named(new) and [e["name"] for e in old] == [e["name"] for e in new]:  # type: ignore[attr-defined]
-        for before, now in zip(old, new, strict=True):  # type: ignore[call-overload]
-            yield from differences(before, now, f"{field}.{now['name']}")
-    elif old != new:
-        names = _is_named(old) and _is_named(new)
-        yield (field, [e["name"] for e in old], [e["name"] for e in new]) if names else (field, old, new)  # type: ignore[attr-defined]
-
-
-def _is_named(value: object) -> bool:
-    return isinstance(value, Sequence) and all(isinstance(entry, Mapping) and "name" in entry for entry in value)
 
 
 def _pick(config: Mapping[str, Any], field: str) -> Any:

@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.files import missing_files
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
 from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.runtime.probe import check_usable
+from megatron_sts.train.obstacles import obstacles
 
 Outline = dict[str, Any]
 """JSON-ready; the keys are those that ``--json`` prints."""
@@ -46,7 +46,7 @@ def outline(resolved: Resolved) -> Outline:
         "parameters": parameters(resolved),
         "parameters_per_rank": parameters_per_rank(resolved),
         "stages": [_stage(resolved, stage) for stage in resolved.stages],
-        "missing_files": list(missing_files(resolved.config)),
+        "obstacles": list(obstacles(resolved)),
     }
 
 
@@ -115,7 +115,7 @@ def print_table(outline: Outline) -> None:
     console.print(f"[bold]{_short(sum(outline['parameters'].values()))} parameters[/]: {parts}", highlight=False)
     console.print(f"[bold]Kernels on this machine[/]: {_kernels(outline)}", highlight=False, soft_wrap=True)
     console.print(_ranks_table(outline), _stages_table(outline["stages"]))
-    for line in outline["missing_files"]:
+    for line in outline["obstacles"]:
         console.print(f"[bold]Will not start:[/] {escape(line)}", highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_sts.cli import main
 
@@ -125,13 +126,33 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "FLOPs a step" in capsys.readouterr().out
 
 
-def test_dry_run_names_missing_files(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights, tokenizer = "model.language.init=no.safetensors", "data.tokenizer=nowhere"
     assert main(["train", str(config), weights, tokenizer, "--dry-run", "--json"]) == 0
-    missing = json.loads(capsys.readouterr().out)["missing_files"]
-    assert [line.split(": ")[0] for line in missing] == [weights, tokenizer]
+    found = json.loads(capsys.readouterr().out)["obstacles"]
+    assert [line.split(": ")[0] for line in found] == [weights, tokenizer]
     assert main(["train", str(config), weights, "--dry-run"]) == 0
     assert f"Will not start: {weights}" in capsys.readouterr().out
+
+
+def test_weights_and_tokenizers_that_do_not_fit_are_obstacles(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Named by a dry run and refused by a run, before it writes anything or starts ranks."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    language = yaml.safe_load(config.read_text())["model"]["language"]
+    (weights / "config.yaml").write_text(yaml.safe_dump({"model": {"language": language | {"rotary_base": 500000}}}))
+    words = [str(config), f"model.language.init={weights}", "model.language.vocab_size=64"]
+    assert main(["train", *words, "--dry-run", "--json"]) == 0
+    other_model, small_vocabulary = json.loads(capsys.readouterr().out)["obstacles"]
+    assert other_model == (
+        f"model.language.rotary_base=10000: the weights in {weights} were made with 500000; correct it"
+    )
+    assert small_vocabulary.startswith("model.language.vocab_size=64: tokenizer scenes of stage only has ")
+    assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err == f"megatron-sts: error: {other_model}\n"
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,6 +20,7 @@ from tests.train.stagehand import events, steps
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 TIMEOUT_S = 240
+WAIT = "wait for it, end it, or give another folder"
 
 
 @contextmanager
@@ -53,6 +54,14 @@ def children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
+def is_running(pid: int) -> bool:
+    """A process that ended and that nobody has waited for is a zombie, not running."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not condition():
@@ -83,15 +92,24 @@ def test_one_rank_killed_resumed_finished(config: Path, tmp_path: Path) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     with started(config, run) as process:
         wait_for(has_step(run, "finetune", 3), process)
-        ranks = children(process.pid)
-        os.killpg(process.pid, signal.SIGKILL)
-        for rank in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(rank, signal.SIGKILL)
+        [rank] = children(process.pid)
+        os.kill(rank, signal.SIGSTOP)  # or it would have ended before the second start looks
+        with started(config, run) as second:
+            status, _, errors = ends(second, 60)
+        assert (status, errors) == (2, [f"megatron-sts: error: --run-dir={run}: another run is writing it; {WAIT}"])
+        os.kill(process.pid, signal.SIGKILL)  # the kernel ends the rank with it
+        os.kill(rank, signal.SIGCONT)
+        process.wait()
+        deadline = time.monotonic() + 30
+        while is_running(rank):
+            assert time.monotonic() < deadline, "the rank outlived its launcher"
+            time.sleep(0.05)
     assert ("finetune", 19) not in steps(run)
     for folder in (run, whole):
         with started(config, folder) as process:
-            assert ends(process)[0] == 0
+            status, out, _ = ends(process)
+            assert status == 0
+            assert ("megatron-sts: going on from checkpoint 1-finetune-" in out) == (folder == run)
     assert steps(run) == steps(whole) and len(steps(run)) == 24
     assert [event["stage"] for event in events(run, "resume")] == ["finetune"]
     with started(config, run) as process:
@@ -115,9 +133,11 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     with started(path, run) as process:
         wait_for(has_step(run, "finetune", 0), process)
         os.kill(process.pid, signal.SIGUSR1)  # the launcher hands it on
-        status, _, errors = ends(process)
+        status, out, errors = ends(process)
     assert status == 0
     (stop,) = events(run, "stop")
+    said = f"megatron-sts: asked to stop: saved after step {stop['step'] - 1} of stage finetune; the same command goes on from there"
+    assert said in out.splitlines()
     told = events(run, "skipped_sample")
     assert errors == [f"megatron-sts: warning: skipped sample {event['key']}: {event['reason']}" for event in told]
     assert len(told) >= 28
