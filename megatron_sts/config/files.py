@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.schema import DataConfig, RunConfig
 
 EMBEDDED_TOKENIZER = "scenes"
 EMBEDDED_PREFIX = "tiny/"
@@ -26,5 +26,10 @@ def missing_files(config: RunConfig) -> Iterator[str]:
     fields = {"data": config.data} if any(stage.data is None for stage in config.stages) else {}
     fields |= {f"stages.{stage.name}.data": stage.data for stage in config.stages if stage.data is not None}
     for field, data in fields.items():
-        if data.tokenizer != EMBEDDED_TOKENIZER and not Path(data.tokenizer).exists():
+        if not has_tokenizer(data):
             yield f"{field}.tokenizer={data.tokenizer}: no such file or folder; correct it, or use {EMBEDDED_TOKENIZER}"
+
+
+def has_tokenizer(data: DataConfig) -> bool:
+    """Whether the tokenizer that it names is there."""
+    return data.tokenizer == EMBEDDED_TOKENIZER or Path(data.tokenizer).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,15 @@ def read_sections(folder: Path) -> dict[Part, Any]:
         raise ConfigError(f"{path}: holds no model section ({error}); convert the weights again") from None
 
 
-def check_same_models(model: ModelConfig) -> None:
-    """``check_same_model`` for each part that begins with a weights folder.
-
-    Raises:
-        ConfigError: a setting differs from that of the weights.
-    """
+def other_models(model: ModelConfig) -> Iterator[str]:
+    """One line for each part that would begin with a weights folder of another model."""
     for part in model.parts:
         section = getattr(model, part)
         if section.init is not None and (Path(section.init) / CONFIG_NAME).is_file():
-            check_same_model(part, section, Path(section.init))
+            try:
+                check_same_model(part, section, Path(section.init))
+            except ConfigError as error:
+                yield str(error)
 
 
 def check_same_model(part: str, section: Any, folder: Path) -> None:

@@ -114,7 +114,9 @@ def answer_ends(tokenizer: Tokenizer, template: TemplateName) -> frozenset[int]:
 def _check_images(record: Record) -> None:
     num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
     if num_markers != len(record.images):
-        raise BadSampleError(f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images; give each its own")
+        raise BadSampleError(
+            f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images; write one marker for each image"
+        )
     if any(IMAGE_MARKER in turn.text for turn in record.turns if turn.role == "assistant"):
         raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
 

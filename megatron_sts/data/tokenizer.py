@@ -78,7 +78,10 @@ class Tokenizer:
                 f"data.tokenizer={name_or_path}: no such file or folder; correct it, or use {EMBEDDED_TOKENIZER}"
             )
         if name_or_path.endswith(".model"):
-            return cls(_SentencePieceCodec(Path(name_or_path).read_bytes(), wanted))
+            try:
+                return cls(_SentencePieceCodec(Path(name_or_path).read_bytes(), wanted))
+            except (OSError, RuntimeError) as error:
+                raise _unreadable(name_or_path, error) from error
         return cls(_HuggingFaceCodec(name_or_path, wanted))
 
     def encode(self, text: str) -> list[int]:
@@ -112,6 +115,11 @@ class Tokenizer:
         if found is None:
             raise KeyError(piece)
         return found
+
+
+def _unreadable(path: str, error: Exception) -> ConfigError:
+    why = str(error).strip().splitlines()[0]
+    return ConfigError(f"data.tokenizer={path}: holds no tokenizer that can be read ({why}); correct it")
 
 
 class _SentencePieceCodec:
@@ -169,7 +177,10 @@ class _HuggingFaceCodec:
         except ModuleNotFoundError:
             raise ConfigError(f"data.tokenizer={folder}: needs transformers; pip install transformers") from None
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError) as error:
+            raise _unreadable(folder, error) from error
         known = self._tokenizer.get_vocab()
         missing = [piece for piece in wanted if piece not in known]
         reserved = sorted((piece for piece in known if RESERVED in piece), key=known.__getitem__)

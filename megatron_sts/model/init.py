@@ -12,7 +12,7 @@ import torch
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import EMBEDDED_PREFIX
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.config.weights_folder import check_same_models
+from megatron_sts.config.weights_folder import other_models
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.pipeline import build_chunks
 from megatron_sts.mcore.weights import load_part
@@ -23,7 +23,8 @@ def build_model(resolved: Resolved, gate: SkipGate) -> list[torch.nn.Module]:
     """This rank's chunks of the model, initialised as the config says."""
     chunks = build_chunks(resolved, partial(MultimodalModel, resolved, gate))
     model = resolved.config.model
-    check_same_models(model)
+    for line in other_models(model):
+        raise ConfigError(line)
     for part in model.parts:
         if init := getattr(model, part).init:
             _load(chunks, part, init)

@@ -51,7 +51,7 @@ class BatchPreparer:
         if len(encoded.tokens) > counts.sequence_length:
             raise BadSampleError(
                 f"{len(encoded.tokens)} tokens exceed the stage's {counts.sequence_length} "
-                f"(stages.{stage.name}.batch.sequence_length={stage.config.batch.sequence_length}); raise it, or keep fewer visual tokens"
+                f"(stages.{stage.name}.batch.sequence_length={stage.config.batch.sequence_length}); raise it"
             )
         kept = self._kept(index, encoded, counts)
         pixels = None

@@ -43,13 +43,15 @@ SHARED = ("seed", "model", "parallel", "precision", "data", "stages")
 def _check_same(dense: Run, sts: Run) -> None:
     """Ratios mean something only if nothing but VTC and LDS differs."""
     for section in SHARED:
-        old, new = dense.config[section], sts.config[section]
+        dense_value, sts_value = dense.config[section], sts.config[section]
         if section == "stages":
-            old, new = ([{**stage, "vtc": None, "lds": None} for stage in stages] for stages in (old, new))
-        for field, theirs, ours in differences(old, new, section):
+            dense_value, sts_value = (
+                [{**stage, "vtc": None, "lds": None} for stage in stages] for stages in (dense_value, sts_value)
+            )
+        for field, in_dense, in_sts in differences(dense_value, sts_value, section):
             raise ConfigError(
-                f"{sts.folder}: {field}={json.dumps(ours)}, {dense.folder} has {json.dumps(theirs)}; two compared runs "
-                "may differ in vtc and lds alone"
+                f"{sts.folder}: {field}={json.dumps(in_sts)}, {dense.folder} has {json.dumps(in_dense)}; compare runs of "
+                "one config, vtc and lds aside"
             )
 
 

@@ -1,10 +1,9 @@
-"""One run at a time writes a run folder. Knows no config, no ranks."""
+"""One process at a time holds a run folder."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,30 +12,30 @@ from typing import IO
 from megatron_sts.config.errors import ConfigError
 
 LOCK = ".lock"
-LEASE_S = 100.0
-"""A file server keeps the lock of a node that died for a while: NFS for 90 s by default."""
-_POLL_S = 1.0
 
 
 @contextmanager
-def sole_writer(run_dir: Path, patience_s: float = 0.0) -> Iterator[None]:
-    """Holds ``run_dir`` for this process while the block runs; ends with the process, however that ends.
+def sole_writer(run_dir: Path) -> Iterator[None]:
+    """Makes ``run_dir`` and holds it while the block runs; the kernel frees it when this process ends, however that ends.
 
-    A lock of the process (not of the open file), because data workers that outlive a killed rank would keep the other
-    kind. Where a file system has no locks, nothing is checked.
+    The lock is one of POSIX: children do not share it, a second block in the same process is not kept out, and closing
+    ``.lock`` anywhere in the process frees it. On file systems without locks, or with locks of one machine only, nobody is
+    kept out who is not on this machine.
 
     Raises:
-        ConfigError: another process still holds it after ``patience_s``.
+        ConfigError: another process holds it, or it cannot be written.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / LOCK).open("w") as file:
-        deadline = time.monotonic() + patience_s
-        while not _take(file):
-            if time.monotonic() >= deadline:
-                raise ConfigError(
-                    f"--run-dir={run_dir}: another run is writing it; wait for it, end it, or give another folder"
-                )
-            time.sleep(_POLL_S)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file = (run_dir / LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(f"--run-dir={run_dir}: {error.strerror}; give a folder that can be written") from None
+    with file:
+        if not _take(file):
+            raise ConfigError(
+                f"--run-dir={run_dir}: another run is writing it; wait for it, end it, or give another folder "
+                f"(if its machine is gone for good: delete {run_dir / LOCK})"
+            )
         yield
 
 

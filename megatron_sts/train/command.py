@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.files import missing_files
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.lds.planner import choose_layout
@@ -39,20 +38,19 @@ def train(
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
+    if rank is None:
+        check_usable(resolved.config)
+    for line in obstacles(resolved):
+        raise ConfigError(line)
     if rank is not None:
-        for line in missing_files(resolved.config):
-            raise ConfigError(line)
         environment.join(rank, os.environ)
         status = run_rank(resolved, run_dir)
         return failure.leave(status) if status else 0
-    check_usable(resolved.config)
-    for line in obstacles(resolved):
-        raise ConfigError(line)
-    with sole_writer(run_dir):
-        pass  # rank 0 will hold it; this says so before ranks start
     from megatron_sts.train.launch import launch_local
 
-    return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
+    with sole_writer(run_dir):
+        resume.check_same_run(resolved, run_dir)  # again: until now another run may have written it
+        return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
 
 
 def default_run_dir(config: Path) -> Path:
@@ -65,9 +63,10 @@ def default_run_dir(config: Path) -> Path:
 def run_rank(resolved: Resolved, run_dir: Path) -> int:
     """This process is one rank: train, and leave what went wrong where the launcher finds it."""
     from megatron_sts.train.interrupt import StopRequest
+    from megatron_sts.train.launch import end_with_launcher
 
     stop = StopRequest()  # before the imports below: the signal may come during them
-    failure.end_with_launcher()
+    end_with_launcher()
     try:
         from megatron_sts.train.loop import run
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import traceback
@@ -16,19 +14,10 @@ from typing import NoReturn
 from megatron_sts.config.errors import ConfigError
 
 LAUNCHED = "MEGATRON_STS_LAUNCHED"
-"""Set by our own launcher, which prints the one line itself."""
+"""The process id of our own launcher, which prints the one line itself."""
 
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Set by every torchelastic agent: where a worker leaves its last words."""
-
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-
-def end_with_launcher() -> None:
-    """Has the kernel end this rank when our launcher dies, even by SIGKILL; it would train on unseen otherwise."""
-    if LAUNCHED in os.environ:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def is_users(error: BaseException) -> bool:

@@ -1,8 +1,9 @@
-"""Starts the ranks of a local run and says in one line why one failed. Must not know what a rank does."""
+"""Starts the ranks of a local run, which end with it, and says in one line why one failed. Must not know what a rank does."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 
 FATAL_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 """A rank that died of one of these did not follow another: the launcher itself sends SIGTERM."""
+
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def end_with_launcher() -> None:
+    """Has the kernel end this rank when the launcher that started it dies, even by SIGKILL: it would train on unseen.
+
+    Not its helpers: an idle one of megatron-core's may stay.
+    """
+    if LAUNCHED in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+        if os.getppid() != int(os.environ[LAUNCHED]):  # dead already
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def launch_local(argv: Sequence[str], nproc: int) -> int:
@@ -62,7 +77,7 @@ def _forward(sig: int, _frame: FrameType | None) -> None:
 def _prepare_environment(nproc: int) -> None:
     """Ranks share the cores, and leave the one line about a user's mistake to us."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
-    os.environ[LAUNCHED] = "1"
+    os.environ[LAUNCHED] = str(os.getpid())
 
 
 def _explain(failures: Mapping[int, ProcessFailure]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import time
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, max_over_ranks, process_group
-from megatron_sts.runtime.exclusive import LEASE_S, sole_writer
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.checkpoint import Checkpointer, advance
@@ -34,10 +32,7 @@ BAD_SAMPLES_GRACE = 100
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
     kernels = check_usable(resolved.config)
-    with (
-        process_group(resolved.config.parallel.timeout_s),
-        sole_writer(run_dir, LEASE_S) if is_rank_zero() else nullcontext(),
-    ):
+    with process_group(resolved.config.parallel.timeout_s):
         check_same_everywhere("the resolved config", resolved.model_dump_json())
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
@@ -88,7 +83,9 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         if stopping:
             stop.agreed = True
             log.event("stop", stage=spec.name, step=progress.step)
-            log.say(f"asked to stop: saved after step {step} of stage {spec.name}; the same command goes on from there")
+            log.say(
+                f"asked to stop: saved {progress.step} of {spec.num_steps} steps of stage {spec.name}; the same command goes on"
+            )
             break
     stage.close()
     log.end_stage(spec)

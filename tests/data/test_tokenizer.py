@@ -86,6 +86,21 @@ def test_a_missing_tokenizer_is_named() -> None:
         Tokenizer.load("/nowhere")
 
 
+@pytest.mark.parametrize("kind", ["empty", "config-only", "damaged", "not-sentencepiece"])
+def test_an_unreadable_tokenizer_is_named(kind: str, tmp_path: Path) -> None:
+    """Also where transformers or SentencePiece raise what they like."""
+    path = tmp_path
+    if kind == "config-only":
+        (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    if kind == "damaged":
+        (tmp_path / "tokenizer.json").write_text("{")
+    if kind == "not-sentencepiece":
+        path = tmp_path / "tokenizer.model"
+        path.write_text("no model")
+    with pytest.raises(ConfigError, match=rf"^data\.tokenizer={path}: holds no tokenizer that can be read \(.+\)"):
+        Tokenizer.load(str(path))
+
+
 def test_an_answer_with_an_image_marker_is_a_bad_sample(tokenizer: Tokenizer) -> None:
     turns = Turn("user", "what ?"), Turn("assistant", "<image> this")
     with pytest.raises(BadSampleError, match="assistant turn"):

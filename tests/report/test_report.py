@@ -142,9 +142,10 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
     assert compare(*runs)
     dump(resolve(RunConfig.model_validate({**CONFIG, "seed": 5})), runs[1] / "config.resolved.yaml")
     with pytest.raises(
-        ConfigError, match=r"sts: seed=5, .*dense has 1234; two compared runs may differ in vtc and lds alone"
+        ConfigError, match=r"sts: seed=5, .*dense has 1234; compare runs of one config, vtc and lds aside"
     ):
-        compare(*runs)
+        report(runs, None)
+    assert not list(runs[0].parent.rglob("report.html"))  # nothing was written
 
 
 def test_utilisation_is_what_ran(tmp_path: Path) -> None:

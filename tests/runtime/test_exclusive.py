@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -44,13 +43,8 @@ def test_death_frees_the_folder_though_a_child_lives(tmp_path: Path) -> None:
         os.kill(child, signal.SIGKILL)
 
 
-def test_patience_outlasts_a_holder_that_ends(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER.replace("sleep(60)", "sleep(1)"), str(tmp_path)], stdout=subprocess.PIPE
-    )
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    started = time.monotonic()
-    with sole_writer(tmp_path, patience_s=30):
-        assert time.monotonic() - started > 0.5
-    holder.wait()
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    why = r"^--run-dir=.*file: File exists; give a folder that can be written$"
+    with pytest.raises(ConfigError, match=why), sole_writer(tmp_path / "file"):
+        pass
