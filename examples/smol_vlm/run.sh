@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Teaches SmolLM2-135M to see: fetches it, converts it, trains both stages of STS, evaluates, exports, and asks the export.
+# Teaches SmolLM2-135M to see: fetches it, converts it, trains it in three stages, evaluates, exports, and asks the export.
 #   bash launch/local.sh examples/smol_vlm [key.path=value ...]
 # Arguments go to the training. Writes runs/smol_vlm below the current folder; started again, it goes on where it stopped.
 set -euo pipefail

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megatron_sts.config.load import load
 from tests.data.small_tokenizers import qwen2_like
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smol_vlm"
@@ -64,3 +66,30 @@ def test_fetched_weights_speak_in_transformers(tmp_path: Path) -> None:
     asked = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**asked, max_new_tokens=4, do_sample=False)[0, asked["input_ids"].shape[1] :]
     assert "Paris" in tokenizer.decode(answer)
+
+
+def test_readme_shows_the_kept_results() -> None:
+    """Of the steps that the config has."""
+    readme = (EXAMPLE / "README.md").read_text()
+    kept = json.loads((EXAMPLE / "expected" / "evaluation.json").read_text())
+    for family, found in kept["splits"]["eval"].items():
+        assert re.search(
+            rf"^\| {family}, .* \| {found['accuracy']:.3f} \| {found['standard_error']:.3f} \|", readme, re.MULTILINE
+        )
+    answers = [
+        line.split(": ")[0]
+        for line in (EXAMPLE / "expected" / "answers.txt").read_text().splitlines()
+        if is_right(line)
+    ]
+    counts = [answers.count(family) for family in kept["splits"]["eval"]]
+    assert "had {}, {} and {} of 40 right".format(*counts) in readme
+    config = load(EXAMPLE / "config.yaml")
+    assert (kept["stage"], kept["step"]) == (config.stages[-1].name, config.stages[-1].steps)
+    for stage in config.stages:
+        assert re.search(rf"^\| {stage.name} \| .* \| {stage.steps} \|", readme, re.MULTILINE)
+
+
+def is_right(line: str) -> bool:
+    found = re.fullmatch(r".* -> (.*) \(right: (.*)\)", line)
+    assert found
+    return found[1] == found[2]
