@@ -106,5 +106,6 @@ def test_two_ranks_train_as_one(folder: Path, two_ranks: dict[str, Trained], lay
         return
     # Powers of two as scales round alike in shards: 5 x the 3e-8 measured, before an update has made anything of it.
     assert apart(found.losses[:1], expected.losses[:1]) <= 1.5e-7
-    # Later a last bit can decide how a number is rounded to FP8: seen to make 4e-4 of it, a tenth of what FP8 does.
-    assert apart(found.losses, expected.losses) <= 0.25 * rounding
+    # Later a last bit can decide how a number is rounded to FP8, and the next update spreads it: seen to make 4e-4 of the
+    # loss on one CPU, and on another (with AMX) nothing in three steps, then up to 2.1e-3. Less than what FP8 itself does.
+    assert apart(found.losses, expected.losses) <= rounding
