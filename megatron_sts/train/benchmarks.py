@@ -18,7 +18,7 @@ from megatron_sts.evaluate.benchmarks.registry import read_exams
 from megatron_sts.evaluate.load import resolve_source
 from megatron_sts.evaluate.metrics import Metrics
 from megatron_sts.train import environment, failure
-from megatron_sts.train.launch import end_with_launcher
+from megatron_sts.train.launch import follow_launcher
 
 MICRO_BATCHES_AT_ONCE = 8
 """Of each data-parallel rank, between two writes of answers; pipeline ranks work on them side by side."""
@@ -90,7 +90,7 @@ def evaluate(asked: Asked, nproc: int | None) -> int:
 
 def run_rank(asked: Asked) -> int:
     """This process is one rank: ask, and leave what went wrong where the launcher finds it."""
-    end_with_launcher()
+    follow_launcher()
     try:
         _run(asked)
     except Exception as error:

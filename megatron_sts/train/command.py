@@ -63,10 +63,10 @@ def default_run_dir(config: Path) -> Path:
 def run_rank(resolved: Resolved, run_dir: Path) -> int:
     """This process is one rank: train, and leave what went wrong where the launcher finds it."""
     from megatron_sts.train.interrupt import StopRequest
-    from megatron_sts.train.launch import end_with_launcher
+    from megatron_sts.train.launch import follow_launcher
 
     stop = StopRequest()  # before the imports below: the signal may come during them
-    end_with_launcher()
+    follow_launcher()
     try:
         from megatron_sts.train.loop import run
 

@@ -22,7 +22,7 @@ from megatron_sts.evaluate.load import load_for_inference, resolve_source
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.runtime.dist import is_rank_zero, process_group
 from megatron_sts.train import environment, failure
-from megatron_sts.train.launch import end_with_launcher
+from megatron_sts.train.launch import follow_launcher
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def generate(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
 
 def run_rank(asked: Asked) -> int:
     """This process is one rank: answer, and leave what went wrong where the launcher finds it."""
-    end_with_launcher()
+    follow_launcher()
     try:
         answer(asked, int(os.environ["WORLD_SIZE"]))
     except Exception as error:

@@ -25,12 +25,13 @@ FATAL_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, 
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def end_with_launcher() -> None:
+def follow_launcher() -> None:
     """Has the kernel end this rank when the launcher that started it dies, even by SIGKILL: it would train on unseen.
 
-    Not its helpers: an idle one of megatron-core's may stay.
+    Not its helpers: an idle one of megatron-core's may stay. Ctrl-C ends it without a traceback: the launcher says it.
     """
     if LAUNCHED in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
         if os.getppid() != int(os.environ[LAUNCHED]):  # dead already
             os.kill(os.getpid(), signal.SIGTERM)

@@ -155,6 +155,16 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     assert last.startswith("megatron-sts: error: rank ") and last.endswith(" was killed by SIGKILL (out of memory?)")
 
 
+def test_interrupted_in_one_line(config: Path, tmp_path: Path) -> None:
+    with started(config, tmp_path / "run") as process:
+        wait_for(has_step(tmp_path / "run", "alignment", 0), process)
+        os.kill(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "megatron-sts: stopped by SIGINT" in err.splitlines()
+    assert "Traceback" not in err
+
+
 def test_fp8_is_refused_before_ranks_start(config: Path, tmp_path: Path) -> None:
     with started(config, tmp_path / "run", "precision.fp8=tensorwise") as process:
         status, _, errors = ends(process, 120)
