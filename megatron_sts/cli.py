@@ -273,13 +273,13 @@ def _positive(text: str) -> int:
 def _train(args: argparse.Namespace) -> int:
     if args.json and not args.dry_run:
         raise ConfigError("--json: goes with --dry-run only")
-    from megatron_sts.train import command
+    from megatron_sts.commands import train as command
 
     return command.train(args.config, args.overrides, args.run_dir, args.nproc, dry_run=args.dry_run, as_json=args.json)
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from megatron_sts.train import plan
+    from megatron_sts.commands import plan
 
     return plan.plan(args.config, args.overrides, args.nproc, as_json=args.json)
 
@@ -295,7 +295,7 @@ def _generate(args: argparse.Namespace) -> int:
     for option, value, off in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
         if args.temperature == 0 and value != off:
             refuse(option, value, "nothing is drawn at --temperature=0", "give a temperature, as 1, or remove it")
-    from megatron_sts.train import generation
+    from megatron_sts.commands import generate as generation
 
     sampling = generation.Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     asked = generation.Asked(
@@ -305,20 +305,20 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from megatron_sts.train import benchmarks
+    from megatron_sts.commands import evaluate as benchmarks
 
     asked = benchmarks.Asked(args.source, args.overrides, args.benchmark, args.images, args.out, args.max_new_tokens)
     return benchmarks.evaluate(asked, args.nproc)
 
 
 def _convert_to_sts(args: argparse.Namespace) -> int:
-    from megatron_sts.convert import command
+    from megatron_sts.commands import convert as command
 
     return command.to_sts(args.hf, args.hf_vision, args.hf_language, args.sts)
 
 
 def _convert_to_hf(args: argparse.Namespace) -> int:
-    from megatron_sts.convert import command
+    from megatron_sts.commands import convert as command
 
     return command.to_hf(args.sts, args.hf)
 
@@ -330,13 +330,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from megatron_sts.report import command
+    from megatron_sts.commands import report as command
 
     return command.report(args.run_dirs, args.out)
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    from megatron_sts.runtime import doctor, probe
+    from megatron_sts.commands import doctor
+    from megatron_sts.runtime import probe
 
     machine = probe.probe()
     doctor.print_json(machine) if args.json else doctor.print_table(machine)

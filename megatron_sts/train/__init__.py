@@ -1,1 +1,1 @@
-"""The training run of one rank, and how ranks are started."""
+"""The training run of one rank: loop, step, stages, metrics, checkpoints. Must not know how ranks are started."""

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-from megatron_sts.train.command import default_run_dir
-from megatron_sts.train.environment import Rank, rank_from
-from megatron_sts.train.launch import _order
+from megatron_sts.commands.train import default_run_dir
+from megatron_sts.launch.environment import Rank, rank_from
+from megatron_sts.launch.local import _order
 
 FAILURE = """
 if rank == 1:

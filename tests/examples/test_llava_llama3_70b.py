@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from megatron_sts.commands.plan import outline
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
-from megatron_sts.train.plan import outline
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llava_llama3_70b"
 

@@ -22,12 +22,14 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from megatron_sts.commands import train as command
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
+from megatron_sts.launch import failure
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore import groups
-from megatron_sts.train import command, failure, step
+from megatron_sts.train import step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.resume import Progress

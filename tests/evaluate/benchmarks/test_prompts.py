@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sts.commands.generate import Asked
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.formats import FORMATS, render, render_prompt
 from megatron_sts.data.scenes.source import ScenesSource, evaluation_questions
 from megatron_sts.data.template import encode_prompt, load_tokenizer
 from megatron_sts.evaluate.benchmarks.scenes import _question
 from megatron_sts.evaluate.generate import Sampling
-from megatron_sts.train.generation import Asked
 
 TRAINED = ScenesSource("questions", 3, "train", ("existence",), 1, 100)[7]
 QUESTION = TRAINED.turns[0].text.removeprefix("<image> ")

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.runtime.exclusive import sole_writer
+from megatron_sts.launch.exclusive import sole_writer
 
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from megatron_sts.runtime.exclusive import sole_writer
+from megatron_sts.launch.exclusive import sole_writer
 with sole_writer(Path(sys.argv[1])):
     child = os.fork()
     if child:

@@ -19,10 +19,10 @@ from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
+from megatron_sts.launch import environment, failure
+from megatron_sts.launch.local import follow_launcher
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.runtime.dist import is_rank_zero, process_group
-from megatron_sts.train import environment, failure
-from megatron_sts.train.launch import follow_launcher
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def generate(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
         status = run_rank(asked)
         return failure.leave(status) if status else 0
     if resolved.world_size > 1:
-        from megatron_sts.train.launch import launch_local
+        from megatron_sts.launch.local import launch_local
 
         return launch_local(argv, resolved.world_size)
     try:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from megatron_sts.commands.generate import same_source
 from megatron_sts.runtime.dist import process_group
-from megatron_sts.train.generation import same_source
 from tests.dist.launch import run_ranks
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
+from megatron_sts.commands.evaluate import Asked
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import CONFIG_NAME
 from megatron_sts.evaluate.benchmarks.journal import claim
 from megatron_sts.runtime.stored import INDEX
-from megatron_sts.train.benchmarks import Asked
 from tests.evaluate.benchmarks import official_files
 from tests.evaluate.benchmarks.tiny_run import answers, megatron_sts, train
 

@@ -11,13 +11,13 @@ import pytest
 from megatron_sts.config.load import dump, load
 from megatron_sts.config.resolve import Layout, Resolved, resolve
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.cost.simulate import bottleneck_time, schedule_time
-from megatron_sts.lds.comparison import compare, with_sampler
-from megatron_sts.lds.expected import expected_work
 from megatron_sts.lds.placement import placement
-from megatron_sts.lds.planner import choose_layout, run_time
 from megatron_sts.lds.quota import equal_work_probabilities
 from megatron_sts.lds.schedule import skip_probabilities
+from megatron_sts.plan.comparison import compare, with_sampler
+from megatron_sts.plan.expected import expected_work
+from megatron_sts.plan.layout import choose_layout, run_time
+from megatron_sts.plan.schedule import bottleneck_time, schedule_time
 
 BARE = {"hidden_size": 512, "num_attention_heads": 8, "ffn_hidden_size": 2048, "vocab_size": 1}
 """A decoder whose head costs 1/10,000 of a layer."""

@@ -17,8 +17,8 @@ from megatron_sts.evaluate.benchmarks.journal import claim
 from megatron_sts.evaluate.benchmarks.registry import read_exams
 from megatron_sts.evaluate.load import resolve_source
 from megatron_sts.evaluate.metrics import Metrics
-from megatron_sts.train import environment, failure
-from megatron_sts.train.launch import follow_launcher
+from megatron_sts.launch import environment, failure
+from megatron_sts.launch.local import follow_launcher
 
 MICRO_BATCHES_AT_ONCE = 8
 """Of each data-parallel rank, between two writes of answers; pipeline ranks work on them side by side."""
@@ -80,7 +80,7 @@ def evaluate(asked: Asked, nproc: int | None) -> int:
     if rank is None:
         read_exams(asked.benchmarks, asked.images)
         resolved = resolve_source(asked.source, asked.overrides, nproc)
-        from megatron_sts.train.launch import launch_local
+        from megatron_sts.launch.local import launch_local
 
         return launch_local(asked.argv(), resolved.world_size)
     environment.join(rank, os.environ)

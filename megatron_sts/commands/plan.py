@@ -13,9 +13,9 @@ from rich.table import Table
 
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Layout, Resolved, resolve, with_layout
-from megatron_sts.cost.simulate import bottleneck_time
-from megatron_sts.lds.comparison import Comparison, Planned, compare, rank_work, with_sampler
-from megatron_sts.lds.planner import choose_layout
+from megatron_sts.plan.comparison import Comparison, Planned, compare, rank_work, with_sampler
+from megatron_sts.plan.layout import choose_layout
+from megatron_sts.plan.schedule import bottleneck_time
 
 
 def plan(config: Path, overrides: Sequence[str], nproc: int | None, *, as_json: bool) -> int:

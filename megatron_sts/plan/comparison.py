@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, with_layout
-from megatron_sts.cost.simulate import schedule_time
 from megatron_sts.lds.effective import effective_probabilities, largest_change
 from megatron_sts.lds.placement import placement
-from megatron_sts.lds.planner import StepTime, choose_layout, expected_total, grid, layer_flops, near_even, run_time
+from megatron_sts.plan.layout import StepTime, choose_layout, expected_total, grid, layer_flops, near_even, run_time
+from megatron_sts.plan.schedule import schedule_time
 
 SAMPLERS = ("bernoulli", "balanced", "quota")
 LAYOUT_AWARE = ("balanced", "quota")

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, can_interleave, with_layout
 from megatron_sts.cost.flops import planned_load, step_work
-from megatron_sts.cost.simulate import schedule_time
 from megatron_sts.lds.effective import effective_probabilities
-from megatron_sts.lds.expected import ExpectedWork, expected_work
 from megatron_sts.lds.mask import draw_mask
 from megatron_sts.lds.placement import placement
+from megatron_sts.plan.expected import ExpectedWork, expected_work
+from megatron_sts.plan.schedule import schedule_time
 
 StepTime = Callable[[NDArray[np.float64], int], NDArray[np.float64]]
 """Time of a step from what its chunks compute for a micro-batch and the number of micro-batches."""

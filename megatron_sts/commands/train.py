@@ -7,14 +7,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_sts.commands.obstacles import obstacles
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import CONFIG_NAME, load
 from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.lds.planner import choose_layout
-from megatron_sts.runtime.exclusive import sole_writer
+from megatron_sts.launch import environment, failure
+from megatron_sts.launch.exclusive import sole_writer
+from megatron_sts.plan.layout import choose_layout
 from megatron_sts.runtime.probe import check_usable
-from megatron_sts.train import environment, failure, resume
-from megatron_sts.train.obstacles import obstacles
+from megatron_sts.train import resume
 
 
 def train(
@@ -46,7 +47,7 @@ def train(
         environment.join(rank, os.environ)
         status = run_rank(resolved, run_dir)
         return failure.leave(status) if status else 0
-    from megatron_sts.train.launch import launch_local
+    from megatron_sts.launch.local import launch_local
 
     with sole_writer(run_dir):
         resume.check_same_run(resolved, run_dir)  # again: until now another run may have written it
@@ -62,8 +63,8 @@ def default_run_dir(config: Path) -> Path:
 
 def run_rank(resolved: Resolved, run_dir: Path) -> int:
     """This process is one rank: train, and leave what went wrong where the launcher finds it."""
+    from megatron_sts.launch.local import follow_launcher
     from megatron_sts.train.interrupt import StopRequest
-    from megatron_sts.train.launch import follow_launcher
 
     stop = StopRequest()  # before the imports below: the signal may come during them
     follow_launcher()
@@ -77,7 +78,7 @@ def run_rank(resolved: Resolved, run_dir: Path) -> int:
 
 
 def _print_summary(resolved: Resolved, *, as_json: bool) -> int:
-    from megatron_sts.train.summary import outline, print_json, print_table
+    from megatron_sts.commands.summary import outline, print_json, print_table
 
     facts = outline(resolved)
     print_json(facts, sys.stdout) if as_json else print_table(facts)
