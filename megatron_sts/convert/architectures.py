@@ -18,6 +18,7 @@ from megatron_sts.config.architecture import (
 )
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.weights_folder import NORM_EPSILON
+from megatron_sts.convert.image_processor import channels
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.convert.spelling import SPELLINGS
 from megatron_sts.vision.tower import CHANNEL_STATISTICS
@@ -157,13 +158,13 @@ def vision_section(config: Any, source: Path, feature_layer: int = FEATURE_LAYER
         ConfigError: our tower computes something else.
     """
     _check(config, source)
-    tower = TOWERS[config.model_type]
+    tower, said = TOWERS[config.model_type], channels(source)
     if tower == "hf":
         mean, std = CHANNEL_STATISTICS["clip"]  # BLIP-2's processor
-        return VisionConfig(
-            tower=tower, hf_config=_hf_config(config), pixel_mean=mean, pixel_std=std, feature_layer=feature_layer
-        )  # type: ignore[call-arg]
-    epsilon = config.layer_norm_eps
+        statistics: dict[str, Any] = {"pixel_mean": mean, "pixel_std": std, **said}
+        return VisionConfig(tower=tower, hf_config=_hf_config(config), feature_layer=feature_layer, **statistics)
+    epsilon, usual = config.layer_norm_eps, CHANNEL_STATISTICS[tower]
+    statistics = dict(zip(("pixel_mean", "pixel_std"), usual, strict=True)) | said
     return VisionConfig(
         tower=tower,
         num_layers=config.num_hidden_layers,
@@ -174,6 +175,7 @@ def vision_section(config: Any, source: Path, feature_layer: int = FEATURE_LAYER
         patch_size=config.patch_size,
         feature_layer=feature_layer,
         **({"norm_epsilon": epsilon} if epsilon != NORM_EPSILON[tower] else {}),
+        **(statistics if tuple(statistics.values()) != usual else {}),
     )
 
 

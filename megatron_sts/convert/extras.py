@@ -12,13 +12,12 @@ from megatron_sts.config.architecture import Part
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.chat_template import jinja
+from megatron_sts.convert.image_processor import IMAGE_PROCESSOR, PROCESSOR
 from megatron_sts.convert.shards import write_atomically
 from megatron_sts.data.template import answer_ends
 from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
 
-PROCESSOR = "processor_config.json"
-IMAGE_PROCESSOR = "preprocessor_config.json"
 GENERATION = "generation_config.json"
 EXTRAS = (
     "added_tokens.json",
