@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sts.cli import _build_parser
+from megatron_sts.cli import build_parser
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 
@@ -60,8 +60,8 @@ def test_named_command_is_understood(line: str) -> None:
     if "megatron_sts" in words:
         words = ["megatron-sts", *words[words.index("megatron_sts") + 1 :]]
     if words[0] == "megatron-sts":
-        args, rest = _build_parser().parse_known_args(words[1:])
-        assert not [word for word in rest if "=" not in word] and args.command
+        args, rest = build_parser().parse_known_args(words[1:])
+        assert not [word for word in rest if "=" not in word] and args.run
     elif words[0] in ("bash", "sbatch"):
         assert any((ROOT / word).is_file() for word in words[1:])
     else:

@@ -1,18 +1,48 @@
-"""``megatron-sts convert`` and ``verify``: what was asked for, and what came of it in a line."""
+"""``megatron-sts convert``: what was asked for, and what came of it in a line."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sts.config.checks import refuse
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_group
+from megatron_sts.commands.interrupted import say_interrupted
+from megatron_sts.config.errors import ConfigError, refuse
 
-INTERRUPTED = 130
+
+def add(commands: Commands) -> None:
+    """``convert`` and its two directions."""
+    directions = add_group(
+        commands,
+        "convert",
+        help="Hugging Face models in and out",
+        description="Turn Hugging Face models into weights folders that any parallel layout loads, and back. "
+        "Goes on where an interrupted call stopped.",
+    )
+    to_sts = add_command(
+        directions,
+        "hf-to-sts",
+        lambda args: convert_to_sts(args.hf, args.hf_vision, args.hf_language, args.sts),
+        help="a LLaVA, a text model, or a vision and a text model that a fresh projector joins",
+        description="Write a weights folder for model.vision.init, model.projector.init and model.language.init, with "
+        "the model section that belongs to it in config.yaml.",
+    )
+    add_folder(to_sts, "--hf", "a whole model")
+    add_folder(to_sts, "--hf-vision", "a vision model; goes with --hf-language")
+    add_folder(to_sts, "--hf-language", "a text model; goes with --hf-vision")
+    add_folder(to_sts, "--sts", "where the weights folder is written", required=True)
+    to_hf = add_command(
+        directions,
+        "sts-to-hf",
+        lambda args: convert_to_hf(args.sts, args.hf),
+        help="a weights folder or a checkpoint",
+        description="Write a folder for transformers' from_pretrained, with tokenizer, processor and chat template.",
+    )
+    add_folder(to_hf, "--sts", "a weights folder, a run (its newest checkpoint) or a checkpoint", required=True)
+    add_folder(to_hf, "--hf", "where the Hugging Face folder is written", required=True)
 
 
-def to_sts(hf: Path | None, vision: Path | None, language: Path | None, sts: Path) -> int:
+def convert_to_sts(hf: Path | None, vision: Path | None, language: Path | None, sts: Path) -> int:
     """From one Hugging Face folder, or from two halves. Returns the exit status."""
     from megatron_sts.convert import hf_to_sts
 
@@ -28,7 +58,7 @@ def to_sts(hf: Path | None, vision: Path | None, language: Path | None, sts: Pat
     return _run(lambda: hf_to_sts.convert(hf_to_sts.two_halves(vision, language), sts), sts)
 
 
-def to_hf(sts: Path, hf: Path) -> int:
+def convert_to_hf(sts: Path, hf: Path) -> int:
     """From a weights folder, a run's folder or a checkpoint. Returns the exit status."""
     from megatron_sts.convert import sts_to_hf
     from megatron_sts.convert.sources import open_source
@@ -45,8 +75,7 @@ def _run(convert: Callable[[], bool], out: Path) -> int:
     try:
         is_new = convert()
     except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with {out}", file=sys.stderr)
-        return INTERRUPTED
+        return say_interrupted(out)
     print(f"{'converted' if is_new else 'is converted already'}: {out}")
     return 0
 

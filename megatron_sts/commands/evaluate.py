@@ -1,133 +1,53 @@
-"""``megatron-sts eval``: benchmarks first, then local ranks or this rank. Must not know how answers are made or scored."""
+"""``megatron-sts eval``: public benchmarks."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+import argparse
 from pathlib import Path
 
-from megatron_sts.config.run_folder import STATE, checkpoint_of
-from megatron_sts.convert.folder import identity, is_weights_folder
-from megatron_sts.data.records import Record
-from megatron_sts.data.shards import write_atomically
-from megatron_sts.evaluate.benchmarks.journal import claim
-from megatron_sts.evaluate.benchmarks.registry import read_exams
-from megatron_sts.evaluate.load import resolve_source
-from megatron_sts.evaluate.metrics import Metrics
-from megatron_sts.launch import environment, failure
-from megatron_sts.launch.local import follow_launcher
-
-MICRO_BATCHES_AT_ONCE = 8
-"""Of each data-parallel rank, between two writes of answers; pipeline ranks work on them side by side."""
+from megatron_sts.commands.arguments import (
+    Commands,
+    add_command,
+    add_folder,
+    add_max_new_tokens,
+    add_nproc,
+    add_overrides,
+)
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a command asks of which checkpoint."""
-
-    source: Path
-    overrides: Sequence[str]
-    benchmarks: Sequence[str]
-    """NAME=PATH each."""
-    images: Sequence[str]
-    """NAME=DIR each."""
-    out: Path | None
-    max_new_tokens: int
-
-    @cached_property
-    def checkpoint(self) -> Path:
-        """A folder of weights, or a checkpoint: the newest of a run."""
-        return self.source if is_weights_folder(self.source) else checkpoint_of(self.source)
-
-    @property
-    def folder(self) -> Path:
-        """Where answers and results go: ``out``, RUN_DIR/eval/CHECKPOINT, or ``eval`` in a folder of weights."""
-        if self.out is not None:
-            return self.out
-        if is_weights_folder(self.source):
-            return self.source / "eval"
-        return self.checkpoint.parents[1] / "eval" / self.checkpoint.name
-
-    @property
-    def settings(self) -> dict[str, object]:
-        """What decides the answers to any question. The parallel layout does not, beyond rounding."""
-        free = ("parallel.", "evaluation.")
-        checkpoint = self.checkpoint
-        return {
-            "checkpoint": str(checkpoint.resolve()),
-            "weights": identity(checkpoint if is_weights_folder(checkpoint) else checkpoint / STATE),
-            "max_new_tokens": self.max_new_tokens,
-            "overrides": [word for word in self.overrides if not word.startswith(free)],
-        }
-
-    def argv(self) -> list[str]:
-        """The command line that a local rank is started with."""
-        options = [
-            *(f"--benchmark={word}" for word in self.benchmarks),
-            *(f"--images={word}" for word in self.images),
-            f"--out={self.folder}",
-            f"--max-new-tokens={self.max_new_tokens}",
-        ]
-        return ["eval", str(self.checkpoint), *self.overrides, *options]
+def add(commands: Commands) -> None:
+    """The arguments."""
+    evaluate = add_command(
+        commands,
+        "eval",
+        run,
+        help="ask a checkpoint the questions of public benchmarks",
+        description="Ask a checkpoint the questions of public benchmarks, greedily and with LLaVA-1.5's prompts, and score the "
+        "answers with the official metrics. Benchmarks: gqa, vqav2, scienceqa, scienceqa_img, pope, mme (PATH: the folder of "
+        "its official files) and scenes (embedded, no PATH). Started again, it asks only what has no answer yet.",
+    )
+    evaluate.add_argument(
+        "source", metavar="CHECKPOINT", type=Path, help="a run's folder, one of its checkpoints, or a folder of weights"
+    )
+    add_overrides(evaluate, "the checkpoint's")
+    evaluate.add_argument(
+        "--benchmark", metavar="NAME=PATH", action="append", required=True, help="what to ask; may be repeated"
+    )
+    evaluate.add_argument(
+        "--images",
+        metavar="NAME=DIR",
+        action="append",
+        default=[],
+        help="a benchmark's images, if not in their usual place",
+    )
+    add_folder(evaluate, "--out", "answers and results (default: eval/ in the run)")
+    add_nproc(evaluate)
+    add_max_new_tokens(evaluate, 128)
 
 
-def evaluate(asked: Asked, nproc: int | None) -> int:
-    """Check benchmarks and checkpoint before anything is started, then ask on local ranks or as this rank."""
-    rank = environment.rank_from(os.environ)
-    if rank is None:
-        read_exams(asked.benchmarks, asked.images)
-        resolved = resolve_source(asked.source, asked.overrides, nproc)
-        from megatron_sts.launch.local import launch_local
+def run(args: argparse.Namespace) -> int:
+    """Ask, score and print."""
+    from megatron_sts.commands.exams import Asked, evaluate
 
-        return launch_local(asked.argv(), resolved.world_size)
-    environment.join(rank, os.environ)
-    status = run_rank(asked)
-    return failure.leave(status) if status else 0
-
-
-def run_rank(asked: Asked) -> int:
-    """This process is one rank: ask, and leave what went wrong where the launcher finds it."""
-    follow_launcher()
-    try:
-        _run(asked)
-    except Exception as error:
-        return failure.report(error)
-    return 0
-
-
-def _run(asked: Asked) -> None:
-    from megatron_sts.evaluate.benchmarks.runner import run_exams
-    from megatron_sts.evaluate.benchmarks.tables import print_tables
-    from megatron_sts.evaluate.generate import Generator, Request
-    from megatron_sts.evaluate.load import load_for_inference
-    from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, process_group
-
-    resolved = resolve_source(asked.checkpoint, asked.overrides, int(os.environ["WORLD_SIZE"]))
-    exams = read_exams(asked.benchmarks, asked.images)
-    num_at_once = MICRO_BATCHES_AT_ONCE * resolved.data_parallel_size * resolved.config.evaluation.micro_batch_size
-    with process_group(resolved.config.parallel.timeout_s):
-        check_same_everywhere("the newest checkpoint", str(asked.checkpoint))
-        if is_rank_zero():
-            claim(asked.folder, asked.settings)
-        generator = Generator(*load_for_inference(asked.checkpoint, resolved))
-
-        def ask(records: Sequence[Record]) -> list[str]:
-            return generator.generate([Request(record, asked.max_new_tokens) for record in records])
-
-        results = run_exams(exams, ask, asked.folder, num_at_once)
-        if is_rank_zero():
-            print_tables(results)
-            _write(results, asked.folder)
-
-
-def _write(results: Sequence[Metrics], folder: Path) -> None:
-    """A JSON a benchmark; what was left out is named in it."""
-    for result in results:
-        path = folder / f"{result['benchmark']}.json"
-        write_atomically(path, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-        named = {"images are missing": "missing_images", "questions cannot be asked": "unusable"}
-        notes = [f"{len(result[name])} {what}, see {name}" for what, name in named.items() if result[name]]
-        print(f"{path}: {'; '.join(notes)}" if notes else path)
+    asked = Asked(args.source, args.overrides, args.benchmark, args.images, args.out, args.max_new_tokens)
+    return evaluate(asked, args.nproc)

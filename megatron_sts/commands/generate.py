@@ -1,104 +1,63 @@
-"""``megatron-sts generate``: one answer, printed; in this process, on local ranks, or as this rank."""
+"""``megatron-sts generate``: a question to a trained model."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+import argparse
 from pathlib import Path
 
-from torch import distributed as dist
-
-from megatron_sts.config.checks import refuse
-from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.run_folder import checkpoint_of
-from megatron_sts.config.schema import TemplateName
-from megatron_sts.convert.folder import is_weights_folder
-from megatron_sts.data.image import decode_image
-from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
-from megatron_sts.evaluate.generate import Generator, Request, Sampling
-from megatron_sts.evaluate.load import load_for_inference, resolve_source
-from megatron_sts.launch import environment, failure
-from megatron_sts.launch.local import follow_launcher
-from megatron_sts.mcore.checkpoint import CheckpointError
-from megatron_sts.runtime.dist import is_rank_zero, process_group
+from megatron_sts.commands.arguments import Commands, add_command, add_max_new_tokens, add_nproc, add_overrides
+from megatron_sts.config.errors import refuse
 
 
-@dataclass(frozen=True)
-class Asked:
-    """What a command asks of which model."""
-
-    source: Path
-    overrides: Sequence[str]
-    prompt: str
-    images: Sequence[Path]
-    max_new_tokens: int
-    stop: Sequence[str]
-    sampling: Sampling
-    compress: bool
-    """Whether images go through VTC."""
-
-    def record(self, template: TemplateName) -> Record:
-        """The question; images that the prompt has no marker for come first.
-
-        They are spelled as in the data that a template is used with: the scenes' (``chat``; ``plain`` is asked in it) have a
-        space behind them, which their tokenizer tells from LLaVA's new line.
-        """
-        num_unmarked = len(self.images) - self.prompt.count(IMAGE_MARKER)
-        after_images = " " if template in ("chat", "plain") else "\n"
-        markers = " ".join([IMAGE_MARKER] * num_unmarked)
-        text = f"{markers}{after_images}{self.prompt}" if markers else self.prompt
-        return Record("--prompt", (Turn("user", text),), tuple(partial(decode_image, path) for path in self.images))
-
-
-def generate(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
-    """Check everything before anything is started, then answer. ``argv``: the command line for local ranks."""
-    for path in asked.images:
-        if not path.is_file():
-            refuse("--image", path, "no such file", "correct it")
-    rank = environment.rank_from(os.environ)
-    resolved = resolve_source(asked.source, asked.overrides, nproc if rank is None else rank.world_size)
-    if rank is not None:
-        environment.join(rank, os.environ)
-        status = run_rank(asked)
-        return failure.leave(status) if status else 0
-    if resolved.world_size > 1:
-        from megatron_sts.launch.local import launch_local
-
-        return launch_local(argv, resolved.world_size)
-    try:
-        answer(asked, 1)
-    except (BadSampleError, CheckpointError) as error:
-        raise ConfigError(str(error)) from error
-    return 0
+def add(commands: Commands) -> None:
+    """The arguments."""
+    generate = add_command(
+        commands,
+        "generate",
+        run,
+        help="ask a trained model something and print its answer",
+        description="Ask a trained model something and print its answer. Greedy unless a temperature is given. In this process, "
+        "or on as many local ranks as --nproc or overrides like parallel.tensor_model_parallel_size=2 ask for.",
+    )
+    generate.add_argument(
+        "source", metavar="SOURCE", type=Path, help="a run's folder, a checkpoint or a weights folder"
+    )
+    add_overrides(generate, "the model's")
+    generate.add_argument(
+        "--prompt", metavar="TEXT", required=True, help="the question; <image> says where an image stands"
+    )
+    generate.add_argument(
+        "--image", type=Path, metavar="FILE", action="append", default=[], help="an image, in order; may be repeated"
+    )
+    add_max_new_tokens(generate, 256)
+    _add_sampling(generate)
+    generate.add_argument(
+        "--stop", metavar="TEXT", action="append", default=[], help="end the answer before this text; may be repeated"
+    )
+    generate.add_argument(
+        "--vtc", action="store_true", help="compress images as at the end of the last stage (default: see all tokens)"
+    )
+    add_nproc(generate)
 
 
-def run_rank(asked: Asked) -> int:
-    """This process is one rank: answer, and leave what went wrong where the launcher finds it."""
-    follow_launcher()
-    try:
-        answer(asked, int(os.environ["WORLD_SIZE"]))
-    except Exception as error:
-        return failure.report(error)
-    return 0
+def _add_sampling(generate: argparse.ArgumentParser) -> None:
+    generate.add_argument(
+        "--temperature", type=float, metavar="T", default=0.0, help="draw tokens (default: 0, greedy)"
+    )
+    generate.add_argument("--top-p", type=float, metavar="P", default=1.0, help="draw from the likeliest share P")
+    generate.add_argument("--top-k", type=int, metavar="K", default=0, help="draw from the K likeliest tokens")
+    generate.add_argument("--seed", type=int, metavar="N", default=0, help="of what is drawn (default: 0)")
 
 
-def answer(asked: Asked, world_size: int) -> None:
-    """Loads the model and prints its answer on rank 0; a collective."""
-    source = asked.source if is_weights_folder(asked.source) else checkpoint_of(asked.source)
-    resolved = resolve_source(source, asked.overrides, world_size)
-    with process_group(resolved.config.parallel.timeout_s):
-        source = same_source(source)
-        generator = Generator(*load_for_inference(source, resolved), compress=asked.compress)
-        request = Request(asked.record(resolved.stages[-1].data.template), asked.max_new_tokens, tuple(asked.stop))
-        [text] = generator.generate([request], asked.sampling)
-        if is_rank_zero():
-            print(text.strip(), flush=True)
+def run(args: argparse.Namespace) -> int:
+    """Ask, on this process or on local ranks."""
+    for option, value, off in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
+        if args.temperature == 0 and value != off:
+            refuse(option, value, "nothing is drawn at --temperature=0", "give a temperature, as 1, or remove it")
+    from megatron_sts.commands.answer import Asked, Sampling, ask
 
-
-def same_source(source: Path) -> Path:
-    """Rank 0's checkpoint, on every rank: a run that trains on may have given others a newer one; a collective."""
-    box = [source]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    asked = Asked(
+        args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc
+    )
+    return ask(asked, args.nproc, args.argv)

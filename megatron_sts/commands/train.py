@@ -2,38 +2,65 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_sts.commands.obstacles import obstacles
+from megatron_sts.commands.arguments import Commands, add_command, add_config, add_folder, add_json, add_nproc
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.load import CONFIG_NAME, load
-from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.launch import environment, failure
-from megatron_sts.launch.exclusive import sole_writer
-from megatron_sts.plan.layout import choose_layout
-from megatron_sts.runtime.probe import check_usable
-from megatron_sts.train import resume
+
+if TYPE_CHECKING:
+    from megatron_sts.config.resolve import Resolved
+    from megatron_sts.launch.environment import Rank
 
 
-def train(
-    config: Path,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    nproc: int | None,
-    *,
-    dry_run: bool,
-    as_json: bool,
-) -> int:
-    """Check the whole config before anything is started, then do what was asked. Returns the exit status."""
-    rank = None if dry_run else environment.rank_from(os.environ)
-    world_size = nproc if rank is None else rank.world_size
-    resolved = resolve(load(config, overrides), world_size=world_size, choose_layout=choose_layout)
-    run_dir = run_dir or default_run_dir(config)
-    if dry_run:
-        return _print_summary(resolved, as_json=as_json)
+def add(commands: Commands) -> None:
+    """The arguments."""
+    train = add_command(
+        commands,
+        "train",
+        run,
+        help="train a model, on local ranks or as a rank of torchrun/srun",
+        description="Train a model. Under torchrun or srun this process is one rank; otherwise it starts local ranks. "
+        "Resumes from RUN_DIR if that holds a checkpoint.",
+    )
+    add_config(train)
+    add_nproc(train, "as many as the config needs")
+    add_folder(train, "--run-dir", "where the run is written (default: runs/NAME)")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check the config and print what it comes to; run nothing"
+    )
+    add_json(train, "with --dry-run: ")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the whole config before anything is started, then do what was asked."""
+    if args.json and not args.dry_run:
+        raise ConfigError("--json: goes with --dry-run only")
+    from megatron_sts.config.load import load
+    from megatron_sts.config.resolve import resolve
+    from megatron_sts.launch.environment import rank_from
+    from megatron_sts.plan.layout import choose_layout
+
+    rank = None if args.dry_run else rank_from(os.environ)
+    world_size = args.nproc if rank is None else rank.world_size
+    resolved = resolve(load(args.config, args.overrides), world_size=world_size, choose_layout=choose_layout)
+    if args.dry_run:
+        return _print_summary(resolved, as_json=args.json)
+    run_dir = args.run_dir or default_run_dir(args.config)
+    argv = ["train", str(args.config), *args.overrides, "--run-dir", str(run_dir)]
+    return start(resolved, run_dir, rank, argv)
+
+
+def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str]) -> int:
+    """Trains as ``rank``, or on local ranks (``argv``: their command line), unless nothing is left to do."""
+    from megatron_sts.commands.obstacles import obstacles
+    from megatron_sts.runtime.probe import check_usable
+    from megatron_sts.train import resume
+
     resume.check_same_run(resolved, run_dir)
     if resume.is_finished(resolved, run_dir):
         if rank is None or rank.rank == 0:
@@ -44,37 +71,34 @@ def train(
     for line in obstacles(resolved):
         raise ConfigError(line)
     if rank is not None:
-        environment.join(rank, os.environ)
-        status = run_rank(resolved, run_dir)
-        return failure.leave(status) if status else 0
+        from megatron_sts.launch.rank import become
+
+        return become(rank, partial(train_here, resolved, run_dir))
+    from megatron_sts.launch.exclusive import sole_writer
     from megatron_sts.launch.local import launch_local
 
     with sole_writer(run_dir):
         resume.check_same_run(resolved, run_dir)  # again: until now another run may have written it
-        return launch_local(["train", str(config), *overrides, "--run-dir", str(run_dir)], resolved.world_size)
+        return launch_local(argv, resolved.world_size)
 
 
 def default_run_dir(config: Path) -> Path:
     """``runs/NAME``: a config.yaml is named by its folder, any other file by itself."""
+    from megatron_sts.config.load import CONFIG_NAME
+
     folder = config if config.is_dir() else config.parent
     is_named_by_folder = config.is_dir() or config.name == CONFIG_NAME
     return Path("runs") / (folder.resolve().name if is_named_by_folder else config.stem)
 
 
-def run_rank(resolved: Resolved, run_dir: Path) -> int:
-    """This process is one rank: train, and leave what went wrong where the launcher finds it."""
-    from megatron_sts.launch.local import follow_launcher
+def train_here(resolved: Resolved, run_dir: Path) -> None:
+    """What a rank does."""
     from megatron_sts.train.interrupt import StopRequest
 
-    stop = StopRequest()  # before the imports below: the signal may come during them
-    follow_launcher()
-    try:
-        from megatron_sts.train.loop import run
+    stop = StopRequest()  # before the import below: the signal may come during it
+    from megatron_sts.train.loop import run
 
-        run(resolved, run_dir, stop)
-    except Exception as error:
-        return failure.report(error)
-    return 0
+    run(resolved, run_dir, stop)
 
 
 def _print_summary(resolved: Resolved, *, as_json: bool) -> int:

@@ -1,4 +1,4 @@
-"""``megatron-sts data prepare``: LLaVA JSON and pictures become WebDataset shards that Energon reads.
+"""LLaVA JSON and pictures become WebDataset shards that Energon reads.
 
 The shards are planned before any is written, from the source and the pictures' sizes alone, and worker processes write whole
 shards: so the same input gives the same bytes with any number of workers, and an interrupted run goes on where it was.
@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import sys
 import threading
 import uuid
 from collections import Counter
@@ -28,7 +27,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import ENERGON_FOLDER
@@ -49,7 +47,6 @@ SETTINGS_NAME = "prepare.json"
 REJECTED_NAME = "rejected.jsonl"
 FORMAT = 1
 """Raised when the same input begins to give other shards."""
-INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -60,27 +57,6 @@ class Summary:
     num_shards: int
     rejected: Counter[str]
     """Entries left out, by reason."""
-
-
-def command(source: Path, image_dir: Path | None, out: Path, shard_size_mb: int, num_workers: int) -> int:
-    """Prepare, print the summary, and return the exit status: 1 if no sample is left."""
-    try:
-        summary = prepare(source, image_dir or source.parent, out, shard_size_mb, num_workers)
-    except KeyboardInterrupt:
-        print(f"interrupted; the same command goes on with {out}", file=sys.stderr)
-        return INTERRUPTED
-    num_rejected = summary.rejected.total()
-    if num_rejected:
-        table = Table("entries", "rejected because", title=f"Rejected: {num_rejected}", title_justify="left")
-        for reason, count in summary.rejected.most_common():
-            table.add_row(str(count), reason)
-        Console().print(table)
-        print(out / REJECTED_NAME)
-    if summary.num_samples == 0:
-        print(f"megatron-sts: error: {source}: none of its {num_rejected} entries can be used", file=sys.stderr)
-        return 1
-    print(f"{summary.num_samples} samples in {summary.num_shards} shards: {out}")
-    return 0
 
 
 def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_workers: int) -> Summary:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -20,21 +19,6 @@ if TYPE_CHECKING:
 
 FATAL_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
 """A rank that died of one of these did not follow another: the launcher itself sends SIGTERM."""
-
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl
-
-
-def follow_launcher() -> None:
-    """Has the kernel end this rank when the launcher that started it dies, even by SIGKILL: it would train on unseen.
-
-    Not its helpers: an idle one of megatron-core's may stay. Ctrl-C ends it without a traceback: the launcher says it.
-    """
-    if LAUNCHED in os.environ:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
-        if os.getppid() != int(os.environ[LAUNCHED]):  # dead already
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def launch_local(argv: Sequence[str], nproc: int) -> int:

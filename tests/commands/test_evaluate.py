@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sts.commands.evaluate import Asked
+from megatron_sts.commands.exams import Asked
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import CONFIG_NAME
 from megatron_sts.evaluate.benchmarks.journal import claim

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from megatron_sts.commands.generate import same_source
+from megatron_sts.commands.answer import same_source
 from megatron_sts.runtime.dist import process_group
 from tests.dist.launch import run_ranks
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from megatron_sts.commands.plan import outline
+from megatron_sts.commands.speedups import outline
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 

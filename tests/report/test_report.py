@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from megatron_sts.cli import main
-from megatron_sts.commands.report import report
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import resolve
@@ -18,6 +17,7 @@ from megatron_sts.config.schema import RunConfig
 from megatron_sts.report.compare import compare
 from megatron_sts.report.run import read_run
 from megatron_sts.report.utilisation import utilisation
+from megatron_sts.report.write import report
 
 STAGE = {
     "steps": 2,

@@ -16,17 +16,19 @@ import resource
 import signal
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
-from megatron_sts.commands import train as command
+from megatron_sts.commands.train import train_here
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.launch import failure
+from megatron_sts.launch.rank import attempt
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore import groups
 from megatron_sts.train import step
@@ -48,7 +50,8 @@ def play() -> None:
             config = RunConfig.model_validate(scene["config"])
             plant(scene, patch)
             meet_at(Path(f"{scene['run_dir']}.{os.environ['MASTER_PORT']}.{number}"), patch)
-            status = command.run_rank(resolve(config, world_size=int(os.environ["WORLD_SIZE"])), Path(scene["run_dir"]))
+            resolved = resolve(config, world_size=int(os.environ["WORLD_SIZE"]))
+            status = attempt(partial(train_here, resolved, Path(scene["run_dir"])))
         print("SCENE", json.dumps({"status": status, "seconds": round(time.monotonic() - started, 1)}), flush=True)
         if status:
             failure.leave(0)  # as a rank does, which would say ``status``

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sts.commands.generate import Asked
+from megatron_sts.commands.answer import Asked
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.data.formats import FORMATS, render, render_prompt
 from megatron_sts.data.scenes.source import ScenesSource, evaluation_questions

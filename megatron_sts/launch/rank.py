@@ -1,0 +1,42 @@
+"""This process is one rank, of our launcher, torchrun or srun: it does its work and leaves what went wrong to be found."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from collections.abc import Callable
+
+from megatron_sts.launch import environment, failure
+from megatron_sts.launch.failure import LAUNCHED
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+def become(rank: environment.Rank, work: Callable[[], None]) -> int:
+    """Does ``work`` as ``rank``; returns 0, or ends this process with the status of what went wrong."""
+    environment.join(rank, os.environ)
+    status = attempt(work)
+    return failure.leave(status) if status else 0
+
+
+def attempt(work: Callable[[], None]) -> int:
+    """Does ``work``, and reports an error of it where the launcher looks; returns the exit status."""
+    follow_launcher()
+    try:
+        work()
+    except Exception as error:
+        return failure.report(error)
+    return 0
+
+
+def follow_launcher() -> None:
+    """Has the kernel end this rank when the launcher that started it dies, even by SIGKILL: it would train on unseen.
+
+    Not its helpers: an idle one of megatron-core's may stay. Ctrl-C ends it without a traceback: the launcher says it.
+    """
+    if LAUNCHED in os.environ:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+        if os.getppid() != int(os.environ[LAUNCHED]):  # dead already
+            os.kill(os.getpid(), signal.SIGTERM)

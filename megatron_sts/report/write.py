@@ -1,0 +1,53 @@
+"""Writes a page for each run; for two runs also their comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.report.compare import Comparison, compare, markdown, table_rows
+from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
+from megatron_sts.report.page import run_page
+from megatron_sts.report.run import read_run
+from megatron_sts.report.utilisation import utilisation
+
+
+def report(run_dirs: Sequence[Path], out: Path | None) -> int:
+    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two folders, dense then STS, are also compared. Returns the exit status."""
+    if len(run_dirs) > 2:
+        raise ConfigError(f"report: {len(run_dirs)} run folders; give one, or two to compare (dense, then STS)")
+    runs = [read_run(folder) for folder in run_dirs]
+    comparison = compare(*run_dirs) if len(run_dirs) == 2 else None  # refused before anything is written
+    pages = {run.folder / "report.html": run_page(run) for run in runs}
+    for path, page in pages.items():
+        path.write_text(page, encoding="utf-8")
+        print(path)
+    for run in runs:
+        if found := utilisation(run):
+            save_png(utilisation_figure(found), run.folder / "utilisation.png")
+            print(run.folder / "utilisation.png")
+    if comparison is not None:
+        folder = out or Path(os.path.commonpath([path.absolute() for path in run_dirs]))
+        write_comparison(comparison, folder)
+    return 0
+
+
+def write_comparison(comparison: Comparison, folder: Path) -> None:
+    """Writes ``comparison.json``, ``.md`` and ``.png``, and prints the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
+    (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
+    save_png(comparison_figure(comparison), folder / "comparison.png")
+    table = Table("", title="Dense and STS", title_justify="left")
+    for heading in ("dense", "STS", "STS / dense"):
+        table.add_column(heading, justify="right")
+    for row in table_rows(comparison):
+        table.add_row(*row)
+    Console().print(table)
+    print(folder / "comparison.md")
