@@ -12,7 +12,7 @@ import torch
 
 from megatron_sts.config.architecture import Part
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.convert import architectures, hf_configs, shards
+from megatron_sts.convert import architectures, hf_configs, shards, tying
 from megatron_sts.convert.extras import EXTRAS, EXTRAS_OF_HALVES, copy_extras
 from megatron_sts.convert.folder import identity, write_model
 from megatron_sts.convert.joining import join
@@ -29,15 +29,15 @@ class HfFolder:
     path: Path
     config: Any
     stored: StoredTensors
-    names: Mapping[tuple[Part, str], str]
-    """(part, name inside the part's own model) -> name in the files."""
+    names: tying.Names
 
     @classmethod
     def open(cls, path: Path) -> HfFolder:
         """Raises ConfigError if it holds no model that can be converted."""
         config = architectures.read_config(path)
         stored = StoredTensors(path)
-        return cls(path, config, stored, located(SPELLINGS[config.model_type], stored.shapes, path))
+        names = located(SPELLINGS[config.model_type], stored.shapes, path)
+        return cls(path, config, stored, tying.settle(config, names, stored, path))
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -122,15 +122,10 @@ def _check(origin: Origin, pairs: list[Pairing]) -> None:
             raise ConfigError(f"{folder.path}: tensor {written} has shape {found}, but config.json makes it {shape}")
     for part, folder in origin.folders.items():
         for key, written in folder.names.items():
-            if key[0] == part and key not in needed and not _is_tied_copy(origin.sections, key):
+            if key[0] == part and key not in needed:
                 raise ConfigError(
                     f"{folder.path}: nothing of ours holds its tensor {written}; such a model cannot be converted"
                 )
-
-
-def _is_tied_copy(sections: Sections, key: tuple[Part, str]) -> bool:
-    """Some files store a tied embedding twice."""
-    return key == ("language", "lm_head.weight") and sections["language"].tie_word_embeddings
 
 
 def _unit(folder: HfFolder, pair: Pairing) -> shards.Unit:

@@ -160,3 +160,20 @@ def test_verify_refuses_a_folder_without_the_model_to_compare(
     ):
         with pytest.raises(ConfigError, match=rf"has no {missing} model, but --hf={hf} is a {kind}; give the folder"):
             verify.expect(hf, sts)
+
+
+@pytest.mark.parametrize("name", ["qwen2 tied", "llava, qwen2 tied"])
+def test_a_head_that_differs_from_the_tied_embedding_is_kept(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dropped, it would move the logits by more than themselves."""
+    hf = hf_models.write(name, tmp_path / "hf")
+    prefix = "language_model." if "llava" in name else ""
+    weights = hf_models.tensors(hf)
+    embedding = weights[f"{prefix}model.embed_tokens.weight"]
+    hf_models.rewrite(hf, weights | {f"{prefix}lm_head.weight": embedding.roll(1, 0)})
+    hf_to_sts.convert(hf_to_sts.whole(hf), tmp_path / "sts")
+    assert "is not the embedding that config.json ties it to" in capsys.readouterr().err
+    with process_group(60.0):
+        found = difference(hf, tmp_path / "sts")
+    assert found is not None and found <= RTOL

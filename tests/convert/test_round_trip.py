@@ -95,6 +95,32 @@ def test_buffers_and_tied_copies_of_older_files_are_left_out(tmp_path: Path) -> 
     assert "lm_head.weight" not in hf_models.tensors(back)
 
 
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+@pytest.mark.parametrize("at_the_top", [True, False])
+@pytest.mark.parametrize("stored", ["embedding", "head", "both", "both, differing"])
+def test_what_is_tied_is_what_transformers_ties(stored: str, at_the_top: bool, tmp_path: Path) -> None:
+    """Whatever part of a LLaVA's config calls it tied: a stored head of its own counts, one of both is the other."""
+    hf = hf_models.write("llava, qwen2 tied", tmp_path / "hf")
+    text = json.loads((hf / "config.json").read_text())["text_config"] | {"tie_word_embeddings": not at_the_top}
+    hf_models.edit_config(hf, tie_word_embeddings=at_the_top, text_config=text)
+    weights = hf_models.tensors(hf)
+    embedding = weights.pop(EMBEDDING)
+    weights |= {EMBEDDING: embedding} if stored != "head" else {}
+    if stored != "embedding":
+        head = embedding.clone()
+        head[-1, -1] += 1.0 if stored.endswith("differing") else 0.0
+        weights[HEAD] = head
+    hf_models.rewrite(hf, weights)
+    back = round_trip(hf, tmp_path)
+    before, after = load(hf), load(back)
+    assert (before.lm_head.weight is before.get_input_embeddings().weight) == (HEAD not in hf_models.tensors(back))
+    assert after.config.tie_word_embeddings == (stored != "both, differing")
+    for key, tensor in before.state_dict().items():
+        assert torch.equal(tensor, after.state_dict()[key]), key
+
+
 def test_the_vision_half_of_a_clip(tmp_path: Path) -> None:
     hf = hf_models.write("clip", tmp_path / "hf")
     sections = hf_to_sts.whole(hf).sections
