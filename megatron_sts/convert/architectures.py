@@ -18,6 +18,7 @@ from megatron_sts.config.architecture import (
 )
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.weights_folder import NORM_EPSILON
+from megatron_sts.convert.features import check_format, refuse_features
 from megatron_sts.convert.image_processor import channels
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.convert.spelling import SPELLINGS
@@ -26,7 +27,7 @@ from megatron_sts.vision.tower import CHANNEL_STATISTICS
 CONFIG = "config.json"
 REQUIRED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
+    "qwen2": {"hidden_act": "silu"},
     "clip_vision_model": {"hidden_act": "quick_gelu", "num_channels": 3},
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
     "blip_2_vision_model": {},  # runs in transformers
@@ -52,18 +53,20 @@ def read_config(folder: Path) -> Any:
     Raises:
         ConfigError: there is none, or no spelling of ours knows its kind.
     """
-    if not (folder / CONFIG).is_file():
-        raise ConfigError(f"{folder}: holds no {CONFIG}; give a folder that save_pretrained or the hub wrote")
+    check_format(folder)
     transformers = import_transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"{folder / CONFIG}: transformers cannot read it ({error})") from None
+        raise ConfigError(f"{folder / CONFIG}: transformers cannot read it ({_first_line(error)})") from None
     if config.model_type not in SPELLINGS:
-        raise ConfigError(
-            f"{folder / CONFIG}: model_type={config.model_type} cannot be converted; known are {', '.join(SPELLINGS)}"
-        )
+        refuse_features(config, folder)
+        _refuse(folder, "model_type", config.model_type, f"not supported; known are {', '.join(SPELLINGS)}")
     return config
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def import_transformers() -> Any:
@@ -214,6 +217,7 @@ def _feature_layer(config: Any, source: Path) -> int:
 
 
 def _check(config: Any, source: Path) -> None:
+    refuse_features(config, source)
     if config.model_type not in REQUIRED:
         _refuse(source, "model_type", config.model_type, f"known are {', '.join(REQUIRED)}")
     for key, wanted in REQUIRED[config.model_type].items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, QFormerConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError
@@ -56,7 +57,8 @@ def test_parts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
     hf = hf_models.write("llava", tmp_path / "hf")
     written = json.loads((hf / "config.json").read_text())
     for changes, message in (
-        ({"text_config": {"model_type": "mistral"}}, "model_type=mistral"),
+        ({"text_config": {"model_type": "mistral", "sliding_window": None}}, "model_type=mistral"),
+        ({"text_config": {"model_type": "mixtral"}}, "num_local_experts=8: needs a mixture of experts"),
         ({"vision_config": {"model_type": "pixtral"}}, "model_type=pixtral"),
         ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer=[-2, -5]"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy=full"),
@@ -64,6 +66,65 @@ def test_parts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
         hf_models.edit_config(hf, **changes)
         assert message in refused(hf)
         (hf / "config.json").write_text(json.dumps(written))
+
+
+NAMED = {
+    "mixtral": "num_local_experts=8: needs a mixture of experts",
+    "qwen2_moe": "num_experts=60: needs a mixture of experts",
+    "deepseek_v3": "n_routed_experts=256: needs a mixture of experts",
+    "qwen2_vl": "model_type=qwen2_vl: needs M-RoPE",
+    "qwen2_5_vl": "model_type=qwen2_5_vl: needs M-RoPE",
+    "mistral": "sliding_window=4096: needs sliding-window or chunked attention",
+    "gemma2": "final_logit_softcapping=30.0: needs soft-capping of logits",
+    "gemma3": "needs sliding-window or chunked attention",
+    "phi": "partial_rotary_factor=0.5: needs partial rotary embeddings",
+    "glm4": "partial_rotary_factor=0.5: needs partial rotary embeddings",
+    "llava_next": "image_grid_pinpoints=<5 entries>: needs pictures in tiles (AnyRes)",
+    "t5": "is_encoder_decoder=True: needs a text encoder",
+    "qwen3": "model_type=qwen3: not supported; known are llama, qwen2",
+}
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_what_this_project_does_not_do_is_said_by_name(kind: str, tmp_path: Path) -> None:
+    """With transformers' own config of each kind; no weights are looked at."""
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / "hf")
+    message = refused(tmp_path / "hf")
+    assert NAMED[kind] in message and message.endswith("this model cannot be converted")
+
+
+def test_files_that_are_no_whole_model_are_refused(tmp_path: Path) -> None:
+    hf = hf_models.write("llama", tmp_path / "hf")
+    written = (hf / "config.json").read_text()
+    for changes, message in (
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "quantised weights cannot be read; take the model",
+        ),
+        ({"mm_vision_tower": "openai/clip-vit-large-patch14-336"}, "LLaVA's own format cannot be read; take the same"),
+        ({"model_type": "x", "auto_map": {"AutoConfig": "configuration_x.X"}}, "contains custom code"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial rotary",
+        ),
+    ):
+        hf_models.edit_config(hf, **changes)
+        assert message in refused(hf)
+        (hf / "config.json").write_text(written)
+    (hf / "config.json").write_text("[]")
+    assert "config.json" in refused(hf)
+    (hf / "adapter_config.json").write_text("{}")
+    assert "adapters such as LoRA are not supported, and it has adapter_config.json; merge it" in refused(hf)
+
+
+def test_sliding_windows_that_no_layer_has_are_no_reason(tmp_path: Path) -> None:
+    """Qwen2's window begins at max_window_layers."""
+    hf = hf_models.write("qwen2", tmp_path / "hf")
+    window = {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}
+    hf_models.edit_config(hf, **window, max_window_layers=4)
+    assert hf_to_sts.whole(hf).sections["language"].num_layers == 4
+    hf_models.edit_config(hf, **window, max_window_layers=3)
+    assert "layer_types=<4 entries>: needs sliding-window" in refused(hf)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
