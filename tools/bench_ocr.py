@@ -47,6 +47,7 @@ from megatron_sts.vtc.anchored import AnchoredSampler
 from megatron_sts.vtc.guided import GuidedSampler, top_tokens
 from megatron_sts.vtc.looking import LookingSampler
 from megatron_sts.vtc.samplers import RandomSampler, UniformSampler
+from megatron_sts.vtc.seen import SeenImages
 
 KEEP_RATIOS = (0.5, 0.25, 0.125)
 SHARES = ((0.0, 0.0), (0.3, 0.0), (0.0, 0.4), (0.3, 0.4), (0.3, 0.7), (0.5, 0.5), (0.0, 1.0))
@@ -214,7 +215,7 @@ def look(sampler: LookingSampler, asked: bool, pictures: Pictures, num_kept: int
     parts = (pictures.visual, pictures.pixels, pictures.question)
     for visual, pixels, question in zip(*(part.split(CHUNK) for part in parts), strict=True):
         mask = torch.full(question.shape[:2], asked)
-        chosen.append(sampler.select(visual, pixels, question, mask, num_kept))
+        chosen.append(sampler.select(SeenImages(visual, pixels, question, mask), num_kept))
     return torch.cat(chosen)
 
 

@@ -3,16 +3,8 @@
 #   bash launch/local.sh examples/smol_vlm [key.path=value ...]
 # Arguments go to the training. Writes runs/smol_vlm below the current folder; started again, it goes on where it stopped.
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
-runs=runs/smol_vlm
-
-case ${1:-} in
-  -h | --help) printf 'usage: %s [key.path=value ...] [megatron-sts train options]\n' "${BASH_SOURCE[0]}"; exit 0 ;;
-esac
-command -v megatron-sts >/dev/null || {
-  printf 'megatron-sts: error: not on PATH; start this example with: bash launch/local.sh examples/smol_vlm\n' >&2
-  exit 2
-}
+# shellcheck source=launch/example.sh
+. "$(dirname "${BASH_SOURCE[0]}")/../../launch/example.sh"
 
 [ -d "$runs/smollm2" ] || bash "$here/fetch.sh" "$runs/smollm2"
 megatron-sts convert hf-to-sts --hf "$runs/smollm2" --sts "$runs/weights"

@@ -17,6 +17,7 @@ from megatron_sts.mcore.relay import PipelineRelay
 from megatron_sts.vtc.compressor import compress
 from megatron_sts.vtc.looking import LookingSampler, make_looking_sampler
 from megatron_sts.vtc.pooled import pool
+from megatron_sts.vtc.seen import SeenImages
 
 
 class Compression:
@@ -95,11 +96,11 @@ def choose(sampler: LookingSampler, projected: torch.Tensor, batch: Batch, words
     assert batch.pixels is not None
     num_tokens_in = projected.shape[1]
     rows, asked = instructions(batch)
-    instruction = words.transpose(0, 1)[rows]
+    images = SeenImages(projected, batch.pixels, words.transpose(0, 1)[rows], asked)
     chosen: list[torch.Tensor] = [torch.empty(0)] * len(batch.num_kept)
     for count in sorted(set(batch.num_kept)):
         which = [number for number, kept in enumerate(batch.num_kept) if kept == count]
-        found = sampler.select(projected[which], batch.pixels[which], instruction[which], asked[which], count)
+        found = sampler.select(images.rows(which), count)
         for number, tokens in zip(which, found, strict=True):
             chosen[number] = tokens + number * num_tokens_in
     indices = torch.cat(chosen)

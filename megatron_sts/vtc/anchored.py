@@ -14,6 +14,7 @@ import torch
 from megatron_sts.vtc.diversity import condition, greedy_map, quality_kernel
 from megatron_sts.vtc.guided import relevance
 from megatron_sts.vtc.samplers import uniform_tokens
+from megatron_sts.vtc.seen import SeenImages
 from megatron_sts.vtc.text_density import text_density
 
 TEMPERATURE = 1.0
@@ -32,25 +33,19 @@ class AnchoredSampler:
         self._shares = grid_share, text_share
 
     @torch.no_grad()
-    def select(
-        self,
-        visual: torch.Tensor,
-        pixels: torch.Tensor,
-        instruction: torch.Tensor,
-        instruction_mask: torch.Tensor,
-        num_kept: int,
-    ) -> torch.Tensor:
+    def select(self, images: SeenImages, num_kept: int) -> torch.Tensor:
         """See ``LookingSampler``; the tokens must form a square grid."""
+        visual = images.visual
         num_images, num_tokens_in, _ = visual.shape
         num_grid, num_text = (part(share, num_kept) for share in self._shares)
         taken = torch.zeros(num_images, num_tokens_in, dtype=torch.bool, device=visual.device)
         if num_grid:
             taken[:, list(uniform_tokens(num_tokens_in, num_grid))] = True
         if num_text:
-            density = text_density(pixels, isqrt(num_tokens_in)).masked_fill(taken, -torch.inf)
+            density = text_density(images.pixels, isqrt(num_tokens_in)).masked_fill(taken, -torch.inf)
             taken.scatter_(1, density.sort(dim=1, descending=True, stable=True).indices[:, :num_text], True)
         if num_rest := num_kept - num_grid - num_text:
-            quality = (spread(relevance(visual, instruction, instruction_mask)) / TEMPERATURE).exp()
+            quality = (spread(relevance(images)) / TEMPERATURE).exp()
             taken.scatter_(1, diverse_tokens(visual, quality, taken, num_grid + num_text, num_rest), True)
         return chosen_tokens(taken, num_kept)
 

@@ -6,45 +6,34 @@ import torch
 import torch.nn.functional as F
 
 from megatron_sts.vtc.samplers import uniform_tokens
+from megatron_sts.vtc.seen import SeenImages
 
 
 class GuidedSampler:
     """The k most relevant tokens of each image; the uniform ones for an image without an instruction."""
 
     @torch.no_grad()
-    def select(
-        self,
-        visual: torch.Tensor,
-        pixels: torch.Tensor,
-        instruction: torch.Tensor,
-        instruction_mask: torch.Tensor,
-        num_kept: int,
-    ) -> torch.Tensor:
+    def select(self, images: SeenImages, num_kept: int) -> torch.Tensor:
         """See ``LookingSampler``."""
-        num_tokens_in = visual.shape[1]
-        uniform = torch.tensor(uniform_tokens(num_tokens_in, num_kept), device=visual.device)
-        guided = top_tokens(relevance(visual, instruction, instruction_mask), num_kept)
-        return torch.where(instruction_mask.any(1, keepdim=True), guided, uniform)
+        num_tokens_in = images.visual.shape[1]
+        uniform = torch.tensor(uniform_tokens(num_tokens_in, num_kept), device=images.visual.device)
+        guided = top_tokens(relevance(images), num_kept)
+        return torch.where(images.mask.any(1, keepdim=True), guided, uniform)
 
 
-def relevance(visual: torch.Tensor, instruction: torch.Tensor, instruction_mask: torch.Tensor) -> torch.Tensor:
+def relevance(images: SeenImages) -> torch.Tensor:
     """How much each visual token has to do with its image's instruction, fp32 [n, t] in [-1, 1].
 
     The largest cosine similarity with any one word (FILIP's token-wise score, Yao et al. 2021, arXiv 2111.07783): a
     token is relevant if one word names it, where a mean over words would drown that word among articles and
     punctuation. 1 for every token of an image without an instruction.
-
-    Args:
-        visual: projected tokens [n, t, h].
-        instruction: word embeddings [n, q, h]; q may be 0.
-        instruction_mask: bool [n, q], True at words.
     """
-    has_words = instruction_mask.any(1)
+    visual, instruction, mask = images.visual, images.instruction, images.mask
     if not instruction.shape[1]:
         return visual.new_ones(visual.shape[:2], dtype=torch.float32)
     tokens, words = (F.normalize(x.float(), dim=-1) for x in (visual, instruction))
-    similarity = (tokens @ words.mT).masked_fill(~instruction_mask.unsqueeze(1), -1.0)
-    return torch.where(has_words.unsqueeze(1), similarity.amax(-1), 1.0)
+    similarity = (tokens @ words.mT).masked_fill(~mask.unsqueeze(1), -1.0)
+    return torch.where(mask.any(1).unsqueeze(1), similarity.amax(-1), 1.0)
 
 
 def top_tokens(scores: torch.Tensor, num_kept: int) -> torch.Tensor:

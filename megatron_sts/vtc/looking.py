@@ -9,6 +9,7 @@ import torch
 from megatron_sts.config.schema import VtcConfig
 from megatron_sts.vtc.anchored import AnchoredSampler
 from megatron_sts.vtc.guided import GuidedSampler
+from megatron_sts.vtc.seen import SeenImages
 
 
 class LookingSampler(Protocol):
@@ -19,23 +20,8 @@ class LookingSampler(Protocol):
     rank of a tensor-parallel group chooses, and the caller broadcasts its indices to whoever needs tokens or positions.
     """
 
-    def select(
-        self,
-        visual: torch.Tensor,
-        pixels: torch.Tensor,
-        instruction: torch.Tensor,
-        instruction_mask: torch.Tensor,
-        num_kept: int,
-    ) -> torch.Tensor:
-        """Kept tokens of each image, int64 [n, num_kept], distinct and ascending.
-
-        Args:
-            visual: projected tokens [n, t, h], row-major on the image's grid.
-            pixels: what they show, uint8 [n, 3, height, width].
-            instruction: embeddings of the words of each image's instruction [n, q, h]; q may be 0.
-            instruction_mask: bool [n, q], True at words; a row may have none.
-            num_kept: 1 to t.
-        """
+    def select(self, images: SeenImages, num_kept: int) -> torch.Tensor:
+        """Kept tokens of each image, int64 [n, num_kept], distinct and ascending; ``num_kept`` is 1 to t."""
         ...
 
 

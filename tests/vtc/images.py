@@ -2,40 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from hypothesis import strategies as st
 
 from megatron_sts.vtc.anchored import AnchoredSampler
 from megatron_sts.vtc.guided import GuidedSampler
-from megatron_sts.vtc.looking import LookingSampler
+from megatron_sts.vtc.seen import SeenImages
 
 PATCH_PX = 4
 
 
-@dataclass(frozen=True)
-class Images:
-    """What a looking sampler sees."""
-
-    visual: torch.Tensor
-    pixels: torch.Tensor
-    instruction: torch.Tensor
-    mask: torch.Tensor
-
-    def kept(self, sampler: LookingSampler, num_kept: int) -> torch.Tensor:
-        return sampler.select(self.visual, self.pixels, self.instruction, self.mask, num_kept)
-
-    def rows(self, rows: list[int]) -> Images:
-        return Images(self.visual[rows], self.pixels[rows], self.instruction[rows], self.mask[rows])
-
-
-def draw_images(side: int, seed: int, num_images: int = 3, width: int = 64, num_words: int = 5) -> Images:
+def draw_images(side: int, seed: int, num_images: int = 3, width: int = 64, num_words: int = 5) -> SeenImages:
     """Gaussian tokens, wider than they are many, and words: no scores tie. The first image has no instruction."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(num_images, num_words, generator=generator) < 0.7
     mask[:1] = False
-    return Images(
+    return SeenImages(
         torch.randn(num_images, side * side, width, generator=generator),
         torch.randint(0, 256, (num_images, 3, *(side * PATCH_PX,) * 2), generator=generator, dtype=torch.uint8),
         torch.randn(num_images, num_words, width, generator=generator),

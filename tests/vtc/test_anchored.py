@@ -16,7 +16,7 @@ from tests.vtc.images import draw_images, seeds, shares, sizes
 @given(sizes, seeds)
 def test_only_a_grid_is_uniform(size: tuple[int, int], seed: int) -> None:
     side, num_kept = size
-    kept = draw_images(side, seed).kept(AnchoredSampler(1.0, 0.0), num_kept)
+    kept = AnchoredSampler(1.0, 0.0).select(draw_images(side, seed), num_kept)
     assert kept.tolist() == [list(uniform_tokens(side * side, num_kept))] * 3
 
 
@@ -24,7 +24,7 @@ def test_only_a_grid_is_uniform(size: tuple[int, int], seed: int) -> None:
 def test_only_text_is_the_densest_patches(size: tuple[int, int], seed: int) -> None:
     side, num_kept = size
     images = draw_images(side, seed)
-    kept = images.kept(AnchoredSampler(0.0, 1.0), num_kept)
+    kept = AnchoredSampler(0.0, 1.0).select(images, num_kept)
     density = text_density(images.pixels, side).numpy()
     for row in range(3):
         assert set(kept[row].tolist()) == set(np.argsort(-density[row], kind="stable")[:num_kept].tolist())
@@ -34,12 +34,12 @@ def test_only_text_is_the_densest_patches(size: tuple[int, int], seed: int) -> N
 def test_only_the_rest_is_the_greedy_dpp(size: tuple[int, int], seed: int) -> None:
     side, num_kept = size
     images = draw_images(side, seed)
-    score = relevance(images.visual, images.instruction, images.mask)
+    score = relevance(images)
     low, high = score.amin(1, keepdim=True), score.amax(1, keepdim=True)
     quality = torch.exp((score - low) / (high - low)).nan_to_num(nan=np.e)
     nothing = torch.zeros(3, side * side, dtype=torch.bool)
     expected = greedy_map(quality_kernel(images.visual, quality), nothing, num_kept).sort(dim=1).values
-    assert torch.equal(images.kept(AnchoredSampler(0.0, 0.0), num_kept), expected)
+    assert torch.equal(AnchoredSampler(0.0, 0.0).select(images, num_kept), expected)
 
 
 @given(sizes, seeds, shares)
@@ -50,7 +50,7 @@ def test_the_anchors_are_there_whatever_the_instruction(
     images = draw_images(side, seed)
     num_grid, num_text = (int(round(10 * share) * num_kept // 10) for share in pair)
     grid = set(uniform_tokens(side * side, num_grid)) if num_grid else set()
-    kept = images.kept(AnchoredSampler(*pair), num_kept)
+    kept = AnchoredSampler(*pair).select(images, num_kept)
     for density, row in zip(text_density(images.pixels, side).tolist(), kept.tolist(), strict=True):
         beside_grid = sorted((token for token in range(side * side) if token not in grid), key=lambda j: -density[j])
         assert set(row) >= grid | set(beside_grid[:num_text])
@@ -62,13 +62,13 @@ def test_the_instruction_moves_the_rest() -> None:
     wanted = 37
     images.instruction[:, 0] = images.visual[:, wanted]
     assert wanted not in uniform_tokens(64, 4)
-    assert (images.kept(AnchoredSampler(0.5, 0.0), 8) == wanted).any(1).all()
+    assert (AnchoredSampler(0.5, 0.0).select(images, 8) == wanted).any(1).all()
 
 
 def test_of_equal_patches_the_first_are_text() -> None:
     images = draw_images(4, 0)
     images.pixels[:] = 255
-    assert images.kept(AnchoredSampler(0.0, 1.0), 3).tolist() == [[0, 1, 2]] * 3
+    assert AnchoredSampler(0.0, 1.0).select(images, 3).tolist() == [[0, 1, 2]] * 3
 
 
 @pytest.mark.parametrize(("share", "num_kept", "count"), [(0.29, 100, 29), (0.3, 9, 2), (0.7, 10, 7), (1.0, 5, 5)])

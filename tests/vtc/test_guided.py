@@ -7,10 +7,11 @@ from hypothesis import given
 
 from megatron_sts.vtc.guided import GuidedSampler, relevance, top_tokens
 from megatron_sts.vtc.samplers import uniform_tokens
-from tests.vtc.images import Images, draw_images, seeds, sizes
+from megatron_sts.vtc.seen import SeenImages
+from tests.vtc.images import draw_images, seeds, sizes
 
 
-def plain_relevance(images: Images, row: int) -> np.ndarray:
+def plain_relevance(images: SeenImages, row: int) -> np.ndarray:
     """Largest cosine similarity of each token with a word, one pair at a time."""
     tokens = images.visual[row].double().numpy()
     words = images.instruction[row][images.mask[row]].double().numpy()
@@ -25,8 +26,8 @@ def plain_relevance(images: Images, row: int) -> np.ndarray:
 def test_guided_equals_a_plain_loop(size: tuple[int, int], seed: int) -> None:
     side, num_kept = size
     images = draw_images(side, seed)
-    kept = images.kept(GuidedSampler(), num_kept)
-    scores = relevance(images.visual, images.instruction, images.mask)
+    kept = GuidedSampler().select(images, num_kept)
+    scores = relevance(images)
     for row in range(3):
         expected = plain_relevance(images, row)
         # fp32 sums of 64 products of size <= 1, twice normalised: some 1e-7 each.
@@ -42,20 +43,20 @@ def test_guided_equals_a_plain_loop(size: tuple[int, int], seed: int) -> None:
 def test_what_lies_under_the_mask_does_not_matter() -> None:
     images = draw_images(6, 3)
     images.instruction[~images.mask] = torch.nan
-    changed = images.kept(GuidedSampler(), 9)
-    assert torch.equal(changed, draw_images(6, 3).kept(GuidedSampler(), 9))
+    changed = GuidedSampler().select(images, 9)
+    assert torch.equal(changed, GuidedSampler().select(draw_images(6, 3), 9))
 
 
 def test_without_any_word_slot_selection_is_uniform() -> None:
     images = draw_images(6, 0, num_words=0)
-    assert images.kept(GuidedSampler(), 9).tolist() == [list(uniform_tokens(36, 9))] * 3
+    assert GuidedSampler().select(images, 9).tolist() == [list(uniform_tokens(36, 9))] * 3
 
 
 def test_a_token_named_by_one_word_of_many_is_kept() -> None:
     images = draw_images(6, 0, num_words=40)
     images.mask[:] = True
     images.instruction[:, 17] = 7 * images.visual[:, 30]
-    assert (images.kept(GuidedSampler(), 1) == 30).all()
+    assert (GuidedSampler().select(images, 1) == 30).all()
 
 
 @pytest.mark.gpu
