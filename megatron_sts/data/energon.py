@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from megatron_sts.config.prepared import check_prepared
 from megatron_sts.data.image import Colour, decode_bytes, fit_square
 from megatron_sts.data.llava_json import entry_key, parse_entry
 from megatron_sts.data.records import BadSampleError, Record, SkippedSample
+from megatron_sts.launch.follow import end_with_parent
 
 SAMPLES_PER_SLICE = 100
 """Samples read one after another from a shard before the next random place; Energon's documentation uses as many."""
@@ -230,7 +232,14 @@ def _loader(
         gc_collect_every_n_steps=10 if num_workers else 0,
     )
     loader.pin_memory = False  # records hold numpy arrays, which cannot be pinned
+    loader.worker_init_fn = partial(_start_worker, os.getpid(), loader.worker_init_fn)
     return loader
+
+
+def _start_worker(parent: int, initialize: Callable[[int], None], worker: int) -> None:
+    """torch's workers look for their parent only between samples, every five seconds."""
+    end_with_parent(parent)
+    initialize(worker)
 
 
 def _load(path: Path, workers: WorkerConfig) -> LoadedDatasetList:

@@ -11,16 +11,13 @@ import hashlib
 import io
 import json
 import multiprocessing
-import os
 import shutil
 import signal
-import threading
 import uuid
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +38,7 @@ from megatron_sts.data.shards import (
     write_atomically,
     write_shard,
 )
+from megatron_sts.launch.follow import end_with_parent
 
 SETTINGS_NAME = "prepare.json"
 """What the shards were made of; a run that goes on must match it."""
@@ -201,14 +199,9 @@ def _write_shards(tasks: Sequence[ShardTask], num_workers: int) -> list[ShardRep
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, which lets shards in progress finish; end with a parent that is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
+    assert parent is not None and parent.pid is not None
+    end_with_parent(parent.pid)
 
 
 def _index(out: Path, names: list[str], num_workers: int, settings: dict[str, Any]) -> None:

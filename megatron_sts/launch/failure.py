@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -43,8 +42,6 @@ def report(error: Exception) -> int:
 
 def leave(status: int) -> NoReturn:
     """Ends this rank at once. Taking down libraries whose collectives failed can crash, which would hide the reported cause."""
-    for child in multiprocessing.active_children():  # megatron-core's manager of checkpoint writers
-        child.terminate()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

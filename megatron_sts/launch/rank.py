@@ -33,10 +33,12 @@ def attempt(work: Callable[[], None]) -> int:
 def follow_launcher() -> None:
     """Has the kernel end this rank when the launcher that started it dies, even by SIGKILL: it would train on unseen.
 
-    Not its helpers: an idle one of megatron-core's may stay. Ctrl-C ends it without a traceback: the launcher says it.
+    By SIGKILL: a rank that hangs, is stopped, or was forked with another's handlers ends too; it has nothing to clean up, and
+    its own helpers see that it is gone (``launch.follow``). The kernel means the launcher's thread that started this rank.
+    Ctrl-C ends it without a traceback: the launcher says it.
     """
     if LAUNCHED in os.environ:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGTERM))
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
         if os.getppid() != int(os.environ[LAUNCHED]):  # dead already
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -7,6 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
@@ -44,6 +46,9 @@ def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
     state["rng"] = _sharded_rng()
     state["common"] = {**common, **_counters(optimizer)}
     content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
+    # megatron-core would start a process for it (a Manager, as large as a rank), which outlives a killed rank and dies of the
+    # step's signals. A save in this very thread needs none; a fresh queue holds nothing of a save that failed.
+    filesystem_async._results_queue = SimpleQueue()
     with _causes():
         dist_checkpointing.save(
             state,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -53,12 +54,15 @@ def children(pid: int) -> list[int]:
     return [int(child) for path in found for child in path.read_text().split()]
 
 
-def is_running(pid: int) -> bool:
-    """A process that ended and that nobody has waited for is a zombie, not running."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):  # before it was opened, before it was read
-        return False
+def below(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Everything that a run started: ranks, and what they started."""
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def outlived(started: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that are still there when the run has ended, and have not become zombies."""
+    _, left = psutil.wait_procs(started, timeout=30)
+    return [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -98,16 +102,10 @@ def test_one_rank_killed_resumed_finished(config: Path, tmp_path: Path) -> None:
         assert status == 2
         [line] = errors
         assert line.startswith(f"megatron-sts: error: --run-dir={run}: another run is writing it; ")
-        os.kill(process.pid, signal.SIGKILL)  # the kernel ends the rank with it
-        os.kill(rank, signal.SIGCONT)
+        everything = below(process)
+        os.kill(process.pid, signal.SIGKILL)  # the kernel ends the rank with it, though that is stopped
         process.wait()
-        deadline = time.monotonic() + 30
-        while is_running(rank) and time.monotonic() < deadline:
-            time.sleep(0.05)
-        outlived = is_running(rank)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(rank, signal.SIGKILL)
-        assert not outlived
+        assert not outlived(everything)
     assert ("finetune", 59) not in steps(run)
     for folder in (run, whole):
         with started(config, folder) as process:
@@ -135,10 +133,15 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     stage = written["stages"][0] | {"steps": 500}
     path.write_text(yaml.safe_dump(written | {"stages": [stage], "parallel": {"data_parallel_size": 2}}))
     with started(path, run) as process:
-        wait_for(has_step(run, "finetune", 0), process)
-        os.kill(process.pid, signal.SIGUSR1)  # the launcher hands it on
+        wait_for(lambda: list((run / "checkpoints").glob("0*")), process)
+        everything, ranks = below(process), children(process.pid)
+        for each in everything:
+            if each.pid not in ranks:  # a batch system signals them too: the next save must not miss any
+                each.send_signal(signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGUSR1)  # the launcher hands it on to the ranks
         status, out, errors = ends(process)
     assert status == 0
+    assert not outlived(everything)
     (stop,) = events(run, "stop")
     said = f"megatron-sts: asked to stop: saved {stop['step']} of 500 steps of stage finetune; the same command goes on"
     assert said in out.splitlines()
@@ -148,9 +151,11 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     with started(path, run) as process:
         wait_for(has_step(run, "finetune", stop["step"]), process)
         assert [event["step"] for event in events(run, "resume")] == [stop["step"]]
+        everything = below(process)
         os.kill(max(children(process.pid)), signal.SIGKILL)
         status, _, errors = ends(process, 60)
     assert status == 1
+    assert not outlived(everything)
     (last,) = [line for line in errors if "error" in line]
     assert last.startswith("megatron-sts: error: rank ") and last.endswith(" was killed by SIGKILL (out of memory?)")
 

@@ -303,8 +303,17 @@ def test_workers_end_with_the_stream(stream: Open) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from megatron_sts.data.energon import EnergonStream
-stream = EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4, image_size=8,
+from megatron_sts.data import energon
+
+record, calls = energon._record, []
+
+def first_only(*args):
+    calls.append(1)
+    time.sleep(0 if len(calls) == 1 else 1000)
+    return record(*args)
+
+energon._record = first_only
+stream = energon.EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4, image_size=8,
                        padding=(0, 0, 0))
 next(stream)
 print("drawn", flush=True)
@@ -316,9 +325,9 @@ time.sleep(100)
 def test_workers_end_with_a_killed_parent(prepared: Path) -> None:
     parent = subprocess.Popen([sys.executable, "-c", HOLD, str(prepared)], stdout=subprocess.PIPE)
     assert parent.stdout is not None and parent.stdout.readline() == b"drawn\n"
+    # Both hang in a read: torch's own workers look for their parent only between samples.
     workers = psutil.Process(parent.pid).children(recursive=True)
     assert len(workers) == 2
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
-    # torch's workers look every five seconds whether their parent lives.
     assert psutil.wait_procs(workers, timeout=60)[1] == []

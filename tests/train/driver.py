@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -84,6 +85,7 @@ def watch_checkpoints(run_dir: Path, patch: pytest.MonkeyPatch) -> None:
 
     def save_and_tell(self: Checkpointer, stage: Stage, progress: Progress) -> None:
         save(self, stage, progress)
+        assert not multiprocessing.active_children(), "a save started a process, which would outlive a killed rank"
         line = {"stage": stage.spec.name, "step": progress.step, "digest": digest(stage)}
         with (run_dir / f"digests.{RANK}.jsonl").open("a") as lines:
             lines.write(json.dumps(line) + "\n")
