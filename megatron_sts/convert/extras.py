@@ -21,6 +21,7 @@ from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
 GENERATION = "generation_config.json"
 EXTRAS = (
     "added_tokens.json",
+    "additional_chat_templates",
     "chat_template.jinja",
     "chat_template.json",
     GENERATION,
@@ -34,6 +35,8 @@ EXTRAS = (
     "vocab.json",
     "vocab.txt",
 )
+UNKNOWN_LENGTH = int(1e20)
+"""Of tokenizers in transformers (1e30, which is no whole number there)."""
 EXTRAS_OF_HALVES: dict[Part, tuple[str, ...]] = {
     "vision": (IMAGE_PROCESSOR,),
     "language": tuple(name for name in EXTRAS if name not in (IMAGE_PROCESSOR, PROCESSOR)),
@@ -62,10 +65,12 @@ class Extras:
 
 
 def copy_extras(source: Path, out: Path, names: tuple[str, ...] = EXTRAS) -> None:
-    """Copy those of ``names`` that ``source`` has."""
+    """Copy those of ``names`` that ``source`` has, files and folders."""
     for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, out / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, out / name, dirs_exist_ok=True)
 
 
 def write_extras(extras: Extras, out: Path) -> None:
@@ -81,11 +86,20 @@ def write_extras(extras: Extras, out: Path) -> None:
     if hf is None:
         return
     if (template := jinja(extras.template, extras.tokenizer)) is not None:
-        hf.chat_template = template
+        others = hf.chat_template if isinstance(hf.chat_template, dict) else {}
+        hf.chat_template = {**others, "default": template} if others else template
+    hf.model_max_length = _longest(hf, extras.config)
     if extras.config.model_type == "llava":
         _processor(extras, hf).save_pretrained(out)
     else:
         hf.save_pretrained(out)
+
+
+def _longest(hf: Any, config: Any) -> int:
+    """Tokens: what the tokenizer says, which is a huge number if nobody told it, but not less than the model was trained on."""
+    positions: int = getattr(config, "text_config", config).max_position_embeddings
+    said = hf.model_max_length
+    return positions if said >= UNKNOWN_LENGTH else max(said, positions)
 
 
 def _write_generation(extras: Extras, tokenizer: Tokenizer, out: Path) -> None:

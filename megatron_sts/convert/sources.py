@@ -84,10 +84,12 @@ def _of_checkpoint(path: Path) -> Source:
     tokenizer = load_tokenizer(data.tokenizer, data.template)
     config, vocab_size = _config(sections, origins), run.model.language.vocab_size
     text_config = getattr(config, "text_config", config)
+    positions = trained_positions(run)
     if "language" in origins:
         kept = architectures.halves(read_hf_config(origins["language"]))["language"]
         vocab_size = min(vocab_size, max(kept.vocab_size, tokenizer.vocab_size))
-    text_config.vocab_size = vocab_size
+        positions = max(positions, kept.max_position_embeddings)
+    text_config.vocab_size, text_config.max_position_embeddings = vocab_size, positions
     text_config.bos_token_id, text_config.eos_token_id = tokenizer.bos_id, tokenizer.eos_id
     text_config.pad_token_id = tokenizer.pad_id
     folders = (origins["language"],) if "language" in origins else ()
@@ -96,6 +98,13 @@ def _of_checkpoint(path: Path) -> Source:
         config.image_token_index = tokenizer.image_id
         extras = replace(extras, channels=channel_statistics(sections["vision"]))
     return Source(path, sections, config, weights, vocab_size, extras, identity(path / STATE))
+
+
+def trained_positions(run: RunConfig) -> int:
+    """How many tokens a run showed its model: its longest rows without compression, or what its RoPE is scaled to."""
+    scaling = run.model.language.rope_scaling
+    scaled = int(scaling.factor * scaling.original_max_position_embeddings) if scaling else 0
+    return max(scaled, *(stage.batch.sequence_length for stage in run.stages))
 
 
 def _origins(run: RunConfig) -> dict[Part, Path]:

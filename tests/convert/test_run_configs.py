@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig
 
 from megatron_sts.config.architecture import LanguageConfig
 from megatron_sts.config.errors import ConfigError
@@ -36,11 +37,18 @@ class Run:
         self.model["vision"]["init"] = self.model["language"]["init"] = str(folder / "sts")
         self.model["language"]["vocab_size"] = 1024
 
-    def source(self, *, template: str = "llama3", **language: Any) -> Source:
+    def source(
+        self, *, template: str = "llama3", tokenizer: str = "sts", sequence_length: int = 64, **language: Any
+    ) -> Source:
         """Of its only checkpoint."""
         self.model["language"] |= language
-        batch = {"global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 64}
-        data = {"source": "llava_json", "path": "x.json", "tokenizer": str(self.folder / "sts"), "template": template}
+        batch = {"global_batch_size": 1, "micro_batch_size": 1, "sequence_length": sequence_length}
+        data = {
+            "source": "llava_json",
+            "path": "x.json",
+            "tokenizer": str(self.folder / tokenizer),
+            "template": template,
+        }
         stage = {"name": "only", "steps": 1, "optimizer": {"lr": 1.0}, "batch": batch}
         run = self.folder / "run"
         checkpoint = run / "checkpoints" / "0-only-0000001"
@@ -64,6 +72,48 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 def test_a_default_that_is_left_out_keeps_the_text_config(run: Run) -> None:
     text = run.source(num_query_groups=None).config.text_config
     assert text.max_position_embeddings == 300
+
+
+@pytest.mark.parametrize("init", ["its own", None])
+@pytest.mark.parametrize("sequence_length", [64, 3000])
+def test_an_export_says_how_long_rows_it_was_trained_on(run: Run, init: str | None, sequence_length: int) -> None:
+    """But not less than the text model that it began with, whose config says 300."""
+    changes = {} if init else {"init": None}
+    source = run.source(sequence_length=sequence_length, **changes)
+    write_extras(source.extras, run.folder)
+    longest = max(sequence_length, 300 if init else 0)
+    assert source.config.text_config.max_position_embeddings == longest
+    assert AutoTokenizer.from_pretrained(run.folder).model_max_length == longest
+
+
+def test_a_tokenizer_that_allows_more_keeps_its_word(run: Run) -> None:
+    config = run.folder / "sts" / "tokenizer_config.json"
+    for said, exported in ((9000, 9000), (100, 3000)):
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": said}))
+        write_extras(run.source(sequence_length=3000).extras, run.folder)
+        assert AutoTokenizer.from_pretrained(run.folder).model_max_length == exported
+
+
+def test_scaled_rope_keeps_what_it_was_scaled_from(run: Run) -> None:
+    """Llama 3.1's: the original length is a parameter of the formula, and the longest is beyond it."""
+    scaling = {"factor": 8.0, "original_max_position_embeddings": 512}
+    for sequence_length, longest in ((64, 4096), (5000, 5000)):
+        text = run.source(sequence_length=sequence_length, init=None, rope_scaling=scaling).config.text_config
+        assert text.max_position_embeddings == longest
+        assert text.rope_parameters["original_max_position_embeddings"] == 512
+
+
+def test_other_chat_templates_stay(run: Run) -> None:
+    """transformers keeps those with names in a folder of their own."""
+    tokenizer = AutoTokenizer.from_pretrained(run.folder / "llama")
+    tokenizer.chat_template = {"default": "old", "tool_use": "tools {{ messages }}"}
+    tokenizer.save_pretrained(run.folder / "llama")
+    hf_to_sts.convert(hf_to_sts.two_halves(run.folder / "clip", run.folder / "llama"), run.folder / "again")
+    run.model["vision"]["init"] = run.model["language"]["init"] = str(run.folder / "again")
+    write_extras(run.source(tokenizer="again").extras, run.folder)
+    for kind in (AutoTokenizer, AutoProcessor):
+        found = kind.from_pretrained(run.folder).chat_template
+        assert found["tool_use"] == "tools {{ messages }}" and "start_header_id" in found["default"]
 
 
 def test_the_vocabulary_is_cut_though_a_run_changed_the_text_model(run: Run) -> None:
