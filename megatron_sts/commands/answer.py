@@ -10,14 +10,16 @@ from pathlib import Path
 
 from torch import distributed as dist
 
+from megatron_sts.commands.obstacles import obstacles
 from megatron_sts.config.checks import refuse
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import checkpoint_of
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
-from megatron_sts.evaluate.generate import Generator, Request, Sampling
+from megatron_sts.evaluate.generate import Generator, Request, Sampling, check_record
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
 from megatron_sts.launch.environment import rank_from
 from megatron_sts.launch.local import launch_local
@@ -62,13 +64,26 @@ def ask(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
     resolved = resolve_source(asked.source, asked.overrides, nproc if rank is None else rank.world_size)
     if rank is not None:
         return become(rank, partial(answer, asked, rank.world_size))
-    if resolved.world_size > 1:
-        return launch_local(argv, resolved.world_size)
     try:
+        check(asked, resolved)
+        if resolved.world_size > 1:
+            return launch_local(argv, resolved.world_size)
         answer(asked, 1)
     except (BadSampleError, CheckpointError) as error:
         raise ConfigError(str(error)) from error
     return 0
+
+
+def check(asked: Asked, resolved: Resolved) -> None:
+    """Everything that can be known without loading the model.
+
+    Raises:
+        BadSampleError: the question cannot be asked, or a picture not be read.
+        ConfigError: the model cannot be started here.
+    """
+    if (obstacle := next(obstacles(resolved), None)) is not None:
+        raise ConfigError(obstacle)
+    check_record(asked.record(resolved.stages[-1].data.template), resolved, compress=asked.compress)
 
 
 def answer(asked: Asked, world_size: int) -> None:

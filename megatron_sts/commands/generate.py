@@ -27,7 +27,13 @@ def add(commands: Commands) -> None:
         "--prompt", metavar="TEXT", required=True, help="the question; <image> says where an image stands"
     )
     generate.add_argument(
-        "--image", type=Path, metavar="FILE", action="append", default=[], help="an image, in order; may be repeated"
+        "--image",
+        type=Path,
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="an image; may be repeated. They take the places <image> in order; if there are more images than places, the first "
+        "ones stand before the prompt",
     )
     add_max_new_tokens(generate, 256)
     _add_sampling(generate)

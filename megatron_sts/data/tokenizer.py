@@ -146,7 +146,7 @@ class _SentencePieceCodec:
         for is_special, run in groupby(pieces, key=lambda piece: piece.is_special):
             stretch = list(run)
             if is_special:
-                ids += [self._processor.piece_to_id(piece.text) for piece in stretch]
+                ids += [self._special_id(piece.text) for piece in stretch]
                 owners += stretch
             else:
                 text = "".join(piece.text for piece in stretch)
@@ -164,6 +164,12 @@ class _SentencePieceCodec:
 
     def hugging_face(self) -> None:
         return None
+
+    def _special_id(self, piece: str) -> int:
+        found = self.piece_id(piece)
+        if found is None:
+            raise KeyError(piece)
+        return found
 
     def _known_id(self, piece: str) -> int | None:
         found: int = self._processor.piece_to_id(piece)

@@ -17,12 +17,13 @@ from torch import distributed as dist
 
 from megatron_sts.config.checks import refuse
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.schema import VtcConfig
-from megatron_sts.config.tokens import keep_ratios
+from megatron_sts.config.schema import TemplateName, VtcConfig
+from megatron_sts.config.tokens import TokenCounts, keep_ratios
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample
 from megatron_sts.data.records import BadSampleError, Record
 from megatron_sts.data.template import answer_ends, encode_prompt
+from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.evaluate.answers import Answer, Request
 from megatron_sts.evaluate.sampling import Sampling, next_tokens
 from megatron_sts.evaluate.scenes import asking_data, inference
@@ -80,7 +81,7 @@ class Generator:
 
     def generate_tokens(self, requests: Sequence[Request], sampling: Sampling = GREEDY) -> list[list[int]]:
         """As ``generate``: each answer's tokens, without an end token."""
-        lengths = [self._prompt_length(request.record) for request in requests]
+        lengths = [prompt_length(request.record, self._tokenizer, self._template, self._counts) for request in requests]
         order = sorted(range(len(requests)), key=lambda number: (lengths[number], requests[number].max_new_tokens))
         said: dict[int, list[int]] = {}
         with inference(self._chunks, self._gate), self._compressing(), cached_attention(self._chunks) as cache:
@@ -105,11 +106,6 @@ class Generator:
         finally:
             for model, compression in zip(models, before, strict=True):
                 model.compression = compression
-
-    def _prompt_length(self, record: Record) -> int:
-        if record.images and not self._counts.of_image(0):
-            raise BadSampleError("an image, but model.vision is null")
-        return len(encode_prompt(record, self._tokenizer, self._template, self._counts.of_image).tokens)
 
     def _answer_to(self, request: Request) -> Answer:
         return Answer(request, self._tokenizer, self._ends)
@@ -259,6 +255,26 @@ def choose(
     """``logits`` [b, 1, vocab / tp] -> the rows' next tokens, int64 [b]. ``non_loss_data`` is how megatron-core asks."""
     of_padding = [0] * (len(logits) - len(numbers))
     return next_tokens(logits.squeeze(1), sampling, [*numbers, *of_padding], step, num_ids)
+
+
+def prompt_length(record: Record, tokenizer: Tokenizer, template: TemplateName, counts: TokenCounts) -> int:
+    """Tokens of a prompt. Raises BadSampleError if it cannot be asked."""
+    if record.images and not counts.of_image(0):
+        raise BadSampleError("an image, but model.vision is null")
+    return len(encode_prompt(record, tokenizer, template, counts.of_image).tokens)
+
+
+def check_record(record: Record, resolved: Resolved, *, compress: bool = False) -> None:
+    """What ``Generator`` would refuse, with no model and no ranks: how the record is written, and its pictures.
+
+    Raises:
+        BadSampleError: it cannot be asked.
+        ConfigError: as ``Generator``.
+    """
+    stage = answering_stage(resolved.stages[-1], compress=compress)
+    preparer, counts = BatchPreparer(resolved, stage, needs_pixels=True), stage.tokens(0)
+    length = prompt_length(record, preparer.tokenizer, stage.data.template, counts)
+    preparer.prepare_prompt(0, record, counts.model_copy(update={"sequence_length": length}))
 
 
 def answering_stage(last: ResolvedStage, *, compress: bool = False) -> ResolvedStage:

@@ -21,6 +21,7 @@ from megatron_sts.config.weights_folder import read_sections
 from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.formats import FORMATS
 from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.evaluate.generate import check_decoding
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.checkpoint import CheckpointError, load_model
@@ -44,7 +45,7 @@ def resolve_source(source: Path, overrides: Sequence[str] = (), world_size: int 
     load the weights. ``overrides`` (``key.path=value``) see that config. ``world_size``: see ``resolve``.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: there is no such model, or in such a layout or number format it cannot say anything.
     """
     config = override(_of_weights(source) if is_weights_folder(source) else _of_run(source), overrides)
     pipeline, copies = config.parallel.pipeline_model_parallel_size, config.parallel.data_parallel_size or 1
@@ -53,7 +54,9 @@ def resolve_source(source: Path, overrides: Sequence[str] = (), world_size: int 
     size = pipeline * (world_size or copies)
     batch = stage.batch.model_copy(update={"global_batch_size": size, "micro_batch_size": 1})
     config = config.model_copy(update={"stages": (stage.model_copy(update={"batch": batch}),)})
-    return resolve(config, world_size=world_size)
+    resolved = resolve(config, world_size=world_size)
+    check_decoding(resolved)
+    return resolved
 
 
 def load_for_inference(source: Path, resolved: Resolved) -> tuple[Resolved, Place, Sequence[torch.nn.Module], SkipGate]:

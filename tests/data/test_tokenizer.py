@@ -15,7 +15,7 @@ from megatron_sts.data.scenes.catalog import load_catalog
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.data.scenes.words import DIGITS, TEMPLATE_WORDS
 from megatron_sts.data.template import ASSISTANT_PIECE, USER_PIECE, encode
-from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.data.tokenizer import Piece, Tokenizer
 
 FAMILIES = ("existence", "relation", "category", "counting", "ocr", "choice", "paired", "locate", "name")
 ROLE_PIECES = (USER_PIECE, ASSISTANT_PIECE)
@@ -79,6 +79,10 @@ def test_a_sentencepiece_model_without_the_special_pieces_gets_them_at_its_end(t
     assert tokenizer.vocab_size == 19
     assert tokenizer.pad_id == tokenizer.eos_id == 2  # such a model has no padding piece, as Llama's
     assert tokenizer.decode([16, *tokenizer.encode("the dog"), 18]) == "the dog"
+    pieces = [Piece("<s>", is_special=True), Piece(ROLE_PIECES[1], is_special=True), Piece("the dog")]
+    assert tokenizer.encode_pieces(pieces)[0] == [tokenizer.bos_id, 18, *tokenizer.encode("the dog")]
+    with pytest.raises(KeyError, match="im_end"):
+        tokenizer.encode_pieces([Piece("<|im_end|>", is_special=True)])
 
 
 def test_a_missing_tokenizer_is_named() -> None:

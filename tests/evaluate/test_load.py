@@ -115,18 +115,37 @@ def test_the_command_says_the_same_on_one_rank_and_on_two(run_dir: Path, picture
     ("words", "said"),
     [
         (["--image", "absent.png"], "absent.png"),
+        (["--image", "BROKEN"], "image broken.png: no picture in a known format"),
+        (["--prompt", "<image> and <image>", "--image", "PICTURE"], "2 <image> markers but 1 images"),
+        (["--vtc"], "does not say how to compress"),
         (["--temperature", "-1"], "temperature=-1"),
         (["data.template=llama3"], "data.template=llama3"),
         (["data.temperature=1"], "data.temperature=1"),
+        (["parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size=3"),
+        ([TP2, "parallel.sequence_parallel=true"], "one token a row cannot be split over ranks"),
+        (["model.language.vocab_size=8"], "model.language.vocab_size=8"),
     ],
 )
-def test_the_command_refuses_in_one_line(
-    run_dir: Path, words: list[str], said: str, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("layout", [[], [TP2]])
+def test_the_command_refuses_in_one_line_before_ranks_start(
+    run_dir: Path,
+    picture: Path,
+    layout: list[str],
+    words: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["generate", str(run_dir), "--prompt", "what?", *words]) == 2
-    groups.destroy()
-    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("megatron-sts")]
-    assert said in line
+    for started in ("launch_local", "process_group"):
+        monkeypatch.setattr(f"megatron_sts.commands.answer.{started}", lambda *_: pytest.fail("started"))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    files = {"PICTURE": str(picture), "BROKEN": str(tmp_path / "broken.png")}
+    assert (
+        main(["generate", str(run_dir), "--prompt", "what?", *layout, *(files.get(word, word) for word in words)]) == 2
+    )
+    [line] = capfd.readouterr().err.splitlines()
+    assert line.startswith("megatron-sts: error: ") and said in line
 
 
 def test_layouts_and_copies_suit_the_ranks(run_dir: Path) -> None:
