@@ -5,7 +5,6 @@ Runs after all overrides. Nobody else derives a token count, a layer layout or a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.checks import check_run
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
+from megatron_sts.config.samples_file import read_entries
 from megatron_sts.config.schema import (
     DataConfig,
     ParallelConfig,
@@ -184,13 +184,7 @@ def count_samples(data: DataConfig) -> int:
         return data.num_samples
     if data.source == "energon":
         return count_prepared(Path(str(data.path)))
-    try:
-        records = json.loads(Path(str(data.path)).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        refuse("data.path", data.path, f"not readable as JSON ({error})", "correct the file or data.path")
-    if not isinstance(records, list):
-        refuse("data.path", data.path, "not a JSON list of samples", "use a file in LLaVA's format")
-    return len(records)
+    return len(read_entries(Path(str(data.path)), "data.path"))
 
 
 def _model_parallel_size(parallel: ParallelConfig) -> int:

@@ -26,11 +26,15 @@ _IN_PLACE = (
     "{% endif %}{% endfor %}{% set text = user.text %}{% endif %}"
 )
 """Images where they stand; one before the text has a line of its own, as in LLaVA's data."""
-_OTHER_ROLE = "{% else %}{{ raise_exception('only user and assistant take turns here, not ' + message['role']) }}"
+_FIRST = "{% set message = messages[0] %}{% if message['role'] == 'system' %}" + _TEXT
+_OTHER_ROLE = (
+    "{% elif not (loop.first and message['role'] == 'system') %}"
+    "{{ raise_exception('only user and assistant take turns here, after at most one system turn, not ' + message['role']) }}"
+)
 
 
 def jinja(template: TemplateName, tokenizer: Tokenizer) -> str | None:
-    """The chat template that gives the prompts of ``template``; ``plain`` has none. It refuses other roles than our two.
+    """The chat template that gives the prompts of ``template``; ``plain`` has none. It refuses other roles than ours.
 
     As ``transformers`` wants it, bos is always written: ``apply_chat_template(tokenize=True)`` lets no tokenizer add it.
     """
@@ -40,7 +44,7 @@ def jinja(template: TemplateName, tokenizer: Tokenizer) -> str | None:
     image, eos = (hf.convert_ids_to_tokens(token) for token in (tokenizer.image_id, tokenizer.eos_id))
     chat = FORMATS[template] if template in FORMATS else _own(hf, tokenizer, eos)
     trim = " | trim" if chat.strips_turns else ""
-    gap = _gap(chat, hf, tokenizer) if chat.starts_with_bos else ""
+    gap = _gap(chat.opening, hf, tokenizer) if chat.starts_with_bos else ""
     line = image if template == "chat" else f"{image}{gap}\n"
     if chat.images_first:
         images = _IMAGES.replace("IMAGE", _quoted(line))
@@ -48,8 +52,10 @@ def jinja(template: TemplateName, tokenizer: Tokenizer) -> str | None:
         images = _IN_PLACE.replace("IMAGE", _quoted(image)).replace("LINE", _quoted(line))
     user = f"{_put(chat.before_user)}{images}{{{{ text{trim} }}}}{_put(chat.after_user)}"
     answer = f"{_put(chat.before_answer + chat.answer_start)}{{{{ text{trim} }}}}{_put(chat.end_of_answer + chat.after_answer)}"
+    trim_system = " | trim" if template == "chat" else trim
+    system = f"{_put(chat.before_system)}{{{{ text{trim_system} }}}}{_put(chat.after_system)}"
     return (
-        f"{_bos(chat, hf, tokenizer, gap)}{_put(chat.opening)}{{% for message in messages %}}{_TEXT}"
+        f"{_bos(chat, hf, tokenizer, gap)}{_FIRST}{system}{{% else %}}{_put(chat.opening)}{{% endif %}}{{% for message in messages %}}{_TEXT}"
         f"{{%- if message['role'] == 'user' %}}{user}{{% elif message['role'] == 'assistant' %}}{answer}"
         f"{_OTHER_ROLE}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{_put(chat.before_answer)}{{% endif %}}"
     )
@@ -61,11 +67,11 @@ def _bos(chat: ChatFormat, hf: Any, tokenizer: Tokenizer, gap: str) -> str:
     return ("{{ bos_token }}" if hf.bos_token else _put(hf.convert_ids_to_tokens(tokenizer.bos_id))) + _put(gap)
 
 
-def _gap(chat: ChatFormat, hf: Any, tokenizer: Tokenizer) -> str:
+def _gap(opening: str, hf: Any, tokenizer: Tokenizer) -> str:
     """What makes text behind a special piece have the ids of text alone: a space if a tokenizer begins only texts with one."""
     bos = hf.convert_ids_to_tokens(tokenizer.bos_id)
-    ids = hf.encode(bos + chat.opening, add_special_tokens=False)
-    return "" if ids == [tokenizer.bos_id, *tokenizer.encode(chat.opening)] else " "
+    ids = hf.encode(bos + opening, add_special_tokens=False)
+    return "" if ids == [tokenizer.bos_id, *tokenizer.encode(opening)] else " "
 
 
 def _own(hf: Any, tokenizer: Tokenizer, eos: str) -> ChatFormat:
@@ -74,6 +80,7 @@ def _own(hf: Any, tokenizer: Tokenizer, eos: str) -> ChatFormat:
     return ChatFormat(
         special=(user, assistant),
         starts_with_bos=True,
+        before_system=_gap("a", hf, tokenizer),
         before_user=user,
         after_user="",
         before_answer=assistant,

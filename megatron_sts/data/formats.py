@@ -15,7 +15,7 @@ IMAGE = Piece(IMAGE_PIECE, is_special=True)
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """What stands around the turns. The loss falls on ``answer_start``, the answer and ``end_of_answer``."""
+    """What stands around the turns. The loss falls on ``answer_start``, the answer and ``end_of_answer``, if it is not blank."""
 
     special: tuple[str, ...]
     """Pieces below that must have ids of their own in the vocabulary."""
@@ -25,13 +25,21 @@ class ChatFormat:
     before_answer: str
     """The generation prompt: all that the model has read when it starts to answer."""
     end_of_answer: str
-    opening: str = ""
+    system: str | None = None
+    """The system prompt of conversations that bring none along; None: those have none."""
+    before_system: str = ""
+    after_system: str = ""
     answer_start: str = ""
     after_answer: str = ""
     strips_turns: bool = False
     """White space around a turn's text is dropped."""
     images_first: bool = False
     """A turn's images stand before its text, each on a line of its own."""
+
+    @property
+    def opening(self) -> str:
+        """What conversations without a system turn begin with, behind bos."""
+        return "" if self.system is None else f"{self.before_system}{self.system}{self.after_system}"
 
 
 FORMATS = {
@@ -40,8 +48,9 @@ FORMATS = {
     "vicuna_v1": ChatFormat(
         special=("</s>",),
         starts_with_bos=True,
-        opening="A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions. ",
+        system="A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions.",
+        after_system=" ",
         before_user="USER: ",
         after_user=" ",
         before_answer="ASSISTANT:",
@@ -53,6 +62,8 @@ FORMATS = {
     "llama3": ChatFormat(
         special=("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
         starts_with_bos=True,
+        before_system="<|start_header_id|>system<|end_header_id|>\n\n",
+        after_system="<|eot_id|>",
         before_user="<|start_header_id|>user<|end_header_id|>\n\n",
         after_user="<|eot_id|>",
         before_answer="<|start_header_id|>assistant<|end_header_id|>\n\n",
@@ -64,7 +75,9 @@ FORMATS = {
     "chatml": ChatFormat(
         special=("<|im_start|>", "<|im_end|>"),
         starts_with_bos=False,
-        opening="<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n",
+        system="You are a helpful assistant.",
+        before_system="<|im_start|>system\n",
+        after_system="<|im_end|>\n",
         before_user="<|im_start|>user\n",
         after_user="<|im_end|>\n",
         before_answer="<|im_start|>assistant\n",
@@ -76,14 +89,18 @@ FORMATS = {
 
 def render(chat: ChatFormat, turns: Sequence[Turn]) -> list[Piece]:
     """The whole conversation in reading order, without bos; ``IMAGE`` where a user's text has a marker."""
-    pieces = _spell(chat, chat.opening)
+    brings_system = bool(turns) and turns[0].role == "system"
+    pieces = [] if brings_system else _spell(chat, chat.opening)
     for turn in turns:
         text = turn.text.strip() if chat.strips_turns else turn.text
-        if turn.role == "user":
+        if turn.role == "system":
+            pieces += [*_spell(chat, chat.before_system), Piece(text), *_spell(chat, chat.after_system)]
+        elif turn.role == "user":
             pieces += [*_spell(chat, chat.before_user), *_question(chat, text), *_spell(chat, chat.after_user)]
         else:
-            answer = Piece(chat.answer_start + text, is_target=True)
-            end = Piece(chat.end_of_answer, is_special=True, is_target=True)
+            is_target = bool(text.strip())
+            answer = Piece(chat.answer_start + text, is_target=is_target)
+            end = Piece(chat.end_of_answer, is_special=True, is_target=is_target)
             pieces += [*_spell(chat, chat.before_answer), answer, end, *_spell(chat, chat.after_answer)]
     return pieces
 

@@ -1,21 +1,22 @@
-"""LLaVA-style instruction data: a JSON list of ``{id, image, conversations}`` beside a folder of pictures.
+"""LLaVA-style instruction data: entries ``{id, image, conversations}`` of a JSON file beside a folder of pictures.
 
 ``image`` (or ``images``) is a file name or a list of them, in the order of the ``<image>`` markers; it may be absent.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from megatron_sts.config.samples_file import read_entries
+from megatron_sts.data.conversation import in_order
 from megatron_sts.data.image import decode_image
-from megatron_sts.data.records import BadSampleError, Record, Turn
+from megatron_sts.data.records import BadSampleError, Reason, Record, Role, Turn
 
-ROLES: dict[str, Literal["user", "assistant"]] = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
+ROLES: dict[str, Role] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
 }  # fmt: skip
 
 
@@ -23,7 +24,7 @@ class LlavaJsonSource:
     """A ``RecordSource`` over a LLaVA JSON; each epoch is shuffled by (seed, epoch)."""
 
     def __init__(self, path: Path, image_dir: Path | None, seed: int) -> None:
-        self._entries: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        self._entries = read_entries(path, "data.path")
         self._image_dir = image_dir or path.parent
         self._seed = seed
         self._orders: dict[int, list[int]] = {}
@@ -59,23 +60,35 @@ def entry_key(entry: Any, otherwise: str) -> str:
 
 
 def parse_entry(entry: Any) -> tuple[tuple[Turn, ...], tuple[str, ...]]:
-    """The turns of a LLaVA entry and the names of its pictures.
+    """The turns of a LLaVA entry that are trained, and the names of its pictures.
 
     Raises:
-        BadSampleError: it has another form.
+        BadSampleError: it has another form, an unknown role, or its roles take no turns.
     """
     try:
-        turns = tuple(_turn(turn) for turn in entry["conversations"])
-        images = entry.get("image") or entry.get("images") or []
-        names = tuple(_text(name) for name in ([images] if isinstance(images, str) else images))
+        turns = [_turn(turn) for turn in entry["conversations"]]
+        single, several = entry.get("image") or [], entry.get("images") or []
+        names = [_names(found) for found in (single, several) if found]
     except (KeyError, TypeError, AttributeError) as error:
         reason = f"not {{id, image, conversations: [{{from, value}}, ...]}} ({type(error).__name__}: {error})"
-        raise BadSampleError(reason) from error
-    return turns, names
+        raise BadSampleError(reason, kind=Reason.MALFORMED) from error
+    if len(set(names)) > 1:
+        raise BadSampleError("image and images name different pictures; remove either", kind=Reason.MALFORMED)
+    return in_order(turns), names[0] if names else ()
 
 
 def _turn(turn: dict[str, Any]) -> Turn:
-    return Turn(ROLES[turn["from"]], _text(turn["value"]))
+    role, text = turn["from"], _text(turn["value"])
+    if role not in ROLES:
+        raise BadSampleError(f"unknown role {role!r}; known are {', '.join(ROLES)}", kind=Reason.ROLE)
+    return Turn(ROLES[role], text)
+
+
+def _names(images: Any) -> tuple[str, ...]:
+    names = [images] if isinstance(images, str) else images
+    if not isinstance(names, list):
+        raise TypeError(f"{type(images).__name__} is no file name and no list of them")
+    return tuple(map(_text, names))
 
 
 def _text(value: Any) -> str:
@@ -84,5 +97,5 @@ def _text(value: Any) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, where an emoji was cut in two
-        raise BadSampleError(f"not Unicode text ({error})") from error
+        raise BadSampleError(f"not Unicode text ({error})", kind=Reason.MALFORMED) from error
     return value

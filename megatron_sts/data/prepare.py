@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import ENERGON_FOLDER
+from megatron_sts.config.samples_file import read_entries
 from megatron_sts.data.llava_json import parse_entry
 from megatron_sts.data.records import BadSampleError
 from megatron_sts.data.shards import (
@@ -43,7 +44,7 @@ from megatron_sts.launch.follow import end_with_parent
 SETTINGS_NAME = "prepare.json"
 """What the shards were made of; a run that goes on must match it."""
 REJECTED_NAME = "rejected.jsonl"
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input begins to give other shards."""
 
 
@@ -61,7 +62,7 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
     """Write the dataset folder ``out``: shards, Energon's index of them, and ``rejected.jsonl``.
 
     Args:
-        source: a JSON list of LLaVA entries, or one entry a line.
+        source: LLaVA entries, as ``read_entries`` takes them.
         image_dir: folder that picture names are relative to.
         out: a new folder, or one that the same call began.
         shard_size_mb: about the size of a shard; one sample may be larger.
@@ -70,7 +71,7 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
     Raises:
         ConfigError: the source is not readable, or ``out`` holds something else.
     """
-    entries = read_entries(source)
+    entries = read_entries(source, "JSON")
     if not image_dir.is_dir():
         refuse("--images", image_dir, "no such folder", "give the folder that picture names are relative to")
     sizes = _picture_bytes(entries, image_dir)
@@ -94,28 +95,6 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
         _index(out, names, num_workers, settings)
     num_samples = sum(report.num_samples for report in reports)
     return Summary(num_samples, len(names), Counter(entry["reason"] for entry in rejected))
-
-
-def read_entries(source: Path) -> list[Any]:
-    """The entries of a JSON list, or of a file with one JSON value a line; a line that is none stays text."""
-    try:
-        text = source.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        refuse("JSON", source, f"not readable ({error})", "give a file in LLaVA's format")
-    if not text.lstrip().startswith("["):
-        return [_line(line) for line in text.split("\n") if line.strip()]
-    try:
-        entries: list[Any] = json.loads(text)
-    except ValueError as error:
-        refuse("JSON", source, f"not valid JSON ({error})", "correct the file")
-    return entries
-
-
-def _line(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return line
 
 
 def _picture_bytes(entries: Sequence[Any], image_dir: Path) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal, Protocol
 
 import numpy as np
@@ -11,19 +12,35 @@ import numpy as np
 IMAGE_MARKER = "<image>"
 """Stands in a turn's text where an image belongs; the template expands it to placeholder ids."""
 
+Role = Literal["system", "user", "assistant"]
+
 ImageSource = Callable[[], np.ndarray]
 """Decodes one picture when it is needed: uint8 ``[height, width, 3]``, RGB. Only ranks that use pixels call it."""
+
+
+class Reason(StrEnum):
+    """Kinds of samples that cannot be used, as ``data prepare`` counts them."""
+
+    MALFORMED = "malformed entry"
+    ROLE = "unknown role"
+    NO_TURNS = "empty conversation"
+    ORDER = "user and assistant do not take turns"
+    NO_ANSWER = "no assistant turn with text"
+    MARKERS = f"number of {IMAGE_MARKER} markers is not the number of pictures"
+    MARKED_ANSWER = f"{IMAGE_MARKER} in an assistant or system turn"
+    MISSING = "missing picture"
+    CORRUPT = "corrupt picture"
 
 
 class BadSampleError(ValueError):
     """A sample that cannot be used (corrupt image, too long, marker/image mismatch); training skips and counts it.
 
-    ``key`` names the sample where the caller does not hold its record.
+    ``key`` names the sample where the caller does not hold its record; ``kind`` is set for what a conversation lacks.
     """
 
-    def __init__(self, reason: str, key: str | None = None) -> None:
+    def __init__(self, reason: str, key: str | None = None, kind: Reason | None = None) -> None:
         super().__init__(reason)
-        self.key = key
+        self.key, self.kind = key, kind
 
 
 @dataclass(frozen=True)
@@ -36,9 +53,9 @@ class SkippedSample:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation. Loss falls on assistant turns only."""
+    """One turn of a conversation. Loss falls on assistant turns with text only. A system turn stands first."""
 
-    role: Literal["user", "assistant"]
+    role: Role
     text: str
 
 

@@ -11,29 +11,17 @@ import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from megatron_sts.data.conversation import check_answers, check_markers
 from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
-from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Turn
+from megatron_sts.data.records import BadSampleError, Reason
 
 WORK_FOLDER = ".prepare"
 """In the dataset's folder: shards being written, and a report for each that is done."""
-
-
-class Reason(StrEnum):
-    """Why an entry was rejected."""
-
-    MALFORMED = "malformed entry"
-    NO_TURNS = "empty conversation"
-    NO_ANSWER = "no assistant turn with text"
-    MARKERS = f"number of {IMAGE_MARKER} markers is not the number of pictures"
-    MARKED_ANSWER = f"{IMAGE_MARKER} in an assistant turn"
-    MISSING = "missing picture"
-    CORRUPT = "corrupt picture"
 
 
 class RejectedError(Exception):
@@ -116,29 +104,16 @@ def _sample_parts(entry: Any, number: int, image_dir: Path) -> Iterator[tuple[st
     """(extension, content) of a sample's files: its text, then its pictures as they are."""
     try:
         turns, names = parse_entry(entry)
+        check_answers(turns)
+        check_markers(turns, len(names))
     except BadSampleError as error:
-        raise RejectedError(Reason.MALFORMED, str(error)) from error
-    _check_turns(turns, len(names))
+        raise RejectedError(error.kind or Reason.MALFORMED, str(error)) from error
     conversations = [{"from": turn["from"], "value": turn["value"]} for turn in entry["conversations"]]
     text = json.dumps({"id": entry_key(entry, f"number {number}"), "conversations": conversations}, ensure_ascii=False)
     yield "json", text.encode("utf-8")
     for place, name in enumerate(names):
         suffix = Path(name).suffix[1:].lower()
         yield f"{place}.{suffix if suffix.isalnum() else 'image'}", _checked_picture(image_dir / name, name)
-
-
-def _check_turns(turns: tuple[Turn, ...], num_images: int) -> None:
-    """What the chat templates would refuse."""
-    answers = [turn.text for turn in turns if turn.role == "assistant"]
-    num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in turns)
-    if not turns:
-        raise RejectedError(Reason.NO_TURNS)
-    if not any(text.strip() for text in answers):
-        raise RejectedError(Reason.NO_ANSWER)
-    if any(IMAGE_MARKER in text for text in answers):
-        raise RejectedError(Reason.MARKED_ANSWER)
-    if num_markers != num_images:
-        raise RejectedError(Reason.MARKERS, f"{num_markers} markers, {num_images} pictures")
 
 
 def _checked_picture(path: Path, name: str) -> bytes:

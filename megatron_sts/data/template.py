@@ -9,6 +9,7 @@ from itertools import groupby
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.resolve import ResolvedStage
 from megatron_sts.config.schema import TemplateName
+from megatron_sts.data.conversation import check_answers, check_markers
 from megatron_sts.data.formats import FORMATS, IMAGE, ChatFormat, render, render_prompt
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
 from megatron_sts.data.tokenizer import Piece, Tokenizer
@@ -67,21 +68,21 @@ def encode(
 ) -> EncodedSample:
     """Encodes a record; ``<image>`` marker number i (from 0) becomes ``tokens_of_image(i)`` placeholders.
 
-    chat: ``<s> <|user|> question <|assistant|> answer </s> <|user|> ...``; plain: ``<s> image answer </s>``, the format of
-    LLaVA's alignment stage, which drops the question's words; others: see ``formats.FORMATS``. Loss falls on answers and
-    the end piece after each. Text on either side of an image is encoded on its own, as LLaVA's ``tokenizer_image_token`` does.
+    chat: ``<s> system <|user|> question <|assistant|> answer </s> <|user|> ...``; plain: ``<s> image answer </s>``, the format of
+    LLaVA's alignment stage, which drops the words of user and system; others: see ``formats.FORMATS``. Loss falls on answers
+    and the end piece after each, but for blank ones. Text on either side of an image is encoded on its own, as LLaVA's
+    ``tokenizer_image_token`` does.
 
     Raises:
         BadSampleError: markers and images differ in number, an answer holds a marker, or there is nothing to learn from.
     """
-    _check_images(record)
+    check_answers(record.turns)
+    check_markers(record.turns, len(record.images))
     encoder = _Encoder(tokenizer, tokens_of_image)
     if template in FORMATS:
         _add_pieces(encoder, FORMATS[template], render(FORMATS[template], record.turns))
     else:
         _add_turns(encoder, record.turns, template)
-    if not any(encoder.is_target):
-        raise BadSampleError("no assistant turn with text")
     return encoder.sample()
 
 
@@ -93,7 +94,7 @@ def encode_prompt(
     Raises:
         BadSampleError: markers and images differ in number, an answer holds a marker, or the last turn is not the user's.
     """
-    _check_images(record)
+    check_markers(record.turns, len(record.images))
     if not record.turns or record.turns[-1].role != "user":
         raise BadSampleError("the last turn is not the user's")
     encoder = _Encoder(tokenizer, tokens_of_image)
@@ -109,16 +110,6 @@ def answer_ends(tokenizer: Tokenizer, template: TemplateName) -> frozenset[int]:
     """Ids that end an answer: eos, and the template's end piece."""
     ends = [FORMATS[template].end_of_answer] if template in FORMATS else []
     return frozenset([tokenizer.eos_id, *map(tokenizer.piece_id, ends)])
-
-
-def _check_images(record: Record) -> None:
-    num_markers = sum(turn.text.count(IMAGE_MARKER) for turn in record.turns)
-    if num_markers != len(record.images):
-        raise BadSampleError(
-            f"{num_markers} {IMAGE_MARKER} markers but {len(record.images)} images; write one marker for each image"
-        )
-    if any(IMAGE_MARKER in turn.text for turn in record.turns if turn.role == "assistant"):
-        raise BadSampleError(f"{IMAGE_MARKER} in an assistant turn")
 
 
 def _add_turns(encoder: _Encoder, turns: Sequence[Turn], template: TemplateName) -> None:
@@ -144,10 +135,12 @@ def _add_pieces(encoder: _Encoder, chat: ChatFormat, pieces: Sequence[Piece]) ->
 
 def _add_turn(encoder: _Encoder, turn: Turn, template: TemplateName) -> None:
     tokenizer = encoder.tokenizer
-    if turn.role == "assistant":
+    if turn.role == "system":
+        encoder.add(tokenizer.encode(turn.text.strip()) if template == "chat" else [])
+    elif turn.role == "assistant":
         if template == "chat":
             encoder.add([tokenizer.piece_id(ASSISTANT_PIECE)])
-        encoder.add([*tokenizer.encode(turn.text), tokenizer.eos_id], is_target=True)
+        encoder.add([*tokenizer.encode(turn.text), tokenizer.eos_id], is_target=bool(turn.text.strip()))
     elif template == "chat":
         encoder.add([tokenizer.piece_id(USER_PIECE)])
         encoder.add_text_with_images(turn.text)

@@ -101,10 +101,10 @@ def test_llava_json_is_counted(path: Path, tmp_path: Path) -> None:
     data = f"data={{source: llava_json, path: {file}}}"
     assert resolve(load(path, [data])).stages[1].num_steps == 10
     file.write_text("{}")
-    with pytest.raises(ConfigError, match="not a JSON list of samples"):
+    with pytest.raises(ConfigError, match="an object with nothing, not samples"):
         resolve(load(path, [data]))
     file.write_text("[")
-    with pytest.raises(ConfigError, match="not readable as JSON"):
+    with pytest.raises(ConfigError, match="not valid JSON"):
         resolve(load(path, [data]))
 
 

@@ -76,7 +76,15 @@ def test_images_stay_where_they_stand(ours: tuple[TemplateName, Tokenizer, Any])
     assert found == prompt_of((Turn("user", words),), template, tokenizer)
 
 
-def test_other_roles_are_refused(ours: tuple[TemplateName, Tokenizer, Any]) -> None:
-    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
-    with pytest.raises(jinja2.TemplateError, match="only user and assistant take turns here, not system"):
+def test_a_system_turn_has_the_ids_of_training(ours: tuple[TemplateName, Tokenizer, Any]) -> None:
+    template, tokenizer, hf = ours
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": [text("hello")]}]
+    found = hf.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    assert found == prompt_of((Turn("system", "be brief"), Turn("user", "hello")), template, tokenizer)
+
+
+@pytest.mark.parametrize("roles", [["tool"], ["user", "system"], ["system", "system"]])
+def test_other_roles_are_refused(ours: tuple[TemplateName, Tokenizer, Any], roles: list[str]) -> None:
+    messages = [{"role": role, "content": "hello"} for role in roles]
+    with pytest.raises(jinja2.TemplateError, match=f"after at most one system turn, not {roles[-1]}"):
         ours[2].apply_chat_template(messages)

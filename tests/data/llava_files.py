@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_sts.data.shards import Reason
+from megatron_sts.data.records import Reason
 
 NUM_GOOD = 60
 
@@ -68,7 +68,14 @@ def bad_entries(image_dir: Path) -> dict[str, tuple[Any, Reason]]:
         (entry("two-markers", conversations=turns(2)), Reason.MARKERS),
         (entry("no-picture", image=[]), Reason.MARKERS),
         (entry("marked-answer", conversations=turns(0, "<image>")), Reason.MARKED_ANSWER),
-        (entry("unknown-role", conversations=[{"from": "owl", "value": "hoo"}]), Reason.MALFORMED),
+        (
+            entry("marked-system", conversations=[{"from": "system", "value": "<image>"}, *turns(0)]),
+            Reason.MARKED_ANSWER,
+        ),
+        (entry("unknown-role", conversations=[{"from": "owl", "value": "hoo"}]), Reason.ROLE),
+        (entry("answer-alone", conversations=turns(1)[1:]), Reason.ORDER),
+        (entry("asked-twice", conversations=turns(1)[:1] + turns(0)), Reason.ORDER),
+        (entry("two-names", images=["other.jpg"]), Reason.MALFORMED),
         (entry("no-text", conversations=[{"from": "gpt", "value": 3}]), Reason.MALFORMED),
         (entry("number", image=7), Reason.MALFORMED),
         ({"id": "no-conversations"}, Reason.MALFORMED),

@@ -81,7 +81,7 @@ def test_each_bad_entry_is_listed_with_its_reason(source: Path, prepared: Path) 
         assert entry["reason"] == reason, id
     details = {entry["id"]: entry["detail"] for entry in rejected}
     assert "gone.jpg: No such file" in details["missing"] and "truncated" in details["truncated"]
-    assert details["two-markers"] == "2 markers, 1 pictures"
+    assert details["two-markers"] == "2 <image> markers but 1 images; write one marker for each image"
 
 
 def test_count_is_energons(prepared: Path) -> None:
@@ -221,7 +221,10 @@ def test_json_lines(tmp_path: Path) -> None:
     assert [json.loads(sample["json"])["id"] for sample in samples(tmp_path / "out")] == [e["id"] for e in entries]
 
 
-@pytest.mark.parametrize(("text", "said"), [("[1,", "not valid JSON"), (None, "not readable")])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("[1,", "not valid JSON"), (None, "not readable"), ("3", "3, not samples; give a list of samples")],
+)
 def test_unreadable_source(text: str | None, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if text is not None:
         (tmp_path / "llava.json").write_text(text)
@@ -233,7 +236,7 @@ def test_command_prints_a_summary(source: Path, prepared: Path, capsys: pytest.C
     words = ["--images", str(source.parent), "--out", str(prepared), "--shard-size-mb", "1"]
     assert main(["data", "prepare", str(source), *words]) == 0
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"{NUM_GOOD} samples in 1 shards" in printed and "Rejected: 15" in printed
+    assert f"{NUM_GOOD} samples in 1 shards" in printed and "Rejected: 19" in printed
     assert "2 │ corrupt picture" in printed and "rejected.jsonl" in printed
 
 
@@ -241,7 +244,7 @@ def test_nothing_left_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[
     source = write_json(tmp_path / "llava.json", [entry for entry, _ in bad_entries(tmp_path).values()])
     assert main(["data", "prepare", str(source), "--out", str(tmp_path / "out"), "--num-workers", "1"]) == 1
     assert (
-        capsys.readouterr().err.splitlines()[-1] == f"megatron-sts: error: {source}: none of its 15 entries can be used"
+        capsys.readouterr().err.splitlines()[-1] == f"megatron-sts: error: {source}: none of its 19 entries can be used"
     )
 
 

@@ -99,6 +99,44 @@ def test_a_prompt_has_the_tokens_of_add_generation_prompt(
     )
 
 
+@pytest.mark.parametrize(("template", "published"), [("llama3", LLAMA3_JINJA), ("chatml", QWEN2_JINJA)])
+def test_a_system_turn_is_the_published_templates(
+    pairs: dict[TemplateName, Pair], template: TemplateName, published: str
+) -> None:
+    pair, rounds = pairs[template], [("<image>\nWhat is it?", "A cat.")]
+    said = " be brief: </s> 漢字 "
+    messages = [{"role": "system", "content": said}, *messages_of(rounds, pair.image_piece)]
+    ids = pair.theirs.apply_chat_template(messages, chat_template=published, return_dict=False)
+    whole = record_of(rounds)
+    found = encode(
+        Record("key", (Turn("system", said), *whole.turns), whole.images), pair.ours, template, tokens_of_image
+    )
+    assert found.tokens == expanded(ids, ids, pair.image_id).tokens
+    learnt = [token for token, is_target in zip(found.tokens, found.is_target, strict=True) if is_target]
+    without = encode(whole, pair.ours, template, tokens_of_image)
+    assert learnt == [token for token, is_target in zip(without.tokens, without.is_target, strict=True) if is_target]
+
+
+@pytest.mark.parametrize("template", ["chat", "plain", "llama3", "chatml", "vicuna_v1"])
+def test_blank_answers_carry_no_loss(pairs: dict[TemplateName, Pair], template: TemplateName) -> None:
+    """LLaVA's ``preprocess_v1`` learns none either: its rounds and instructions are told by ``ASSISTANT: ``."""
+    tokenizer = pairs[template].ours if template in pairs else load_tokenizer("scenes", template)
+    spoken, blank = (encode(record_of([("a cat?", said), ("a dog?", "yes")]), tokenizer, template, tokens_of_image)
+                     for said in ("yes", " \n"))  # fmt: skip
+    assert sum(blank.is_target) == sum(spoken.is_target) / 2 and not any(blank.is_target[: -sum(blank.is_target) - 1])
+    with pytest.raises(BadSampleError, match="no assistant turn with text"):
+        encode(record_of([("a cat?", " "), ("a dog?", "")]), tokenizer, template, tokens_of_image)
+
+
+def test_the_embedded_template_puts_a_system_turn_before_the_first_question() -> None:
+    tokenizer = load_tokenizer("scenes", "chat")
+    turns = Turn("user", "a cat?"), Turn("assistant", "yes")
+    plain, found = (encode(Record("key", said), tokenizer, "chat", tokens_of_image) for said in (turns, (Turn("system", " the dog "), *turns)))  # fmt: skip
+    words = tokenizer.encode("the dog")
+    assert found.tokens == [tokenizer.bos_id, *words, *plain.tokens[1:]]
+    assert found.is_target == [False] * len(words) + plain.is_target
+
+
 @pytest.mark.parametrize(
     ("template", "end"), [("llama3", "<|eot_id|>"), ("chatml", "<|im_end|>"), ("vicuna_v1", "</s>")]
 )

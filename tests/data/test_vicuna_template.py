@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 
 from megatron_sts.data.formats import FORMATS, render
-from megatron_sts.data.records import Record
+from megatron_sts.data.records import Record, Turn
 from megatron_sts.data.template import encode, encode_prompt, load_tokenizer
 from tests.data.conversations import Pair, conversations, expanded, record_of, tokens_of_image
 from tests.data.small_tokenizers import vicuna_like
@@ -128,6 +128,17 @@ def test_the_sentencepiece_file_gives_the_same_samples_as_the_legacy_folder(
     assert encode(record, from_file, "vicuna_v1", tokens_of_image) == encode(
         record, legacy.ours, "vicuna_v1", tokens_of_image
     )
+
+
+def test_a_system_turn_stands_where_vicunas_prompt_does(legacy: Pair, not_legacy: Pair) -> None:
+    """``conv.system`` of llava/conversation.py's ``get_prompt``."""
+    whole = record_of([("<image>\nWhat is it?", "A cat.")])
+    for pair in (legacy, not_legacy):
+        prompt = "Be brief. USER: <image>\nWhat is it? ASSISTANT: A cat.</s>"
+        record = Record("key", (Turn("system", "Be brief."), *whole.turns), whole.images)
+        found = encode(record, pair.ours, "vicuna_v1", tokens_of_image)
+        ids = llava_tokens(prompt, pair)
+        assert found.tokens == expanded(ids, ids, pair.image_id).tokens
 
 
 def llava_messages(rounds: list[tuple[str, str]], end: str) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ SAMPLES = {
     "missing": "no such file",
     "no-marker": "0 <image> markers but 1 images; write one marker for each image",
     "two-markers": "2 <image> markers but 1 images; write one marker for each image",
-    "empty": "no assistant turn with text",
+    "empty": "empty conversation",
     "long": "tokens exceed the stage's",
     "no-text": "not {id, image, conversations",
 }
