@@ -267,8 +267,6 @@ def check_data(stage: StageConfig, config: RunConfig) -> None:
     field = "data" if stage.data is None else f"stages.{stage.name}.data"
     blind = config.model.vision is None
     if data.source != "scenes":
-        if blind:
-            refuse(f"{field}.source", data.source, "model.vision is null", "use scenes with a text-only mode")
         if data.path is None:
             what = "a JSON file" if data.source == "llava_json" else "a folder that megatron-sts data prepare wrote"
             refuse(f"{field}.path", "null", f"{data.source} needs {what}", f"set {field}.path")

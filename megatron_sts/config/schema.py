@@ -68,7 +68,7 @@ class DataConfig(Section):
     text_only_fraction: Fraction = 0.0
     """scenes: share of samples without an image."""
     path: str | None = None
-    """llava_json: the JSON file. energon: the prepared folder, or an Energon Metadataset YAML that blends some."""
+    """llava_json: the file: a JSON list, {"data": [...]}, or an entry a line. energon: the prepared folder, or an Energon Metadataset YAML that blends some."""
     image_dir: str | None = None
     """llava_json: folder that image names are relative to. Defaults to the JSON's folder."""
     num_workers: NonNegativeInt = 2
@@ -80,6 +80,10 @@ class DataConfig(Section):
     template: TemplateName = "chat"
     """How turns become tokens: ``chat``, role pieces of our own; ``plain``, the answer right after the image (LLaVA's
     alignment format); ``vicuna_v1`` (LLaVA-1.5), ``llama3`` (Llama-3-Instruct), ``chatml`` (Qwen2)."""
+    too_long: Literal["skip", "truncate"] = "skip"
+    """What becomes of samples of more tokens than ``batch.sequence_length`` (VTC subtracted). skip: left out as bad ones;
+    truncate: cut behind the last answer that fits, counted as ``samples_truncated``, and left out only if that would leave out
+    an image or every answer. (LLaVA-1.5 cuts wherever the length ends.)"""
     max_bad_fraction: Fraction = 0.05
     """Skipped samples, as a share of all since the stage began, above which the run stops (judged from the 100th sample
     on, and at the stage's end). A stage that used none always fails."""

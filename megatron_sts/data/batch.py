@@ -44,6 +44,8 @@ class Batch:
     """uint8 [n, 3, h, w], images in reading order."""
     num_samples: int
     """Those that were used."""
+    num_truncated: int
+    """Those of them whose end was left out."""
     num_tokens: int
     """Tokens that are not padding."""
     load: TokenLoad

@@ -26,6 +26,8 @@ class PreparedSample:
     """Tokens of an image before VTC."""
     pixels: tuple[np.ndarray, ...] | None
     """uint8 [h, w, 3] each; None on ranks that use none."""
+    is_truncated: bool = False
+    """The end of the conversation was left out."""
 
     @property
     def length(self) -> int:
@@ -80,6 +82,7 @@ def collate(
         num_kept=tuple(len(kept) for row in rows for sample in row for kept in sample.visual_indices),
         pixels=_stack_pixels(rows),
         num_samples=sum(map(len, rows)),
+        num_truncated=sum(sample.is_truncated for row in rows for sample in row),
         num_tokens=sum(sample.length for row in rows for sample in row),
         load=_load(rows, [sequence_length] * len(rows), packed=packed, dense=False, projects_all=projects_all),
         dense_load=_load(

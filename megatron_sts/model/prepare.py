@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -13,6 +14,7 @@ from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import BadSampleError, Record
 from megatron_sts.data.template import EncodedSample, encode, encode_prompt, tokenizer_of
+from megatron_sts.data.truncation import truncated
 from megatron_sts.vision.tower import padding_colour
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
@@ -38,8 +40,18 @@ class BatchPreparer:
         Raises:
             BadSampleError: it cannot be used.
         """
-        encoded = encode(record, self.tokenizer, self._stage.data.template, counts.of_image)
-        return self._prepared(index, record, encoded, counts)
+        if record.images and not self._stage.visual_tokens_in:
+            raise BadSampleError("an image, but model.vision is null")
+        data, max_tokens = self._stage.data, counts.sequence_length
+
+        def encoding(conversation: Record) -> EncodedSample:
+            return encode(conversation, self.tokenizer, data.template, counts.of_image)
+
+        encoded, shorter = encoding(record), None
+        if len(encoded.tokens) > max_tokens and data.too_long == "truncate":
+            shorter = truncated(record, max_tokens, encoding)
+        prepared = self._prepared(index, record, shorter or encoded, counts)
+        return prepared if shorter is None else replace(prepared, is_truncated=True)
 
     def prepare_prompt(self, index: int, record: Record, counts: TokenCounts) -> PreparedSample:
         """As ``prepare`` for a record that ends with the user's turn: what the model reads before it answers."""
@@ -48,10 +60,14 @@ class BatchPreparer:
 
     def _prepared(self, index: int, record: Record, encoded: EncodedSample, counts: TokenCounts) -> PreparedSample:
         stage = self._stage
-        if len(encoded.tokens) > counts.sequence_length:
+        if (excess := len(encoded.tokens) - counts.sequence_length) > 0:
+            cut = "set data.too_long=truncate"
+            if stage.data.too_long == "truncate":
+                cut = "shorten it: no answer behind all images ends early enough to cut there"
+            length = stage.config.batch.sequence_length
             raise BadSampleError(
-                f"{len(encoded.tokens)} tokens exceed the stage's {counts.sequence_length} "
-                f"(stages.{stage.name}.batch.sequence_length={stage.config.batch.sequence_length}); raise it"
+                f"{len(encoded.tokens)} tokens exceed the stage's {counts.sequence_length}; raise "
+                f"stages.{stage.name}.batch.sequence_length={length} to {length + excess}, or {cut}"
             )
         kept = self._kept(index, encoded, counts)
         pixels = None

@@ -33,6 +33,7 @@ def advance(progress: Progress, result: StepResult) -> Progress:
         progress,
         step=progress.step + 1,
         num_samples=progress.num_samples + result.totals.num_samples,
+        num_truncated_samples=progress.num_truncated_samples + result.totals.num_truncated_samples,
         num_skipped_samples=progress.num_skipped_samples + result.totals.num_skipped_samples,
         num_skipped_updates=progress.num_skipped_updates + (not result.updated),
     )

@@ -93,7 +93,7 @@ class PreparedStream:
         from megatron_sts.data.energon import EnergonStream  # a second
 
         data, vision = stage.data, resolved.config.model.vision
-        assert data.path is not None and vision is not None
+        assert data.path is not None
         self._stream = EnergonStream(
             Path(data.path),
             seed=resolved.config.seed + stage.index,
@@ -101,8 +101,8 @@ class PreparedStream:
             dp_size=place.dp_size,
             num_workers=data.num_workers,
             shuffle_buffer_size=data.shuffle_buffer_size,
-            image_size=vision.image_size,
-            padding=padding_colour(vision),
+            image_size=vision.image_size if vision else None,
+            padding=padding_colour(vision) if vision else (0, 0, 0),
         )
         self._place, self._num_read = place, 0
 

@@ -89,6 +89,8 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             break
     stage.close()
     log.end_stage(spec)
+    if cut := progress.num_truncated_samples:
+        log.say(f"stage {spec.name}: {cut} of {progress.num_samples} samples were cut to its batch.sequence_length")
 
 
 def check_bad_samples(spec: ResolvedStage, progress: Progress) -> None:

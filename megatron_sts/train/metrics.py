@@ -59,6 +59,7 @@ class StepCosts:
             "visual_tokens_in": totals.dense_load.num_visual_tokens,
             "visual_tokens_out": totals.load.num_visual_tokens,
             "samples_skipped": totals.num_skipped_samples,
+            "samples_truncated": totals.num_truncated_samples,
             "layers_skipped": whole(len(result.layer_runs) - layers_executed),
             "layer_runs": result.layer_runs,
             "num_microbatches": stage.num_microbatches,

@@ -34,6 +34,8 @@ class Progress:
     step: int = 0
     num_samples: int = 0
     """Used ones."""
+    num_truncated_samples: int = 0
+    """Those of them whose end was left out."""
     num_skipped_samples: int = 0
     num_skipped_updates: int = 0
 

@@ -29,6 +29,8 @@ class Totals:
     num_loss_tokens: float
     num_samples: int
     """Those that were used."""
+    num_truncated_samples: int
+    """Those of them whose end was left out."""
     num_skipped_samples: int
     num_tokens: int
     """Tokens that are not padding, visual ones included."""
@@ -107,16 +109,16 @@ def reduce_totals(stage: Stage, reports: list[dict[str, Any]], batches: list[Bat
             values[2 + len(counts[0]) + layer] = num_runs
     dist.all_reduce(values)
     loss_sum, num_loss_tokens, *whole = values.tolist()
-    samples, skipped, tokens, *rest = map(int, whole)
+    samples, cut, skipped, tokens, *rest = map(int, whole)
     num_load = len(fields(TokenLoad))
     load, dense = TokenLoad(*rest[:num_load]), TokenLoad(*rest[num_load : 2 * num_load])
-    return Totals(loss_sum, num_loss_tokens, samples, skipped, tokens, load, dense), tuple(rest[2 * num_load :])
+    return Totals(loss_sum, num_loss_tokens, samples, cut, skipped, tokens, load, dense), tuple(rest[2 * num_load :])
 
 
 def _counts(batch: Batch) -> tuple[int, ...]:
     """What adds up, in the order of ``Totals``."""
     loads = (*astuple(batch.load), *astuple(batch.dense_load))
-    return (batch.num_samples, len(batch.skipped), batch.num_tokens, *loads)
+    return (batch.num_samples, batch.num_truncated, len(batch.skipped), batch.num_tokens, *loads)
 
 
 def gather_skipped(stage: Stage, batches: list[Batch]) -> tuple[SkippedSample, ...]:

@@ -184,7 +184,10 @@ REFUSED = [
     ("model.vision=null", "stages.alignment.freeze=[vision, language]: model.vision is null"),
     ("model.vision=null stages.*.freeze=[]", "stages.alignment.vtc={keep_ratio: 0.5}: model.vision is null"),
     ("model.vision=null stages.*.freeze=[] stages.*.vtc=null", "data.mode=questions: model.vision is null"),
-    ("model.vision=null stages.*.freeze=[] stages.*.vtc=null data.source=llava_json", "data.source=llava_json: model"),
+    (
+        "model.vision=null stages.*.freeze=[] stages.*.vtc=null data.source=llava_json",
+        "data.path=null: llava_json needs",
+    ),
     ("model.vision=null evaluation.num_questions=5", "evaluation.words=false: model.vision is null"),
 ]
 
