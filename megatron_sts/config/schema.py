@@ -262,7 +262,11 @@ class RunConfig(Section):
     """A whole run."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 1234
-    """Of all random numbers. Masks draw with it as a 64-bit key, which NumPy reads wrongly from 2^63 on."""
+    """Of all random numbers. Masks draw with it as a 64-bit key, which NumPy reads wrongly from 2^63 on.
+
+    Random initial weights also depend on the number of pipeline ranks and chunks (on GPUs of tensor-parallel ranks too), which draw
+    for themselves: runs that are to begin alike in several layouts need ``model.*.init``.
+    """
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     precision: PrecisionConfig = PrecisionConfig()

@@ -49,6 +49,8 @@ def command(hf: Path, sts: Path) -> int:
     is_equal = difference <= BOUND  # NaN is not
     verdict = "equal up to fp32 rounding" if is_equal else f"above {BOUND:g}, more than rounding: not the same model"
     print(f"largest logit difference: {difference:.1e} of the largest logit; {verdict}")
+    if left := [part for part in read_sections(sts) if getattr(resolved.config.model, part, None) is None]:
+        print(f"not compared: the {' and the '.join(left)} model in {sts}, because {hf} has none")
     return int(not is_equal)
 
 

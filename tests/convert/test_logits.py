@@ -177,3 +177,16 @@ def test_a_head_that_differs_from_the_tied_embedding_is_kept(
     with process_group(60.0):
         found = difference(hf, tmp_path / "sts")
     assert found is not None and found <= RTOL
+
+
+def test_verify_says_what_it_did_not_compare(
+    folders: dict[str, tuple[Path, Path]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two halves the text model has logits; no word of a whole model."""
+    llama, _ = folders["llama"]
+    sts = tmp_path / "sts"
+    hf_to_sts.convert(hf_to_sts.two_halves(hf_models.write("clip", tmp_path / "clip"), llama), sts)
+    for hf, weights, said in ((llama, sts, [f"not compared: the vision model in {sts}, because {llama} has none"]),
+                              (*folders["llama"], [])):  # fmt: skip
+        assert verify.command(hf, weights) == 0
+        assert capsys.readouterr().out.splitlines()[1:] == said
