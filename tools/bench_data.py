@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sts.data.energon import EnergonStream
+from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.prepare import prepare
 from megatron_sts.data.records import Record
 
@@ -58,8 +59,7 @@ def rate(path: Path, num_workers: int, count: int, image_size: int) -> float:
         dp_size=1,
         num_workers=num_workers,
         shuffle_buffer_size=100,
-        image_size=image_size,
-        padding=(0, 0, 0),
+        fitting=Fitting(image_size),
     )
     draw(stream, count // 10)
     started = time.perf_counter()

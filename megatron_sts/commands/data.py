@@ -23,7 +23,8 @@ def add(commands: Commands) -> None:
         run_prepare,
         help="turn a LLaVA JSON and its pictures into shards for data.source=energon",
         description="Turn a LLaVA JSON and its pictures into WebDataset shards that Energon reads. Entries that cannot be "
-        "used are left out and listed in DIR/rejected.jsonl. Goes on where an interrupted run stopped.",
+        "used are left out and listed in DIR/rejected.jsonl. Pictures are stored as they are; the summary counts those that are "
+        "turned upright, laid on white or scaled to 8 bits whenever they are read. Goes on where an interrupted run stopped.",
     )
     prepare.add_argument(
         "source", metavar="JSON", type=Path, help="a list of {id, image, conversations}, or one a line"
@@ -59,6 +60,11 @@ def _tell(summary: Summary, source: Path, out: Path) -> int:
             table.add_row(str(count), reason)
         Console().print(table)
         print(out / REJECTED_NAME)
+    if summary.changes:
+        table = Table("pictures", "shown to the model", title="Stored as they are, but", title_justify="left")
+        for change, count in summary.changes.most_common():
+            table.add_row(str(count), change)
+        Console().print(table)
     if summary.num_samples == 0:
         print(f"megatron-sts: error: {source}: none of its {num_rejected} entries can be used", file=sys.stderr)
         return 1

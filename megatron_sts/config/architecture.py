@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from megatron_sts.config.section import PositiveInt, Section
 
 Part = Literal["vision", "qformer", "projector", "language"]
+Processing = Literal["pad", "crop", "squash"]
+Resample = Literal["bicubic", "bilinear"]
 
 HF_SIZES = {
     "num_layers": "num_hidden_layers",
@@ -44,6 +46,12 @@ class VisionConfig(Section):
     """Of each channel, for pixels in [0, 1]. clip, siglip: defaults to the published ones."""
     pixel_std: tuple[float, float, float] | None = None
     """As ``pixel_mean``."""
+    processing: Processing | None = None
+    """How a picture becomes a square. pad: filled up with the mean colour, then resized (LLaVA-1.5); crop: resized to the shorter
+    side, the ends of the longer one cut off (CLIP); squash: resized without regard to its shape (SigLIP, BLIP-2). Conversion takes
+    a whole model's from its image processor, an export has it again. None: pad; refused if the weights say otherwise."""
+    resample: Resample | None = None
+    """Interpolation of pictures that are resized. None: bicubic; refused if the weights say otherwise."""
     feature_layer: int = -2
     """Which layer's output is projected: -1 the last, -2 the one before (LLaVA-1.5). Layers after it are not built.
 

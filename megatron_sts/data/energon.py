@@ -34,7 +34,8 @@ from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import check_prepared
-from megatron_sts.data.image import Colour, decode_bytes, fit_square
+from megatron_sts.data.fitting import Fitting
+from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
 from megatron_sts.data.records import BadSampleError, Record, SkippedSample
 from megatron_sts.launch.follow import end_with_parent
@@ -62,8 +63,7 @@ class EnergonStream:
         dp_size: int,
         num_workers: int,
         shuffle_buffer_size: int,
-        image_size: int | None,
-        padding: Colour,
+        fitting: Fitting | None,
     ) -> None:
         """
         Args:
@@ -73,8 +73,7 @@ class EnergonStream:
             dp_size: data-parallel ranks.
             num_workers: worker processes of this rank; 0: this process decodes.
             shuffle_buffer_size: samples (encoded pictures) that a worker holds to draw from; 1 keeps the order of slices.
-            image_size: pictures are padded and resized to this square (pixels); None: as they are.
-            padding: the colour that they are padded with.
+            fitting: what makes pictures squares; None: they stay as they are.
 
         Raises:
             ConfigError: ``path`` is no prepared dataset.
@@ -89,7 +88,7 @@ class EnergonStream:
             "data-parallel rank": dp_rank,
         }
         self._num_workers = num_workers
-        self._loader = _loader(path, seed, dp_rank, dp_size, num_workers, shuffle_buffer_size, image_size, padding)
+        self._loader = _loader(path, seed, dp_rank, dp_size, num_workers, shuffle_buffer_size, fitting)
         self._records: Iterator[Record | SkippedSample] | None = None
         self._restored: Any = None
         self._num_drawn = 0
@@ -166,14 +165,14 @@ class _Encoder(DefaultTaskEncoder):
 
     decoder = None  # else Energon decodes, and drops what it cannot
 
-    def __init__(self, image_size: int | None, padding: Colour) -> None:
+    def __init__(self, fitting: Fitting | None) -> None:
         super().__init__()
-        self._image_size, self._padding = image_size, padding
+        self._fitting = fitting
         self.cookers = [Cooker(_stored_sample)]
 
     @stateless
     def encode_sample(self, sample: _StoredSample) -> Record | SkippedSample:
-        return _record(sample, self._image_size, self._padding)
+        return _record(sample, self._fitting)
 
 
 @stateless
@@ -183,14 +182,14 @@ def _stored_sample(sample: CrudeSample) -> _StoredSample:
     return _StoredSample(**basic_sample_keys(sample), text=sample["json"], pictures=pictures)
 
 
-def _record(sample: _StoredSample, image_size: int | None, padding: Colour) -> Record | SkippedSample:
+def _record(sample: _StoredSample, fitting: Fitting | None) -> Record | SkippedSample:
     key = sample.__key__
     try:
         entry = json.loads(sample.text)
         key = entry_key(entry, key)
         turns, _ = parse_entry(entry)
-        images = [decode_bytes(encoded, f"{place} of {key}") for place, encoded in enumerate(sample.pictures)]
-        fitted = images if image_size is None else [fit_square(image, image_size, padding) for image in images]
+        images = [decode_bytes(encoded, f"{place} of {key}").pixels for place, encoded in enumerate(sample.pictures)]
+        fitted = images if fitting is None else [fitting.fit(image) for image in images]
     except (BadSampleError, ValueError) as error:
         return SkippedSample(key, str(error))
     return Record(key, turns, tuple(partial(_same, image) for image in fitted))
@@ -207,8 +206,7 @@ def _loader(
     dp_size: int,
     num_workers: int,
     shuffle_buffer_size: int,
-    image_size: int | None,
-    padding: Colour,
+    fitting: Fitting | None,
 ) -> SavableDataLoader:
     workers = WorkerConfig(
         rank=dp_rank,
@@ -218,7 +216,7 @@ def _loader(
         global_error_handler=reraise_exception,  # the default prints the error and drops the sample
     )
     loaded = _load(path, workers)
-    dataset = _Encoder(image_size, padding).build_train_datasets(
+    dataset = _Encoder(fitting).build_train_datasets(
         datasets=loaded.datasets,
         blend_mode=loaded.blend_mode,
         worker_config=workers,

@@ -56,6 +56,8 @@ class Summary:
     num_shards: int
     rejected: Counter[str]
     """Entries left out, by reason."""
+    changes: Counter[str]
+    """Pictures to which training does more than decode them, by what it does."""
 
 
 def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_workers: int) -> Summary:
@@ -94,7 +96,8 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
     if names:
         _index(out, names, num_workers, settings)
     num_samples = sum(report.num_samples for report in reports)
-    return Summary(num_samples, len(names), Counter(entry["reason"] for entry in rejected))
+    changes = sum((Counter(report.changes) for report in reports), Counter[str]())
+    return Summary(num_samples, len(names), Counter(entry["reason"] for entry in rejected), changes)
 
 
 def _picture_bytes(entries: Sequence[Any], image_dir: Path) -> list[list[int]]:

@@ -30,12 +30,13 @@ class Reason(StrEnum):
     MARKED_ANSWER = f"{IMAGE_MARKER} in an assistant or system turn"
     MISSING = "missing picture"
     CORRUPT = "corrupt picture"
+    UNFIT = "picture of a kind that is not used"
 
 
 class BadSampleError(ValueError):
     """A sample that cannot be used (corrupt image, too long, marker/image mismatch); training skips and counts it.
 
-    ``key`` names the sample where the caller does not hold its record; ``kind`` is set for what a conversation lacks.
+    ``key`` names the sample where the caller does not hold its record; ``kind`` is set for what a conversation lacks and for whole pictures that are not used.
     """
 
     def __init__(self, reason: str, key: str | None = None, kind: Reason | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -52,6 +52,8 @@ class ShardReport:
     num_samples: int
     rejected: list[dict[str, Any]] = field(default_factory=list)
     """``number`` (place in the source), ``id``, ``reason`` and ``detail`` of each."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """What training will do to pictures beyond decoding them, and to how many."""
 
 
 def shard_name(number: int) -> str:
@@ -68,23 +70,24 @@ def read_report(out: Path, number: int) -> ShardReport | None:
 def write_shard(task: ShardTask) -> ShardReport:
     """Write the shard's tar file (none if no entry is good), then its report."""
     unfinished = task.out / WORK_FOLDER / f"{shard_name(task.number)}.tmp"
-    num_samples, rejected = 0, []
+    num_samples, rejected, changes = 0, [], Counter[str]()
     with tarfile.open(unfinished, "w") as tar:
         for number, entry in enumerate(task.entries, task.first):
             try:
-                parts = list(_sample_parts(entry, number, task.image_dir))
+                parts, changed = _sample_parts(entry, number, task.image_dir)
             except RejectedError as error:
                 found = {"number": number, "id": entry_key(entry, f"number {number}"), "reason": error.reason}
                 rejected.append(found | {"detail": error.detail})
                 continue
             num_samples += 1
+            changes += changed
             for extension, content in parts:
                 _add(tar, f"{number:09d}.{extension}", content)
     if num_samples:
         os.replace(unfinished, task.out / shard_name(task.number))
     else:
         unfinished.unlink()
-    report = ShardReport(num_samples, rejected)
+    report = ShardReport(num_samples, rejected, changes)
     write_atomically(_report_path(task.out, task.number), json.dumps(asdict(report), ensure_ascii=False))
     return report
 
@@ -100,8 +103,8 @@ def _report_path(out: Path, number: int) -> Path:
     return out / WORK_FOLDER / f"{number:06d}.json"
 
 
-def _sample_parts(entry: Any, number: int, image_dir: Path) -> Iterator[tuple[str, bytes]]:
-    """(extension, content) of a sample's files: its text, then its pictures as they are."""
+def _sample_parts(entry: Any, number: int, image_dir: Path) -> tuple[list[tuple[str, bytes]], Counter[str]]:
+    """(extension, content) of a sample's files: its text, then its pictures as they are; and what these will undergo."""
     try:
         turns, names = parse_entry(entry)
         check_answers(turns)
@@ -110,23 +113,25 @@ def _sample_parts(entry: Any, number: int, image_dir: Path) -> Iterator[tuple[st
         raise RejectedError(error.kind or Reason.MALFORMED, str(error)) from error
     conversations = [{"from": turn["from"], "value": turn["value"]} for turn in entry["conversations"]]
     text = json.dumps({"id": entry_key(entry, f"number {number}"), "conversations": conversations}, ensure_ascii=False)
-    yield "json", text.encode("utf-8")
+    parts, changes = [("json", text.encode("utf-8"))], Counter[str]()
     for place, name in enumerate(names):
         suffix = Path(name).suffix[1:].lower()
-        yield f"{place}.{suffix if suffix.isalnum() else 'image'}", _checked_picture(image_dir / name, name)
+        encoded, changed = _checked_picture(image_dir / name, name)
+        parts.append((f"{place}.{suffix if suffix.isalnum() else 'image'}", encoded))
+        changes.update(changed)
+    return parts, changes
 
 
-def _checked_picture(path: Path, name: str) -> bytes:
-    """The file's bytes, which decode in full."""
+def _checked_picture(path: Path, name: str) -> tuple[bytes, frozenset[str]]:
+    """The file's bytes, which decode in full, and what decoding does beyond that."""
     try:
         encoded = path.read_bytes()
     except OSError as error:
         raise RejectedError(Reason.MISSING, f"{name}: {error.strerror}") from error
     try:
-        decode_bytes(encoded, name)
+        return encoded, decode_bytes(encoded, name).changes
     except BadSampleError as error:
-        raise RejectedError(Reason.CORRUPT, str(error)) from error
-    return encoded
+        raise RejectedError(error.kind or Reason.CORRUPT, str(error)) from error
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:

@@ -26,6 +26,7 @@ from torch import distributed as dist
 
 from megatron_sts.config.checks import refuse
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.data.image import decode_opened
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
@@ -154,14 +155,15 @@ def record_of(key: str, context: str, visuals: Sequence[object]) -> Record:
 
     Raises:
         ConfigError: a visual is no picture.
+        BadSampleError: it is one that is not used.
     """
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             refuse("--tasks", key, f"shows the model a {type(visual).__name__}", "choose tasks of pictures and text")
     num_unmarked = len(visuals) - context.count(IMAGE_MARKER)
     text = f"{' '.join([IMAGE_MARKER] * num_unmarked)}\n{context}" if num_unmarked > 0 else context
-    images = tuple(partial(np.asarray, visual.convert("RGB")) for visual in visuals if isinstance(visual, Image.Image))
-    return Record(key, (Turn("user", text),), images)
+    pictures = [decode_opened(visual, key) for visual in visuals if isinstance(visual, Image.Image)]
+    return Record(key, (Turn("user", text),), tuple(partial(np.asarray, picture) for picture in pictures))
 
 
 def sampling_of(settings: Mapping[str, Any]) -> Sampling:

@@ -11,11 +11,10 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row, collate
-from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import BadSampleError, Record
 from megatron_sts.data.template import EncodedSample, encode, encode_prompt, tokenizer_of
 from megatron_sts.data.truncation import truncated
-from megatron_sts.vision.tower import padding_colour
+from megatron_sts.vision.tower import fitting_of
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
 
@@ -27,8 +26,7 @@ class BatchPreparer:
         vtc, vision = stage.config.vtc, resolved.config.model.vision
         self.tokenizer = tokenizer_of(stage, resolved.config.model.language.vocab_size)
         self._stage = stage
-        self._image_size = vision.image_size if vision else 0
-        self._padding = padding_colour(vision) if vision else (0, 0, 0)
+        self._fitting = fitting_of(vision) if vision else None
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
         self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
         self._positions = vtc.positions if vtc else "original"
@@ -71,8 +69,8 @@ class BatchPreparer:
             )
         kept = self._kept(index, encoded, counts)
         pixels = None
-        if self._needs_pixels:
-            pixels = tuple(fit_square(decode(), self._image_size, self._padding) for decode in record.images)
+        if self._needs_pixels and self._fitting is not None:
+            pixels = tuple(self._fitting.fit(decode()) for decode in record.images)
         places = position_ids(torch.tensor(encoded.is_visual), kept, stage.visual_tokens_in, self._positions)
         return PreparedSample(encoded, places, kept, stage.visual_tokens_in, pixels)
 

@@ -19,7 +19,7 @@ from megatron_sts.data.records import BadSampleError, Record, RecordSource, Skip
 from megatron_sts.data.scenes.source import ScenesSource
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.prepare import BatchPreparer
-from megatron_sts.vision.tower import padding_colour
+from megatron_sts.vision.tower import fitting_of
 
 Sample = tuple[int, Record | SkippedSample]
 """A record with a number of its own."""
@@ -101,8 +101,7 @@ class PreparedStream:
             dp_size=place.dp_size,
             num_workers=data.num_workers,
             shuffle_buffer_size=data.shuffle_buffer_size,
-            image_size=vision.image_size if vision else None,
-            padding=padding_colour(vision) if vision else (0, 0, 0),
+            fitting=fitting_of(vision) if vision else None,
         )
         self._place, self._num_read = place, 0
 

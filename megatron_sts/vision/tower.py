@@ -10,7 +10,7 @@ import torch
 from megatron_sts.config.architecture import HF_SIZES, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.data.image import Colour
+from megatron_sts.data.fitting import Colour, Fitting
 from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.vision import build_encoder
 from megatron_sts.vision.hugging_face import Replicated, make_config, make_model_for
@@ -108,6 +108,11 @@ def build_tower(resolved: Resolved) -> VisionTower | HuggingFaceTower:
 def normalise(pixels: torch.Tensor, mean: Channels, std: Channels) -> torch.Tensor:
     """``pixels`` uint8 [n, 3, h, w] -> fp32, with zero mean and unit deviation of channels with these statistics."""
     return (pixels.to(torch.float32) / 255.0 - _on(pixels.device, mean)) / _on(pixels.device, std)
+
+
+def fitting_of(vision: VisionConfig) -> Fitting:
+    """How pictures are fitted to the tower's square."""
+    return Fitting(vision.image_size, vision.processing or "pad", vision.resample or "bicubic", padding_colour(vision))
 
 
 def padding_colour(vision: VisionConfig) -> Colour:

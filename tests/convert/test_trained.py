@@ -16,10 +16,9 @@ from PIL import Image
 from transformers import AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration, Qwen2ForCausalLM
 
 from megatron_sts.config.architecture import VisionConfig
-from megatron_sts.data.image import fit_square
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.data.template import encode, load_tokenizer
-from megatron_sts.vision.tower import channel_statistics, normalise, padding_colour
+from megatron_sts.vision.tower import channel_statistics, fitting_of, normalise
 from tests.convert import hf_models
 from tests.data.small_tokenizers import qwen2_like
 from tests.dist.ladder import write_samples
@@ -135,7 +134,7 @@ def test_processor_gives_the_pixels_that_were_trained_on(work: Path, shape: tupl
     picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     found = processor.image_processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"]
     vision = VisionConfig(num_layers=1, hidden_size=4, num_attention_heads=1, image_size=32, patch_size=8)
-    fitted = torch.from_numpy(fit_square(picture, 32, padding_colour(vision))).permute(2, 0, 1)[None]
+    fitted = torch.from_numpy(fitting_of(vision).fit(picture)).permute(2, 0, 1)[None]
     expected = normalise(fitted, *channel_statistics(vision))
     # Both resize with Pillow to whole numbers: a step of one of 255 would be 0.014. Measured 3e-5, fp32 and float64.
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)

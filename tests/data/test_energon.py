@@ -25,6 +25,7 @@ from PIL import Image
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.data.energon import EnergonStream
+from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.prepare import prepare
 from megatron_sts.data.records import Record, SkippedSample, Turn
 from megatron_sts.runtime.dist import process_group
@@ -51,8 +52,7 @@ def stream(prepared: Path) -> Iterator[Open]:
 
     def start(**changes: Any) -> EnergonStream:
         arguments: dict[str, Any] = {
-            "path": prepared, "seed": 1, "dp_rank": 0, "dp_size": 1, "num_workers": 0, "shuffle_buffer_size": 8, "image_size": SIZE,
-            "padding": (0, 0, 0),
+            "path": prepared, "seed": 1, "dp_rank": 0, "dp_size": 1, "num_workers": 0, "shuffle_buffer_size": 8, "fitting": Fitting(SIZE),
         }  # fmt: skip
         opened.append(EnergonStream(**{**arguments, **changes}))
         return opened[-1]
@@ -89,8 +89,8 @@ def test_records_hold_the_turns_and_fitted_pictures(stream: Open, prepared: Path
             assert abs(difference) < 6  # grey levels: means of 300 and 450 pixels of noise, each uncertain by 2
 
 
-def test_pictures_keep_their_size_without_image_size(stream: Open) -> None:
-    opened = stream(image_size=None)
+def test_pictures_keep_their_size_without_fitting(stream: Open) -> None:
+    opened = stream(fitting=None)
     shapes = {image().shape for _ in range(20) for image in getattr(next(opened), "images", ())}
     assert shapes == {(40, 50, 3)}
 
@@ -119,8 +119,7 @@ def draw_half() -> None:
             dp_size=2,
             num_workers=1,
             shuffle_buffer_size=1,
-            image_size=8,
-            padding=(0, 0, 0),
+            fitting=Fitting(8),
         )
         print(json.dumps(keys(opened, NUM_GOOD // 2)))
         opened.close()
@@ -304,6 +303,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from megatron_sts.data import energon
+from megatron_sts.data.fitting import Fitting
 
 record, calls = energon._record, []
 
@@ -313,8 +313,8 @@ def first_only(*args):
     return record(*args)
 
 energon._record = first_only
-stream = energon.EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4, image_size=8,
-                       padding=(0, 0, 0))
+stream = energon.EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4,
+                               fitting=Fitting(8))
 next(stream)
 print("drawn", flush=True)
 time.sleep(100)

@@ -7,7 +7,7 @@ from transformers import CLIPVisionModel, LlamaForCausalLM, LlavaConfig, LlavaFo
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from megatron_sts.config.schema import TemplateName
-from megatron_sts.data.image import fit_square
+from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.records import Record
 from megatron_sts.data.template import encode_prompt
 from megatron_sts.data.tokenizer import Tokenizer
@@ -47,7 +47,7 @@ def hf_answer(
 ) -> list[int]:
     """The greedy answer's tokens, without eos."""
     prompt = encode_prompt(record, tokenizer, template, lambda _: NUM_PATCHES).tokens
-    images = [torch.from_numpy(fit_square(decode(), IMAGE, CLIP_GREY)) for decode in record.images]
+    images = [torch.from_numpy(Fitting(IMAGE, padding=CLIP_GREY).fit(decode())) for decode in record.images]
     mean, std = torch.tensor(OPENAI_CLIP_MEAN), torch.tensor(OPENAI_CLIP_STD)
     pixels = {"pixel_values": ((torch.stack(images) / 255 - mean) / std).permute(0, 3, 1, 2)} if images else {}
     said = llava.generate(

@@ -1,0 +1,72 @@
+"""Fits decoded pictures to the tower's square. Knows no files and no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from megatron_sts.config.architecture import Processing, Resample
+
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
+RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+ROWS_AT_ONCE = 256
+"""Rows that are padded together, so that the square of a long picture (gigabytes) never exists."""
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How a picture becomes a square. Each ``processing`` gives the pixels of transformers' image processors (backend pil):
+
+    pad: a ``LlavaImageProcessor`` with ``do_pad``, and LLaVA-1.5's own ``expand2square``; crop: a ``CLIPImageProcessor``;
+    squash: a ``SiglipImageProcessor`` or ``BlipImageProcessor``.
+    """
+
+    size: int
+    """Pixels of the square's side."""
+    processing: Processing = "pad"
+    resample: Resample = "bicubic"
+    padding: Colour = (0, 0, 0)
+
+    def fit(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [height, width, 3], no strip (``data.image.check_shape``) -> uint8 [size, size, 3]."""
+        if image.shape[:2] == (self.size, self.size):
+            return image
+        return np.asarray(_SQUARES[self.processing](Image.fromarray(image), self))
+
+
+def _padded(picture: Image.Image, fitting: Fitting) -> Image.Image:
+    """Padded to a square and resized, by rows: Pillow, too, resizes in x first, row by row, then in y."""
+    (width, height), size, resampling = picture.size, fitting.size, RESAMPLING[fitting.resample]
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrow = Image.new("RGB", (size, side), fitting.padding)
+    for first in range(0, height, ROWS_AT_ONCE):
+        end = min(first + ROWS_AT_ONCE, height)
+        rows = Image.new("RGB", (side, end - first), fitting.padding)
+        rows.paste(picture.crop((0, first, width, end)), (left, 0))
+        narrow.paste(rows.resize((size, end - first), resampling), (0, top + first))
+    return narrow.resize((size, size), resampling)
+
+
+def _cropped(picture: Image.Image, fitting: Fitting) -> Image.Image:
+    """The shorter side resized, the middle of the longer one kept."""
+    (width, height), size = picture.size, fitting.size
+    longer = int(size * max(width, height) / min(width, height))
+    resized = picture.resize((size, longer) if width <= height else (longer, size), RESAMPLING[fitting.resample])
+    left, top = (resized.width - size) // 2, (resized.height - size) // 2
+    return resized.crop((left, top, left + size, top + size))
+
+
+def _squashed(picture: Image.Image, fitting: Fitting) -> Image.Image:
+    return picture.resize((fitting.size, fitting.size), RESAMPLING[fitting.resample])
+
+
+_SQUARES: dict[Processing, Callable[[Image.Image, Fitting], Image.Image]] = {
+    "pad": _padded,
+    "crop": _cropped,
+    "squash": _squashed,
+}
