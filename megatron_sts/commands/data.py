@@ -44,10 +44,11 @@ def run_prepare(args: argparse.Namespace) -> int:
         summary = prepare(args.source, args.images or args.source.parent, args.out, args.shard_size_mb, num_workers)
     except KeyboardInterrupt:
         return say_interrupted(args.out)
-    return _tell(summary, args.source, args.out)
+    return tell(summary, args.source, args.out)
 
 
-def _tell(summary: Summary, source: Path, out: Path) -> int:
+def tell(summary: Summary, source: Path, out: Path) -> int:
+    """Print what came of a source; the exit status."""
     from rich.console import Console
     from rich.table import Table
 

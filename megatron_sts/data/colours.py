@@ -76,9 +76,7 @@ def _deep_grey(image: Image.Image) -> tuple[Image.Image, set[Change]]:
     if largest == 2**32 - 1:
         values = values.view(np.uint32)  # Pillow keeps them in signed numbers
     if values.min() < 0:
-        raise unfit(
-            f"negative grey values (mode {image.mode}), for which there is no black; save it with 8 bits"
-        )
+        raise unfit(f"negative grey values (mode {image.mode}), for which there is no black; save it with 8 bits")
     levels = np.rint(values.astype(np.float32) * np.float32(255 / largest)).astype(np.uint8)
     if values.any() and not levels.any():
         raise unfit(

@@ -91,9 +91,7 @@ def decode_opened(image: Image.Image, name: str) -> np.ndarray:
 def check_shape(width: int, height: int) -> None:
     """Raises BadSampleError for a strip, of which a square would show next to nothing."""
     if max(width, height) > LARGEST_ASPECT_RATIO * min(width, height):
-        raise unfit(
-            f"{width} x {height} pixels, longer than {LARGEST_ASPECT_RATIO} times its width or height; cut it"
-        )
+        raise unfit(f"{width} x {height} pixels, longer than {LARGEST_ASPECT_RATIO} times its width or height; cut it")
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def write_shard(task: ShardTask) -> ShardReport:
         os.replace(unfinished, task.out / shard_name(task.number))
     else:
         unfinished.unlink()
-    report = ShardReport(num_samples, rejected, changes)
+    report = ShardReport(num_samples, rejected, dict(changes))
     write_atomically(_report_path(task.out, task.number), json.dumps(asdict(report), ensure_ascii=False))
     return report
 

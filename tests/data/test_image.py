@@ -16,9 +16,9 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 from transformers.image_utils import load_image
 
-from megatron_sts.data.colours import Change, UnfitPictureError
+from megatron_sts.data.colours import Change
 from megatron_sts.data.image import decode_bytes, decode_image, decode_opened
-from megatron_sts.data.records import BadSampleError
+from megatron_sts.data.records import BadSampleError, Reason
 from tests.data.llava_files import picture
 from tests.data.picture_files import chunk, png, saved, tiff
 
@@ -42,7 +42,7 @@ def test_bad_file_is_a_bad_sample(kind: str, said: str, tmp_path: Path) -> None:
         path.write_bytes(picture(path, 1)[:900])
     with pytest.raises(BadSampleError, match=said) as refused:
         decode_image(path)
-    assert not isinstance(refused.value, UnfitPictureError)
+    assert refused.value.kind is None
 
 
 DEEP = {
@@ -91,9 +91,10 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_has_no_meaning_is_refused_by_name(kind: str) -> None:
     encoded, said = REFUSED[kind]
-    with pytest.raises(UnfitPictureError) as refused:
+    with pytest.raises(BadSampleError) as refused:
         decode_bytes(encoded, "a.png")
     assert str(refused.value).startswith(f"image a.png: {said}")
+    assert refused.value.kind == Reason.UNFIT
 
 
 RED_AND_CLEAR = np.array([[[255, 0, 0, 255], [0, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
