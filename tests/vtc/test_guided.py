@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 
 from megatron_sts.vtc.guided import GuidedSampler, relevance, top_tokens
-from megatron_sts.vtc.samplers import uniform_tokens
 from megatron_sts.vtc.seen import SeenImages
+from megatron_sts.vtc.uniform import uniform_tokens
 from tests.vtc.images import draw_images, seeds, sizes
 
 
