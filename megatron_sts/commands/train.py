@@ -31,6 +31,12 @@ def add(commands: Commands) -> None:
     add_nproc(train, "as many as the config needs")
     add_folder(train, "--run-dir", "where the run is written (default: runs/NAME)")
     train.add_argument(
+        "--extend",
+        action="store_true",
+        help="go on with a larger stages.NAME.steps or epochs than the run in RUN_DIR has: learning rate, layer skipping and "
+        "token compression are planned anew for it, from the next step on",
+    )
+    train.add_argument(
         "--dry-run", action="store_true", help="check the config and print what it comes to; run nothing"
     )
     add_json(train, "with --dry-run: ")
@@ -52,23 +58,26 @@ def run(args: argparse.Namespace) -> int:
         return _print_summary(resolved, as_json=args.json)
     run_dir = args.run_dir or default_run_dir(args.config)
     argv = ["train", str(args.config), *args.overrides, "--run-dir", str(run_dir)]
-    return start(resolved, run_dir, rank, argv)
+    argv += ["--extend"] if args.extend else []
+    return start(resolved, run_dir, rank, argv, extend=args.extend)
 
 
-def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str]) -> int:
+def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str], *, extend: bool) -> int:
     """Trains as ``rank``, or on local ranks (``argv``: their command line), unless nothing is left to do."""
     from megatron_sts.commands.obstacles import obstacles
     from megatron_sts.runtime.probe import check_usable
     from megatron_sts.train import resume
 
-    resume.check_same_run(resolved, run_dir)
+    resume.check_same_run(resolved, run_dir, extend=extend)
+    if rank is None:  # rank 0 does it for the others
+        resume.check_same_content(resolved, run_dir)
     if resume.is_finished(resolved, run_dir):
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
     if rank is None:
         check_usable(resolved.config)
-    for line in obstacles(resolved):
+    for line in obstacles(resolved, is_going_on=resume.is_begun(run_dir)):
         raise ConfigError(line)
     if rank is not None:
         from megatron_sts.launch.rank import become
@@ -78,7 +87,7 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str])
     from megatron_sts.launch.local import launch_local
 
     with sole_writer(run_dir):
-        resume.check_same_run(resolved, run_dir)  # again: until now another run may have written it
+        resume.check_same_run(resolved, run_dir, extend=extend)  # again: until now another run may have written it
         return launch_local(argv, resolved.world_size)
 
 

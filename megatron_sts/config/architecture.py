@@ -58,7 +58,9 @@ class VisionConfig(Section):
     No norm follows it, except with an hf tower's last layer, whose output is what the model returns.
     """
     init: str | None = None
-    """Weights to start from: ``tiny/vision`` (embedded), a weights folder or a safetensors file. None: random."""
+    """Weights to start from: ``tiny/vision`` (embedded), a weights folder, a safetensors file, or another run: a checkpoint of
+    it, its folder (the newest checkpoint) or RUN_DIR/checkpoints/STAGE (the one at that stage's end). Optimizer and schedules
+    begin anew. A run that goes on from its own checkpoint reads none of it. None: random."""
 
     @model_validator(mode="before")
     @classmethod
@@ -86,7 +88,7 @@ class QFormerConfig(Section):
     cross_attention_frequency: PositiveInt = 2
     """Layers 0, n, 2n, ... attend to the image."""
     init: str | None = None
-    """Weights to start from: a weights folder or a safetensors file. None: random."""
+    """As ``vision.init``, but none are embedded."""
 
 
 class ProjectorConfig(Section):
@@ -94,7 +96,7 @@ class ProjectorConfig(Section):
 
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
     init: str | None = None
-    """Weights to start from: a weights folder or a safetensors file. None: random."""
+    """As ``vision.init``, but none are embedded."""
 
 
 class RopeScalingConfig(Section):
@@ -143,7 +145,7 @@ class LanguageConfig(Section):
     embedding_init_std: float | None = None
     """Defaults to init_std."""
     init: str | None = None
-    """Weights to start from: ``tiny/language`` (embedded), a weights folder or a safetensors file. None: random."""
+    """As ``vision.init``, or ``tiny/language`` (embedded)."""
 
 
 class ModelConfig(Section):

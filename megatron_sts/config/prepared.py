@@ -12,6 +12,8 @@ from megatron_sts.config.errors import refuse
 
 ENERGON_FOLDER = ".nv-meta"
 """In a dataset's folder: what Energon knows of it."""
+SETTINGS_NAME = "prepare.json"
+"""In a dataset's folder: what ``megatron-sts data prepare`` made the shards of."""
 BLEND_SUFFIXES = (".yaml", ".yml")
 
 

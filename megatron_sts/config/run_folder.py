@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from megatron_sts.config.errors import ConfigError
 
 CONFIG = "config.resolved.yaml"
@@ -20,14 +22,21 @@ def whole_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (int(path.name.split("-", 1)[0]), int(path.name.rsplit("-", 1)[1])))
 
 
+def is_of_run(path: Path) -> bool:
+    """Whether ``path`` is one that ``checkpoint_of`` looks into."""
+    return (path / COMPLETE).is_file() or (path / CONFIG).is_file() or _is_stage(path)
+
+
 def checkpoint_of(path: Path) -> Path:
-    """A checkpoint itself, or the newest whole one of a run.
+    """A checkpoint itself, the newest whole one of a run, or the one of a stage's end: RUN_DIR/checkpoints/STAGE.
 
     Raises:
-        ConfigError: ``path`` is neither.
+        ConfigError: ``path`` is none of these.
     """
     if (path / COMPLETE).is_file():
         return path
+    if _is_stage(path):
+        return _end_of_stage(path)
     if not (path / CONFIG).is_file():
         raise ConfigError(f"{path}: neither a run's folder nor a checkpoint in one")
     checkpoints = whole_checkpoints(path / CHECKPOINTS)
@@ -36,13 +45,38 @@ def checkpoint_of(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def config_of(checkpoint: Path) -> Path:
-    """The config file of the run that a checkpoint belongs to.
+def config_of(path: Path) -> Path:
+    """The config file of a run, or of the one that a checkpoint belongs to, whether or not that is still there.
 
     Raises:
         ConfigError: the checkpoint was moved out of its run.
     """
-    config = checkpoint.resolve().parents[1] / CONFIG
+    if (path / CONFIG).is_file():
+        return path / CONFIG
+    config = path.resolve().parents[1] / CONFIG
     if not config.is_file():
-        raise ConfigError(f"{checkpoint}: no {CONFIG} two folders above it; leave checkpoints in their run's folder")
+        raise ConfigError(f"{path}: no {CONFIG} two folders above it; leave checkpoints in their run's folder")
     return config
+
+
+def _is_stage(path: Path) -> bool:
+    folder = path.absolute().parent
+    return folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file() and not path.exists()
+
+
+def _end_of_stage(path: Path) -> Path:
+    """The checkpoint of the end of the stage that ``path`` names."""
+    stages = yaml.safe_load(config_of(path).read_text(encoding="utf-8"))["resolved"]["stages"]
+    numbers = {stage["name"]: (stage["index"], stage["num_steps"]) for stage in stages}
+    if path.name not in numbers:
+        raise ConfigError(f"{path}: that run has no such stage; choose from {', '.join(numbers)}, or give a checkpoint")
+    found = whole_checkpoints(path.parent)
+    index, num_steps = numbers[path.name]
+    name = f"{index}-{path.name}-{num_steps:07d}"
+    if path.with_name(name) not in found:
+        names = ", ".join(checkpoint.name for checkpoint in found) or "none"
+        raise ConfigError(
+            f"{path}: the end of that stage, {name}, is not among the run's checkpoints ({names}); give one of these, let "
+            "the run train on, or keep more of them next time (checkpoint.keep_last)"
+        )
+    return path.with_name(name)

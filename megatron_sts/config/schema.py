@@ -68,11 +68,17 @@ class DataConfig(Section):
     text_only_fraction: Fraction = 0.0
     """scenes: share of samples without an image."""
     path: str | None = None
-    """llava_json: the file: a JSON list, {"data": [...]}, or an entry a line. energon: the prepared folder, or an Energon Metadataset YAML that blends some."""
+    """llava_json: the file: a JSON list, {"data": [...]}, or an entry a line. energon: the prepared folder, or an Energon
+    Metadataset YAML that blends some.
+
+    A run that goes on may find them elsewhere, and refuses other ones. It compares the JSON and the sizes of 16 of its pictures;
+    of shards their sizes and numbers of samples and what was prepared from: not what is in pictures and shards of the same size.
+    """
     image_dir: str | None = None
     """llava_json: folder that image names are relative to. Defaults to the JSON's folder."""
     num_workers: NonNegativeInt = 2
-    """energon: processes of each data-parallel rank that read and decode; 0: the training process does."""
+    """energon: processes of each data-parallel rank that read and decode; 0: the training process does. A stage that goes on
+    from its middle keeps the number with which it was saved."""
     shuffle_buffer_size: PositiveInt = 1000
     """energon: samples, pictures still encoded, from which each worker draws the next."""
     tokenizer: str = "scenes"

@@ -1,4 +1,4 @@
-"""Which model the weights in a weights folder belong to, and whether a run computes the same with them. Torch-free."""
+"""Which model the weights that a run begins with belong to, and whether it computes the same with them. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from megatron_sts.config.architecture import LanguageConfig, Part, ProjectorConfig, QFormerConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.load import CONFIG_NAME
+from megatron_sts.config.run_folder import checkpoint_of, config_of, is_of_run
 from megatron_sts.config.schema import ModelConfig
 
 NORM_EPSILON = {"clip": 1e-5, "siglip": 1e-6}
@@ -29,6 +30,8 @@ _FREE = {
     "hf_config",
 }
 """What a run may choose for the same weights."""
+_FREE_AFTER_TRAINING = _FREE - {"pixel_mean", "pixel_std"}
+"""The same for weights that a run trained: its configs say in full how pictures were shown to them."""
 
 
 def read_sections(folder: Path) -> dict[Part, Any]:
@@ -37,23 +40,33 @@ def read_sections(folder: Path) -> dict[Part, Any]:
     Raises:
         ConfigError: config.yaml is damaged.
     """
-    path = folder / CONFIG_NAME
+    return _sections_in(folder / CONFIG_NAME, "convert the weights again")
+
+
+def _sections_in(path: Path, remedy: str) -> dict[Part, Any]:
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        return {part: kind.model_validate(model[part]) for part, kind in _SECTIONS.items() if part in model}  # type: ignore[misc, attr-defined]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
-        raise ConfigError(f"{path}: holds no model section ({error}); convert the weights again") from None
+        return {
+            part: kind.model_validate(model[part])  # type: ignore[misc, attr-defined]
+            for part, kind in _SECTIONS.items()
+            if model.get(part) is not None
+        }
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise ConfigError(f"{path}: holds no model section ({error}); {remedy}") from None
 
 
 def other_models(model: ModelConfig) -> Iterator[str]:
-    """One line for each part that would begin with a weights folder of another model."""
+    """One line for each part that would begin with the weights of another model, or with a run that has none yet."""
     for part in model.parts:
         section = getattr(model, part)
-        if section.init is not None and (Path(section.init) / CONFIG_NAME).is_file():
-            try:
-                check_same_model(part, section, Path(section.init))
-            except ConfigError as error:
-                yield str(error)
+        path = None if section.init is None else Path(section.init)
+        try:
+            if path is not None and is_of_run(path):
+                check_trained_model(part, section, path)
+            elif path is not None and (path / CONFIG_NAME).is_file():
+                check_same_model(part, section, path)
+        except ConfigError as error:
+            yield str(error)
 
 
 def check_same_model(part: str, section: Any, folder: Path) -> None:
@@ -63,9 +76,34 @@ def check_same_model(part: str, section: Any, folder: Path) -> None:
         ConfigError: one differs.
     """
     kept = {str(name): found for name, found in read_sections(folder).items()}
-    if part not in kept:
-        return
-    ours, theirs = _settings(section), _settings(kept[part])
+    if part in kept:
+        _compare(part, section, kept[part], folder, _FREE)
+
+
+def check_trained_model(part: str, section: Any, source: Path) -> None:
+    """The same for weights out of another run: ``source`` is its folder, a checkpoint or the name of a stage's end.
+
+    Raises:
+        ConfigError: a setting differs, the run has no such part, or built less of it than this one needs.
+    """
+    try:
+        kept = _sections_in(config_of(checkpoint_of(source)), "give another run")
+    except ConfigError as error:
+        raise ConfigError(f"model.{part}.init={error}") from None
+    theirs = {str(name): found for name, found in kept.items()}.get(part)
+    if theirs is None:
+        refuse(f"model.{part}.init", source, f"the model of that run has no {part}", "set it to null, or give another")
+    _compare(part, section, theirs, source, _FREE_AFTER_TRAINING)
+    if isinstance(section, LanguageConfig) and section.vocab_size < theirs.vocab_size:
+        refuse("model.language.vocab_size", section.vocab_size, f"the weights in {source} have {theirs.vocab_size} rows",
+               f"use at least {theirs.vocab_size}")  # fmt: skip
+    if isinstance(section, VisionConfig) and section.feature_layer > theirs.feature_layer:
+        refuse("model.vision.feature_layer", section.feature_layer, f"the run of {source} built no layers after "
+               f"{theirs.feature_layer}", f"use {theirs.feature_layer}, or layers before it")  # fmt: skip
+
+
+def _compare(part: str, section: Any, kept: Any, folder: Path, free: set[str]) -> None:
+    ours, theirs = _settings(section, free), _settings(kept, free)
     for name, value in ours.items():
         if name in theirs and not _is_same(value, theirs[name]):
             refuse(
@@ -80,9 +118,9 @@ def _is_same(ours: object, theirs: object) -> bool:
     return ours == theirs
 
 
-def _settings(section: Any) -> dict[str, Any]:
+def _settings(section: Any, free: set[str]) -> dict[str, Any]:
     """Defaults that follow from other fields spelled out."""
-    found: dict[str, Any] = section.model_dump(exclude=_FREE)
+    found: dict[str, Any] = section.model_dump(exclude=free)
     if "ffn_hidden_size" in found and found["ffn_hidden_size"] is None:
         found["ffn_hidden_size"] = 4 * found["hidden_size"]
     if isinstance(section, LanguageConfig):

@@ -13,7 +13,7 @@ from megatron_sts.config.architecture import LanguageConfig, Part, VisionConfig
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.files import EMBEDDED_PREFIX
 from megatron_sts.config.load import load
-from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of
+from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of, is_of_run
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.weights_folder import NORM_EPSILON, read_sections
 from megatron_sts.convert import architectures, hf_configs
@@ -108,12 +108,24 @@ def trained_positions(run: RunConfig) -> int:
 
 
 def _origins(run: RunConfig) -> dict[Part, Path]:
-    """The weights folders that a run began with, which hold what it does not train or build."""
-    inits = {part: section.init for part, section in sections_of(run.model).items() if part in ("vision", "language")}
-    for part, init in inits.items():
-        if init and not init.startswith(EMBEDDED_PREFIX) and not Path(init).exists():
-            refuse(f"model.{part}.init", init, "no such file or folder", "put back what the run began with")
+    """The weights folders that a run, or those before it, began with: they hold what it does not train or build."""
+    parts: list[Part] = [part for part in sections_of(run.model) if part in ("vision", "language")]
+    inits = {part: _first_init(run, part) for part in parts}
     return {part: Path(init) for part, init in inits.items() if init and is_weights_folder(Path(init))}
+
+
+def _first_init(run: RunConfig, part: Part) -> str | None:
+    """What the first of the runs that began with each other began with."""
+    init: str | None = getattr(run.model, part).init
+    seen: set[str] = set()
+    while init is not None and is_of_run(Path(init)):
+        if init in seen:
+            refuse(f"model.{part}.init", init, "began with a run that began with it", "export an earlier run")
+        seen.add(init)
+        init = getattr(load(config_of(Path(init))).model, part).init
+    if init and not init.startswith(EMBEDDED_PREFIX) and not Path(init).exists():
+        refuse(f"model.{part}.init", init, "no such file or folder", "put back what the run began with")
+    return init
 
 
 def built_layers(vision: VisionConfig) -> VisionConfig:

@@ -42,6 +42,7 @@ from megatron_sts.launch.follow import end_with_parent
 
 SAMPLES_PER_SLICE = 100
 """Samples read one after another from a shard before the next random place; Energon's documentation uses as many."""
+WORKERS = "data.num_workers"
 SECONDS_PER_CHECKPOINT = 10.0
 """How often a worker notes its state; resuming reads at most the samples since the last note again."""
 
@@ -82,13 +83,12 @@ class EnergonStream:
         self._path = path
         self._settings = {
             "parallel.data_parallel_size": dp_size,
-            "data.num_workers": num_workers,
             "data.shuffle_buffer_size": shuffle_buffer_size,
             "seed": seed,
             "data-parallel rank": dp_rank,
         }
-        self._num_workers = num_workers
-        self._loader = _loader(path, seed, dp_rank, dp_size, num_workers, shuffle_buffer_size, fitting)
+        self._open = partial(_loader, path, seed, dp_rank, dp_size, shuffle_buffer_size, fitting)
+        self._num_workers, self._loader = num_workers, self._open(num_workers)
         self._records: Iterator[Record | SkippedSample] | None = None
         self._restored: Any = None
         self._num_drawn = 0
@@ -110,28 +110,39 @@ class EnergonStream:
         settled = self._num_drawn >= max(self._num_workers, 1)
         state = self._loader.save_state_rank() if settled else self._restored
         return {
-            "settings": dict(self._settings),
+            "settings": {**self._settings, WORKERS: self._num_workers},
             "dataset": self._dataset_identity(),
             "loader": pickle.dumps(state),
             "skip": 0 if settled else self._num_drawn,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
         """Go on after the last record of the stream that gave ``state``. Only before the first record of this one.
 
+        Each worker reads a share of its own, and Energon can move none to another. So this stream takes the number of
+        workers that the other one had, and returns a line that says so if it was to have another.
+
         Raises:
-            ConfigError: this stream has another number of ranks or workers, another seed, buffer or dataset.
+            ConfigError: this stream has another number of ranks, another seed, buffer or dataset.
         """
         assert self._num_drawn == 0
         for name, saved in state["settings"].items():
-            if (here := self._settings[name]) != saved:
+            if name != WORKERS and (here := self._settings[name]) != saved:
                 refuse(name, here, f"the checkpoint's place in the data was saved with {saved}", f"set it to {saved}")
+        wanted, note = self._num_workers, None
+        if (num_workers := state["settings"][WORKERS]) != wanted:
+            self._num_workers, self._loader = num_workers, self._open(num_workers)
+            note = (
+                f"data.num_workers={wanted}: this stage goes on with {num_workers}, because its place in the data is that of "
+                f"so many workers; stages that begin later have {wanted}"
+            )
         if state["dataset"] != self._dataset_identity():
             refuse("data.path", self._path, "not the dataset of the checkpoint", "use that one, or start a new run")
         self._restored = pickle.loads(state["loader"])
         self._loader.restore_state_rank(self._restored)
         for _ in range(state["skip"]):
             next(self)
+        return note
 
     def close(self) -> None:
         """End the worker processes."""
@@ -204,9 +215,9 @@ def _loader(
     seed: int,
     dp_rank: int,
     dp_size: int,
-    num_workers: int,
     shuffle_buffer_size: int,
     fitting: Fitting | None,
+    num_workers: int,
 ) -> SavableDataLoader:
     workers = WorkerConfig(
         rank=dp_rank,

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sts.config.errors import refuse
-from megatron_sts.config.prepared import ENERGON_FOLDER
+from megatron_sts.config.prepared import ENERGON_FOLDER, SETTINGS_NAME
 from megatron_sts.config.samples_file import read_entries
 from megatron_sts.data.llava_json import parse_entry
 from megatron_sts.data.records import BadSampleError
@@ -41,8 +41,6 @@ from megatron_sts.data.shards import (
 )
 from megatron_sts.launch.follow import end_with_parent
 
-SETTINGS_NAME = "prepare.json"
-"""What the shards were made of; a run that goes on must match it."""
 REJECTED_NAME = "rejected.jsonl"
 FORMAT = 2
 """Raised when the same input begins to give other shards."""

@@ -15,7 +15,7 @@ from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.load import load, override
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.config.run_folder import COMPLETE, CONFIG, STATE, checkpoint_of, config_of
+from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of, is_of_run
 from megatron_sts.config.schema import BatchConfig, DataConfig, ParallelConfig, RunConfig, TemplateName
 from megatron_sts.config.weights_folder import read_sections
 from megatron_sts.convert.folder import is_weights_folder
@@ -82,7 +82,7 @@ def load_for_inference(source: Path, resolved: Resolved) -> tuple[Resolved, Plac
 
 def _of_run(source: Path) -> RunConfig:
     """The run's config, with its last stage made ready for inference."""
-    if not ((source / COMPLETE).is_file() or (source / CONFIG).is_file()):
+    if not is_of_run(source):
         raise ConfigError(f"{source}: neither a run's folder, a checkpoint in one, nor a weights folder; correct it")
     config = load(config_of(checkpoint_of(source)))
     last = config.stages[-1]

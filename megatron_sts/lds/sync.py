@@ -102,18 +102,21 @@ class MaskPlan:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Refuses to go on from a checkpoint of this stage whose masks this plan would not have drawn.
 
-        Refused are other LDS settings, seed, stage, number of steps or layers: each would change the probabilities or
-        tie the rest of the run to other random numbers. Another layout (owners, rounds, fixed work, micro-batches) is
-        not: ``bernoulli`` masks do not depend on it, and those of the other samplers follow it from the next step on,
-        with the same scheduled probabilities. The digest, drawn again for the layout of the checkpoint, shows whether
-        generator and samplers are still the same.
+        Refused are other LDS settings, seed, stage or number of layers: each would change the probabilities or tie the
+        rest of the run to other random numbers. Another layout (owners, rounds, fixed work, micro-batches) is not:
+        ``bernoulli`` masks do not depend on it, and those of the other samplers follow it from the next step on, with the
+        same scheduled probabilities. Nor is another number of steps, which is asked for with ``--extend``: the
+        probabilities follow it from the next step on. The digest, drawn again for the layout and number of steps of the
+        checkpoint, shows whether generator and samplers are still the same.
         """
         step = state["step"]
         own = self._fingerprint()
         changed = [
-            f"{name} {state.get(name)!r} -> {value!r}" for name, value in own.items() if state.get(name) != value
+            f"{name} {state.get(name)!r} -> {value!r}"
+            for name, value in own.items()
+            if name != "num_steps" and state.get(name) != value
         ]
-        if not changed and (digest := self._digest_for(state["layout"], step)) != state["digest"]:
+        if not changed and (digest := self._digest_for(state)) != state["digest"]:
             changed = [f"digest of the mask {state['digest']} -> {digest}, although all settings agree"]
         if changed:
             raise ConfigError(
@@ -122,9 +125,12 @@ class MaskPlan:
             )
         self._step = step
 
-    def _digest_for(self, layout: dict[str, Any], step: int) -> str:
+    def _digest_for(self, state: dict[str, Any]) -> str:
+        layout, step = state["layout"], state["step"]
         placement = Placement(tuple(layout["owner"]), tuple(layout["round"]), tuple(layout["fixed_work"]))
-        return self._draw(step, placement, layout["num_microbatches"]).digest
+        return draw_mask(
+            self._lds, self._seed, self._stage, step, state["num_steps"], placement, layout["num_microbatches"]
+        ).digest
 
     def _draw(self, step: int, placement: Placement, num_microbatches: int) -> SkipMask:
         return draw_mask(self._lds, self._seed, self._stage, step, self._num_steps, placement, num_microbatches)

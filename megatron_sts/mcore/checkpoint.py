@@ -61,7 +61,8 @@ def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
 
 
 def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer) -> dict[str, Any]:
-    """Restores what ``save`` wrote and returns ``common``; a collective over all ranks.
+    """Restores what ``save`` wrote and returns ``common``; a collective over all ranks. ``common["lr"]`` is the learning rate
+    with which the stage would have gone on, had it not become longer.
 
     Another layout may load it. Random states have no meaning there, and stay as the seed made them.
 
@@ -86,7 +87,7 @@ def _load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimiz
         with torch.no_grad():
             optimizer.optimizer.load_state_dict(loaded["optimizer"])
     optimizer.num_updates, optimizer.num_layer_updates = common["num_updates"], common["num_layer_updates"]
-    optimizer.scheduler.load_state_dict(common["scheduler"])
+    common["lr"] = optimizer.load_schedule(common["scheduler"])
     optimizer.set_adam_steps()
     if is_same_layout:
         _restore_rng(loaded["rng"])

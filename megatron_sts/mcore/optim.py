@@ -133,6 +133,16 @@ class StageOptimizer:
         """The learning rate of the next step."""
         return self.scheduler.get_lr({"max_lr": self.scheduler.max_lr, "min_lr": self.scheduler.min_lr})
 
+    def load_schedule(self, state: dict[str, Any]) -> float:
+        """Goes on where ``state`` left the schedule, planned for this stage's number of steps; the next learning rate had
+        that not changed."""
+        planned = self.scheduler.lr_decay_steps
+        self.scheduler.load_state_dict({**state, "lr_decay_steps": planned})
+        self.scheduler.lr_decay_steps = state["lr_decay_steps"]
+        before = self.lr
+        self.scheduler.lr_decay_steps = planned
+        return before
+
     def begin_step(self, mask: SkipMask) -> None:
         """Before the first forward pass of a step: no gradients, and which layers will have none."""
         for chunk in self._chunks:

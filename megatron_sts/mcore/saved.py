@@ -25,7 +25,7 @@ class SavedWeights:
     """The weights in a checkpoint's ``state`` folder, by their layout-free names."""
 
     def __init__(self, path: Path) -> None:
-        """Checks the files against their manifest, then reads the checkpoint's metadata.
+        """Checks the files against their manifest, then reads the checkpoint's metadata; a collective of the ranks, if any.
 
         Raises:
             CheckpointError: a file is missing or is not as it was written.
@@ -57,16 +57,26 @@ class SavedWeights:
 
     def read(self, name: str) -> torch.Tensor:
         """One whole weight; reads only the pieces that hold it."""
+        shape = self.shapes[name]
+        return self._read(name, [0] * len(shape), list(shape))
+
+    def read_ranges(self, name: str, dim: int, ranges: list[tuple[int, int]]) -> torch.Tensor:
+        """The given [start, stop) pieces of a weight along ``dim``, joined along it."""
+        pieces = []
+        for start, stop in ranges:
+            offsets, size = [0] * len(self.shapes[name]), list(self.shapes[name])
+            offsets[dim], size[dim] = start, stop - start
+            pieces.append(self._read(name, offsets, size))
+        return torch.cat(pieces, dim=dim)
+
+    def _read(self, name: str, offsets: list[int], size: list[int]) -> torch.Tensor:
         key, stored, layer = self._places[name]
-        size = list(stored.size)
-        offsets = [0] * len(size)
-        if layer is not None:
-            offsets[0], size[0] = layer, 1
-        whole = torch.empty(size, dtype=self.dtypes[name])
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(size))
+        lead = [] if layer is None else [layer]
+        whole = torch.empty([1] * len(lead) + size, dtype=self.dtypes[name])
+        wanted = ChunkStorageMetadata(torch.Size(lead + offsets), whole.shape)
         items = create_read_items_for_chunk_list(key, stored, [wanted])
         self._reader.read_data(LoadPlan(items), _Into(whole)).wait()
-        return whole.reshape(self.shapes[name])
+        return whole.reshape(size)
 
 
 class _Into(DefaultLoadPlanner):

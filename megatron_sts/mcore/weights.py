@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,6 @@ from safetensors.torch import save_file
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.mcore.groups import place
 from megatron_sts.mcore.pipeline import unwrap
-from megatron_sts.runtime.stored import StoredTensors
 
 _HEAD, _EMBEDDING = "language.output_layer.weight", "language.embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
@@ -24,6 +24,21 @@ _FUSED_NORMS = {
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
 """Transformer Engine keeps a norm in the linear layer that follows it."""
+
+
+class WholeWeights(Protocol):
+    """Unsharded weights under their layout-free names: safetensors files, or another run's checkpoint."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> torch.Tensor:
+        """One whole tensor."""
+        ...
+
+    def read_ranges(self, name: str, dim: int, ranges: list[tuple[int, int]]) -> torch.Tensor:
+        """The given [start, stop) pieces along ``dim``, joined along it."""
+        ...
 
 
 def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -45,32 +60,33 @@ def unfused(name: str) -> str:
     return name
 
 
-def load_part(chunks: Sequence[torch.nn.Module], part: str, path: Path) -> None:
-    """Copies the weights of ``part`` (vision, qformer, projector or language) from safetensors into this rank's shards.
+def load_part(chunks: Sequence[torch.nn.Module], part: str, stored: WholeWeights) -> None:
+    """Copies the weights of ``part`` (vision, qformer, projector or language) into this rank's shards.
 
-    ``path`` is one file or a weights folder; each rank reads only its own slices. A model with a larger vocabulary than is
-    stored gets the mean of the stored rows as further rows: their logits are never the largest.
+    Each rank reads only its own slices. A model with a larger vocabulary than is stored gets the mean of the stored rows as
+    further rows: their logits are never the largest.
 
     Raises:
         ConfigError: a tensor is missing or has another shape than the model.
     """
-    stored = StoredTensors(path)
     for name, parameter in named_weights(chunks):
         if not name.startswith(f"{part}."):
             continue
         if name not in stored.shapes:
-            raise ConfigError(f"model.{part}.init={path}: has no tensor {name}; does it belong to this architecture?")
+            raise ConfigError(
+                f"model.{part}.init={stored.path}: has no tensor {name}; does it belong to this architecture?"
+            )
         shard = _read_shard(stored, name, parameter)
         if shard.shape != parameter.shape:
             raise ConfigError(
-                f"model.{part}.init={path}: {name} has shape {tuple(shard.shape)} on this rank, "
+                f"model.{part}.init={stored.path}: {name} has shape {tuple(shard.shape)} on this rank, "
                 f"the model needs {tuple(parameter.shape)}"
             )
         with torch.no_grad():
             parameter.copy_(shard)
 
 
-def _read_shard(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _read_shard(stored: WholeWeights, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     """This tensor-parallel rank's slice of a stored weight."""
     if name in (_EMBEDDING, _HEAD):
         return _read_vocabulary(stored, name, parameter)
@@ -80,7 +96,7 @@ def _read_shard(stored: StoredTensors, name: str, parameter: torch.nn.Parameter)
     return stored.read_ranges(name, dim, _ranges(name, stored.shapes[name][dim]))
 
 
-def _read_vocabulary(stored: StoredTensors, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
+def _read_vocabulary(stored: WholeWeights, name: str, parameter: torch.nn.Parameter) -> torch.Tensor:
     """This rank's rows of the embedding or the head; those beyond the stored ones are the mean of all."""
     here, num_stored, per_rank = place(), stored.shapes[name][0], len(parameter)
     if num_stored > per_rank * here.tp_size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -49,6 +49,20 @@ def check_same_everywhere(what: str, text: str) -> None:
     """
     if differs(hashlib.sha256(text.encode()).digest()):
         raise ConfigError(f"{what} differs between ranks; start every rank with the same file, overrides and version")
+
+
+def on_rank_zero[T](call: Callable[[], T]) -> T:
+    """What ``call`` gives on rank 0, on every rank, and so a ConfigError that it raises there; a collective."""
+    box: list[Any] = [None]
+    if is_rank_zero():
+        try:
+            box = [call()]
+        except ConfigError as error:
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], ConfigError):
+        raise box[0]
+    return box[0]
 
 
 def differs(digest: bytes, group: dist.ProcessGroup | None = None) -> bool:

@@ -68,8 +68,8 @@ class StageBatches:
             except RuntimeError as error:  # torch's writer reports a full disk so
                 raise OSError(str(error)) from error
 
-    def restore(self, folder: Path, step: int) -> None:
-        """Goes on before ``step``, where ``save`` left off in ``folder``.
+    def restore(self, folder: Path, step: int) -> str | None:
+        """Goes on before ``step``, where ``save`` left off in ``folder``; what a user should know of it, if anything.
 
         Raises:
             ConfigError: the reading depends on the number of data-parallel ranks, and that has changed.
@@ -78,14 +78,15 @@ class StageBatches:
         if self._stage.is_seekable:
             if self._feed is not None:
                 self._feed.seek(step)
-            return
+            return None
         saved = torch.load(self._file(folder, 0), weights_only=True)["dp_size"]
         check_same_copies(self._stage, folder.parent, saved, self._place.dp_size)
         if self._feed is None:
-            return
+            return None
         state = torch.load(self._file(folder), weights_only=True)
-        self._feed.load_state_dict(state)
+        note = self._feed.load_state_dict(state)
         self._state = state
+        return note
 
     def close(self) -> None:
         """Stops reading ahead."""

@@ -95,11 +95,26 @@ class Checkpointer:
             )
         if stage.masks is not None:
             stage.masks.load_state_dict(common["masks"])
+        note = None
         if progress.step < stage.spec.num_steps:  # else there is nothing left to read, whatever the layout
-            stage.batches.restore(newest / "data", progress.step)
+            note = stage.batches.restore(newest / "data", progress.step)
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
         self._log.say(f"going on from checkpoint {newest.name}")
+        if note is not None:
+            self._log.say(note)
+        before = common.get("num_steps", stage.spec.num_steps)  # none in checkpoints of earlier versions
+        if before != stage.spec.num_steps:
+            self._tell_extension(stage, before, common["lr"])
         return progress
+
+    def _tell_extension(self, stage: Stage, before: int, lr_before: float) -> None:
+        spec, lr = stage.spec, stage.optimizer.lr
+        steps = {"num_steps_before": before, "num_steps": spec.num_steps}
+        self._log.event("extend", stage=spec.name, **steps, lr_before=lr_before, lr=lr)
+        self._log.say(
+            f"stage {spec.name} now has {spec.num_steps} steps instead of {before}, its schedules are planned anew: the next "
+            f"learning rate is {lr:.3g} instead of {lr_before:.3g}"
+        )
 
     def save(self, stage: Stage, progress: Progress) -> None:
         """Writes a checkpoint, then forgets old ones; a collective.
@@ -126,7 +141,7 @@ class Checkpointer:
             (partial / STATE).mkdir(parents=True)
         dist.barrier()
         stage.batches.save(partial / "data")
-        common = {"masks": stage.masks.state_dict() if stage.masks else None}
+        common = {"masks": stage.masks.state_dict() if stage.masks else None, "num_steps": stage.spec.num_steps}
         mcore_checkpoint.save(partial / STATE, stage.chunks, stage.optimizer, common)
         if is_rank_zero():
             (partial / COMPLETE).write_text(json.dumps(asdict(progress)), encoding="utf-8")

@@ -42,7 +42,9 @@ class Stream(Protocol):
 
     def state_dict(self) -> dict[str, Any]: ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """What a user should know of how it goes on, if anything."""
+        ...
 
     def close(self) -> None: ...
 
@@ -123,9 +125,9 @@ class PreparedStream:
     def state_dict(self) -> dict[str, Any]:
         return {"num_read": self._num_read, "energon": self._stream.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
         self._num_read = state["num_read"]
-        self._stream.load_state_dict(state["energon"])
+        return self._stream.load_state_dict(state["energon"])
 
     def close(self) -> None:
         self._stream.close()
@@ -165,10 +167,11 @@ class Feed:
         """Where reading goes on: the stream's own state, and what is pending; plain values."""
         return {"stream": self._stream.state_dict(), "pending": [self._stream.keep(each) for each in self._pending]}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the feed with this state stood."""
-        self._stream.load_state_dict(state["stream"])
+    def load_state_dict(self, state: dict[str, Any]) -> str | None:
+        """Goes on where the feed with this state stood; what a user should know of it, if anything."""
+        note = self._stream.load_state_dict(state["stream"])
         self._pending = [self._stream.again(kept) for kept in state["pending"]]
+        return note
 
     def seek(self, step: int) -> None:
         """Goes on before ``step`` without a state, whatever the number of data-parallel ranks was; see ``is_seekable``."""

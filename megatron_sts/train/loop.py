@@ -14,14 +14,20 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
-from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero, max_over_ranks, process_group
+from megatron_sts.runtime.dist import (
+    check_same_everywhere,
+    is_rank_zero,
+    max_over_ranks,
+    on_rank_zero,
+    process_group,
+)
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.checkpoint import Checkpointer, advance
 from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
-from megatron_sts.train.resume import Progress, write_config
+from megatron_sts.train.resume import Progress, check_same_content, write_config
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import train_step
 
@@ -35,14 +41,15 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     with process_group(resolved.config.parallel.timeout_s):
         check_same_everywhere("the resolved config", resolved.model_dump_json())
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
+        content = on_rank_zero(lambda: check_same_content(resolved, run_dir))
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
-            write_config(resolved, run_dir, kernels)
+            write_config(resolved, run_dir, kernels, content)
         log.event("kernels", **asdict(kernels))
-        gate = SkipGate()
-        chunks = build_model(resolved, gate)
         checkpointer = Checkpointer(resolved, run_dir / CHECKPOINTS, log)
         progress = checkpointer.find()
+        gate = SkipGate()
+        chunks = build_model(resolved, gate, load_init=progress == Progress())
         for spec in resolved.stages[progress.stage :]:
             train_stage(build_stage(resolved, spec, place, chunks, gate), checkpointer, progress, log, stop)
             gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
 from megatron_sts.config.differences import differences
-from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.load import dump
+from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.load import DERIVED_KEY, dump, load
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.run_folder import CHECKPOINTS, COMPLETE, CONFIG, whole_checkpoints
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.runtime.kernels import Kernels
+from megatron_sts.train.content import Content, changes, contents
 
 EVALUATION = "evaluation.json"
 PARTIAL_PREFIX = ".partial-"
 
 FIXED = ("seed", "model", "data", "stages", "precision.params", "parallel.use_distributed_optimizer")
 """What decides a run's numbers, or the form of its checkpoints, stays as it was at the first start."""
-FREE = ("data.max_bad_fraction",)
+FREE = ("data.max_bad_fraction", "data.num_workers")
 """Ends of fixed fields that may change all the same."""
+FILES = ("data.path", "data.image_dir", "data.tokenizer", ".init")
+"""Ends of fixed fields that name files: what these hold is compared, not their names."""
+LENGTHS = (".steps", ".epochs")
+"""Ends of fixed fields that say how long a stage is: its number of steps is compared."""
+CONTENT = "content"
+"""Under ``resolved`` in RUN_DIR's config: what the files held at the start."""
 
 
 @dataclass(frozen=True)
@@ -81,28 +89,101 @@ def is_evaluated(resolved: Resolved, run_dir: Path) -> bool:
     return all(found.get(key) == value for key, value in evaluation_of(resolved).items())
 
 
-def check_same_run(resolved: Resolved, run_dir: Path) -> None:
+def is_begun(run_dir: Path) -> bool:
+    """Whether a run goes on there."""
+    return (run_dir / CONFIG).is_file() and bool(whole_checkpoints(run_dir / CHECKPOINTS))
+
+
+def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -> None:
     """Refuses to go on from checkpoints of another config; layout, logging, saving and evaluation may change.
+
+    What files hold is left to ``check_same_content``. ``extend``: stages may have become longer.
 
     Raises:
         ConfigError: naming the first field that differs.
     """
-    checkpoints = whole_checkpoints(run_dir / CHECKPOINTS)
-    if not (run_dir / CONFIG).is_file() or not checkpoints:
+    if not is_begun(run_dir):
         return
-    before: Any = OmegaConf.to_container(OmegaConf.load(run_dir / CONFIG))
-    now = resolved.config.model_dump(mode="json")
-    for root in FIXED:
-        for field, old, new in differences(_pick(before, root), _pick(now, root), root):
-            if not field.endswith(FREE):
-                raise ConfigError(
-                    f"{field}={_show(new)}: {run_dir} holds a run with {field}={_show(old)}; "
-                    "restore that value to go on, or give another --run-dir"
-                )
-    progress = read_progress(checkpoints[-1])
+    before = load(run_dir / CONFIG)
+    for field, old, new in _differences(before, resolved):
+        if not field.endswith((*FREE, *FILES, *LENGTHS)):
+            raise _other_run(field, old, new, run_dir)
+    newest = whole_checkpoints(run_dir / CHECKPOINTS)[-1]
+    progress = read_progress(newest)
+    lengths = {stage["name"]: stage["num_steps"] for stage in _derived(run_dir)["stages"]}
+    for stage in resolved.stages:
+        if stage.num_steps != lengths[stage.name]:
+            check_length(stage, lengths[stage.name], progress, run_dir, extend=extend)
     stage = resolved.stages[progress.stage]
     if 0 < progress.step < stage.num_steps:
-        check_same_copies(stage, checkpoints[-1], before["parallel"]["data_parallel_size"], resolved.data_parallel_size)
+        copies = before.parallel.data_parallel_size or 1
+        check_same_copies(stage, newest, copies, resolved.data_parallel_size)
+
+
+def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir: Path, *, extend: bool) -> None:
+    """Refuses another number of steps than ``before``, unless it is asked for, larger, and the stage not left behind."""
+    name = "steps" if stage.config.steps is not None else "epochs"
+    field, value = f"stages.{stage.name}.{name}", getattr(stage.config, name)
+    here = f"{run_dir} holds a run in which that stage has {before} steps, not {stage.num_steps}"
+    if progress.stage > stage.index:
+        refuse(field, value, f"{here}, and is over", "restore that number to go on, or give another --run-dir, whose run may "
+               "begin with these weights (model.*.init)")  # fmt: skip
+    if stage.num_steps < before:
+        refuse(field, value, here, "restore that number to go on, or give another --run-dir")
+    if not extend:
+        refuse(field, value, here, "add --extend to go on with schedules planned anew for it, restore that number, or give "
+               "another --run-dir")  # fmt: skip
+
+
+def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
+    """Refuses to go on with files that hold something else than at the first start, wherever they lie.
+
+    Weights that the run began with are compared only under another name: a run that goes on does not read them.
+
+    Returns:
+        What the config's files hold, for ``write_config``.
+
+    Raises:
+        ConfigError: naming the first field that differs, and in what.
+    """
+    now = contents(resolved.config)
+    if not is_begun(run_dir):
+        return now
+    held = _derived(run_dir).get(CONTENT, {})
+    differing = _differences(load(run_dir / CONFIG), resolved)
+    renamed = {field: (old, new) for field, old, new in differing if field.endswith(FILES)}
+    for field in dict.fromkeys([*renamed, *now]):
+        is_comparable = field in held and field in now
+        if field in renamed and not is_comparable:
+            raise _other_run(field, *renamed[field], run_dir)
+        is_read = not field.endswith(".init") or field in renamed
+        if is_comparable and is_read and (what := changes(held[field], now[field])):
+            refuse(
+                field,
+                _pick(resolved.config.model_dump(mode="json"), field),
+                f"holds something else than when the run in {run_dir} began ({what})",
+                "put back what it held to go on, or give another --run-dir",
+            )
+    return {**now, **held}
+
+
+def _differences(before: RunConfig, resolved: Resolved) -> Iterator[tuple[str, object, object]]:
+    """(field, old, new) of what must stay. A field that the version of ``before`` did not have stands at its default."""
+    old, new = (config.model_dump(mode="json") for config in (before, resolved.config))
+    for root in FIXED:
+        yield from differences(_pick(old, root), _pick(new, root), root)
+
+
+def _other_run(field: str, old: object, new: object, run_dir: Path) -> ConfigError:
+    return ConfigError(
+        f"{field}={_show(new)}: {run_dir} holds a run with {field}={_show(old)}; "
+        "restore that value to go on, or give another --run-dir"
+    )
+
+
+def _derived(run_dir: Path) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))[DERIVED_KEY]
+    return found
 
 
 def check_same_copies(stage: ResolvedStage, checkpoint: Path, before: int, now: int) -> None:
@@ -115,18 +196,20 @@ def check_same_copies(stage: ResolvedStage, checkpoint: Path, before: int, now: 
         )
 
 
-def write_config(resolved: Resolved, run_dir: Path, kernels: Kernels) -> None:
-    """Replaces RUN_DIR's config, with what computes it here, in one piece: another rank may be reading it."""
+def write_config(resolved: Resolved, run_dir: Path, kernels: Kernels, content: Mapping[str, Content]) -> None:
+    """Replaces RUN_DIR's config, with what computes it here and what its files hold, in one piece: another rank may be
+    reading it."""
     run_dir.mkdir(parents=True, exist_ok=True)
     partial = run_dir / f".{CONFIG}"
-    dump(resolved, partial, kernels=asdict(kernels))
+    dump(resolved, partial, kernels=asdict(kernels), **{CONTENT: dict(content)})
     partial.replace(run_dir / CONFIG)
 
 
 def _pick(config: Mapping[str, Any], field: str) -> Any:
+    """The value of a dotted field; entries of a list are addressed by their ``name``."""
     value: Any = config
     for key in field.split("."):
-        value = value.get(key)
+        value = {each["name"]: each for each in value}[key] if isinstance(value, list) else value.get(key)
     return value
 
 

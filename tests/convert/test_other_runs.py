@@ -13,6 +13,9 @@ import torch
 import transformers
 import yaml
 
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.schema import RunConfig
+from megatron_sts.convert.sources import _origins
 from tests.convert import hf_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -92,3 +95,23 @@ def test_qformer_and_its_tower_under_tensor_parallelism(tmp_path: Path) -> None:
     moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name][: len(tensor)])}
     assert moved == {"language_projection.weight", "language_projection.bias"}
     check_with_transformers(tmp_path, "Blip2ForConditionalGeneration")
+
+
+def test_the_weights_folder_is_that_of_the_first_run(tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    for name in ("config.yaml", "model.safetensors.index.json"):
+        (tmp_path / "weights" / name).write_text("{}")
+
+    def run(name: str, init: str) -> RunConfig:
+        model = {"vision": None, "language": {**DECODER, "init": str(tmp_path / init)}}
+        written = {"model": model, "data": {"mode": "words"}, "stages": [STAGE]}
+        (tmp_path / name / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / name / "config.resolved.yaml").write_text(yaml.safe_dump(written))
+        return RunConfig.model_validate(written)
+
+    run("first", "weights")
+    run("second", "first/checkpoints/only")  # forgotten since, but its config is there
+    assert _origins(run("third", "second")) == {"language": tmp_path / "weights"}
+    run("first", "third")
+    with pytest.raises(ConfigError, match=r"model\.language\.init=.*: began with a run that began with it"):
+        _origins(run("third", "second"))

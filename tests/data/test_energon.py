@@ -189,7 +189,6 @@ def test_saving_disturbs_nothing(stream: Open) -> None:
     ("changes", "said"),
     [
         ({"dp_size": 2}, r"parallel\.data_parallel_size=2: .* saved with 1; set it to 1"),
-        ({"num_workers": 2}, r"data\.num_workers=2: .* saved with 0; set it to 0"),
         ({"shuffle_buffer_size": 9}, r"data\.shuffle_buffer_size=9: .* saved with 8; set it to 8"),
         ({"seed": 5}, r"seed=5: .* saved with 1; set it to 1"),
     ],
@@ -199,6 +198,18 @@ def test_another_layout_is_refused(stream: Open, changes: dict[str, int], said: 
     keys(first, 3)
     with pytest.raises(ConfigError, match=said):
         stream(**changes).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(("saved", "here"), [(2, 0), (0, 2)])
+def test_another_number_of_workers_goes_on_with_the_saved_one(stream: Open, saved: int, here: int) -> None:
+    whole = keys(stream(num_workers=saved), 80)
+    first, second, third = stream(num_workers=saved), stream(num_workers=here), stream(num_workers=here)
+    drawn = keys(first, 23)
+    note = second.load_state_dict(through_a_checkpoint(first.state_dict()))
+    assert note is not None and note.startswith(f"data.num_workers={here}: this stage goes on with {saved}, because")
+    drawn += keys(second, 9)
+    assert third.load_state_dict(second.state_dict()) == note
+    assert drawn + keys(third, 80 - 23 - 9) == whole
 
 
 def small(folder: Path, name: str, count: int) -> Path:

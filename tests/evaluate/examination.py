@@ -26,6 +26,7 @@ from megatron_sts.mcore.weights import load_part, named_weights, save_weights
 from megatron_sts.model.init import build_model
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.dist import is_rank_zero, process_group
+from megatron_sts.runtime.stored import StoredTensors
 
 FAMILIES = ("existence", "relation", "ocr", "choice")
 PARTS = ("vision", "projector", "language")
@@ -64,7 +65,7 @@ def ask_in_layout() -> None:
         gate = SkipGate()
         chunks = build_model(resolved, gate)
         for part in PARTS:
-            load_part(chunks, part, folder / "weights.safetensors")
+            load_part(chunks, part, StoredTensors(folder / "weights.safetensors"))
         gate.set(SkipMask(0, 0, (True,) * 4))  # left behind by training: evaluation must not skip
         examiner = Examiner(resolved, place, chunks, gate)
         answered = examiner.answer(altered(questions_of(resolved), json.loads((folder / "answers.json").read_text())))

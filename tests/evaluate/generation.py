@@ -28,6 +28,7 @@ from megatron_sts.model.compression import build_compression
 from megatron_sts.model.init import build_model
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.dist import is_rank_zero, process_group
+from megatron_sts.runtime.stored import StoredTensors
 from tests.evaluate.examination import PARTS, resolved_for, swap_rows
 
 NUM_NEW = 6
@@ -53,7 +54,7 @@ def answer_in_layout() -> None:
         gate = SkipGate()
         chunks = build_model(resolved, gate)
         for part in PARTS:
-            load_part(chunks, part, folder / "weights.safetensors")
+            load_part(chunks, part, StoredTensors(folder / "weights.safetensors"))
         gate.set(SkipMask(0, 0, (True,) * 4))  # left behind by training: generation must not skip
         generator, requests = Generator(resolved, place, chunks, gate), requests_of(resolved)
         said = answers(generator, requests) | compressed(resolved, place, chunks, gate)

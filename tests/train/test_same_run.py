@@ -40,7 +40,7 @@ def checkpoint(run_dir: Path, name: str, **progress: int) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     """A run that has saved its first checkpoint."""
-    write_config(resolved(), tmp_path, KERNELS)
+    write_config(resolved(), tmp_path, KERNELS, {})
     checkpoint(tmp_path, "0-alignment-0000002", stage=0, step=2)
     return tmp_path
 
@@ -57,7 +57,7 @@ def stages(**finetune: Any) -> list[Any]:
         {"logging": {"interval_steps": 3}},
         {"checkpoint": {"keep_last": 1}},
         {"evaluation": {"num_questions": 10}},
-        {"stages": stages(data={"mode": "questions", "num_turns": 1, "max_bad_fraction": 0.5})},
+        {"stages": stages(data={"mode": "questions", "num_turns": 1, "max_bad_fraction": 0.5, "num_workers": 7})},
     ],
 )
 def test_may_change(run_dir: Path, changes: dict[str, Any]) -> None:
@@ -70,7 +70,6 @@ def test_may_change(run_dir: Path, changes: dict[str, Any]) -> None:
         ({"seed": 2}, "seed", "2", "1"),
         ({"precision": {"params": "bf16"}}, "precision.params", '"bf16"', '"fp32"'),
         ({"stages": stages(data={"mode": "questions", "num_turns": 2})}, "stages.finetune.data.num_turns", "2", "1"),
-        ({"stages": stages(steps=9)}, "stages.finetune.steps", "9", "4"),
         ({"stages": stages(lds={"alpha": 0.5})}, "stages.finetune.lds.alpha", "0.5", "0.6"),
         ({"stages": stages(name="other")}, "stages", '["alignment", "other"]', '["alignment", "finetune"]'),
         ({"stages": stages()[::-1]}, "stages", '["finetune", "alignment"]', '["alignment", "finetune"]'),
@@ -87,7 +86,7 @@ def test_packed_rows_must_stay_on_as_many_ranks(tmp_path: Path) -> None:
     packed = stages()
     packed[0] = packed[0] | {"batch": {**packed[0]["batch"], "packing": "pack"}}
     two = {"parallel": {"data_parallel_size": 2}}
-    write_config(resolved(stages=packed), tmp_path, KERNELS)
+    write_config(resolved(stages=packed), tmp_path, KERNELS, {})
     checkpoint(tmp_path, "0-alignment-0000002", stage=0, step=2)
     check_same_run(resolved(stages=packed), tmp_path)
     refused = r"parallel\.data_parallel_size=2: stage alignment was saved on 1, .* or delete .*0-alignment-0000002"
@@ -99,7 +98,7 @@ def test_packed_rows_must_stay_on_as_many_ranks(tmp_path: Path) -> None:
 
 def test_without_checkpoint_anything_may_change(tmp_path: Path) -> None:
     check_same_run(resolved(seed=2), tmp_path)
-    write_config(resolved(), tmp_path, KERNELS)
+    write_config(resolved(), tmp_path, KERNELS, {})
     check_same_run(resolved(seed=2), tmp_path)
 
 
@@ -132,3 +131,40 @@ def test_the_resolved_config_shows_the_kernels_and_is_read_back(run_dir: Path) -
     written = OmegaConf.load(run_dir / "config.resolved.yaml")
     assert written.resolved.kernels.linear == "torch"
     assert load(run_dir / "config.resolved.yaml") == resolved().config
+
+
+def test_a_stage_grows_when_that_is_asked_for(run_dir: Path) -> None:
+    longer = resolved(stages=stages(steps=9))
+    refused = (
+        rf"^stages\.finetune\.steps=9: {run_dir} holds a run in which that stage has 4 steps, not 9; add --extend to"
+    )
+    with pytest.raises(ConfigError, match=refused):
+        check_same_run(longer, run_dir)
+    check_same_run(longer, run_dir, extend=True)
+    checkpoint(run_dir, "1-finetune-0000004", stage=1, step=4)
+    check_same_run(longer, run_dir, extend=True)
+    assert is_finished(resolved(), run_dir) and not is_finished(longer, run_dir)
+
+
+def test_a_stage_does_not_shrink_nor_grow_once_it_is_over(run_dir: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^stages\.finetune\.steps=3: .* has 4 steps, not 3; restore that number"):
+        check_same_run(resolved(stages=stages(steps=3)), run_dir, extend=True)
+    first, second = stages()
+    checkpoint(run_dir, "0-alignment-0000004", stage=0, step=4)
+    check_same_run(resolved(stages=[first | {"steps": 5}, second]), run_dir, extend=True)
+    checkpoint(run_dir, "1-finetune-0000002", stage=1, step=2)
+    with pytest.raises(ConfigError, match=r"^stages\.alignment\.steps=5: .* 4 steps, not 5, and is over; restore"):
+        check_same_run(resolved(stages=[first | {"steps": 5}, second]), run_dir, extend=True)
+
+
+def test_epochs_count_by_their_steps(tmp_path: Path) -> None:
+    def of(**length: Any) -> Resolved:
+        stage = stages()[1] | {"data": {"mode": "questions", "num_samples": 32}, "steps": None, **length}
+        return resolved(stages=[stage])
+
+    write_config(of(epochs=1), tmp_path, KERNELS, {})
+    checkpoint(tmp_path, "0-finetune-0000002", stage=0, step=2)
+    check_same_run(of(steps=4), tmp_path)
+    with pytest.raises(ConfigError, match=r"^stages\.finetune\.epochs=2\.0: .* has 4 steps, not 8; add --extend"):
+        check_same_run(of(epochs=2), tmp_path)
+    check_same_run(of(epochs=2), tmp_path, extend=True)
