@@ -19,7 +19,12 @@ STATE = "state"
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     found = [path.parent for path in folder.glob(f"*/{COMPLETE}") if not path.parent.name.startswith(".")]
-    return sorted(found, key=lambda path: (int(path.name.split("-", 1)[0]), int(path.name.rsplit("-", 1)[1])))
+    return sorted(found, key=position)
+
+
+def position(checkpoint: Path) -> tuple[int, int]:
+    """A checkpoint's stage and step, by its name."""
+    return int(checkpoint.name.split("-", 1)[0]), int(checkpoint.name.rsplit("-", 1)[1])
 
 
 def is_of_run(path: Path) -> bool:

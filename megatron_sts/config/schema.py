@@ -240,6 +240,17 @@ class CheckpointConfig(Section):
     """Newest checkpoints that stay; that of a stage's end goes like any other."""
 
 
+class GuardConfig(Section):
+    """When a run that does not learn stops, with exit status 1."""
+
+    max_broken_updates: PositiveInt = 10
+    """Steps in a row whose update is not applied because loss or gradient is not finite; a stage's end that finds half of the
+    stage so stops too. A step without any token to learn from is not updated either, but neither counts nor ends the row:
+    unusable data have a limit of their own, ``data.max_bad_fraction``. Nothing is saved at the stop, and while the row lasts no
+    checkpoint from before its first step is deleted.
+    """
+
+
 class LoggingConfig(Section):
     """What is written while training."""
 
@@ -281,6 +292,7 @@ class RunConfig(Section):
     stages: Annotated[tuple[StageConfig, ...], Field(min_length=1)]
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    guard: GuardConfig = GuardConfig()
     logging: LoggingConfig = LoggingConfig()
 
     @model_validator(mode="after")

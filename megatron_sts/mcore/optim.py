@@ -150,27 +150,27 @@ class StageOptimizer:
         self.optimizer.zero_grad()
 
     @torch.no_grad()
-    def step(self, mask: SkipMask) -> float:
+    def step(self, mask: SkipMask, *, applies: bool = True) -> float:
         """Clips, steps and advances the schedule; returns the global gradient norm before clipping.
 
-        With a non-finite norm (the same on every rank) parameters and moments stay as they are. Layers that the whole step
+        With a non-finite norm (the same on every rank), or unless it ``applies``, parameters and moments stay as they are. Layers that the whole step
         skipped stay untouched under ``skipped_update: freeze``, as torch.optim leaves a parameter whose gradient is None.
         """
         frozen = {layer for layer, idle in enumerate(mask.idle) if idle} if self._freeze_skipped else set()
         with ExitStack() as stack:
             for part in self._parts():
                 stack.enter_context(leaving_out(part, frozen))
-            grad_norm = self._step(frozen)
+            grad_norm = self._step(frozen, applies)
         self.scheduler.step(increment=1)
         return grad_norm
 
-    def _step(self, frozen: Collection[int]) -> float:
+    def _step(self, frozen: Collection[int], applies: bool) -> float:
         self.optimizer.prepare_grads()
         for layer in frozen:
             for parameter in self._layer_params.get(layer, ()):
                 parameter.grad = None
         grad_norm = float(self.optimizer.get_grad_norm())
-        if math.isfinite(grad_norm):
+        if applies and math.isfinite(grad_norm):
             self._clip(grad_norm)
             for chunk in self._chunks:
                 chunk.parameters_move(frozen)

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.config.run_folder import COMPLETE, STATE, whole_checkpoints
+from megatron_sts.config.run_folder import COMPLETE, STATE, position, whole_checkpoints
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.runtime.dist import is_rank_zero
@@ -29,13 +29,20 @@ from megatron_sts.train.step import StepResult
 
 def advance(progress: Progress, result: StepResult) -> Progress:
     """Progress once a step is done."""
+    row, since = progress.num_broken_updates, progress.broken_since
+    if result.is_broken:
+        row, since = row + 1, progress.step if since is None else since
+    elif result.not_updated is None:
+        row, since = 0, None
     return replace(
         progress,
         step=progress.step + 1,
         num_samples=progress.num_samples + result.totals.num_samples,
         num_truncated_samples=progress.num_truncated_samples + result.totals.num_truncated_samples,
         num_skipped_samples=progress.num_skipped_samples + result.totals.num_skipped_samples,
-        num_skipped_updates=progress.num_skipped_updates + (not result.updated),
+        num_skipped_updates=progress.num_skipped_updates + (result.not_updated is not None),
+        num_broken_updates=row,
+        broken_since=since,
     )
 
 
@@ -146,10 +153,24 @@ class Checkpointer:
         if is_rank_zero():
             (partial / COMPLETE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
             partial.rename(self._folder / name)
-            self._forget_old()
+            self._forget_old(progress)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these
         dist.barrier()
 
-    def _forget_old(self) -> None:
-        for path in whole_checkpoints(self._folder)[: -self._settings.keep_last]:
+    def _forget_old(self, progress: Progress) -> None:
+        kept = self._before_broken(progress)
+        found = [path for path in whole_checkpoints(self._folder) if path not in kept]
+        for path in found[: -self._settings.keep_last]:
             shutil.rmtree(path)
+
+    def _before_broken(self, progress: Progress) -> list[Path]:
+        """Checkpoints from before the row of broken updates that ``progress`` is in: the newest may be what broke them."""
+        if progress.broken_since is None:
+            return []
+        since = (progress.stage, progress.broken_since)
+        return [path for path in whole_checkpoints(self._folder) if position(path) <= since]
+
+    def way_back(self, progress: Progress) -> str:
+        """How to go on from before the broken updates that ``progress`` is in, in words."""
+        kept = self._before_broken(progress)
+        return f"the newest checkpoint from before is {kept[-1].name}" if kept else "no checkpoint is from before"

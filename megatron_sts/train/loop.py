@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import CHECKPOINTS
 from megatron_sts.data.records import BadSampleError
 from megatron_sts.lds.gate import SkipGate
@@ -29,10 +29,8 @@ from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
 from megatron_sts.train.resume import Progress, check_same_content, write_config
 from megatron_sts.train.stage import Stage, build_stage
-from megatron_sts.train.step import train_step
-
-BAD_SAMPLES_GRACE = 100
-"""Samples before the share of skipped ones is judged within a stage."""
+from megatron_sts.train.step import NotUpdated, train_step
+from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_updates, going_on
 
 
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
@@ -64,20 +62,23 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
 def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog, stop: StopRequest) -> None:
     """Trains one stage from ``progress`` to its end, or until a stop is asked for, and saves it."""
     spec, logging = stage.spec, stage.resolved.config.logging
-    progress = checkpointer.restore(stage, progress)
+    progress = going_on(spec, checkpointer.restore(stage, progress), log)
     costs = StepCosts(stage.resolved, spec)
     reset_peak_memory()
     log.start_stage(spec, progress.step)
     if stage.masks is not None:
         plan = {"executed_planned": stage.masks.executed_fraction(), "layer_owner": stage.resolved.layer_owner}
         log.event("skipping", stage=spec.name, **plan)
+    told: NotUpdated | None = None
     for step in range(progress.step, spec.num_steps):
         started = time.perf_counter()
         result = train_step(stage, step)
         current_device().synchronize()
         progress = advance(progress, result)
         log.skipped_samples(spec.name, step, result.skipped)
-        check_bad_samples(spec, progress)
+        if result.not_updated not in (None, told):
+            log.not_updated(spec.name, step, str(result.not_updated))
+        told = result.not_updated
         step_time_s = time.perf_counter() - started
         step_time_s, data_wait_s, peak_bytes, stopping = max_over_ranks(
             [step_time_s, result.data_wait_s, peak_memory_bytes(), stop.received]
@@ -85,6 +86,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
             log.step(costs.describe(result, step_time_s, data_wait_s, int(peak_bytes)))
+        check(stage, checkpointer, progress)
         if is_last or checkpointer.is_due(step):
             checkpointer.save(stage, progress)
         if stopping:
@@ -100,23 +102,16 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         log.say(f"stage {spec.name}: {cut} of {progress.num_samples} samples were cut to its batch.sequence_length")
 
 
-def check_bad_samples(spec: ResolvedStage, progress: Progress) -> None:
-    """Stops a run whose data are mostly unusable: once there were enough samples to judge by, and at the stage's end.
+def check(stage: Stage, checkpointer: Checkpointer, progress: Progress) -> None:
+    """Ends a run that would go on in vain. Data can be mended: for them it saves first.
 
     Raises:
-        BadSampleError: the share of skipped samples is above ``data.max_bad_fraction``, or a whole stage used none. The
-            same on every rank.
+        BadSampleError: see ``bad_samples``.
+        NotUpdatedError: see ``broken_updates``.
     """
-    num_skipped, is_over = progress.num_skipped_samples, progress.step == spec.num_steps
-    num_samples = progress.num_samples + num_skipped
-    if is_over and progress.num_samples == 0:
-        raise BadSampleError(
-            f"stage {spec.name}: none of its {num_samples} samples could be used; the warnings above say why"
-        )
-    if not is_over and num_samples < BAD_SAMPLES_GRACE:
-        return
-    if num_skipped > spec.data.max_bad_fraction * num_samples:
-        raise BadSampleError(
-            f"stage {spec.name}: {num_skipped} of {num_samples} samples could not be used, more than "
-            f"data.max_bad_fraction={spec.data.max_bad_fraction:g}; the warnings above say why"
-        )
+    if unusable := bad_samples(stage.spec, progress):
+        if progress.num_samples:
+            checkpointer.save(stage, replace(progress, stopped_on_bad_samples=True))
+        raise BadSampleError(unusable)
+    if broken := broken_updates(stage.spec, progress, stage.resolved.config.guard.max_broken_updates):
+        raise NotUpdatedError(f"{broken}; {checkpointer.way_back(progress)}")

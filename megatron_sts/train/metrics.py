@@ -23,7 +23,7 @@ from megatron_sts.train.step import StepResult
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-_TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs"}
+_TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs", "not_updated"}
 
 
 class StepCosts:
@@ -50,7 +50,8 @@ class StepCosts:
             "loss": finite_or_none(result.loss),
             "grad_norm": finite_or_none(result.grad_norm),
             "lr": result.lr,
-            "updated": result.updated,
+            "updated": result.not_updated is None,
+            "not_updated": result.not_updated,
             "samples": totals.num_samples,
             "tokens": totals.num_tokens,
             "padded_tokens": totals.load.num_tokens,
@@ -149,6 +150,14 @@ class RunLog:
             reason = " ".join(sample.reason.split())
             print(f"megatron-sts: warning: skipped sample {sample.key}: {reason}", file=sys.stderr, flush=True)
             self.event("skipped_sample", stage=stage, step=step, key=sample.key, reason=reason)
+
+    def not_updated(self, stage: str, step: int, reason: str) -> None:
+        """Says at once that a step learnt nothing, whether or not its line is due."""
+        if self._enabled:
+            print(
+                f"megatron-sts: warning: stage {stage}, step {step}: not updated: {reason}", file=sys.stderr, flush=True
+            )
+            self.event("not_updated", stage=stage, step=step, reason=reason)
 
     def say(self, line: str) -> None:
         """A line on the console."""

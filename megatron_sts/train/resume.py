@@ -28,6 +28,8 @@ FREE = ("data.max_bad_fraction", "data.num_workers")
 """Ends of fixed fields that may change all the same."""
 FILES = ("data.path", "data.image_dir", "data.tokenizer", ".init")
 """Ends of fixed fields that name files: what these hold is compared, not their names."""
+MENDABLE = ("data.path", "data.image_dir")
+"""Of these, those that may hold something else after a stop for bad samples."""
 LENGTHS = (".steps", ".epochs")
 """Ends of fixed fields that say how long a stage is: its number of steps is compared."""
 CONTENT = "content"
@@ -46,6 +48,12 @@ class Progress:
     """Those of them whose end was left out."""
     num_skipped_samples: int = 0
     num_skipped_updates: int = 0
+    num_broken_updates: int = 0
+    """Of these the last in a row, up to ``step``, for which loss or gradient was not finite."""
+    broken_since: int | None = None
+    """The first of them."""
+    stopped_on_bad_samples: bool = False
+    """The run stopped here because of the samples counted above."""
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -69,7 +77,7 @@ def is_finished(resolved: Resolved, run_dir: Path) -> bool:
     if not checkpoints:
         return False
     progress, last = read_progress(checkpoints[-1]), resolved.stages[-1]
-    is_trained = (progress.stage, progress.step) == (last.index, last.num_steps)
+    is_trained = (progress.stage, progress.step) == (last.index, last.num_steps) and not progress.stopped_on_bad_samples
     return is_trained and (not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir))
 
 
@@ -138,7 +146,8 @@ def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir:
 def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
     """Refuses to go on with files that hold something else than at the first start, wherever they lie.
 
-    Weights that the run began with are compared only under another name: a run that goes on does not read them.
+    Weights that the run began with are compared only under another name: a run that goes on does not read them. Data on whose
+    bad samples it stopped may have been mended.
 
     Returns:
         What the config's files hold, for ``write_config``.
@@ -150,6 +159,7 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
     if not is_begun(run_dir):
         return now
     held = _derived(run_dir).get(CONTENT, {})
+    may_be_mended = read_progress(whole_checkpoints(run_dir / CHECKPOINTS)[-1]).stopped_on_bad_samples
     differing = _differences(load(run_dir / CONFIG), resolved)
     renamed = {field: (old, new) for field, old, new in differing if field.endswith(FILES)}
     for field in dict.fromkeys([*renamed, *now]):
@@ -157,7 +167,9 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
         if field in renamed and not is_comparable:
             raise _other_run(field, *renamed[field], run_dir)
         is_read = not field.endswith(".init") or field in renamed
-        if is_comparable and is_read and (what := changes(held[field], now[field])):
+        if field.endswith(MENDABLE) and may_be_mended:
+            held.pop(field, None)
+        elif is_comparable and is_read and (what := changes(held[field], now[field])):
             refuse(
                 field,
                 _pick(resolved.config.model_dump(mode="json"), field),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass, fields
+from enum import StrEnum
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,14 @@ from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.stage import Stage
+
+
+class NotUpdated(StrEnum):
+    """Why a step moved no parameter."""
+
+    NO_TOKEN = "no token to learn from"
+    LOSS = "loss not finite"
+    GRADIENT = "gradient norm not finite"
 
 
 @dataclass
@@ -48,8 +57,8 @@ class StepResult:
     """Mean over the valid tokens of the global batch; NaN when there are none."""
     grad_norm: float
     lr: float
-    updated: bool
-    """False when the gradient was not finite: parameters and moments stayed as they were."""
+    not_updated: NotUpdated | None
+    """Why parameters and moments stayed as they were; None: they moved."""
     mask: SkipMask
     layer_runs: tuple[int, ...]
     """Micro-batches in which each decoder layer really ran, on one data-parallel rank."""
@@ -58,6 +67,11 @@ class StepResult:
     """The global batch's samples that could not be used."""
     data_wait_s: float
     """How long this rank waited for its samples to be read."""
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the step's numbers were not finite."""
+        return self.not_updated in (NotUpdated.LOSS, NotUpdated.GRADIENT)
 
 
 def train_step(stage: Stage, step: int) -> StepResult:
@@ -78,13 +92,24 @@ def train_step(stage: Stage, step: int) -> StepResult:
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
     )
     stage.fp8.check_order()
-    grad_norm = stage.optimizer.step(mask)
     totals, layer_runs = reduce_totals(stage, reports, batches)
+    not_updated = unlearnable(totals)
+    grad_norm = stage.optimizer.step(mask, applies=not_updated is None)
+    if not_updated is None and not math.isfinite(grad_norm):
+        not_updated = NotUpdated.GRADIENT
     stage.gate.clear()
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
     skipped = gather_skipped(stage, batches) if totals.num_skipped_samples else ()
-    updated = math.isfinite(grad_norm)
-    return StepResult(loss, grad_norm, lr, updated, mask, layer_runs, totals, skipped, stage.batches.wait_s)
+    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, stage.batches.wait_s)
+
+
+def unlearnable(totals: Totals) -> NotUpdated | None:
+    """What the global batch's loss says against an update."""
+    if not totals.num_loss_tokens:
+        return (
+            NotUpdated.NO_TOKEN
+        )  # zero gradients would still let Adam's momentum and the weight decay move parameters
+    return None if math.isfinite(totals.loss_sum) else NotUpdated.LOSS
 
 
 def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module) -> ForwardResult:

@@ -1,7 +1,8 @@
 """Plays a list of training runs on the ranks that ``run_ranks`` started, all in the same processes: imports cost most.
 
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
-``kill``/``stop``/``nan``: [stage, step]; ``full_disk``: rank whose files cannot be written in the first save.
+``kill``/``stop``/``nan``/``blank``: [stage, step]; ``full_disk``: rank whose files cannot be written in the first save;
+``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
 and step counters at every checkpoint.
 """
@@ -14,14 +15,17 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import time
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from megatron_sts.commands.train import train_here
@@ -54,7 +58,7 @@ def play() -> None:
             resolved = resolve(config, world_size=int(os.environ["WORLD_SIZE"]))
             status = attempt(partial(train_here, resolved, Path(scene["run_dir"])))
         print("SCENE", json.dumps({"status": status, "seconds": round(time.monotonic() - started, 1)}), flush=True)
-        if status:
+        if status and not scene.get("fails_together"):
             failure.leave(0)  # as a rank does, which would say ``status``
         groups.destroy()
         gc.collect()
@@ -74,8 +78,10 @@ def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
 
 def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     """Digests, and the scene's mishaps."""
+    if "mend" in scene:
+        shutil.copy(*scene["mend"])
     watch_checkpoints(Path(scene["run_dir"]), patch)
-    watch_batches({name: tuple(scene[name]) for name in ("kill", "stop", "nan") if name in scene}, patch)
+    watch_batches({name: tuple(scene[name]) for name in ("kill", "stop", "nan", "blank") if name in scene}, patch)
     if scene.get("full_disk") == RANK:
         fill_disk(patch)
 
@@ -113,7 +119,10 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
 
     def some(self: StageBatches, number: int) -> list[Batch]:
         now[0] = (self._stage.index, number)
-        return batches(self, number)
+        found = batches(self, number)
+        if mishaps.get("blank") == now[0]:
+            return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in found]
+        return found
 
     def second(gate: Any, numbered: tuple[int, Batch], chunk: Any) -> Any:
         if numbered[0] == 1 and mishaps.get("kill") == now[0]:

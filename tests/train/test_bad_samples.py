@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import pytest
 from megatron_sts.config.resolve import ResolvedStage, resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.records import BadSampleError
-from megatron_sts.train.loop import check_bad_samples
+from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.resume import Progress
+from megatron_sts.train.stops import bad_samples, going_on
 from tests.train import stagehand
 from tests.train.stagehand import act_out, config_on, scene
 
@@ -39,28 +41,65 @@ def test_share_of_bad_samples(tmp_path: Path, step: int, used: int, skipped: int
     progress = Progress(step=step, num_samples=used, num_skipped_samples=skipped)
     spec = stage(tmp_path, 0.4)
     if message is None:
-        return check_bad_samples(spec, progress)
-    with pytest.raises(BadSampleError) as error:
-        check_bad_samples(spec, progress)
-    assert str(error.value).startswith(f"stage finetune: {message}")
+        assert bad_samples(spec, progress) is None
+    else:
+        assert str(bad_samples(spec, progress)).startswith(f"stage finetune: {message}")
 
 
 def test_a_stage_that_used_nothing_fails_at_any_limit(tmp_path: Path) -> None:
-    with pytest.raises(BadSampleError, match="none of its 3 samples"):
-        check_bad_samples(stage(tmp_path, 1.0), Progress(step=2, num_skipped_samples=3))
+    message = bad_samples(stage(tmp_path, 1.0), Progress(step=2, num_skipped_samples=3))
+    assert str(message).startswith("stage finetune: none of its 3 samples")
+
+
+def test_where_a_stop_goes_on(tmp_path: Path) -> None:
+    strict, lenient, log = stage(tmp_path, 0.4), stage(tmp_path, 0.9), RunLog(tmp_path, tensorboard=False, enabled=False)
+    counted = Progress(step=1, num_samples=60, num_skipped_samples=60, num_skipped_updates=1)
+    assert going_on(strict, counted, log) == counted
+    stopped = replace(counted, stopped_on_bad_samples=True)
+    assert going_on(strict, stopped, log) == Progress(step=1, num_skipped_updates=1)
+    # Nothing is left of the stage that mended data could make better.
+    at_end = replace(stopped, step=2)
+    with pytest.raises(
+        BadSampleError, match=r"60 of 120 samples .*delete the stage's last checkpoint or raise the limit"
+    ):
+        going_on(strict, at_end, log)
+    assert going_on(lenient, at_end, log).step == 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_every_rank_says_that_nothing_was_used(tmp_path: Path) -> None:
-    written: dict[str, Any] = config_on(stagehand.write_samples(tmp_path), 1.0)
-    path = tmp_path / "samples.json"
-    bad = [entry for entry in json.loads(path.read_text()) if entry["id"] in stagehand.SAMPLES]
-    path.write_text(json.dumps(bad))
-    written["stages"][0]["batch"] |= {"global_batch_size": 4, "micro_batch_size": 2}
-    outputs = act_out(2, scene(tmp_path / "run", written | {"parallel": {"timeout_s": 100, "data_parallel_size": 2}}))
-    assert stagehand.outcomes(outputs) and all(rank[0]["status"] == 1 for rank in stagehand.outcomes(outputs))
+def test_bad_data_end_a_run_that_goes_on_once_they_are_mended(tmp_path: Path) -> None:
+    written: dict[str, Any] = config_on(stagehand.write_samples(tmp_path), 0.3)
+    written |= {"parallel": {"timeout_s": 100, "data_parallel_size": 2}, "checkpoint": {}}
+    written["stages"][0]["steps"] = 4
+    path, run, useless = tmp_path / "samples.json", tmp_path / "run", tmp_path / "useless"
+    entries = json.loads(path.read_text())
+    bad = [entry for entry in entries if entry["id"] in stagehand.SAMPLES]
+    (missing,) = [entry for entry in bad if entry["id"] == "missing"]
+    good = [entry for entry in entries if entry not in bad]
+    path.write_text(json.dumps([*good, *[missing] * 8]))
+    (tmp_path / "mended.json").write_text(json.dumps([*good, *good]))
+    (tmp_path / "bad.json").write_text(json.dumps([entry for entry in bad if entry != missing]))
+    none = config_on(tmp_path / "bad.json", 1.0, parallel=written["parallel"])
+    none["stages"][0]["batch"] |= {"global_batch_size": 4, "micro_batch_size": 2}
+    outputs = act_out(
+        2,
+        scene(run, written, fails_together=True),
+        scene(run, written, mend=[str(tmp_path / "mended.json"), str(path)]),
+        scene(useless, none),
+    )
+    assert [[each["status"] for each in rank] for rank in stagehand.outcomes(outputs)] == [[1, 0, 1]] * 2
     for rank, output in enumerate(outputs):
-        (line,) = [line for line in output.splitlines() if "error" in line]
-        assert line.startswith(f"megatron-sts: error: rank {rank}: stage finetune: none of its 8 samples could be used")
-    assert not list((tmp_path / "run" / "checkpoints").glob("*"))
+        stopped, nothing = [line for line in output.splitlines() if "error" in line]
+        assert stopped.startswith(f"megatron-sts: error: rank {rank}: stage finetune: ")
+        assert stopped.endswith(" saved at step 2: mend the data or raise the limit, and the same command goes on")
+        assert nothing.startswith(
+            f"megatron-sts: error: rank {rank}: stage finetune: none of its 8 samples could be used"
+        )
+    assert [event["checkpoint"] for event in stagehand.events(run, "checkpoint")] == [
+        "0-finetune-0000002",
+        "0-finetune-0000004",
+    ]
+    assert [event["step"] for event in stagehand.events(run, "resume")] == [2]
+    assert [line["samples_skipped"] > 0 for line in stagehand.steps(run).values()] == [True, True, False, False]
+    assert not list((useless / "checkpoints").glob("*"))

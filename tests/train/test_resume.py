@@ -48,18 +48,19 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     first = act_out(
         num_ranks,
         scene(broken, written),
-        scene(folder / "nan", each, nan=[1, 1]),
+        scene(folder / "nan", each, nan=[1, 1], blank=[1, 2]),
         scene(folder / "bad", lenient),
         scene(folder / "full", written, full_disk=1),
     )
-    second = act_out(num_ranks, scene(folder / "full", written), scene(folder / "too bad", strict))
+    diverging = scene(folder / "diverging", too_fast(written), fails_together=True)
+    second = act_out(num_ranks, scene(folder / "full", written), diverging, scene(folder / "too bad", strict))
     outputs = [one + other for one, other in zip(first, second, strict=True)]
     statuses = [[outcome["status"] for outcome in rank] for rank in stagehand.outcomes(outputs)]
     return Played(folder, num_ranks, written, statuses, outputs)
 
 
 def test_statuses(played: Played) -> None:
-    assert played.statuses == [[0, 0, 0, 1, 0, 1]] * played.num_ranks, "\n".join(played.outputs)
+    assert played.statuses == [[0, 0, 0, 1, 0, 1, 1]] * played.num_ranks, "\n".join(played.outputs)
 
 
 def test_killed_and_stopped_run_is_the_whole_one(played: Played) -> None:
@@ -78,13 +79,40 @@ def test_killed_and_stopped_run_is_the_whole_one(played: Played) -> None:
 
 def test_nan_gradient_changes_nothing_but_the_count(played: Played) -> None:
     run = played / "nan"
-    assert [line["updated"] for line in steps(run).values()] == [True] * 5 + [False] + [True] * 2
-    assert steps(run)["finetune", 1]["grad_norm"] is None
+    assert [line["updated"] for line in steps(run).values()] == [True] * 5 + [False] * 2 + [True]
+    reasons = ["gradient norm not finite", "no token to learn from"]
+    assert [line["not_updated"] for line in steps(run).values()] == [*[None] * 5, *reasons, None]
+    assert [(event["step"], event["reason"]) for event in events(run, "not_updated")] == [*enumerate(reasons, 1)]
+    assert steps(run)["finetune", 1]["grad_norm"] is None and steps(run)["finetune", 2]["grad_norm"] == 0
     for rank in range(played.num_ranks):
         found = digests(run, rank)
-        assert found["finetune", 1] == found["finetune", 2] != found["finetune", 3]
+        assert found["finetune", 1] == found["finetune", 2] == found["finetune", 3] != found["finetune", 4]
     progress = (run / "checkpoints" / "1-finetune-0000004" / "progress.json").read_text()
-    assert '"num_skipped_updates": 1' in progress
+    assert '"num_skipped_updates": 2, "num_broken_updates": 0, "broken_since": null' in progress
+
+
+def too_fast(written: dict[str, Any]) -> dict[str, Any]:
+    """Fine-tuning alone, whose first update breaks the weights for good."""
+    stage = {**written["stages"][1], "steps": 20, "optimizer": {"lr": 1e30}}
+    settings = {"checkpoint": {"interval_steps": 1, "keep_last": 2}, "guard": {"max_broken_updates": 4}}
+    return {**written, "stages": [stage], **settings}
+
+
+def test_a_run_that_diverged_stops_and_keeps_what_was_before(played: Played) -> None:
+    run = played / "diverging"
+    for rank, output in enumerate(played.outputs):
+        (line,) = [line for line in output.splitlines() if "in a row" in line]
+        assert line.startswith(
+            f"{ERROR} {rank}: stage finetune: 4 updates in a row were not applied, the first at step 1, "
+        )
+        assert line.endswith("; the newest checkpoint from before is 0-finetune-0000001")
+    assert [line["updated"] for line in steps(run).values()] == [True] + [False] * 4
+    (event,) = events(run, "not_updated")
+    assert (event["stage"], event["step"]) == ("finetune", 1)
+    warning = f"megatron-sts: warning: stage finetune, step 1: not updated: {event['reason']}"
+    assert warning in played.outputs[0].splitlines() and warning not in played.outputs[1]
+    left = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert left == ["0-finetune-0000001", "0-finetune-0000003", "0-finetune-0000004"]
 
 
 def test_full_disk(played: Played) -> None:
