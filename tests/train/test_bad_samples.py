@@ -52,7 +52,11 @@ def test_a_stage_that_used_nothing_fails_at_any_limit(tmp_path: Path) -> None:
 
 
 def test_where_a_stop_goes_on(tmp_path: Path) -> None:
-    strict, lenient, log = stage(tmp_path, 0.4), stage(tmp_path, 0.9), RunLog(tmp_path, tensorboard=False, enabled=False)
+    strict, lenient, log = (
+        stage(tmp_path, 0.4),
+        stage(tmp_path, 0.9),
+        RunLog(tmp_path, tensorboard=False, enabled=False),
+    )
     counted = Progress(step=1, num_samples=60, num_skipped_samples=60, num_skipped_updates=1)
     assert going_on(strict, counted, log) == counted
     stopped = replace(counted, stopped_on_bad_samples=True)

@@ -173,6 +173,22 @@ def test_another_content_is_refused(tmp_path: Path, kind: str, change: Callable[
             go_on(run_dir, use(path))
 
 
+def test_data_may_be_mended_after_a_stop_for_bad_samples(tmp_path: Path) -> None:
+    path = write_llava(tmp_path / "here")
+    run_dir = begin(tmp_path / "run", on_json(path))
+    mark = run_dir / "checkpoints" / "0-alignment-0000002" / "progress.json"
+    stopped, going_on = ({"stage": 0, "step": 2, "stopped_on_bad_samples": stopped} for stopped in (True, False))
+    mark.write_text(json.dumps(stopped))
+    lengthen(path)
+    go_on(run_dir, on_json(path))
+    # From then on these are the run's data.
+    mark.write_text(json.dumps(going_on))
+    go_on(run_dir, on_json(path))
+    lengthen(path)
+    with pytest.raises(ConfigError, match=rf"^{FIELD}\.path=.*bytes 2,\d+ then"):
+        go_on(run_dir, on_json(path))
+
+
 def test_weights_of_another_name_must_be_the_same(tmp_path: Path) -> None:
     run_dir = begin(tmp_path / "run", from_weights(write_weights(tmp_path / "here")))
     flip(write_weights(tmp_path / "there") / "model.safetensors")

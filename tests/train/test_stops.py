@@ -28,7 +28,7 @@ def resolved(num_steps: int, **changes: Any) -> Resolved:
 
 def after(*steps: NotUpdated | None) -> Progress:
     """Progress once these steps are done."""
-    progress, totals = Progress(), SimpleNamespace(num_samples=8, num_skipped_samples=0)
+    progress, totals = Progress(), SimpleNamespace(num_samples=8, num_truncated_samples=0, num_skipped_samples=0)
     for why in steps:
         result = SimpleNamespace(not_updated=why, is_broken=why in (LOSS, GRADIENT), totals=totals)
         progress = advance(progress, result)  # type: ignore[arg-type]
