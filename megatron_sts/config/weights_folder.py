@@ -27,11 +27,15 @@ _FREE = {
     "feature_layer",
     "pixel_mean",
     "pixel_std",
+    "processing",
+    "resample",
     "hf_config",
 }
 """What a run may choose for the same weights."""
 _FREE_AFTER_TRAINING = _FREE - {"pixel_mean", "pixel_std"}
 """The same for weights that a run trained: its configs say in full how pictures were shown to them."""
+_PREPROCESSING: dict[str, Any] = {"pixel_mean": None, "pixel_std": None, "processing": "pad", "resample": "bicubic"}
+"""What it chooses by saying so, not by its defaults: these are what null means, where that is known without the tower."""
 
 
 def read_sections(folder: Path) -> dict[Part, Any]:
@@ -103,12 +107,23 @@ def check_trained_model(part: str, section: Any, source: Path) -> None:
 
 
 def _compare(part: str, section: Any, kept: Any, folder: Path, free: set[str]) -> None:
+    if isinstance(section, VisionConfig):
+        _check_chosen(section, kept, folder)
     ours, theirs = _settings(section, free), _settings(kept, free)
     for name, value in ours.items():
         if name in theirs and not _is_same(value, theirs[name]):
             refuse(
                 f"model.{part}.{name}", value, f"the weights in {folder} were made with {theirs[name]}", "correct it"
             )
+
+
+def _check_chosen(vision: VisionConfig, kept: VisionConfig, folder: Path) -> None:
+    for name, default in _PREPROCESSING.items():
+        theirs = getattr(kept, name)
+        if getattr(vision, name) is None and theirs not in (None, default):
+            said = list(theirs) if isinstance(theirs, tuple) else theirs
+            refuse(f"model.vision.{name}", "null", f"the weights in {folder} were made with {said}",
+                   "write that, or what the run shall do instead")  # fmt: skip
 
 
 def _is_same(ours: object, theirs: object) -> bool:

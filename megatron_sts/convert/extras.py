@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_sts.config.architecture import Part
+from megatron_sts.config.architecture import Part, VisionConfig
 from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.chat_template import jinja
 from megatron_sts.convert.image_processor import IMAGE_PROCESSOR, PROCESSOR
+from megatron_sts.convert.processing import image_processor
 from megatron_sts.convert.shards import write_atomically
 from megatron_sts.data.template import answer_ends
 from megatron_sts.data.tokenizer import Tokenizer
-from megatron_sts.vision.tower import CHANNEL_STATISTICS, Channels
 
 GENERATION = "generation_config.json"
 EXTRAS = (
@@ -55,8 +55,8 @@ class Extras:
     template: TemplateName = "plain"
     config: Any = None
     """The exported model's, for transformers."""
-    channels: tuple[Channels, Channels] = CHANNEL_STATISTICS["clip"]
-    """Mean and standard deviation of pixels in [0, 1]."""
+    vision: VisionConfig | None = None
+    """The tower that a run used."""
 
     @property
     def lacks_tokenizer(self) -> bool:
@@ -74,14 +74,17 @@ def copy_extras(source: Path, out: Path, names: tuple[str, ...] = EXTRAS) -> Non
 
 
 def write_extras(extras: Extras, out: Path) -> None:
-    """Files that were imported go out as they came; else a LLaVA processor is made for what a run used.
+    """Files that were imported go out as they came; else a processor is made for what a run used.
 
-    Without a Hugging Face tokenizer (SentencePiece) there is none to write, and no image processor for BLIP-2.
+    Without a Hugging Face tokenizer (SentencePiece) there is none to write, but the image processor alone.
     """
     if extras.tokenizer is None:
         copy_extras(extras.folders[0], out)
         return
     _write_generation(extras, extras.tokenizer, out)
+    pictures = None if extras.vision is None else image_processor(extras.vision)
+    if pictures is not None:
+        pictures.save_pretrained(out)
     hf = extras.tokenizer.hugging_face()
     if hf is None:
         return
@@ -90,7 +93,7 @@ def write_extras(extras: Extras, out: Path) -> None:
         hf.chat_template = {**others, "default": template} if others else template
     hf.model_max_length = _longest(hf, extras.config)
     if extras.config.model_type == "llava":
-        _processor(extras, hf).save_pretrained(out)
+        _processor(extras, hf, pictures).save_pretrained(out)
     else:
         hf.save_pretrained(out)
 
@@ -114,22 +117,13 @@ def _write_generation(extras: Extras, tokenizer: Tokenizer, out: Path) -> None:
     write_atomically(out / GENERATION, json.dumps(settings, indent=2) + "\n")
 
 
-def _processor(extras: Extras, hf: Any) -> Any:
-    """Pads to a square and resizes, as the training data were."""
+def _processor(extras: Extras, hf: Any, pictures: Any) -> Any:
+    """Of texts with pictures."""
     transformers, tokenizer, config = import_transformers(), extras.tokenizer, extras.config
     assert tokenizer is not None
-    mean, std = extras.channels
-    size = config.vision_config.image_size
-    image_processor = transformers.LlavaImageProcessor(
-        do_pad=True,
-        size={"shortest_edge": size},
-        crop_size={"height": size, "width": size},
-        image_mean=list(mean),
-        image_std=list(std),
-    )
     strategy = config.vision_feature_select_strategy
     return transformers.LlavaProcessor(
-        image_processor=image_processor,
+        image_processor=pictures,
         tokenizer=hf,
         patch_size=config.vision_config.patch_size,
         vision_feature_select_strategy=strategy,

@@ -18,6 +18,7 @@ from megatron_sts.convert.folder import identity, write_model
 from megatron_sts.convert.joining import join
 from megatron_sts.convert.names import pairings
 from megatron_sts.convert.pairing import Pairing, Sections
+from megatron_sts.convert.processing import with_processing
 from megatron_sts.convert.spelling import SPELLINGS, located
 from megatron_sts.runtime.stored import StoredTensors
 
@@ -58,7 +59,9 @@ class Origin:
 def whole(path: Path) -> Origin:
     """One folder: a LLaVA, a BLIP-2, a text model, or a vision model."""
     folder = HfFolder.open(path)
-    sections = architectures.sections_of_whole(folder.config, path)
+    sections = dict(architectures.sections_of_whole(folder.config, path))
+    if "vision" in sections:
+        sections["vision"] = with_processing(sections["vision"], path, is_whole="projector" in sections)
     inner = architectures.halves(folder.config)
     config = inner["vision"] if folder.parts == ("vision",) else folder.config
     return Origin(config, sections, dict.fromkeys(folder.parts, folder))
@@ -73,7 +76,7 @@ def two_halves(vision: Path, language: Path) -> Origin:
             raise ConfigError(f"--hf-{part}={folder.path}: a {folder.config.model_type} has no {part} model; give one")
         configs[part] = architectures.halves(folder.config)[part]
     sections: Sections = {
-        "vision": architectures.vision_section(configs["vision"], vision),
+        "vision": with_processing(architectures.vision_section(configs["vision"], vision), vision, is_whole=False),
         "language": architectures.language_section(configs["language"], language),
     }
     return Origin(hf_configs.composed(configs["vision"], configs["language"], sections), sections, folders)

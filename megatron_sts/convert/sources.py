@@ -24,7 +24,6 @@ from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.runtime.stored import StoredTensors
-from megatron_sts.vision.tower import channel_statistics
 
 
 class Weights(Protocol):
@@ -96,7 +95,7 @@ def _of_checkpoint(path: Path) -> Source:
     extras = Extras(folders, tokenizer, data.template, config)
     if "vision" in sections:
         config.image_token_index = tokenizer.image_id
-        extras = replace(extras, channels=channel_statistics(sections["vision"]))
+        extras = replace(extras, vision=sections["vision"])
     return Source(path, sections, config, weights, vocab_size, extras, identity(path / STATE))
 
 
@@ -172,7 +171,9 @@ def _check_vision(section: VisionConfig, config: Any, folder: Path) -> None:
         ours = {name: value for name, value in ours.items() if name in kept}
     else:
         ours, kept = (
-            _with_defaults(one).model_dump(exclude={"hf_config", "pixel_mean", "pixel_std", "feature_layer", "init"})
+            _with_defaults(one).model_dump(
+                exclude={"hf_config", "pixel_mean", "pixel_std", "processing", "resample", "feature_layer", "init"}
+            )
             for one in (section, architectures.vision_section(config, folder))
         )
     for name, value in ours.items():

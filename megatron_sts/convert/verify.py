@@ -1,14 +1,19 @@
-"""``megatron-sts verify``: the same random tokens and images through transformers and through our model, in fp32."""
+"""``megatron-sts verify``: the same random tokens and pictures through transformers and through our model, in fp32.
+
+Pictures go through the Hugging Face folder's own image processor there, and through ours here; most are not square.
+"""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.config.errors import ConfigError
@@ -18,6 +23,7 @@ from megatron_sts.config.weights_folder import read_sections
 from megatron_sts.convert import architectures
 from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.convert.pairing import Sections
+from megatron_sts.convert.processing import load_image_processor
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
 from megatron_sts.data.template import EncodedSample
@@ -27,7 +33,7 @@ from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import process_group
-from megatron_sts.vision.tower import channel_statistics
+from megatron_sts.vision.tower import channel_statistics, fitting_of, normalise
 
 BOUND = 1e-4
 """Of the largest logit. fp32 sums in another order differ by 1e-6 to 1e-5 of it, a weight in the wrong place by about 1."""
@@ -35,6 +41,8 @@ IMAGES = ("", "I", "ttIt", "tI", "II", "ItIttI")
 """The samples: an ``I`` is an image, a ``t`` a stretch of text, and text follows unless the sample ends with an image."""
 STRETCH = 5
 """Tokens of a stretch of text."""
+SHAPES = ((2, 3), (1, 1), (5, 2), (2, 2), (1, 4))
+"""Height and width of the pictures, in halves of the tower's square."""
 
 
 def command(hf: Path, sts: Path) -> int:
@@ -74,8 +82,9 @@ def expect(hf: Path, sts: Path, **parallel: Any) -> tuple[torch.Tensor, Batch, R
     if is_whole and "projector" not in sections:
         raise ConfigError(f"--sts={sts}: has a fresh projector; verify its text model, or convert a whole LLaVA")
     resolved = resolved_model(sections if is_whole else {"language": sections["language"]}, sts, parallel)
-    batch = random_batch(resolved, config.image_token_index if is_whole else 0)
-    return _hf_logits(hf, config, resolved.config.model.vision, batch), batch, resolved
+    pictures = random_pictures(resolved.config.model.vision)
+    batch = random_batch(resolved, config.image_token_index if is_whole else 0, pictures)
+    return _hf_logits(hf, config, resolved.config.model.vision, batch, pictures), batch, resolved
 
 
 def resolved_model(sections: Sections, sts: Path, parallel: dict[str, Any]) -> Resolved:
@@ -99,15 +108,28 @@ def resolved_model(sections: Sections, sts: Path, parallel: dict[str, Any]) -> R
     return resolve(RunConfig.model_validate(run))
 
 
-def random_batch(resolved: Resolved, image_id: int) -> Batch:
+def random_pictures(vision: VisionConfig | None) -> list[np.ndarray]:
+    """Those of ``IMAGES``, uint8 [height, width, 3]; none without a tower."""
+    if vision is None:
+        return []
+    random, sides = np.random.default_rng(1), cycle(SHAPES)
+    shapes = [
+        [max(1, half * vision.image_size // 2) for half in next(sides)] for _ in range("".join(IMAGES).count("I"))
+    ]
+    return [random.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+
+
+def random_batch(resolved: Resolved, image_id: int, pictures: list[np.ndarray]) -> Batch:
     """The samples of ``IMAGES``; without a vision tower text only."""
-    random = np.random.default_rng(0)
-    rows = [[_sample(resolved, images, image_id, random)] for images in IMAGES]
+    random, left = np.random.default_rng(0), iter(pictures)
+    rows = [[_sample(resolved, images, image_id, random, left)] for images in IMAGES]
     length = resolved.stages[0].uncompressed.sequence_length
     return collate(rows, sequence_length=length, dense_length=None, pad_id=0, packed=False)
 
 
-def _sample(resolved: Resolved, kinds: str, image_id: int, random: np.random.Generator) -> PreparedSample:
+def _sample(
+    resolved: Resolved, kinds: str, image_id: int, random: np.random.Generator, pictures: Iterator[np.ndarray]
+) -> PreparedSample:
     vision, num_visual = resolved.config.model.vision, resolved.stages[0].visual_tokens_in
     tokens: list[int] = []
     for kind in kinds if kinds.endswith("tI") else f"{kinds}t":
@@ -117,8 +139,7 @@ def _sample(resolved: Resolved, kinds: str, image_id: int, random: np.random.Gen
             drawn = random.integers(1, resolved.config.model.language.vocab_size - 1, STRETCH)
             tokens += (drawn + (drawn >= image_id)).tolist()
     num_images = kinds.count("I") if vision else 0
-    size = vision.image_size if vision else 0
-    pixels = tuple(random.integers(0, 256, (size, size, 3), dtype=np.uint8) for _ in range(num_images))
+    pixels = tuple(fitting_of(vision).fit(next(pictures)) for _ in range(num_images)) if vision else ()
     is_visual = [vision is not None and token == image_id for token in tokens]
     encoded = EncodedSample(tokens, [not visual for visual in is_visual], is_visual, num_images, [False] * len(tokens))
     return PreparedSample(
@@ -126,15 +147,16 @@ def _sample(resolved: Resolved, kinds: str, image_id: int, random: np.random.Gen
     )
 
 
-def _hf_logits(hf: Path, config: Any, vision: VisionConfig | None, batch: Batch) -> torch.Tensor:
+def _hf_logits(
+    hf: Path, config: Any, vision: VisionConfig | None, batch: Batch, pictures: list[np.ndarray]
+) -> torch.Tensor:
     transformers, device = architectures.import_transformers(), current_device().torch_device
     name = {"llava": "LlavaForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}.get(config.model_type)
     kind = getattr(transformers, name or "AutoModelForCausalLM")
     model = kind.from_pretrained(hf, dtype=torch.float32).to(device).eval()
     images = {}
     if vision is not None and batch.pixels is not None:
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in _pixel_statistics(hf, vision))
-        images["pixel_values"] = ((batch.pixels / 255.0 - mean) / std).to(device)
+        images["pixel_values"] = _pixel_values(hf, vision, batch.pixels, pictures).to(device)
     with torch.no_grad():
         output = model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), **images)
     logits: torch.Tensor = output.logits.float().cpu()
@@ -143,13 +165,15 @@ def _hf_logits(hf: Path, config: Any, vision: VisionConfig | None, batch: Batch)
     return logits
 
 
-def _pixel_statistics(hf: Path, vision: VisionConfig) -> tuple[Sequence[float], Sequence[float]]:
-    """Those of the folder's image processor, if it has one: a tower that needs others than ours shows."""
-    names = "preprocessor_config.json", "processor_config.json"
-    if not any((hf / name).is_file() for name in names):
-        return channel_statistics(vision)
-    processor = architectures.import_transformers().AutoImageProcessor.from_pretrained(hf)
-    return processor.image_mean, processor.image_std
+def _pixel_values(hf: Path, vision: VisionConfig, fitted: torch.Tensor, pictures: list[np.ndarray]) -> torch.Tensor:
+    """fp32 [n, 3, h, w] by the folder's image processor; by ours of pixels ``fitted`` (uint8) if it has none."""
+    processor = load_image_processor(hf)
+    if processor is None:
+        return normalise(fitted, *channel_statistics(vision))
+    values: torch.Tensor = processor(
+        [Image.fromarray(picture) for picture in pictures], return_tensors="pt"
+    ).pixel_values
+    return values
 
 
 def logits_of(resolved: Resolved, batch: Batch) -> torch.Tensor | None:

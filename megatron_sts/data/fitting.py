@@ -12,7 +12,10 @@ from megatron_sts.config.architecture import Processing, Resample
 
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
-RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESAMPLING: dict[Resample, Image.Resampling] = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+}
 ROWS_AT_ONCE = 256
 """Rows that are padded together, so that the square of a long picture (gigabytes) never exists."""
 

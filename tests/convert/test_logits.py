@@ -119,7 +119,8 @@ def test_images_matter(folders: dict[str, tuple[Path, Path]]) -> None:
     assert batch.pixels is not None and len(batch.pixels) == sum(kinds.count("I") for kinds in verify.IMAGES)
     config = verify.architectures.read_config(hf)
     batch.pixels[0].zero_()
-    other = verify._hf_logits(hf, config, resolved.config.model.vision, batch)
+    vision = resolved.config.model.vision
+    other = verify._hf_logits(hf, config, vision, batch, verify.random_pictures(vision))
     assert verify.largest_difference(other, expected, batch) > 1e-2
 
 

@@ -1,0 +1,101 @@
+"""How a Hugging Face folder's image processor makes squares of pictures, in words of our config and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from PIL import Image
+
+from megatron_sts.config.architecture import Processing, Resample, VisionConfig
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.convert.architectures import import_transformers
+from megatron_sts.convert.image_processor import read_image_processor
+from megatron_sts.data.fitting import RESAMPLING
+from megatron_sts.vision.tower import channel_statistics
+
+KNOWN = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor", "BlipImageProcessor", "ViTImageProcessor")
+"""Kinds that resize, crop and normalise, and nothing else (Llava's may pad first)."""
+
+
+def load_image_processor(folder: Path) -> Any:
+    """The folder's image processor, which resizes with Pillow as we do; None if there is none.
+
+    Raises:
+        ConfigError: transformers does not know it.
+    """
+    if not read_image_processor(folder):
+        return None
+    try:
+        return import_transformers().AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{folder}: transformers cannot read its image processor ({reason}); correct it") from None
+
+
+def with_processing(vision: VisionConfig, folder: Path, *, is_whole: bool) -> VisionConfig:
+    """The same tower with the folder's interpolation and, of a whole model, its way to a square.
+
+    A tower alone is joined with a text model by training, for which the run chooses the way.
+
+    Raises:
+        ConfigError: its processor computes something that ours does not.
+    """
+    processor = load_image_processor(folder)
+    if processor is None:
+        return vision
+    found: dict[str, Any] = {"resample": _resample(processor, folder)}
+    if is_whole:
+        found["processing"] = _processing(processor, vision.image_size, folder)
+    return vision.model_copy(update=found)
+
+
+def image_processor(vision: VisionConfig) -> Any:
+    """One of transformers that does to pictures what a run with this tower did."""
+    mean, std = channel_statistics(vision)
+    square = {"height": vision.image_size, "width": vision.image_size}
+    processing = vision.processing or "pad"
+    return import_transformers().LlavaImageProcessor(
+        do_pad=processing == "pad",
+        size=square if processing == "squash" else {"shortest_edge": vision.image_size},
+        do_center_crop=processing != "squash",
+        crop_size=square,
+        resample=RESAMPLING[vision.resample or "bicubic"],
+        image_mean=list(mean),
+        image_std=list(std),
+    )
+
+
+def _resample(processor: Any, folder: Path) -> Resample:
+    names: Mapping[int, Resample] = {number: name for name, number in RESAMPLING.items()}
+    if processor.resample not in names:
+        said = Image.Resampling(processor.resample).name.lower()
+        _refuse(folder, "resample", said, f"only {' and '.join(names.values())} can be computed")
+    return names[processor.resample]
+
+
+def _processing(processor: Any, image_size: int, folder: Path) -> Processing:
+    kind = type(processor).__name__.removesuffix("Pil")
+    if kind not in KNOWN:
+        _refuse(folder, "image_processor_type", kind, f"known are {', '.join(KNOWN)}")
+    if not processor.do_resize:
+        _refuse(folder, "do_resize", False, "the model would see pictures of any size")
+    pads, crops, size = bool(processor.do_pad), bool(processor.do_center_crop), processor.size
+    if pads and kind != "LlavaImageProcessor":
+        _refuse(folder, "do_pad", True, "it fills up the pictures of a batch behind their ends")
+    resized = (size.height, size.width) if size.height else (size.shortest_edge,) * 2
+    if resized != (image_size,) * 2 or size.longest_edge:
+        _refuse(folder, "size", {name: value for name, value in vars(size).items() if value}, f"the tower sees {image_size} x {image_size} pixels")  # fmt: skip
+    if crops and (processor.crop_size.height, processor.crop_size.width) != resized:
+        said = f"{processor.crop_size.height} x {processor.crop_size.width}"
+        _refuse(folder, "crop_size", said, f"only {image_size} x {image_size} can be computed")
+    if pads or size.height:
+        return "pad" if pads else "squash"
+    if not crops:
+        _refuse(folder, "do_center_crop", False, "pictures that are not square would stay so")
+    return "crop"
+
+
+def _refuse(folder: Path, key: str, value: object, why: str) -> NoReturn:
+    raise ConfigError(f"{folder}: image processor with {key}={value}: {why}; such a model cannot be converted")
