@@ -28,7 +28,11 @@ def add(commands: Commands) -> None:
         "the model section that belongs to it in config.yaml.",
     )
     add_folder(to_sts, "--hf", "a whole model")
-    add_folder(to_sts, "--hf-vision", "a vision model; goes with --hf-language")
+    add_folder(
+        to_sts,
+        "--hf-vision",
+        "a vision model; goes with --hf-language. How pictures become squares is then the run's choice (model.vision.processing)",
+    )
     add_folder(to_sts, "--hf-language", "a text model; goes with --hf-vision")
     add_folder(to_sts, "--sts", "where the weights folder is written", required=True)
     to_hf = add_command(

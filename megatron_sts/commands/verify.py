@@ -14,7 +14,8 @@ def add(commands: Commands) -> None:
         "verify",
         run,
         help="compare a converted model with the original in transformers",
-        description="Run transformers and megatron-sts in fp32 on the same random tokens and images, and print the largest "
+        description="Run transformers and megatron-sts in fp32 on the same random tokens and pictures, most of which are "
+        "not square and go through the folder's own image processor there, and print the largest "
         "difference of their logits. Exits with 1 if it is larger than rounding explains.",
     )
     add_folder(verify, "--hf", "a Hugging Face folder", required=True)

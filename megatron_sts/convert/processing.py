@@ -30,7 +30,7 @@ def load_image_processor(folder: Path) -> Any:
     try:
         return import_transformers().AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     except (ValueError, OSError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).split(". ")[0]
         raise ConfigError(f"{folder}: transformers cannot read its image processor ({reason}); correct it") from None
 
 
@@ -42,12 +42,17 @@ def with_processing(vision: VisionConfig, folder: Path, *, is_whole: bool) -> Vi
     Raises:
         ConfigError: its processor computes something that ours does not.
     """
+    written = read_image_processor(folder)
+    if not is_whole:
+        said = written.get("resample")
+        return vision if said is None else vision.model_copy(update={"resample": _resample(said, folder)})
     processor = load_image_processor(folder)
     if processor is None:
         return vision
-    found: dict[str, Any] = {"resample": _resample(processor, folder)}
-    if is_whole:
-        found["processing"] = _processing(processor, vision.image_size, folder)
+    found = {
+        "processing": _processing(processor, vision.image_size, folder),
+        "resample": _resample(processor.resample, folder),
+    }
     return vision.model_copy(update=found)
 
 
@@ -67,12 +72,12 @@ def image_processor(vision: VisionConfig) -> Any:
     )
 
 
-def _resample(processor: Any, folder: Path) -> Resample:
+def _resample(number: int, folder: Path) -> Resample:
     names: Mapping[int, Resample] = {number: name for name, number in RESAMPLING.items()}
-    if processor.resample not in names:
-        said = Image.Resampling(processor.resample).name.lower()
-        _refuse(folder, "resample", said, f"only {' and '.join(names.values())} can be computed")
-    return names[processor.resample]
+    if number not in names:
+        known = {one.value: one.name.lower() for one in Image.Resampling}
+        _refuse(folder, "resample", known.get(number, number), f"only {' and '.join(names.values())} can be computed")
+    return names[number]
 
 
 def _processing(processor: Any, image_size: int, folder: Path) -> Processing:
