@@ -1,32 +1,66 @@
-"""What on this machine keeps a config from starting, found before anything is trained. Knows no ranks."""
+"""What keeps a config from starting, found before anything is trained. Knows no ranks.
+
+A dry run names all of it, a start refuses the first: whatever a rank would refuse belongs here too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import has_tokenizer, missing_tokenizers, missing_weights
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.weights_folder import other_models
 from megatron_sts.data.template import tokenizer_of
+from megatron_sts.runtime.probe import check_usable
+from megatron_sts.train.resume import check_same_content, check_same_run
 
 
-def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[str]:
-    """One line each: files that are not there, weights of another model, tokenizers that do not fit.
+@dataclass(frozen=True)
+class Obstacle:
+    """One refusal."""
+
+    problem: str
+    """One line: field, value, why, remedy."""
+    of_this_machine: bool
+    """Another machine may have the files, or the devices, that this one lacks."""
+
+
+def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obstacle]:
+    """Missing devices and files, weights of another model, tokenizers that do not fit, towers that cannot be built.
 
     ``is_going_on``: from a checkpoint of its own, so that nothing reads the weights that the run began with.
     """
     config = resolved.config
+    yield from _refusals(partial(check_usable, config), of_this_machine=True)
     if not is_going_on:
-        yield from missing_weights(config)
-        yield from other_models(config.model)
-    yield from missing_tokenizers(config)
+        yield from (Obstacle(line, of_this_machine=True) for line in missing_weights(config))
+        yield from (Obstacle(line, of_this_machine=False) for line in other_models(config.model))
+    yield from (Obstacle(line, of_this_machine=True) for line in missing_tokenizers(config))
     first_with: dict[tuple[str, str], ResolvedStage] = {}
     for stage in resolved.stages:
         first_with.setdefault((stage.data.tokenizer, stage.data.template), stage)
     for stage in first_with.values():
         if has_tokenizer(stage.data):
-            try:
-                tokenizer_of(stage, config.model.language.vocab_size)
-            except ConfigError as error:
-                yield str(error)
+            yield from _refusals(partial(tokenizer_of, stage, config.model.language.vocab_size))
+    if config.model.vision is not None and config.model.vision.tower == "hf":
+        from megatron_sts.vision.tower import check_hugging_face_tower  # imports torch and transformers
+
+        yield from _refusals(partial(check_hugging_face_tower, resolved))
+
+
+def other_run(resolved: Resolved, run_dir: Path, *, extend: bool) -> Iterator[Obstacle]:
+    """Checkpoints in ``run_dir`` that this run may not go on from."""
+    yield from _refusals(partial(check_same_run, resolved, run_dir, extend=extend), of_this_machine=True)
+    yield from _refusals(partial(check_same_content, resolved, run_dir), of_this_machine=True)
+
+
+def _refusals(check: Callable[[], object], *, of_this_machine: bool = False) -> Iterator[Obstacle]:
+    """What ``check`` raises, if it does."""
+    try:
+        check()
+    except ConfigError as error:
+        yield Obstacle(str(error), of_this_machine)

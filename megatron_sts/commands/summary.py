@@ -5,31 +5,35 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_sts.commands.obstacles import obstacles
+from megatron_sts.commands.obstacles import obstacles, other_run
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
 from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.runtime.probe import check_usable
+from megatron_sts.train.resume import is_begun
 
 Outline = dict[str, Any]
 """JSON-ready; the keys are those that ``--json`` prints."""
 
 
-def outline(resolved: Resolved) -> Outline:
+def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
     """Layout, token counts, parameters per rank and FLOPs a step.
 
     Per-rank lists have one entry a pipeline rank. FLOPs are for all ranks and a full batch: without VTC and LDS
-    (dense), with VTC (all layers), and with both, in the mean over the stage.
+    (dense), with VTC (all layers), and with both, in the mean over the stage. ``obstacles``: what would keep a start with
+    ``run_dir`` from going on, and whether that is this machine's (another may have the files or devices).
     """
     parallel = resolved.config.parallel
+    found = [*obstacles(resolved, is_going_on=is_begun(run_dir)), *other_run(resolved, run_dir, extend=extend)]
     return {
         "world_size": resolved.world_size,
         "parallel": {
@@ -46,7 +50,7 @@ def outline(resolved: Resolved) -> Outline:
         "parameters": parameters(resolved),
         "parameters_per_rank": parameters_per_rank(resolved),
         "stages": [_stage(resolved, stage) for stage in resolved.stages],
-        "obstacles": list(obstacles(resolved)),
+        "obstacles": [asdict(obstacle) for obstacle in found],
     }
 
 
@@ -115,8 +119,9 @@ def print_table(outline: Outline) -> None:
     console.print(f"[bold]{_short(sum(outline['parameters'].values()))} parameters[/]: {parts}", highlight=False)
     console.print(f"[bold]Kernels on this machine[/]: {_kernels(outline)}", highlight=False, soft_wrap=True)
     console.print(_ranks_table(outline), _stages_table(outline["stages"]))
-    for line in outline["obstacles"]:
-        console.print(f"[bold]Will not start:[/] {escape(line)}", highlight=False, soft_wrap=True)
+    for obstacle in outline["obstacles"]:
+        where = " on this machine" if obstacle["of_this_machine"] else ""
+        console.print(f"[bold]Will not start{where}:[/] {escape(obstacle['problem'])}", highlight=False, soft_wrap=True)
 
 
 def _kernels(outline: Outline) -> str:

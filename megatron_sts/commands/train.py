@@ -54,9 +54,9 @@ def run(args: argparse.Namespace) -> int:
     rank = None if args.dry_run else rank_from(os.environ)
     world_size = args.nproc if rank is None else rank.world_size
     resolved = resolve(load(args.config, args.overrides), world_size=world_size, choose_layout=choose_layout)
-    if args.dry_run:
-        return _print_summary(resolved, as_json=args.json)
     run_dir = args.run_dir or default_run_dir(args.config)
+    if args.dry_run:
+        return _print_summary(resolved, run_dir, extend=args.extend, as_json=args.json)
     argv = ["train", str(args.config), *args.overrides, "--run-dir", str(run_dir)]
     argv += ["--extend"] if args.extend else []
     return start(resolved, run_dir, rank, argv, extend=args.extend)
@@ -65,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
 def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str], *, extend: bool) -> int:
     """Trains as ``rank``, or on local ranks (``argv``: their command line), unless nothing is left to do."""
     from megatron_sts.commands.obstacles import obstacles
-    from megatron_sts.runtime.probe import check_usable
     from megatron_sts.train import resume
 
     resume.check_same_run(resolved, run_dir, extend=extend)
@@ -75,10 +74,8 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str],
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
-    if rank is None:
-        check_usable(resolved.config)
-    for line in obstacles(resolved, is_going_on=resume.is_begun(run_dir)):
-        raise ConfigError(line)
+    for obstacle in obstacles(resolved, is_going_on=resume.is_begun(run_dir)):
+        raise ConfigError(obstacle.problem)
     if rank is not None:
         from megatron_sts.launch.rank import become
 
@@ -110,9 +107,9 @@ def train_here(resolved: Resolved, run_dir: Path) -> None:
     run(resolved, run_dir, stop)
 
 
-def _print_summary(resolved: Resolved, *, as_json: bool) -> int:
+def _print_summary(resolved: Resolved, run_dir: Path, *, extend: bool, as_json: bool) -> int:
     from megatron_sts.commands.summary import outline, print_json, print_table
 
-    facts = outline(resolved)
+    facts = outline(resolved, run_dir, extend=extend)
     print_json(facts, sys.stdout) if as_json else print_table(facts)
     return 0

@@ -6,11 +6,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from megatron_sts.config.section import PositiveInt, Section
+from megatron_sts.config.section import Deviation, Epsilon, Fraction, PositiveInt, Section
 
 Part = Literal["vision", "qformer", "projector", "language"]
 Processing = Literal["pad", "crop", "squash"]
 Resample = Literal["bicubic", "bilinear"]
+
+Spread = Annotated[float, Field(ge=1e-3, le=1e3)]
+"""What pixels are divided by; published ones lie between 0.2 and 1."""
 
 HF_SIZES = {
     "num_layers": "num_hidden_layers",
@@ -40,11 +43,11 @@ class VisionConfig(Section):
     """Pixels, square."""
     patch_size: PositiveInt
     """Pixels, square; must divide image_size in clip. Others leave out pixels at the right and bottom that fill no patch."""
-    norm_epsilon: float | None = None
+    norm_epsilon: Epsilon | None = None
     """clip, siglip: defaults to 1e-5 and 1e-6."""
-    pixel_mean: tuple[float, float, float] | None = None
+    pixel_mean: tuple[Fraction, Fraction, Fraction] | None = None
     """Of each channel, for pixels in [0, 1]. clip, siglip: defaults to the published ones."""
-    pixel_std: tuple[float, float, float] | None = None
+    pixel_std: tuple[Spread, Spread, Spread] | None = None
     """As ``pixel_mean``."""
     processing: Processing | None = None
     """How a picture becomes a square. pad: filled up with the mean colour, then resized (LLaVA-1.5); crop: resized to the shorter
@@ -138,11 +141,11 @@ class LanguageConfig(Section):
     """Biases of the query, key and value projections (Qwen2)."""
     rotary_base: PositiveInt = 10000
     rope_scaling: RopeScalingConfig | None = None
-    norm_epsilon: float = 1e-5
+    norm_epsilon: Epsilon = 1e-5
     tie_word_embeddings: bool = False
-    init_std: float = 0.02
+    init_std: Deviation = 0.02
     """Standard deviation of the initial weights (output layers of a block: divided by sqrt(2 x num_layers))."""
-    embedding_init_std: float | None = None
+    embedding_init_std: Deviation | None = None
     """Defaults to init_std."""
     init: str | None = None
     """As ``vision.init``, or ``tiny/language`` (embedded)."""

@@ -40,6 +40,7 @@ def check_run(config: RunConfig) -> None:
                "set stages.NAME.data, or leave theirs out")  # fmt: skip
     for stage in config.stages:
         check_parts(stage, config.model)
+        check_decay(stage)
         check_sparsity(stage, config)
         check_keeping(stage)
         check_skipping(stage, config.model.language.num_layers)
@@ -151,6 +152,9 @@ def check_evaluation(config: RunConfig) -> None:
         refuse("evaluation.left_out_of_mean", sorted(unknown)[0], "not in evaluation.families", "remove it")
     if evaluation.families and set(evaluation.families) == set(evaluation.left_out_of_mean):
         refuse("evaluation.left_out_of_mean", "all families", "no family is left for the mean", "remove one")
+    for name in ("families", "splits"):
+        if evaluation.num_questions and not getattr(evaluation, name):
+            refuse(f"evaluation.{name}", "[]", "nothing is left to ask", "name some, or set evaluation.num_questions=0")
     if config.model.vision is None and evaluation.num_questions and not evaluation.words:
         refuse("evaluation.words", "false", "model.vision is null", "set it to true or evaluation.num_questions=0")
 
@@ -163,6 +167,15 @@ def check_parts(stage: StageConfig, model: ModelConfig) -> None:
         refuse(field, value, f"{null} is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
     if set(stage.freeze) == set(model.parts):
         refuse(field, value, "nothing is left to train", "remove a part")
+
+
+def check_decay(stage: StageConfig) -> None:
+    """The learning rate falls, to a value that its schedule reads."""
+    optimizer, field = stage.optimizer, f"stages.{stage.name}.optimizer.min_lr"
+    if optimizer.schedule == "constant" and optimizer.min_lr:
+        refuse(field, optimizer.min_lr, "schedule=constant reads none", "set it to 0, or another schedule")
+    if optimizer.min_lr > optimizer.lr:
+        refuse(field, optimizer.min_lr, f"above lr={optimizer.lr:g}", "lower it")
 
 
 def check_sparsity(stage: StageConfig, config: RunConfig) -> None:
@@ -277,6 +290,8 @@ def check_data(stage: StageConfig, config: RunConfig) -> None:
         return
     if blind and data.mode in IMAGE_MODES:
         refuse(f"{field}.mode", data.mode, "model.vision is null", "use words, map, words_and_map or induction")
+    if not data.families:
+        refuse(f"{field}.families", "[]", "no question can be drawn", f"choose from {', '.join(DATA_FAMILIES)}")
     for family in data.families:
         if family not in DATA_FAMILIES:
             refuse(f"{field}.families", family, "unknown family", f"choose from {', '.join(DATA_FAMILIES)}")

@@ -35,15 +35,16 @@ def load(path: Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] 
     written = _read(path / CONFIG_NAME if path.is_dir() else path)
     if defaults is not None:
         written = OmegaConf.to_container(OmegaConf.merge(defaults, written), resolve=False)  # type: ignore[assignment]
-    return _parse(written, overrides)
+    return parse(written, overrides)
 
 
 def override(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
     """The same config, but for ``key.path=value`` overrides; see ``load``."""
-    return _parse(config.model_dump(mode="json"), overrides)
+    return parse(config.model_dump(mode="json"), overrides)
 
 
-def _parse(written: dict[str, Any], overrides: Sequence[str]) -> RunConfig:
+def parse(written: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """A config as nested dicts and lists, which this changes, with overrides applied; see ``load``."""
     for words in overrides:
         _apply(written, words)
     written.pop(DERIVED_KEY, None)

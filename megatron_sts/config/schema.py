@@ -13,8 +13,10 @@ from pydantic import Field, model_validator
 from megatron_sts.config.architecture import ModelConfig, Part
 from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.precision import PrecisionConfig
-from megatron_sts.config.section import Fraction, NonNegativeInt, PositiveInt, Ratio, Section
+from megatron_sts.config.section import Epsilon, Fraction, NonNegativeInt, PositiveInt, Ratio, Section
 
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+"""Share of a moving average that a step keeps."""
 TemplateName = Literal["chat", "plain", "vicuna_v1", "llama3", "chatml"]
 
 
@@ -43,8 +45,8 @@ class ParallelConfig(Section):
     """Individual, overlapped stage-to-stage transfers; interleaving with two pipeline ranks is wrong without it."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the decoder."""
-    timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """A collective that waits longer than this fails on every rank instead of hanging."""
+    timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 600.0
+    """A collective that waits longer than this fails on every rank instead of hanging. At most a week."""
 
 
 class DataConfig(Section):
@@ -101,13 +103,14 @@ class OptimizerConfig(Section):
     name: Literal["adam"] = "adam"
     lr: Annotated[float, Field(gt=0)]
     min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """cosine, linear: where the learning rate ends; at most ``lr``."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
+    eps: Epsilon = 1e-8
 
 
 class BatchConfig(Section):

@@ -10,6 +10,10 @@ PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
+Epsilon = Annotated[float, Field(ge=1e-30, le=1.0)]
+"""Keeps a division from being one by zero: below 1e-30 it would itself be zero in fp32 before long."""
+Deviation = Annotated[float, Field(gt=0.0, le=10.0)]
+"""Standard deviation of initial weights: 0 would never learn, and beyond 10 the first pass overflows sooner or later."""
 
 
 class Section(BaseModel):

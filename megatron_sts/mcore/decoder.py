@@ -8,7 +8,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.config import language_config
-from megatron_sts.mcore.packing import attention_within, check_packing
+from megatron_sts.mcore.packing import attention_within
 from megatron_sts.mcore.rope import scaled_frequencies
 from megatron_sts.mcore.specs import decoder_spec
 
@@ -21,7 +21,6 @@ def build_decoder(
     Rotary angles come from each token's own position id, so that a compressed image's tokens can keep the positions they
     had: megatron-core's multi-axis RoPE with all of the head's channels on one axis, which is plain RoPE.
     """
-    check_packing(resolved)
     language = resolved.config.model.language
     config = language_config(resolved)
     decoder = GPTModel(

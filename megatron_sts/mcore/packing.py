@@ -8,11 +8,6 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.resolve import Resolved
-from megatron_sts.runtime.kernels import ENGINE
-from megatron_sts.runtime.probe import kernels_for
-
 
 def attention_within(segments: torch.Tensor | None, config: TransformerConfig) -> dict[str, Any]:
     """What ``GPTModel`` is called with so that tokens attend within their segment, ``segments`` [b, s] or None.
@@ -24,21 +19,6 @@ def attention_within(segments: torch.Tensor | None, config: TransformerConfig) -
     if config.transformer_impl == "transformer_engine":
         return {"attention_mask": None, "packed_seq_params": packed_seq_params(segments)}
     return {"attention_mask": hidden_pairs(segments)}
-
-
-def check_packing(resolved: Resolved) -> None:
-    """Transformer Engine's attention over segments takes one row.
-
-    Raises:
-        ConfigError: a stage packs several rows a micro-batch.
-    """
-    for stage in resolved.stages if kernels_for(resolved.config).attention == ENGINE else ():
-        batch = stage.config.batch
-        if batch.packing == "pack" and batch.micro_batch_size > 1:
-            raise ConfigError(
-                f"stages.{stage.name}.batch.micro_batch_size={batch.micro_batch_size}: packing with Transformer Engine "
-                "takes one row a micro-batch; set it to 1 and sequence_length that many times as long"
-            )
 
 
 def hidden_pairs(segments: torch.Tensor) -> torch.Tensor:

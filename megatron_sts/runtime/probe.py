@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_sts import __version__
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.runtime import components
 from megatron_sts.runtime.components import Component, Importer
-from megatron_sts.runtime.kernels import Kernels, choose_kernels
+from megatron_sts.runtime.kernels import ENGINE, Kernels, choose_kernels
 
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -95,7 +95,21 @@ def check_usable(config: RunConfig) -> Kernels:
         ConfigError: naming what is missing.
     """
     check_fp8(config.precision)
-    return kernels_for(config)
+    kernels = kernels_for(config)
+    _check_packing(config, kernels)
+    return kernels
+
+
+def _check_packing(config: RunConfig, kernels: Kernels) -> None:
+    """Transformer Engine's attention over segments takes one row."""
+    for stage in config.stages if kernels.attention == ENGINE else ():
+        if stage.batch.packing == "pack" and stage.batch.micro_batch_size > 1:
+            refuse(
+                f"stages.{stage.name}.batch.micro_batch_size",
+                stage.batch.micro_batch_size,
+                "packing with Transformer Engine takes one row a micro-batch",
+                "set it to 1 and sequence_length that many times as long",
+            )
 
 
 @functools.cache

@@ -89,6 +89,16 @@ class HuggingFaceTower(Replicated):
         return features
 
 
+def check_hugging_face_tower(resolved: Resolved) -> None:
+    """Builds the tower without memory for it.
+
+    Raises:
+        ConfigError: ``transformers`` knows no such model, or it gives other features than the config says.
+    """
+    with torch.device("meta"):
+        HuggingFaceTower(resolved)
+
+
 def hugging_face_config(vision: VisionConfig, num_layers: int) -> Any:
     """The config of ``transformers`` for the first ``num_layers`` layers of an hf tower."""
     sizes = {name: getattr(vision, field) for field, name in HF_SIZES.items() if getattr(vision, field) is not None}

@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from megatron_sts.cli import main
+from megatron_sts.config.load import dump, load
+from megatron_sts.config.resolve import resolve
 
 COMMANDS = ("train", "plan", "data", "convert", "verify", "generate", "eval", "report", "doctor")
 
@@ -130,9 +132,48 @@ def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str
     weights, tokenizer = "model.language.init=no.safetensors", "data.tokenizer=nowhere"
     assert main(["train", str(config), weights, tokenizer, "--dry-run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["obstacles"]
-    assert [line.split(": ")[0] for line in found] == [weights, tokenizer]
+    assert [(entry["problem"].split(": ")[0], entry["of_this_machine"]) for entry in found] == [
+        (weights, True),
+        (tokenizer, True),
+    ]
     assert main(["train", str(config), weights, "--dry-run"]) == 0
-    assert f"Will not start: {weights}" in capsys.readouterr().out
+    assert f"Will not start on this machine: {weights}" in capsys.readouterr().out
+
+
+def test_dry_run_names_missing_devices(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config for GPUs can be looked at anywhere; a start refuses it with the same line."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    for override in ("precision.fp8=tensorwise", "kernels.layers=transformer-engine", "kernels.optimizer=apex"):
+        assert main(["train", str(config), override, "--dry-run", "--json"]) == 0
+        [found] = json.loads(capsys.readouterr().out)["obstacles"]
+        assert found["problem"].startswith(f"{override}: ") and found["of_this_machine"]
+        assert main(["train", str(config), override]) == 2
+        assert capsys.readouterr().err == f"megatron-sts: error: {found['problem']}\n"
+
+
+def test_dry_run_names_towers_that_cannot_be_built(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tower = (
+        "model.vision={tower: hf, num_layers: 2, hidden_size: 32, num_attention_heads: 4, image_size: 16, patch_size: 8, "
+        "pixel_mean: [0.5, 0.5, 0.5], pixel_std: [0.5, 0.5, 0.5], hf_config: {model_type: %s}}"
+    )
+    for model_type, said in (("nonsense", "transformers knows no such model"), ("vit_mae", "use a plain ViT")):
+        assert main(["train", str(config), tower % model_type, "--dry-run", "--json"]) == 0
+        [found] = json.loads(capsys.readouterr().out)["obstacles"]
+        assert said in found["problem"] and not found["of_this_machine"]
+
+
+def test_dry_run_names_another_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whose checkpoints lie where this one would be written."""
+    checkpoint = tmp_path / "run" / "checkpoints" / "0-only-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "progress.json").write_text('{"stage": 0, "step": 1}')
+    dump(resolve(load(config)), tmp_path / "run" / "config.resolved.yaml")
+    words = ["train", str(config), "--run-dir", str(tmp_path / "run"), "seed=7"]
+    assert main([*words, "--dry-run", "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["obstacles"]
+    assert found["problem"].startswith("seed=7: ") and "holds a run with seed=" in found["problem"]
 
 
 def test_weights_and_tokenizers_that_do_not_fit_are_obstacles(
@@ -145,7 +186,9 @@ def test_weights_and_tokenizers_that_do_not_fit_are_obstacles(
     (weights / "config.yaml").write_text(yaml.safe_dump({"model": {"language": language | {"rotary_base": 500000}}}))
     words = [str(config), f"model.language.init={weights}", "model.language.vocab_size=64"]
     assert main(["train", *words, "--dry-run", "--json"]) == 0
-    other_model, small_vocabulary = json.loads(capsys.readouterr().out)["obstacles"]
+    found = json.loads(capsys.readouterr().out)["obstacles"]
+    assert not any(entry["of_this_machine"] for entry in found)
+    other_model, small_vocabulary = (entry["problem"] for entry in found)
     assert other_model == (
         f"model.language.rotary_base=10000: the weights in {weights} were made with 500000; correct it"
     )

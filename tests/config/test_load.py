@@ -101,7 +101,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("C",), exclude_c
     path=st.none() | TEXT,
     tokenizer=st.sampled_from(["off", "no", "1", "1e3", "null", "~", "a: b", "#x", " y "]),
     fp8=st.sampled_from(["off", "tensorwise", "delayed"]),
-    families=st.lists(st.sampled_from(["existence", "ocr"]), unique=True),
+    families=st.lists(st.sampled_from(["existence", "ocr"]), unique=True, min_size=1),
     ratio=st.floats(0.1, 1),
 )
 def test_dump_and_load_is_the_identity(

@@ -243,3 +243,36 @@ def test_ground_floor_is_torch_free() -> None:
         "megatron_sts.cost.memory, megatron_sts.plan.schedule; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.0.optimizer.betas=[1.0, 0.9]", "stages.alignment.optimizer.betas.0=1.0: it should be less than 1"),
+        ("stages.0.optimizer.eps=0", "stages.alignment.optimizer.eps=0: it should be greater than or equal to 0.0"),
+        ("stages.0.optimizer.min_lr=0.1", "stages.alignment.optimizer.min_lr=0.1: above lr=0.001; lower it"),
+        (
+            "stages.0.optimizer={schedule: constant, lr: 0.1, min_lr: 0.01}",
+            "stages.alignment.optimizer.min_lr=0.01: schedule=constant reads none",
+        ),
+        ("model.language.norm_epsilon=-1", "model.language.norm_epsilon=-1: it should be greater"),
+        ("model.language.init_std=-1", "model.language.init_std=-1: it should be greater than 0"),
+        ("model.language.embedding_init_std=1e300", "model.language.embedding_init_std=1e+300: it should be less"),
+        (
+            "model.vision.pixel_mean=[0.5, 127, 0.5]",
+            "model.vision.pixel_mean.1=127: it should be less than or equal to 1",
+        ),
+        (
+            "model.vision.pixel_std=[0.5, 0, 0.5]",
+            "model.vision.pixel_std.1=0: it should be greater than or equal to 0.001",
+        ),
+        ("parallel.timeout_s=1e300", "parallel.timeout_s=1e+300: it should be less than or equal to 604800"),
+        ("data.families=[]", "data.families=[]: no question can be drawn"),
+        ("evaluation={num_questions: 1, families: []}", "evaluation.families=[]: nothing is left to ask"),
+        ("evaluation={num_questions: 1, splits: []}", "evaluation.splits=[]: nothing is left to ask"),
+    ],
+)
+def test_what_would_fail_on_a_rank_is_refused_before(path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        resolve(load(path, [override]))
+    assert str(error.value).startswith(message)
