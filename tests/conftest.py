@@ -1,7 +1,24 @@
-"""What holds for all tests."""
+"""What holds for all tests: untimed examples, and a server of warm processes while they run."""
+
+import contextlib
+import os
 
 from hypothesis import settings
+
+from tests import warm
 
 # An example's time says how busy the machine is, not whether the code is right.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+_session = contextlib.ExitStack()
+
+
+def pytest_configure() -> None:
+    """One for all of pytest-xdist's workers, which inherit its address."""
+    if warm.SOCKET not in os.environ:
+        _session.enter_context(warm.server())
+
+
+def pytest_unconfigure() -> None:
+    _session.close()

@@ -1,6 +1,7 @@
-"""Runs a function or a script on several fresh local processes, as torchrun would, under a hard time limit.
+"""Runs a function or a script on several local processes, as torchrun would, under a hard time limit.
 
-Nothing of the parent's torch state reaches the ranks, and no rank outlives the call.
+Nothing of the parent's torch state reaches the ranks, which are forked from a process that has only imported (``tests/warm``),
+and no rank outlives the call.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests import warm
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GRACE_S = 5.0
@@ -74,7 +77,7 @@ def _start(
     place = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS=1, PYTHONPATH=path)
     settings = {key: str(value) for key, value in {**world, **place, "PYTHONUNBUFFERED": 1, **env}.items()}
     with log.open("wb") as out:
-        return subprocess.Popen(
+        return warm.Popen(
             command, env={**os.environ, **settings}, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
 
