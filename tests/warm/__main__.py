@@ -23,7 +23,6 @@ import threading
 import types
 from pathlib import Path
 from typing import NoReturn
-from typing import NoReturn
 
 from tests.warm.server import Request, Server
 
@@ -82,7 +81,7 @@ def become(request: Request, streams: list[int]) -> None:
 
 def is_cold(arguments: list[str], env: dict[str, str]) -> bool:
     """Whether a fresh interpreter must read the options or the environment."""
-    if len(os.listdir("/proc/self/task")) > 1 or arguments[0].startswith("-") and arguments[0] not in ("-m", "-c"):
+    if len(os.listdir("/proc/self/task")) > 1 or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c")):
         return True
     if not set(paths(env)) <= {*_search_path, ""}:
         return True
