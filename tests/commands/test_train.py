@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from tests import warm
 from tests.train import stagehand
 from tests.train.stagehand import events, steps
 
@@ -28,7 +29,7 @@ def started(config: Path, run_dir: Path, *overrides: str) -> Iterator[subprocess
     """A training run in a process group of its own, which does not outlive the block."""
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {key: value for key, value in os.environ.items() if key not in launcher} | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-m", "megatron_sts", "train", str(config), "--run-dir", str(run_dir), *overrides],
         env=env,
         stdout=subprocess.PIPE,

@@ -18,6 +18,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.convert import hf_to_sts, shards, sts_to_hf
 from megatron_sts.convert.sources import open_source
 from megatron_sts.runtime.stored import INDEX, StoredTensors
+from tests import warm
 from tests.convert import hf_models
 
 SLOW_CONVERSION = """
@@ -40,8 +41,8 @@ else:
 
 def kill_in_the_middle(direction: str, source: Path, out: Path) -> None:
     """Starts a conversion and kills it once it has written two shards."""
-    command = [sys.executable, "-W", "ignore", "-c", SLOW_CONVERSION, direction, str(source), str(out)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", SLOW_CONVERSION, direction, str(source), str(out)]
+    process = warm.Popen(command, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while len(finished(out)) < 2:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import yaml
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.convert.sources import _origins
+from tests import warm
 from tests.convert import hf_models
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -31,8 +31,8 @@ DECODER = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "ffn_hi
 
 def sts(folder: Path, *words: object) -> str:
     """Runs megatron-sts; what it printed."""
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_sts", *map(str, words)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "megatron_sts", *map(str, words)]
+    done = warm.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.data.template import encode, load_tokenizer
 from megatron_sts.vision.tower import channel_statistics, fitting_of, normalise
+from tests import warm
 from tests.convert import hf_models
 from tests.data.small_tokenizers import qwen2_like
 from tests.dist.ladder import write_samples
@@ -35,8 +35,8 @@ STAGE: dict[str, Any] = {
 
 def sts(folder: Path, *words: object, status: int = 0) -> str:
     """Runs megatron-sts; what it printed."""
-    command = [sys.executable, "-W", "ignore", "-m", "megatron_sts", *map(str, words)]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, "-m", "megatron_sts", *map(str, words)]
+    done = warm.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 

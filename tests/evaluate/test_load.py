@@ -31,6 +31,7 @@ from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.runtime.stored import StoredTensors
+from tests import warm
 from tests.convert.hf_models import write
 from tests.data.small_tokenizers import vicuna_like
 from tests.parity.hf import hf_clip, hf_decoder, hf_projector
@@ -49,7 +50,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         stage["steps"] = 2
     (folder / "config.yaml").write_text(json.dumps(written))
     command = [sys.executable, "-m", "megatron_sts", "train", str(folder), "--run-dir", str(folder / "run")]
-    subprocess.run(command, check=True, timeout=240)
+    warm.run(command, check=True, timeout=240)
     return folder / "run"
 
 
@@ -100,7 +101,7 @@ def test_two_halves_are_not_asked(tmp_path: Path) -> None:
 def test_the_command_says_the_same_on_one_rank_and_on_two(run_dir: Path, picture: Path) -> None:
     words = ["--prompt", "is there a cat?", "--image", str(picture), "--max-new-tokens", "8"]
     said = [
-        subprocess.run(
+        warm.run(
             [sys.executable, "-m", "megatron_sts", "generate", str(run_dir), *overrides, *words],
             check=True,
             timeout=240,

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tests import warm
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "llava_json"
 TINY = [
     "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=4",
@@ -27,10 +29,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.timeout(300)
 def test_from_a_json_to_a_checkpoint(tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "llava_json"
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": warm.path(), "OMP_NUM_THREADS": "1"}
     make = [sys.executable, EXAMPLE / "make_data.py", runs / "data", "--num-samples", "300"]
-    subprocess.run(make, env=environment, check=True, timeout=60)
+    warm.run(make, env=environment, check=True, timeout=60)
     for start in range(2):
         run = subprocess.run(["bash", EXAMPLE / "run.sh", *TINY], cwd=tmp_path, env=environment, capture_output=True,
                              text=True, timeout=200)  # fmt: skip

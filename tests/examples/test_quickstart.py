@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "run.sh"
 TINY = [
@@ -22,8 +23,7 @@ FAMILIES = {"existence", "relation", "counting", "ocr", "choice", "paired"}
 
 def start(folder: Path) -> subprocess.CompletedProcess[str]:
     """Runs the script in ``folder``, with this interpreter's ``megatron-sts``."""
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "PATH": warm.path(), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(
         ["bash", SCRIPT, *TINY], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
     )

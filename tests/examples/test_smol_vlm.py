@@ -6,13 +6,13 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_sts.config.load import load
+from tests import warm
 from tests.data.small_tokenizers import qwen2_like
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "smol_vlm"
@@ -44,8 +44,7 @@ def test_from_a_text_model_to_answers_about_pictures(tmp_path: Path) -> None:
             tie_word_embeddings=True,
         )
     ).save_pretrained(smollm2)
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PATH": warm.path(), "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         ["bash", EXAMPLE / "run.sh", *TINY], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=350
     )
@@ -57,9 +56,11 @@ def test_from_a_text_model_to_answers_about_pictures(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_fetched_weights_speak_in_transformers(tmp_path: Path) -> None:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     subprocess.run(
-        ["bash", EXAMPLE / "fetch.sh", tmp_path / "smollm2"], env={**os.environ, "PATH": path}, check=True, timeout=350
+        ["bash", EXAMPLE / "fetch.sh", tmp_path / "smollm2"],
+        env={**os.environ, "PATH": warm.path()},
+        check=True,
+        timeout=350,
     )
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "smollm2")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "smollm2")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_data.py"
 
@@ -15,7 +16,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_data.py"
 @pytest.mark.slow
 def test_bench_reports_each_number_of_workers() -> None:
     words = ["--json", "--num-images", "40", "--image-size", "32", "--num-steps", "2"]
-    run = subprocess.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, timeout=500)
+    run = warm.run([sys.executable, str(TOOL), *words], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     assert set(found["images_per_s_by_num_workers"]) == {"0", "1", "2"}

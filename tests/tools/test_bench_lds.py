@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_lds.py"
 SMALL = [
@@ -28,7 +29,7 @@ SMALL = [
 
 
 def test_bench_reports_every_case() -> None:
-    run = subprocess.run([sys.executable, str(TOOL), *SMALL], capture_output=True, text=True, timeout=500)
+    run = warm.run([sys.executable, str(TOOL), *SMALL], capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     cases = {(case["layout"], case["sampler"], case["skip_fraction"]): case for case in found["cases"]}

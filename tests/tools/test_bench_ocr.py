@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_ocr.py"
 
@@ -15,7 +16,7 @@ TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_ocr.py"
 def test_bench_reports_every_case() -> None:
     pytest.importorskip("sklearn", reason="the tool's photographs come with scikit-learn")
     command = [sys.executable, str(TOOL), "--num-images", "3", "--json"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    run = warm.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout)
     metrics = {"scenes": {"recall of digits", "recall of sprites", "gap"}}

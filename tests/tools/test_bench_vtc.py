@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_vtc.py"
 SMALL = ["--num-layers", "2", "--hidden-size", "64", "--num-pairs", "1", "--json"]
 
 
 def test_bench_reports_every_keep_ratio() -> None:
-    run = subprocess.run([sys.executable, str(TOOL), *SMALL], capture_output=True, text=True, timeout=300)
+    run = warm.run([sys.executable, str(TOOL), *SMALL], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-3000:]
     cases = {case["keep_ratio"]: case for case in json.loads(run.stdout)["cases"]}
     assert list(cases) == [1.0, 0.75, 0.5, 0.25, 0.1]

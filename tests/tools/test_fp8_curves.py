@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_sts.report.run import read_run
+from tests import warm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "fp8_curves.py"
 TINY = [
@@ -23,7 +23,7 @@ TINY = [
 @pytest.mark.slow
 def test_four_runs_and_their_gaps(tmp_path: Path) -> None:
     command = [sys.executable, str(TOOL), "--out", str(tmp_path), "--seeds", "3", "--json", *TINY]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    run = warm.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stderr[-3000:]
     facts = json.loads(run.stdout)
     assert json.loads((tmp_path / "fp8_curves.json").read_text()) == facts

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tests.warm.server import LENGTH
 
@@ -45,11 +45,37 @@ def server() -> Iterator[None]:
                 start_new_session=True,
             )
         os.environ[SOCKET] = str(path)
+        _write_stand_ins(path.with_name("bin"))
         try:
             yield
         finally:
             del os.environ[SOCKET]
             process.communicate()  # its input ends, and so does it
+
+
+def path() -> str:
+    """A PATH for shell scripts, on which ``megatron-sts`` and ``python`` are warm ones of this interpreter."""
+    own = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return os.pathsep.join([str(Path(os.environ[SOCKET]).with_name("bin")), *own] if SOCKET in os.environ else own)
+
+
+def stand_in(arguments: Sequence[str]) -> NoReturn:
+    """Is, for whoever started this process, the program that the server starts."""
+    connection, _ = _ask({"arguments": arguments, "cwd": os.getcwd(), "env": dict(os.environ)}, (0, 1, 2))
+    connection.settimeout(None)
+    status = os.waitstatus_to_exitcode(int(_line(connection)))
+    if status < 0:
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
+def _write_stand_ins(folder: Path) -> None:
+    folder.mkdir()
+    for name, arguments in (("megatron-sts", ["-m", "megatron_sts"]), ("python", [])):
+        lines = f"#!{sys.executable} -IS", "import sys", f"sys.path.insert(0, {str(REPOSITORY)!r})"
+        call = "from tests import warm", f"warm.stand_in({arguments!r} + sys.argv[1:])"
+        (folder / name).write_text("\n".join([*lines, *call, ""]))
+        (folder / name).chmod(0o755)
 
 
 def _search_path() -> str:

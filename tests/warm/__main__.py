@@ -102,6 +102,7 @@ def refresh(env: dict[str, str]) -> None:
     import torch
 
     np.random.seed()
+    torch.default_generator.seed()
     torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     for stream in (sys.stdout, sys.stderr):

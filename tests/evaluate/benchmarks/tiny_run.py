@@ -9,6 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from tests import warm
+
 CONFIG = {
     "model": {
         "vision": {"num_layers": 1, "hidden_size": 32, "num_attention_heads": 4, "image_size": 64, "patch_size": 16,
@@ -27,7 +29,7 @@ CONFIG = {
 def megatron_sts(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """The real command in ``folder``."""
     command = [sys.executable, "-m", "megatron_sts", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return warm.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def train(folder: Path) -> None:
