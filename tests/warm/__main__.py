@@ -39,7 +39,7 @@ IMPORTS = (
     "megatron_sts.data.prepare",
     "megatron_sts.train.loop",
 )
-READ_AT_IMPORT = ("CUDA_", "HF_", "LD_", "MKL_", "NVTE_", "PYTHON", "TORCH", "TRANSFORMERS_")
+READ_AT_IMPORT = ("HF_", "LD_", "PYTHON", "TRANSFORMERS_")
 """Beginnings of names of environment variables."""
 HARMLESS = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONWARNINGS"}
 """Those that ``become`` knows."""
