@@ -16,7 +16,7 @@ _session = contextlib.ExitStack()
 
 def pytest_configure() -> None:
     """One for all of pytest-xdist's workers, which inherit its address."""
-    if warm.SOCKET not in os.environ:
+    if warm.SOCKET not in os.environ and warm.is_possible():
         _session.enter_context(warm.server())
 
 

@@ -1,12 +1,13 @@
 """Runs Python programs without the seconds that their imports cost: ``run`` and ``Popen`` as in ``subprocess``.
 
-For commands that begin with ``sys.executable``; each program leads a session. Outside pytest, where no server runs, they are
-started as ever. What a program finds: ``tests/warm/__main__.py``.
+For commands that begin with ``sys.executable``; each program leads a session. Where no server runs (outside pytest, with a GPU),
+they are started as ever. What a program finds: ``tests/warm/__main__.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
@@ -25,6 +26,12 @@ SOCKET = "MEGATRON_STS_TEST_SERVER"
 REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_UP_S = 120
 """The server's first answer comes after its imports."""
+
+
+def is_possible() -> bool:
+    """Not where an import may start CUDA, which does not survive a fork: with a GPU in sight, or Transformer Engine installed."""
+    sees_gpu = os.path.exists("/dev/nvidiactl") and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+    return not sees_gpu and importlib.util.find_spec("transformer_engine") is None
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ import pytest
 
 from tests import warm
 
+pytestmark = pytest.mark.skipif(not warm.is_possible(), reason="programs are started as ever")
 PROGRAM = """
 import json, multiprocessing.process, os, sys
 if __name__ == "__main__":
