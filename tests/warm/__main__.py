@@ -65,7 +65,6 @@ def warm_up() -> None:
 
 def become(request: Request, streams: list[int]) -> None:
     """In the forked process, from here to its end."""
-    os.setsid()
     for target, stream in enumerate(streams):
         os.dup2(stream, target)
     os.closerange(3, 256)

@@ -61,7 +61,7 @@ class Server:
         head, streams, _, _ = socket.recv_fds(client, LENGTH.size, 3)
         request = json.loads(_receive(client, LENGTH.unpack(head)[0]))
         self._prepare()
-        pid = os.fork()
+        pid = _fork()
         if pid == 0:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -97,6 +97,18 @@ class Server:
         for program in self._programs.values():
             _kill(program)
         os._exit(0)
+
+
+def _fork() -> int:
+    """``os.fork``, but the parent goes on only when the child leads its session and process group, and can be killed as such."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+    os.close(writing)
+    os.read(reading, 1)  # nothing comes: it ends when both have closed it
+    os.close(reading)
+    return pid
 
 
 def _kill(program: Program) -> None:
