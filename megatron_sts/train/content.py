@@ -7,14 +7,17 @@ changing size, and other pictures than those, are not noticed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import EMBEDDED_PREFIX, EMBEDDED_TOKENIZER, data_sections
 from megatron_sts.config.prepared import BLEND_SUFFIXES, ENERGON_FOLDER, SETTINGS_NAME
 from megatron_sts.config.run_folder import STATE, checkpoint_of, is_of_run
@@ -31,25 +34,30 @@ TOKENIZER_FILES = (
 
 
 def contents(config: RunConfig) -> dict[str, Content]:
-    """By dotted field. What the package embeds, and files that are not there, are left out."""
-    return {field: content for field, content in _contents(config) if content is not None}
+    """By dotted field. What the package embeds, and files that cannot be read, are left out: who needs them says so."""
+    found = {}
+    for field, measure in _measures(config):
+        with contextlib.suppress(OSError):
+            found[field] = measure()
+    return {field: content for field, content in found.items() if content is not None}
 
 
-def _contents(config: RunConfig) -> Iterator[tuple[str, Content | None]]:
+def _measures(config: RunConfig) -> Iterator[tuple[str, Callable[[], Content | None]]]:
     for part in config.model.parts:
         init = getattr(config.model, part).init
         if init and not init.startswith(EMBEDDED_PREFIX):
-            yield f"model.{part}.init", _of_weights(Path(init))
+            yield f"model.{part}.init", partial(_of_weights, Path(init))
     for field, data in data_sections(config).items():
         if data.tokenizer != EMBEDDED_TOKENIZER:
-            yield f"{field}.tokenizer", _of_tokenizer(Path(data.tokenizer))
+            yield f"{field}.tokenizer", partial(_of_tokenizer, Path(data.tokenizer))
+        path = Path(str(data.path))
         if data.source == "energon":
-            yield f"{field}.path", _of_dataset(Path(str(data.path)))
+            yield f"{field}.path", partial(_of_dataset, path)
         if data.source == "llava_json":
-            path = Path(str(data.path))
             entries = read_entries(path, f"{field}.path")
-            yield f"{field}.path", {"samples": len(entries), **_of_file(path)}
-            yield f"{field}.image_dir", _of_pictures(entries, Path(data.image_dir) if data.image_dir else path.parent)
+            folder = Path(data.image_dir) if data.image_dir else path.parent
+            yield f"{field}.path", partial(_of_samples_file, path, len(entries))
+            yield f"{field}.image_dir", partial(_of_pictures, entries, folder)
 
 
 def changes(before: Content, now: Content) -> str:
@@ -72,6 +80,10 @@ def _show(value: object) -> str:
 def _of_file(path: Path) -> Content:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "digest": hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_LENGTH]}
+
+
+def _of_samples_file(path: Path, num_samples: int) -> Content:
+    return {"samples": num_samples, **_of_file(path)}
 
 
 def _of_tokenizer(path: Path) -> Content | None:
@@ -168,9 +180,9 @@ def _of_weights(path: Path) -> Content | None:
     if is_of_run(path):
         try:
             checkpoint = checkpoint_of(path)
-            return {"checkpoint": checkpoint.name, **_of_file(checkpoint / STATE / "integrity.json")}
-        except (ValueError, OSError):  # gone: whether it is needed is another's question
+        except ConfigError:  # forgotten since: whether it is needed is another's question
             return None
+        return {"checkpoint": checkpoint.name, **_of_file(checkpoint / STATE / "integrity.json")}
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return _of_large_files(files) if files else None
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
+from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
@@ -155,6 +157,20 @@ def test_a_stage_does_not_shrink_nor_grow_once_it_is_over(run_dir: Path) -> None
     checkpoint(run_dir, "1-finetune-0000002", stage=1, step=2)
     with pytest.raises(ConfigError, match=r"^stages\.alignment\.steps=5: .* 4 steps, not 5, and is over; restore"):
         check_same_run(resolved(stages=[first | {"steps": 5}, second]), run_dir, extend=True)
+
+
+def test_the_option_reaches_the_ranks(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr("megatron_sts.launch.local.launch_local", lambda argv, nproc: started.append(argv) or 0)
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(stagehand.config()))
+    words = ["train", str(run_dir), "stages.finetune.steps=9", "--run-dir", str(run_dir)]
+    assert main(words) == 2
+    assert "stages.finetune.steps=9: " in capsys.readouterr().err and not started
+    assert main([*words, "--extend"]) == 0
+    [argv] = started
+    assert argv[-1] == "--extend"
 
 
 def test_epochs_count_by_their_steps(tmp_path: Path) -> None:
