@@ -67,9 +67,9 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str],
     from megatron_sts.commands.obstacles import obstacles
     from megatron_sts.train import resume
 
-    resume.check_same_run(resolved, run_dir, extend=extend)
-    if rank is None:  # rank 0 does it for the others
+    if rank is None:  # rank 0 does it for the others; first, because other data give an epoch another number of steps
         resume.check_same_content(resolved, run_dir)
+    resume.check_same_run(resolved, run_dir, extend=extend)
     if resume.is_finished(resolved, run_dir):
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
