@@ -83,9 +83,9 @@ def write_extras(extras: Extras, out: Path) -> None:
         return
     _write_generation(extras, extras.tokenizer, out)
     pictures = None if extras.vision is None else image_processor(extras.vision)
-    if pictures is not None:
-        pictures.save_pretrained(out)
     hf = extras.tokenizer.hugging_face()
+    if pictures is not None and (hf is None or extras.config.model_type != "llava"):
+        pictures.save_pretrained(out)
     if hf is None:
         return
     if (template := jinja(extras.template, extras.tokenizer)) is not None:

@@ -35,7 +35,7 @@ def load_image_processor(folder: Path) -> Any:
 
 
 def with_processing(vision: VisionConfig, folder: Path, *, is_whole: bool) -> VisionConfig:
-    """The same tower with the folder's interpolation and, of a whole model, its way to a square.
+    """The same tower with the folder's interpolation and, of a whole model, its way to a square and its statistics.
 
     A tower alone is joined with a text model by training, for which the run chooses the way.
 
@@ -49,10 +49,13 @@ def with_processing(vision: VisionConfig, folder: Path, *, is_whole: bool) -> Vi
     processor = load_image_processor(folder)
     if processor is None:
         return vision
-    found = {
+    found: dict[str, Any] = {
         "processing": _processing(processor, vision.image_size, folder),
         "resample": _resample(processor.resample, folder),
     }
+    statistics = tuple(processor.image_mean), tuple(processor.image_std)  # its kind's own where the file says nothing
+    if processor.do_normalize and statistics != channel_statistics(vision):
+        found |= dict(zip(("pixel_mean", "pixel_std"), statistics, strict=True))
     return vision.model_copy(update=found)
 
 

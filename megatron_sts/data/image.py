@@ -130,7 +130,7 @@ def _decoded(image: Image.Image) -> Decoded:
 def _raw_mode(image: Image.Image) -> str:
     """How a file that is not loaded yet stores its pixels, else nothing."""
     tiles = getattr(image, "tile", [])
-    arguments = tiles[0].args if tiles else ""
+    arguments = (tiles[0].args if tiles else None) or ""
     return arguments if isinstance(arguments, str) else str(arguments[0])
 
 

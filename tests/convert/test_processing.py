@@ -93,6 +93,13 @@ def test_unknown_processors_are_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
+def test_statistics_that_a_file_leaves_out_are_its_kinds(tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "SiglipImageProcessor", "size": {"height": 32, "width": 32}}'
+    )
+    assert channel_statistics(with_processing(VISION, tmp_path, is_whole=True)) == ((0.5,) * 3, (0.5,) * 3)
+
+
 def test_a_tower_alone_leaves_the_way_to_a_square_to_the_run(tmp_path: Path) -> None:
     CLIPImageProcessorPil(resample=Image.Resampling.BILINEAR, **SHORTEST).save_pretrained(tmp_path)
     vision = with_processing(VISION, tmp_path, is_whole=False)

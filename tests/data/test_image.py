@@ -250,6 +250,12 @@ def test_animations_and_pages_give_their_first(kind: str, options: dict[str, obj
     assert decoded.changes == {Change.FIRST}
 
 
+def test_a_photos_preview_is_no_second_picture() -> None:
+    encoded = saved(Image.fromarray(NOISE), "MPO", save_all=True, append_images=[Image.new("RGB", (4, 4))], quality=100)
+    assert Image.open(BytesIO(encoded)).format == "MPO"
+    assert not decode_bytes(encoded, "photo").changes
+
+
 def test_a_broken_second_picture_spoils_no_first() -> None:
     encoded = animation("GIF")
     for end in range(encoded.rindex(b"\x2c"), len(encoded)):
