@@ -110,7 +110,7 @@ def check(stage: Stage, checkpointer: Checkpointer, progress: Progress) -> None:
         NotUpdatedError: see ``broken_updates``.
     """
     if unusable := bad_samples(stage.spec, progress):
-        if progress.num_samples:
+        if progress.num_samples or progress.step < stage.spec.num_steps:  # else nothing is worth it
             checkpointer.save(stage, replace(progress, stopped_on_bad_samples=True))
         raise BadSampleError(unusable)
     if broken := broken_updates(stage.spec, progress, stage.resolved.config.guard.max_broken_updates):
