@@ -13,6 +13,7 @@ from pathlib import Path
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import has_tokenizer, missing_tokenizers, missing_weights
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.stored_samples import check_stored
 from megatron_sts.config.weights_folder import other_models
 from megatron_sts.data.template import tokenizer_of
 from megatron_sts.runtime.probe import check_usable
@@ -30,7 +31,8 @@ class Obstacle:
 
 
 def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obstacle]:
-    """Missing devices and files, weights of another model, tokenizers that do not fit, towers that cannot be built.
+    """Missing devices and files, weights of another model, tokenizers that do not fit, towers that cannot be built, shards that
+    cannot be read.
 
     ``is_going_on``: from a checkpoint of its own, so that nothing reads the weights that the run began with.
     """
@@ -50,6 +52,10 @@ def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obst
         from megatron_sts.vision.tower import check_hugging_face_tower  # imports torch and transformers
 
         yield from _refusals(partial(check_hugging_face_tower, resolved))
+    stored = [stage.data for stage in resolved.stages if stage.data.source == "energon"]
+    for path, num_workers in dict.fromkeys((data.path, data.num_workers) for data in stored):
+        num_readers = resolved.data_parallel_size * max(num_workers, 1)
+        yield from _refusals(partial(check_stored, Path(str(path)), num_readers), of_this_machine=True)
 
 
 def other_run(resolved: Resolved, run_dir: Path, *, extend: bool) -> Iterator[Obstacle]:

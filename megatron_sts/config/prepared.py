@@ -1,9 +1,13 @@
-"""What a folder that ``megatron-sts data prepare`` wrote says of itself. Torch-free; reads Energon's files, not Energon."""
+"""What a folder of shards says of itself: one that ``megatron-sts data prepare`` wrote, or others with Energon's own command.
+
+Torch-free; reads Energon's files, not Energon.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 from braceexpand import braceexpand
@@ -14,18 +18,25 @@ ENERGON_FOLDER = ".nv-meta"
 """In a dataset's folder: what Energon knows of it."""
 SETTINGS_NAME = "prepare.json"
 """In a dataset's folder: what ``megatron-sts data prepare`` made the shards of."""
+CRUDE = "CrudeWebdataset"
+"""Energon's class of datasets whose samples are files, which is what we read."""
 BLEND_SUFFIXES = (".yaml", ".yml")
 
 
 def check_prepared(path: Path) -> None:
-    """Refuses what is neither a prepared folder nor a YAML file that blends some."""
+    """Refuses what is neither a folder of shards with Energon's index nor a YAML file that blends some."""
     if path.suffix in BLEND_SUFFIXES and path.is_file():
-        try:
-            yaml.safe_load(path.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            refuse("data.path", path, f"not valid YAML ({' '.join(str(error).split())})", "correct the file")
+        read_yaml(path, path)
         return
-    if not (path / ENERGON_FOLDER / "dataset.yaml").is_file():
+    folder = path / ENERGON_FOLDER
+    if not (folder / "dataset.yaml").is_file():
+        if (folder / "split.yaml").is_file():
+            refuse(
+                "data.path",
+                path,
+                f"has no {ENERGON_FOLDER}/dataset.yaml",
+                f"energon prepare writes it with --sample-type {CRUDE}",
+            )
         refuse("data.path", path, "not a prepared dataset", "write one with megatron-sts data prepare")
 
 
@@ -33,14 +44,91 @@ def count_prepared(path: Path) -> int:
     """Training samples of a prepared folder.
 
     Raises:
-        ConfigError: ``path`` is not one, or is a blend, which has no epoch.
+        ConfigError: ``path`` is not one, has none, or is a blend, which has no epoch.
     """
     check_prepared(path)
     if path.is_file():
         refuse("data.path", path, "a blend of datasets has no epoch", "give the stage steps instead of epochs")
-    folder = path / ENERGON_FOLDER
-    counts: dict[str, int] = json.loads((folder / ".info.json").read_text(encoding="utf-8"))["shard_counts"]
-    split = yaml.safe_load((folder / "split.yaml").read_text(encoding="utf-8"))
-    excluded = {name for pattern in split.get("exclude", ()) for name in braceexpand(pattern)}
-    names = {name for pattern in split["split_parts"]["train"] for name in braceexpand(pattern)}
-    return sum(counts[name] for name in names - excluded)
+    return sum(shard_counts(path).values())
+
+
+def shard_counts(folder: Path, split_part: str = "train", split_config: str = "split.yaml") -> dict[str, int]:
+    """Samples in each shard of a split.
+
+    Raises:
+        ConfigError: there is no shard in it, or Energon's files do not say.
+    """
+    meta = folder / ENERGON_FOLDER
+    split = read_yaml(meta / split_config, folder)
+    counts = all_shard_counts(folder)
+    try:
+        excluded = _expanded(split.get("exclude") or ())
+        parts = {part: _expanded(patterns) - excluded for part, patterns in split["split_parts"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        refuse(
+            "data.path",
+            folder,
+            f"{split_config} is damaged ({type(error).__name__}: {error})",
+            "energon prepare writes it anew",
+        )
+    names = parts.get(split_part, set())
+    if not names:
+        found = ", ".join(f"{len(names)} in {part}" for part, names in parts.items() if names) or "none"
+        remedy = f"list some in {ENERGON_FOLDER}/{split_config}, or prepare it anew with --split-ratio 1,0,0"
+        refuse("data.path", folder, f"no shard is in split {split_part} ({found})", remedy)
+    if unknown := sorted(names - set(counts)):
+        refuse(
+            "data.path",
+            folder,
+            f"{unknown[0]} of split {split_part} is not in its index",
+            "energon prepare writes it anew",
+        )
+    return {name: counts[name] for name in sorted(names)}
+
+
+def all_shard_counts(folder: Path) -> dict[str, int]:
+    """Samples in each shard, in the order in which Energon's index numbers them.
+
+    Raises:
+        ConfigError: Energon's file does not say.
+    """
+    meta = folder / ENERGON_FOLDER
+    info = next((meta / name for name in (".info.json", ".info.yaml") if (meta / name).is_file()), meta / ".info.json")
+    try:
+        return {str(name): int(count) for name, count in read_yaml(info, folder)["shard_counts"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        refuse(
+            "data.path",
+            folder,
+            f"{info.name} is damaged ({type(error).__name__}: {error})",
+            "energon prepare writes it anew",
+        )
+
+
+def excluded_samples(folder: Path, split_config: str = "split.yaml") -> set[str]:
+    """SHARD/KEY of samples that a split leaves out."""
+    return {
+        name
+        for name in _expanded(read_yaml(folder / ENERGON_FOLDER / split_config, folder).get("exclude") or ())
+        if "/" in name
+    }
+
+
+def read_yaml(file: Path, path: Path) -> Any:
+    """A YAML or JSON file of the dataset at ``path``.
+
+    Raises:
+        ConfigError: it is not readable.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        refuse("data.path", path, f"{file} is not readable ({error.strerror})", "energon prepare writes it anew")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "JSON" if file.suffix == ".json" else "YAML"
+        refuse("data.path", path, f"not valid {kind} ({file.name}: {' '.join(str(error).split())})", "correct the file")
+
+
+def _expanded(patterns: Any) -> set[str]:
+    return {name for pattern in patterns for name in braceexpand(pattern)}

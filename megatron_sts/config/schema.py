@@ -70,8 +70,8 @@ class DataConfig(Section):
     text_only_fraction: Fraction = 0.0
     """scenes: share of samples without an image."""
     path: str | None = None
-    """llava_json: the file: a JSON list, {"data": [...]}, or an entry a line. energon: the prepared folder, or an Energon
-    Metadataset YAML that blends some.
+    """llava_json: the file: a JSON list, {"data": [...]}, or an entry a line. energon: the prepared folder (or one of others,
+    of samples KEY.json with KEY.jpg or KEY.0.jpg, KEY.1.jpg, ...), or an Energon Metadataset YAML that blends some.
 
     A run that goes on may find them elsewhere, and refuses other ones. It compares the JSON and the sizes of 16 of its pictures;
     of shards their sizes and numbers of samples and what was prepared from: not what is in pictures and shards of the same size.

@@ -30,14 +30,16 @@ from megatron.energon import (
     stateless,
 )
 from megatron.energon.errors import reraise_exception
+from megatron.energon.flavors.webdataset.empty_dataset_error import EmptyDatasetError
 from megatron.energon.metadataset.loader_interface import LoadedDatasetList
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import check_prepared
+from megatron_sts.config.stored_samples import TEXT, check_share
 from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
-from megatron_sts.data.records import BadSampleError, Record, SkippedSample
+from megatron_sts.data.records import BadSampleError, Record, SkippedSample, UnreadableDataError
 from megatron_sts.launch.follow import end_with_parent
 
 SAMPLES_PER_SLICE = 100
@@ -45,6 +47,8 @@ SAMPLES_PER_SLICE = 100
 WORKERS = "data.num_workers"
 SECONDS_PER_CHECKPOINT = 10.0
 """How often a worker notes its state; resuming reads at most the samples since the last note again."""
+PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp")
+"""Names of a sample's only picture in shards of WebDataset's habit."""
 
 
 class EnergonStream:
@@ -68,7 +72,8 @@ class EnergonStream:
     ) -> None:
         """
         Args:
-            path: a folder that ``megatron-sts data prepare`` wrote, or an Energon Metadataset YAML that blends some.
+            path: a folder that ``megatron-sts data prepare`` wrote, another with samples KEY.json and KEY.0.jpg, KEY.1.jpg, ...
+                (or KEY.jpg) in shards that Energon's command indexed, or an Energon Metadataset YAML that blends some.
             seed: of the order.
             dp_rank: 0-based data-parallel rank.
             dp_size: data-parallel ranks.
@@ -99,7 +104,10 @@ class EnergonStream:
     def __next__(self) -> Record | SkippedSample:
         if self._records is None:
             self._records = iter(self._loader)
-        record = next(self._records)
+        try:
+            record = next(self._records)
+        except Exception as error:  # whatever file systems, Energon and its workers raise
+            raise UnreadableDataError(f"data.path={self._path}: reading failed: {_last_line(error)}") from error
         self._num_drawn += 1
         return record
 
@@ -167,7 +175,8 @@ class EnergonStream:
 class _StoredSample(Sample):
     """A sample's files. The shuffle buffer holds these, as pictures are small while encoded."""
 
-    text: bytes
+    text: bytes | None
+    """None: it has no such file."""
     pictures: list[bytes]
 
 
@@ -188,13 +197,15 @@ class _Encoder(DefaultTaskEncoder):
 
 @stateless
 def _stored_sample(sample: CrudeSample) -> _StoredSample:
-    names = sorted((name for name in sample if name[0].isdigit()), key=lambda name: int(name.partition(".")[0]))
-    pictures = [sample[name] for name in names]
-    return _StoredSample(**basic_sample_keys(sample), text=sample["json"], pictures=pictures)
+    numbered = {int(number): name for name in sample if (number := name.partition(".")[0]).isdecimal()}
+    names = [numbered[number] for number in sorted(numbered)] or [name for name in sample if name in PICTURE_FIELDS]
+    return _StoredSample(**basic_sample_keys(sample), text=sample.get(TEXT), pictures=[sample[name] for name in names])
 
 
 def _record(sample: _StoredSample, fitting: Fitting | None) -> Record | SkippedSample:
     key = sample.__key__
+    if sample.text is None:
+        return SkippedSample(key, f"no file KEY.{TEXT} in its shard")
     try:
         entry = json.loads(sample.text)
         key = entry_key(entry, key)
@@ -261,19 +272,22 @@ def _load(path: Path, workers: WorkerConfig) -> LoadedDatasetList:
             max_samples_per_sequence=SAMPLES_PER_SLICE,
             decoder=None,
         )
-    except (OSError, ValueError, AssertionError) as error:  # Energon's ways to refuse what a blend says
+    except (OSError, ValueError, AssertionError, KeyError, TypeError, ZeroDivisionError, EmptyDatasetError) as error:
+        # Energon's ways to refuse what a blend says.
         reason = f"Energon cannot read it ({type(error).__name__}: {error})"
         refuse("data.path", path, " ".join(reason.split()), "correct it; a blend names prepared datasets")
+    if not loaded.datasets:
+        refuse("data.path", path, "names no dataset", "list some")
     num_readers = workers.world_size * max(workers.num_workers, 1)
     for found in loaded.datasets:
-        if len(found.dataset) < num_readers:  # a reader without samples fails, or distorts the blend
-            refuse(
-                "data.path",
-                found.dataset.path,
-                f"{len(found.dataset)} samples for {num_readers} readers (data-parallel ranks x data.num_workers)",
-                "lower either, or use more samples",
-            )
+        check_share(found.dataset.path, len(found.dataset), num_readers, found.repetitions)
     return loaded
+
+
+def _last_line(error: Exception) -> str:
+    """What went wrong, without the traceback that an error from a worker process has in its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {''.join(lines)}".rstrip(": ")
 
 
 def _without_paths(config: Any) -> Any:

@@ -44,6 +44,10 @@ class BadSampleError(ValueError):
         self.key, self.kind = key, kind
 
 
+class UnreadableDataError(ValueError):
+    """Reading ended: a file system or a shard failed, not a sample. One line for the user."""
+
+
 @dataclass(frozen=True)
 class SkippedSample:
     """A sample that was not used, and why."""

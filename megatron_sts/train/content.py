@@ -102,7 +102,8 @@ def _of_pictures(entries: list[Any], folder: Path) -> Content:
 
 def _pictures(entry: Any) -> list[str]:
     images = entry.get("image") or entry.get("images") or [] if isinstance(entry, dict) else []
-    return [name for name in ([images] if isinstance(images, str) else images) if isinstance(name, str)]
+    names = images if isinstance(images, list) else [images]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _size(path: Path) -> int | None:

@@ -123,8 +123,7 @@ def test_json_lines_and_shards_give_the_same_records(tmp_path: Path) -> None:
         except BadSampleError:
             continue
     stream = EnergonStream(
-        tmp_path / "shards", seed=0, dp_rank=0, dp_size=1, num_workers=0, shuffle_buffer_size=1, image_size=None,
-        padding=(0, 0, 0),
+        tmp_path / "shards", seed=0, dp_rank=0, dp_size=1, num_workers=0, shuffle_buffer_size=1, fitting=None,
     )  # fmt: skip
     stored = {record.key: record for record in (next(stream) for _ in range(NUM_USABLE))}
     stream.close()
