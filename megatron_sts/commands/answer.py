@@ -82,7 +82,7 @@ def check(asked: Asked, resolved: Resolved) -> None:
         ConfigError: the model cannot be started here.
     """
     if (obstacle := next(obstacles(resolved), None)) is not None:
-        raise ConfigError(obstacle)
+        raise ConfigError(obstacle.problem)
     check_record(asked.record(resolved.stages[-1].data.template), resolved, compress=asked.compress)
 
 

@@ -31,8 +31,7 @@ class Obstacle:
 
 
 def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obstacle]:
-    """Missing devices and files, weights of another model, tokenizers that do not fit, towers that cannot be built, shards that
-    cannot be read.
+    """Missing devices and files, weights of another model, tokenizers that do not fit, towers that cannot be built.
 
     ``is_going_on``: from a checkpoint of its own, so that nothing reads the weights that the run began with.
     """
@@ -52,6 +51,10 @@ def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obst
         from megatron_sts.vision.tower import check_hugging_face_tower  # imports torch and transformers
 
         yield from _refusals(partial(check_hugging_face_tower, resolved))
+
+
+def unreadable_data(resolved: Resolved) -> Iterator[Obstacle]:
+    """Shards that training cannot read. Large datasets take seconds, so rank 0 looks for all."""
     stored = [stage.data for stage in resolved.stages if stage.data.source == "energon"]
     for path, num_workers in dict.fromkeys((data.path, data.num_workers) for data in stored):
         num_readers = resolved.data_parallel_size * max(num_workers, 1)

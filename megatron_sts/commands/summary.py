@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from megatron_sts.commands.obstacles import obstacles, other_run
+from megatron_sts.commands.obstacles import obstacles, other_run, unreadable_data
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
@@ -33,7 +33,11 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
     ``run_dir`` from going on, and whether that is this machine's (another may have the files or devices).
     """
     parallel = resolved.config.parallel
-    found = [*obstacles(resolved, is_going_on=is_begun(run_dir)), *other_run(resolved, run_dir, extend=extend)]
+    found = [
+        *obstacles(resolved, is_going_on=is_begun(run_dir)),
+        *unreadable_data(resolved),
+        *other_run(resolved, run_dir, extend=extend),
+    ]
     return {
         "world_size": resolved.world_size,
         "parallel": {

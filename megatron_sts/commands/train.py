@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
 
 def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str], *, extend: bool) -> int:
     """Trains as ``rank``, or on local ranks (``argv``: their command line), unless nothing is left to do."""
-    from megatron_sts.commands.obstacles import obstacles
+    from megatron_sts.commands.obstacles import obstacles, unreadable_data
     from megatron_sts.train import resume
 
     if rank is None:  # rank 0 does it for the others; first, because other data give an epoch another number of steps
@@ -74,7 +74,8 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str],
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
-    for obstacle in obstacles(resolved, is_going_on=resume.is_begun(run_dir)):
+    unreadable = unreadable_data(resolved) if rank is None or rank.rank == 0 else ()
+    for obstacle in (*obstacles(resolved, is_going_on=resume.is_begun(run_dir)), *unreadable):
         raise ConfigError(obstacle.problem)
     if rank is not None:
         from megatron_sts.launch.rank import become

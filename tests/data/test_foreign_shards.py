@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sts.commands.obstacles import obstacles
+from megatron_sts.commands.obstacles import unreadable_data
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.prepared import count_prepared
 from megatron_sts.config.stored_samples import check_stored
@@ -212,8 +212,7 @@ def test_repetitions_that_leave_each_reader_one_are_read(good: Path) -> None:
 def test_a_dry_run_names_them(copied: Path) -> None:
     stage = {"name": "one", "steps": 1, "batch": {**BATCH, "sequence_length": 96}}
     data = {"source": "energon", "path": str(copied), "num_workers": 3}
-    found = list(obstacles(resolved_run(written_run(copied, stage) | {"data": data})))
-    assert found == []
+    assert list(unreadable_data(resolved_run(written_run(copied, stage) | {"data": data}))) == []
     (copied / "shard-0.tar").write_bytes(b"")
-    [line] = obstacles(resolved_run(written_run(copied, stage) | {"data": data}))
-    assert line.startswith(f"data.path={copied}/shard-0.tar: is cut short")
+    [found] = unreadable_data(resolved_run(written_run(copied, stage) | {"data": data}))
+    assert found.of_this_machine and found.problem.startswith(f"data.path={copied}/shard-0.tar: is cut short")
