@@ -12,7 +12,12 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "launch/slurm/README.md", *sorted(ROOT.glob("examples/*/README.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "launch/slurm/README.md",
+    ROOT / "megatron_sts/evaluate/README.md",
+    *sorted(ROOT.glob("examples/*/README.md")),
+]
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("examples/*/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])  # fmt: skip
 PLACES = ("megatron_sts/", "examples/", "tools/", "tests/", "launch/", ".ci/")
 

@@ -12,12 +12,16 @@ from megatron_sts.evaluate.benchmarks.question import (
     Benchmark,
     Question,
     accuracy,
+    entry_of,
+    label,
     official_file,
     read_json,
+    text,
 )
 from megatron_sts.evaluate.metrics import Metrics
 
 QUESTIONS = "testdev_balanced_questions.json"
+STRUCTURAL_TYPES = ("verify", "query", "choose", "logical", "compare")
 SEMANTIC_TYPES = {"attr": "attribute", "cat": "category", "global": "scene", "obj": "object", "rel": "relation"}
 """As the official ``eval.py`` names them."""
 
@@ -38,24 +42,31 @@ def read(source: Path, images: Path | None) -> list[Question]:
 
 
 def _question(key: str, entry: dict[str, Any], images: Path) -> Question:
-    structural, semantic = entry["types"]["structural"], entry["types"]["semantic"]
-    return Question(
-        key=key,
-        prompt=entry["question"] + SHORT_ANSWER,
-        image=images / f"{entry['imageId']}.jpg",
-        references=(entry["answer"],),
-        family=SEMANTIC_TYPES.get(semantic, semantic),
-        groups={
-            "structural": (structural,),
-            "semantic": (SEMANTIC_TYPES.get(semantic, semantic),),
-            "answer": ("open" if structural == "query" else "binary",),
-        },
-    )
+    with entry_of(key):
+        structural = label(entry["types"], "structural", STRUCTURAL_TYPES)
+        semantic = SEMANTIC_TYPES[label(entry["types"], "semantic", SEMANTIC_TYPES)]
+        return Question(
+            key=key,
+            prompt=text(entry, "question") + SHORT_ANSWER,
+            image=images / f"{text(entry, 'imageId')}.jpg",
+            references=(text(entry, "answer"),),
+            family=semantic,
+            groups={
+                "structural": (structural,),
+                "semantic": (semantic,),
+                "answer": ("open" if structural == "query" else "binary",),
+            },
+        )
+
+
+def handed_in(said: str) -> str:
+    """What LLaVA's ``convert_gqa_for_eval.py`` hands to the official script: no full stop at the end, lower case."""
+    return said.rstrip(".").lower()
 
 
 def credit(answer: Answer) -> float:
-    """Exact match, after what LLaVA does for the official script: no full stop at the end, lower case."""
-    return float(answer.text.rstrip(".").lower() == answer.question.references[0])
+    """Exact match of what is handed in."""
+    return float(handed_in(answer.text) == answer.question.references[0])
 
 
 def score(answers: Sequence[Answer]) -> Metrics:
@@ -63,4 +74,4 @@ def score(answers: Sequence[Answer]) -> Metrics:
     return accuracy(answers, credit)
 
 
-GQA = Benchmark(read, score, credit, headline="accuracy")
+GQA = Benchmark(read, score, credit, headline="accuracy", is_read=lambda answer: bool(handed_in(answer.text).strip()))

@@ -51,7 +51,7 @@ def _read_subtask(subtask: str, folder: Path, images: Path) -> list[Question]:
 def _read_pair(subtask: str, path: Path, images: Path) -> list[Question]:
     with official_file(path):
         rows = [line.strip().split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        if len(rows) != 2 or {row[1].lower() for row in rows} - {"yes", "no"}:
+        if [len(row) for row in rows] != [2, 2] or {row[1].lower() for row in rows} - {"yes", "no"}:
             raise ValueError("not two lines of question, tab, Yes or No")
     candidates = [images / f"{path.stem}{suffix}" for suffix in _SUFFIXES]
     image = next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
@@ -68,9 +68,9 @@ def _read_pair(subtask: str, path: Path, images: Path) -> list[Question]:
     ]
 
 
-def yes_or_no(text: str) -> str:
+def yes_or_no(said: str) -> str:
     """As the official ``calculation.py``: by the first four letters; "other" without yes or no in them."""
-    start = text.lower()[:4]
+    start = said.lower()[:4]
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
@@ -102,4 +102,4 @@ def _score_subtask(answers: Sequence[Answer]) -> Metrics:
     return {**found, "accuracy_plus": pairs["accuracy"], "num_images": pairs["num_questions"], "score": score}
 
 
-MME = Benchmark(read, score, credit, headline="total")
+MME = Benchmark(read, score, credit, headline="total", is_read=lambda answer: yes_or_no(answer.text) != "other")

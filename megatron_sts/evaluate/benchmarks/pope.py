@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from megatron_sts.config.checks import refuse
 from megatron_sts.evaluate.benchmarks.question import (
@@ -12,12 +12,18 @@ from megatron_sts.evaluate.benchmarks.question import (
     Answer,
     Benchmark,
     Question,
+    check_once,
+    entry_of,
+    label,
     members_by_group,
     official_file,
+    parse_json,
+    text,
 )
 from megatron_sts.evaluate.metrics import Metrics, average, yes_rates
 
 SPLITS = ("random", "popular", "adversarial")
+_NO_WORDS = {"No", "no", "not"}
 
 
 def read(source: Path, images: Path | None) -> list[Question]:
@@ -41,28 +47,43 @@ def _path(source: Path, split: str) -> Path:
 def _read_split(source: Path, split: str, images: Path) -> list[Question]:
     path = _path(source, split)
     with official_file(path):
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        return [
-            Question(
-                key=f"{split}/{entry['question_id']}",
-                prompt=entry["text"] + SHORT_ANSWER,
-                image=images / entry["image"],
-                references=(entry["label"],),
-                family="existence",
-                groups={"split": (split,)},
-            )
-            for entry in entries
-        ]
+        lines = path.read_text(encoding="utf-8").split("\n")
+        entries = [parse_json(line) for line in lines if line.strip()]
+        check_once(f"question {entry['question_id']}" for entry in entries)
+        return [_question(split, entry, images) for entry in entries]
 
 
-def says_yes(text: str) -> bool:
+def _question(split: str, entry: dict[str, Any], images: Path) -> Question:
+    with entry_of(entry["question_id"]):
+        return Question(
+            key=f"{split}/{entry['question_id']}",
+            prompt=text(entry, "text") + SHORT_ANSWER,
+            image=images / text(entry, "image"),
+            references=(label(entry, "label", ("yes", "no")),),
+            family="existence",
+            groups={"split": (split,)},
+        )
+
+
+def says_yes(said: str) -> bool:
     """As the official ``evaluate.py``: yes, unless the first sentence has one of the words No, no, not."""
-    return {"No", "no", "not"}.isdisjoint(text.split(".")[0].replace(",", "").split(" "))
+    return _NO_WORDS.isdisjoint(_first_sentence(said))
+
+
+def is_read(answer: Answer) -> bool:
+    """Whether the first sentence says yes or no; without either the official rule takes it for yes."""
+    return not says_yes(answer.text) or any(
+        word.lower().rstrip("!?:;") == "yes" for word in _first_sentence(answer.text)
+    )
+
+
+def _first_sentence(said: str) -> list[str]:
+    return said.split(".")[0].replace(",", "").split(" ")
 
 
 def credit(answer: Answer) -> float:
     """Whether yes or no is right."""
-    return float(says_yes(answer.text) == (answer.question.references[0] != "no"))
+    return float(says_yes(answer.text) == (answer.question.references[0] == "yes"))
 
 
 def score(answers: Sequence[Answer]) -> Metrics:
@@ -74,8 +95,8 @@ def score(answers: Sequence[Answer]) -> Metrics:
 
 
 def _score_split(answers: Sequence[Answer]) -> Metrics:
-    said_and_true = [(says_yes(answer.text), answer.question.references[0] != "no") for answer in answers]
+    said_and_true = [(says_yes(answer.text), answer.question.references[0] == "yes") for answer in answers]
     return {**average(map(credit, answers)), **yes_rates(said_and_true)}
 
 
-POPE = Benchmark(read, score, credit, headline="f1")
+POPE = Benchmark(read, score, credit, headline="f1", is_read=is_read)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -78,6 +78,8 @@ class Benchmark:
     credit: Credit
     headline: str
     """The metric of ``score`` that papers quote."""
+    is_read: Callable[[Answer], bool]
+    """Whether the rule finds an answer in what was said; what it does not find earns nothing, or what silence earns."""
     has_files: bool = True
 
 
@@ -120,11 +122,63 @@ def official_file(path: Path) -> Iterator[None]:
         refuse("--benchmark", path, "no such file", "give the folder of the benchmark's official files")
     except OSError as error:
         refuse("--benchmark", path, error.strerror or str(error), "give a readable file")
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        why = f"not in the benchmark's official format ({type(error).__name__}: {error})"
+    except _MALFORMED as error:
+        why = f"not in the benchmark's official format ({_in_words(error)})"
         refuse("--benchmark", path, why, "give the file as it was published")
+
+
+@contextmanager
+def entry_of(key: object) -> Iterator[None]:
+    """Within it, and within ``official_file``, what is wrong is said of the question ``key``."""
+    try:
+        yield
+    except _MALFORMED as error:
+        raise ValueError(f"question {key}: {_in_words(error)}") from error
+
+
+_MALFORMED = (KeyError, TypeError, AttributeError, IndexError, ValueError)
+
+
+def _in_words(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def read_json(path: Path) -> Any:
     """A JSON file's value; within ``official_file``."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def parse_json(content: str) -> Any:
+    """As ``json.loads``, but no object may have a key twice: Python would drop the first."""
+    return json.loads(content, object_pairs_hook=_once)
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        check_once(key for key, _ in pairs)
+    return found
+
+
+def check_once(keys: Iterable[object]) -> None:
+    """Refuses, within ``official_file``, a key that is there twice: either would hide the other's answer."""
+    seen: set[object] = set()
+    for key in keys:
+        if key in seen:
+            raise ValueError(f"{key} is there twice")
+        seen.add(key)
+
+
+def text(entry: Mapping[str, Any], field: str, *, may_be_blank: bool = False) -> str:
+    """The words in a field; within ``official_file``."""
+    value = entry[field]
+    if not isinstance(value, str) or not (value.strip() or may_be_blank):
+        raise ValueError(f"{field} is {json.dumps(value)}, not text")
+    return value
+
+
+def label(entry: Mapping[str, Any], field: str, labels: Collection[str]) -> str:
+    """One of the words that a field may hold; within ``official_file``."""
+    if (value := entry[field]) not in labels:
+        raise ValueError(f"{field} is {json.dumps(value)}, none of {', '.join(labels)}")
+    return str(value)

@@ -83,9 +83,8 @@ def _left_to_ask(questions: Sequence[Question], journal: Journal) -> list[Questi
 
 
 def result(exam: Exam, answers: Sequence[Answer], unusable: Mapping[str, str]) -> Metrics:
-    """The official metrics, those by family, which images were not there, and which questions could not be asked, by key.
-
-    JSON-ready.
+    """The official metrics, those by family, and what they hide: answers that the rule could not read, images that were
+    not there, and which questions could not be asked, by key. JSON-ready.
     """
     metrics = exam.benchmark.score(answers)
     return {
@@ -93,6 +92,7 @@ def result(exam: Exam, answers: Sequence[Answer], unusable: Mapping[str, str]) -
         "headline": exam.benchmark.headline,
         **metrics,
         "family": by_family(answers, exam.benchmark.credit),
+        "num_unread": sum(not exam.benchmark.is_read(answer) for answer in answers),
         "num_left_out": exam.num_left_out + len(unusable),
         "missing_images": [str(path) for path in exam.missing],
         "unusable": dict(unusable),

@@ -58,4 +58,4 @@ def _answered(answer: Answer) -> Answered:
     return Answered(groups["asked"][0], groups["variant"][0], answer.question.references[0], answer.text, pair)
 
 
-SCENES = Benchmark(read, score, credit, headline="accuracy", has_files=False)
+SCENES = Benchmark(read, score, credit, headline="accuracy", is_read=lambda answer: bool(answer.text), has_files=False)

@@ -25,12 +25,12 @@ def _headlines(results: Sequence[Metrics]) -> Table:
     table = Table(title="Benchmarks", title_justify="left")
     table.add_column("benchmark")
     table.add_column("metric")
-    for heading in ("value", "questions", "left out: no image"):
+    for heading in ("value", "questions", "not read", "left out: no image"):
         table.add_column(heading, justify="right")
     for result in results:
         metric = result["headline"]
-        numbers = f"{result[metric]:.4g}", str(result["num_questions"]), str(result["num_left_out"])
-        table.add_row(result["benchmark"], metric, *numbers)
+        counts = (str(result[name]) for name in ("num_questions", "num_unread", "num_left_out"))
+        table.add_row(result["benchmark"], metric, f"{result[metric]:.4g}", *counts)
     return table
 
 

@@ -191,6 +191,7 @@ def test_tables(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     monkeypatch.setattr(tables, "Console", lambda: Console(width=100))
     tables.print_tables([run(folder, Parrot())])
     printed = capsys.readouterr().out
+    assert "not read" in printed
     assert "pope" in printed and "0.6667" in printed  # F1 of always yes with half of the references yes
     assert "existence" in printed and "0.500 (12)" in printed
     assert "adversarial" in printed and "0.500 ± 0.250 (4)" in printed

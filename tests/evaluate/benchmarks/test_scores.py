@@ -10,6 +10,7 @@ from megatron_sts.evaluate.benchmarks.mme import COGNITION, PERCEPTION, yes_or_n
 from megatron_sts.evaluate.benchmarks.pope import says_yes
 from megatron_sts.evaluate.benchmarks.question import Answer, Question, by_family
 from megatron_sts.evaluate.benchmarks.registry import BENCHMARKS, read_exams
+from megatron_sts.evaluate.benchmarks.runner import result
 from megatron_sts.evaluate.benchmarks.vqav2 import vqa_accuracy
 from megatron_sts.evaluate.metrics import Metrics
 from tests.evaluate.benchmarks import official_files
@@ -48,7 +49,9 @@ def test_gqa(tmp_path: Path) -> None:
         ("down", ["down"] + ["up"] * 9, 0.3),  # (1 * 0 + 9 * 1/3) / 10
         ("left", ["down"] * 5 + ["up"] * 5, 0.0),
         ("two", ["2"] * 3 + ["the two"] + ["3"] * 6, 1.0),  # 4 equal after normalisation
-        ("Yes", ["yes"] * 10, 1.0),  # normalised although the references agree
+        ("Yes.", ["yes"] * 10, 1.0),  # handed in as "yes"
+        ("2", ["two"] * 10, 0.0),  # nothing is normalised where the references agree
+        ("2", ["two"] * 9 + ["3"], 1.0),
     ],
 )
 def test_vqa_accuracy(answer: str, references: list[str], expected: float) -> None:
@@ -174,3 +177,26 @@ def test_scenes() -> None:
     assert found["accuracy"] == pytest.approx((1 / 2 + 1 / 4 + 1 / 2) / 6)
     assert found["metrics"]["paired"]["accuracy_plus"] == 0.0
     assert found["metrics"]["existence"]["f1"] == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "num_unread"),
+    [
+        ("gqa", ["yes", ".", "", "what"], 2),
+        ("vqav2", ["the", "dog", "", "2"], 2),
+        ("scienceqa", ["C", "C", "b", "B"], 2),  # the first question has a choice C, the second none
+        (
+            "pope",
+            ["Yes.", "NO", "y", "not", "", "no", "yes, it is", "There is one", "No", "a. yes", "Yes!", "nothing"],
+            6,
+        ),
+        ("mme", ["yes", "y", "", "The answer is yes", "No.", "yes", "no", "nothing"], 3),
+    ],
+)
+def test_answers_that_no_rule_could_read_are_counted(
+    name: str, said: list[str], num_unread: int, tmp_path: Path
+) -> None:
+    files = official_files.mme(tmp_path, ("count", "OCR")) if name == "mme" else getattr(official_files, name)(tmp_path)
+    [exam] = read_exams([f"{name}={files}"], [])
+    answers = [Answer(question, text) for question, text in zip(exam.questions, said, strict=True)]
+    assert result(exam, answers, {})["num_unread"] == num_unread
