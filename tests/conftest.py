@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+import pytest
 from hypothesis import settings
 
 from tests import warm
@@ -18,6 +19,13 @@ def pytest_configure() -> None:
     """One for all of pytest-xdist's workers, which inherit its address."""
     if warm.SOCKET not in os.environ and warm.is_possible():
         _session.enter_context(warm.server())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers of pytest-xdist begin with the files that take longest, or one would end long after the other."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("timeout")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_unconfigure() -> None:

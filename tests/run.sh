@@ -17,6 +17,7 @@ step ruff format --check .
 step ruff check .
 step mypy
 step lint-imports
-# On the CPU, also where there is a GPU: what needs one has a command of its own, tests/gpu/run.sh.
-export CUDA_VISIBLE_DEVICES=
-step python -m pytest tests -m "not gpu"
+# On the CPU, also where there is a GPU: what needs one has a command of its own, tests/gpu/run.sh. Two workers, each with
+# whole files, so that what a file's tests share is made once; a core each, and what they start shares it.
+export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
+step python -m pytest tests -m "not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
