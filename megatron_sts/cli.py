@@ -37,7 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized argument {unknown[0]!r}")
     if takes_overrides:
         args.overrides += rest
-    args.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.run(args))
     except ConfigError as error:

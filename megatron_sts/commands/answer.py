@@ -55,8 +55,8 @@ class Asked:
         return Record("--prompt", (Turn("user", text),), tuple(partial(decode_image, path) for path in self.images))
 
 
-def ask(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
-    """Check everything before anything is started, then answer. ``argv``: the command line for local ranks."""
+def ask(asked: Asked, nproc: int | None) -> int:
+    """Check everything before anything is started, then answer."""
     for path in asked.images:
         if not path.is_file():
             refuse("--image", path, "no such file", "correct it")
@@ -67,7 +67,7 @@ def ask(asked: Asked, nproc: int | None, argv: Sequence[str]) -> int:
     try:
         check(asked, resolved)
         if resolved.world_size > 1:
-            return launch_local(argv, resolved.world_size)
+            return launch_local(partial(answer, asked, resolved.world_size), resolved.world_size, [])
         answer(asked, 1)
     except (BadSampleError, CheckpointError) as error:
         raise ConfigError(str(error)) from error

@@ -13,6 +13,7 @@ from megatron_sts.commands.arguments import (
     add_nproc,
     add_overrides,
 )
+from megatron_sts.launch import fork
 
 
 def add(commands: Commands) -> None:
@@ -47,7 +48,9 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask, score and print."""
-    from megatron_sts.commands.exams import Asked, evaluate
+    fork.stay_single_threaded()
+    with fork.uncollected():
+        from megatron_sts.commands.exams import Asked, evaluate
 
     asked = Asked(args.source, args.overrides, args.benchmark, args.images, args.out, args.max_new_tokens)
     return evaluate(asked, args.nproc)

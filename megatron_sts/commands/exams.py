@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -64,16 +64,6 @@ class Asked:
             "overrides": [word for word in self.overrides if not word.startswith(free)],
         }
 
-    def argv(self) -> list[str]:
-        """The command line that a local rank is started with."""
-        options = [
-            *(f"--benchmark={word}" for word in self.benchmarks),
-            *(f"--images={word}" for word in self.images),
-            f"--out={self.folder}",
-            f"--max-new-tokens={self.max_new_tokens}",
-        ]
-        return ["eval", str(self.checkpoint), *self.overrides, *options]
-
 
 def evaluate(asked: Asked, nproc: int | None) -> int:
     """Check benchmarks and checkpoint before anything is started, then ask on local ranks or as this rank."""
@@ -82,7 +72,8 @@ def evaluate(asked: Asked, nproc: int | None) -> int:
         return become(rank, partial(_run, asked, rank.world_size))
     read_exams(asked.benchmarks, asked.images)
     resolved = resolve_source(asked.source, asked.overrides, nproc)
-    return launch_local(asked.argv(), resolved.world_size)
+    fixed = replace(asked, source=asked.checkpoint, out=asked.folder)  # a run that trains on may write a newer one
+    return launch_local(partial(_run, fixed, resolved.world_size), resolved.world_size, [])
 
 
 def _run(asked: Asked, world_size: int) -> None:

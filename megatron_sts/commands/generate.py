@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_sts.commands.arguments import Commands, add_command, add_max_new_tokens, add_nproc, add_overrides
 from megatron_sts.config.errors import refuse
+from megatron_sts.launch import fork
 
 
 def add(commands: Commands) -> None:
@@ -60,10 +61,12 @@ def run(args: argparse.Namespace) -> int:
     for option, value, off in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
         if args.temperature == 0 and value != off:
             refuse(option, value, "nothing is drawn at --temperature=0", "give a temperature, as 1, or remove it")
-    from megatron_sts.commands.answer import Asked, Sampling, ask
+    fork.stay_single_threaded()
+    with fork.uncollected():
+        from megatron_sts.commands.answer import Asked, Sampling, ask
 
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed)
     asked = Asked(
         args.source, args.overrides, args.prompt, args.image, args.max_new_tokens, args.stop, sampling, args.vtc
     )
-    return ask(asked, args.nproc, args.argv)
+    return ask(asked, args.nproc)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_config, add_folder, add_json, add_nproc
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.launch import fork
 
 if TYPE_CHECKING:
     from megatron_sts.config.resolve import Resolved
@@ -46,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Check the whole config before anything is started, then do what was asked."""
     if args.json and not args.dry_run:
         raise ConfigError("--json: goes with --dry-run only")
+    fork.stay_single_threaded()
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
     from megatron_sts.launch.environment import rank_from
@@ -57,13 +59,11 @@ def run(args: argparse.Namespace) -> int:
     run_dir = args.run_dir or default_run_dir(args.config)
     if args.dry_run:
         return _print_summary(resolved, run_dir, extend=args.extend, as_json=args.json)
-    argv = ["train", str(args.config), *args.overrides, "--run-dir", str(run_dir)]
-    argv += ["--extend"] if args.extend else []
-    return start(resolved, run_dir, rank, argv, extend=args.extend)
+    return start(resolved, run_dir, rank, extend=args.extend)
 
 
-def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str], *, extend: bool) -> int:
-    """Trains as ``rank``, or on local ranks (``argv``: their command line), unless nothing is left to do."""
+def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool) -> int:
+    """Trains as ``rank``, or on local ranks, unless nothing is left to do."""
     from megatron_sts.commands.obstacles import obstacles, unreadable_data
     from megatron_sts.train import resume
 
@@ -74,9 +74,10 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str],
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
-    unreadable = unreadable_data(resolved) if rank is None or rank.rank == 0 else ()
-    for obstacle in (*obstacles(resolved, is_going_on=resume.is_begun(run_dir)), *unreadable):
-        raise ConfigError(obstacle.problem)
+    with fork.uncollected():  # torch, transformers and Energon may be imported now
+        unreadable = unreadable_data(resolved) if rank is None or rank.rank == 0 else ()
+        for obstacle in (*obstacles(resolved, is_going_on=resume.is_begun(run_dir)), *unreadable):
+            raise ConfigError(obstacle.problem)
     if rank is not None:
         from megatron_sts.launch.rank import become
 
@@ -86,7 +87,7 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, argv: list[str],
 
     with sole_writer(run_dir):
         resume.check_same_run(resolved, run_dir, extend=extend)  # again: until now another run may have written it
-        return launch_local(argv, resolved.world_size)
+        return launch_local(partial(train_here, resolved, run_dir), resolved.world_size, _modules(resolved))
 
 
 def default_run_dir(config: Path) -> Path:
@@ -106,6 +107,14 @@ def train_here(resolved: Resolved, run_dir: Path) -> None:
     from megatron_sts.train.loop import run
 
     run(resolved, run_dir, stop)
+
+
+def _modules(resolved: Resolved) -> list[str]:
+    """What every rank imports before its first step."""
+    modules = ["megatron_sts.train.loop", "torch._dynamo"]  # torch.optim asks for the latter when it is first used
+    if any(stage.data.source == "energon" for stage in resolved.stages):
+        modules.append("megatron_sts.data.energon")
+    return modules
 
 
 def _print_summary(resolved: Resolved, run_dir: Path, *, extend: bool, as_json: bool) -> int:

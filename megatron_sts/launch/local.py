@@ -2,95 +2,188 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import Any
 
-from megatron_sts.launch.failure import LAUNCHED
+from megatron_sts.launch import fork
+from megatron_sts.launch.cause import Failure, first, read_words
+from megatron_sts.launch.failure import ERROR_FILE, LAUNCHED
+from megatron_sts.launch.rank import act
 
-if TYPE_CHECKING:
-    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
-
-FATAL_SIGNALS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
-"""A rank that died of one of these did not follow another: the launcher itself sends SIGTERM."""
-
-
-def launch_local(argv: Sequence[str], nproc: int) -> int:
-    """Run ``python -m megatron_sts ARGV`` on ``nproc`` local ranks until all have ended; returns the exit status."""
-    _prepare_environment(nproc)
-    # Everything torchelastic has to say about a failure is in the exception; its log would bury the one line.
-    logging.disable(logging.CRITICAL)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id="megatron-sts",
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
-        max_restarts=0,
-    )
-    signal.signal(signal.SIGUSR1, _forward)
-    try:
-        elastic_launch(config, sys.executable)("-m", "megatron_sts", *argv)
-    except ChildFailedError as error:
-        return _explain(error.failures)
-    except SignalException as error:
-        print(f"megatron-sts: stopped by {signal.Signals(error.sigval).name}", file=sys.stderr)
-        return 128 + error.sigval
-    return 0
+HOST = "127.0.0.1"
+POLL_S = 0.05
+GRACE_S = 30.0
+"""Ranks that have not ended so long after they were told to are killed."""
 
 
-def _forward(sig: int, _frame: FrameType | None) -> None:
-    """Hands a signal to the ranks, which are this process's children."""
-    for children in Path("/proc/self/task").glob("*/children"):
-        for child in children.read_text().split():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(child), sig)
+class _Stopped(BaseException):
+    """A signal ends the run. Not an error: nothing may catch it on its way."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def _prepare_environment(nproc: int) -> None:
-    """Ranks share the cores, and leave the one line about a user's mistake to us."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // nproc)))
+class _StopRequest:
+    """SIGUSR1 arrived, and has to be handed to the ranks: perhaps before there were any."""
+
+    is_due = False
+
+
+def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str]) -> int:
+    """Does ``work`` on local ranks until all have ended; returns the exit status.
+
+    Args:
+        work: what a rank does. What it raises is reported, and ends the other ranks.
+        num_ranks: how many.
+        modules: what ``work`` will import. Imported here, once for all ranks.
+    """
+    num_threads = _share_cores(num_ranks)
     os.environ[LAUNCHED] = str(os.getpid())
+    with _signals() as request:
+        try:
+            if fork.start_method() == "fork":
+                fork.warm_up(modules)
+            failures = _run(partial(_rank, work, num_threads), num_ranks, request)
+        except _Stopped as stopped:
+            print(f"megatron-sts: stopped by {signal.Signals(stopped.number).name}", file=sys.stderr)
+            return 128 + stopped.number
+    if not failures:
+        return 0
+    cause = first(failures)
+    print(f"megatron-sts: error: {cause.describe()}", file=sys.stderr, flush=True)
+    return 2 if cause.exitcode == 2 else 1
 
 
-def _explain(failures: Mapping[int, ProcessFailure]) -> int:
-    """Print one line for the rank that failed first; its exit status if that says bad config, else 1."""
-    rank, failure = min(failures.items(), key=lambda item: _order(item[1]))
-    print(f"megatron-sts: error: {describe_failure(rank, failure)}", file=sys.stderr, flush=True)
-    return 2 if failure.exitcode == 2 else 1
+def _rank(work: Callable[[], None], num_threads: int | None) -> int:
+    """In the child. A library that was loaded before it was known how many ranks there are has to be told its share."""
+    if num_threads is not None and "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(num_threads)
+    return act(work)
 
 
-def _order(failure: ProcessFailure) -> tuple[int, float]:
-    """Smallest for the cause. Ranks that lost a peer fail too, often before that peer is reaped; others we ended."""
-    died = -failure.exitcode in FATAL_SIGNALS
-    kind = 0 if died else 1 if failure.exitcode > 0 else 2
-    return kind, _words(failure).get("time", float(failure.timestamp))
+def _run(rank_work: fork.Work, num_ranks: int, request: _StopRequest) -> list[Failure]:
+    """Starts ranks, and ends those that are left when one failed or this process is stopped."""
+    method, ranks = fork.start_method(), list[BaseProcess]()
+    with tempfile.TemporaryDirectory(prefix="megatron-sts-") as folder, socket.create_server((HOST, 0)) as listener:
+        errors = [Path(folder) / f"{rank}.json" for rank in range(num_ranks)]
+        port = listener.getsockname()[1]
+        try:
+            with fork.signals_held():
+                for rank, path in enumerate(errors):
+                    environment = _environment(rank, num_ranks, port) | {ERROR_FILE: str(path)}
+                    ranks.append(fork.start(rank_work, environment, method))
+            store = _serve(listener)
+            seen = _wait(ranks, request)
+            del store  # ranks met in it until now
+        finally:
+            _end(ranks)
+        return [
+            Failure(number, rank.exitcode, seen.get(number, time.time()), read_words(errors[number]))
+            for number, rank in enumerate(ranks)
+            if rank.exitcode
+        ]
 
 
-def _words(failure: ProcessFailure) -> dict[str, float]:
-    message = failure.message
-    return message["extraInfo"] if isinstance(message, dict) else {}
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    """What torchrun gives to a rank of one node, whose agent keeps the store that ranks meet in: its port is never free."""
+    return {
+        **dict.fromkeys(("RANK", "LOCAL_RANK", "ROLE_RANK"), str(rank)),
+        **dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), str(num_ranks)),
+        "GROUP_RANK": "0",
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": HOST,
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1"),
+    }
 
 
-def describe_failure(rank: int, failure: ProcessFailure) -> str:
-    """Which rank, how it ended, and its last error line."""
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        hint = " (out of memory?)" if name == "SIGKILL" else ""
-        return f"rank {rank} was killed by {name}{hint}"
-    message = failure.message
-    if isinstance(message, dict):
-        return f"rank {rank} (exit code {failure.exitcode}): {message['message']}"
-    return f"rank {rank} ended with exit code {failure.exitcode}; its output is above"
+def _serve(listener: socket.socket) -> Any:
+    """The store behind ``listener``. It brings threads, so it comes after the forks; ranks that call earlier wait in line."""
+    from torch.distributed import TCPStore
+
+    port = listener.getsockname()[1]
+    return TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _wait(ranks: Sequence[BaseProcess], request: _StopRequest) -> dict[int, float]:
+    """Until all ranks ended, or one failed; when each was seen to have ended, in seconds since the epoch."""
+    seen: dict[int, float] = {}
+    while len(seen) < len(ranks):
+        if request.is_due:
+            request.is_due = False
+            for rank in ranks:
+                if rank.exitcode is None and rank.pid is not None:
+                    os.kill(rank.pid, signal.SIGUSR1)
+        for number, rank in enumerate(ranks):
+            if number not in seen and rank.exitcode is not None:
+                seen[number] = time.time()
+        if any(rank.exitcode for rank in ranks):
+            break
+        time.sleep(POLL_S)
+    return seen
+
+
+def _end(ranks: Sequence[BaseProcess]) -> None:
+    """If not all ended well: neither a rank runs on nor a helper of one."""
+    if not any(rank.exitcode != 0 for rank in ranks):
+        return
+    for number in fork.STOPPING:
+        signal.signal(number, signal.SIG_IGN)  # they are obeyed already
+    for rank in ranks:
+        _tell_group(rank, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+        if rank.exitcode is None:
+            _tell_group(rank, signal.SIGKILL)
+            rank.join()
+
+
+def _tell_group(rank: BaseProcess, number: signal.Signals) -> None:
+    assert rank.pid is not None
+    try:
+        os.killpg(rank.pid, number)
+    except ProcessLookupError:  # nobody is left, or it does not lead one yet
+        if rank.exitcode is None:
+            os.kill(rank.pid, number)
+
+
+@contextmanager
+def _signals() -> Iterator[_StopRequest]:
+    """Signals end this process by ``_Stopped``, and SIGUSR1 is kept, while the block runs."""
+    request = _StopRequest()
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise _Stopped(number)
+
+    def remember(_number: int, _frame: FrameType | None) -> None:
+        request.is_due = True
+
+    before = {number: signal.signal(number, stop) for number in fork.STOPPING}
+    before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, remember)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _share_cores(num_ranks: int) -> int | None:
+    """Ranks share the cores, unless the user says how; returns a rank's number of threads where it is ours to say."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return None
+    num_threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    return num_threads

@@ -16,6 +16,11 @@ _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 def become(rank: environment.Rank, work: Callable[[], None]) -> int:
     """Does ``work`` as ``rank``; returns 0, or ends this process with the status of what went wrong."""
     environment.join(rank, os.environ)
+    return act(work)
+
+
+def act(work: Callable[[], None]) -> int:
+    """Does ``work``; returns 0, or ends this process with the status of what went wrong."""
     status = attempt(work)
     return failure.leave(status) if status else 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import os
@@ -116,7 +117,9 @@ def _check_packing(config: RunConfig, kernels: Kernels) -> None:
 def _usable_here(importer: Importer) -> tuple[frozenset[str], tuple[str, ...]]:
     """The part of ``probe`` that decides about kernels, without imports that take seconds."""
     gpus = _gpus(importer)
-    found = (components.transformer_engine(importer), components.apex(importer)) if gpus else ()
+    if not gpus:
+        return _usable((), ()), ()
+    found = components.transformer_engine(importer), components.apex(importer)
     return _usable(gpus, found), _recipes(gpus, components.cuda(importer).version)
 
 
@@ -152,7 +155,7 @@ def check_fp8(precision: PrecisionConfig, importer: Importer = importlib.import_
         _check_emulation(importer)
     if precision.engine_recipe is None:
         return
-    gpus, cuda_version = _gpus(importer), components.cuda(importer).version
+    gpus = _gpus(importer)
     if not gpus:
         raise ConfigError(
             f"precision.fp8={fp8}: FP8 needs a CUDA device (Ada, Hopper or newer); set precision.fp8=off, or emulate"
@@ -163,6 +166,7 @@ def check_fp8(precision: PrecisionConfig, importer: Importer = importlib.import_
             f"precision.fp8={fp8}: Transformer Engine is not usable ({engine.problem}); install it (megatron-sts doctor "
             "says how) or set precision.fp8=off"
         )
+    cuda_version = components.cuda(importer).version
     recipes = _recipes(gpus, cuda_version)
     if fp8 not in recipes:
         raise ConfigError(
@@ -182,12 +186,26 @@ def _check_emulation(importer: Importer) -> None:
 
 
 def _gpus(importer: Importer) -> tuple[Gpu, ...]:
-    """None unless all of them answer; the component ``cuda`` says why not."""
+    """None unless all of them answer; the component ``cuda`` says why not. Where there can be none, torch is not asked.
+
+    A stand-in for the import system may have GPUs without a driver.
+    """
+    if importer is importlib.import_module and not _has_driver():
+        return ()
     if not components.cuda(importer).available:
         return ()
     cuda = importer("torch").cuda
     properties = [cuda.get_device_properties(i) for i in range(cuda.device_count())]
     return tuple(Gpu(p.name, (p.major, p.minor), p.total_memory) for p in properties)
+
+
+def _has_driver() -> bool:
+    """NVIDIA's driver brings this library, without which torch finds no device. Loading it begins nothing on a GPU."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _memory_bytes() -> int:

@@ -15,6 +15,7 @@ class StopRequest:
         self.agreed = False
         """All ranks know, have saved and stop."""
         signal.signal(signal.SIGUSR1, self._remember)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # our launcher held it until now
 
     def _remember(self, _signal: int, _frame: FrameType | None) -> None:
         self.received = True

@@ -2,11 +2,10 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 from megatron_sts.commands.train import default_run_dir
+from megatron_sts.launch.cause import Failure
 from megatron_sts.launch.environment import Rank, rank_from
-from megatron_sts.launch.local import _order
 
 FAILURE = """
 if rank == 1:
@@ -63,12 +62,12 @@ def test_killed_rank_is_the_cause(run, config: Path) -> None:
 
 
 def test_cause_comes_before_its_consequences() -> None:
-    def failure(exitcode: int, timestamp: int, time: float | None = None) -> SimpleNamespace:
-        message = "" if time is None else {"message": "RuntimeError: x", "extraInfo": {"time": time}}
-        return SimpleNamespace(exitcode=exitcode, timestamp=timestamp, message=message)
+    def failure(exitcode: int, seen: float, time: float | None = None) -> Failure:
+        words = {} if time is None else {"message": "RuntimeError: x", "extraInfo": {"time": time}}
+        return Failure(0, exitcode, seen, words)
 
-    killed, first, later, ended = failure(-9, 12), failure(1, 10, 10.4), failure(1, 10, 10.7), failure(-15, 9)
-    assert sorted([ended, later, first, killed], key=_order) == [killed, first, later, ended]
+    killed, first, later, ended = failure(-9, 12), failure(1, 10.8, 10.4), failure(1, 10.8, 10.7), failure(-15, 9)
+    assert sorted([ended, later, first, killed], key=lambda one: one.order) == [killed, first, later, ended]
 
 
 def test_users_mistake_is_one_line(run, config: Path) -> None:
