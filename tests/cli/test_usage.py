@@ -13,6 +13,9 @@ from megatron_sts.cli import main
 from megatron_sts.config.load import dump, load
 from megatron_sts.config.resolve import resolve
 
+ROOT = Path(__file__).parents[2]
+DRY_RUNS = ("quickstart", "smol_vlm", "llava15_7b_fp8")
+"""Pictures and a tokenizer of our own; one of another model that is yet to be fetched; shards, and a machine without its GPU."""
 COMMANDS = ("train", "plan", "data", "convert", "verify", "generate", "eval", "report", "doctor")
 
 
@@ -30,6 +33,15 @@ def test_help_imports_nothing_heavy() -> None:
     )
     code += "heavy = {'torch', 'numpy', 'pydantic', 'rich', 'omegaconf', 'megatron'} & set(sys.modules)\nassert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize(
+    "words", [["plan", "examples/quickstart"], *(["train", f"examples/{name}", "--dry-run"] for name in DRY_RUNS)]
+)
+def test_planning_imports_no_torch(words: list[str]) -> None:
+    code = f"import sys\nfrom megatron_sts.cli import main\nassert main({words}) == 0\n"
+    code += "heavy = {'torch', 'megatron', 'transformers', 'matplotlib', 'tensorboard'} & set(sys.modules)\nassert not heavy, heavy"
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=60)
 
 
 @pytest.mark.parametrize(
