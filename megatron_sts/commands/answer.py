@@ -16,6 +16,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import checkpoint_of
 from megatron_sts.config.schema import TemplateName
+from megatron_sts.config.siblings import named_alike
 from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import IMAGE_MARKER, BadSampleError, Record, Turn
@@ -59,7 +60,7 @@ def ask(asked: Asked, nproc: int | None) -> int:
     """Check everything before anything is started, then answer."""
     for path in asked.images:
         if not path.is_file():
-            refuse("--image", path, "no such file", "correct it")
+            refuse("--image", path, f"no such file{named_alike(path)}", "correct it")
     rank = rank_from(os.environ)
     resolved = resolve_source(asked.source, asked.overrides, nproc if rank is None else rank.world_size)
     if rank is not None:

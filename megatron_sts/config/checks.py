@@ -18,6 +18,7 @@ from megatron_sts.config.schema import (
     RunConfig,
     StageConfig,
 )
+from megatron_sts.config.siblings import named_alike
 
 DATA_FAMILIES: tuple[str, ...] = DataConfig().families
 """Every question family of ``scenes``: the default draws from all."""
@@ -286,7 +287,7 @@ def check_data(stage: StageConfig, config: RunConfig) -> None:
         if data.source == "energon":  # ``resolve`` looks into it
             return
         if not Path(data.path).is_file():
-            refuse(f"{field}.path", data.path, "no such file", f"correct {field}.path")
+            refuse(f"{field}.path", data.path, f"no such file{named_alike(Path(data.path))}", f"correct {field}.path")
         return
     if blind and data.mode in IMAGE_MODES:
         refuse(f"{field}.mode", data.mode, "model.vision is null", "use words, map, words_and_map or induction")

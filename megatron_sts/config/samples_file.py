@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sts.config.errors import refuse
+from megatron_sts.config.siblings import named_alike
 
 LINES_SUFFIXES = (".jsonl", ".ndjson")
 BYTE_ORDER_MARK = "\ufeff"
@@ -28,7 +29,9 @@ def read_entries(path: Path, field: str) -> list[Any]:
     """
     try:
         text = path.read_text(encoding="utf-8").removeprefix(BYTE_ORDER_MARK)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        refuse(field, path, f"not readable ({error.strerror}{named_alike(path)})", REMEDY)
+    except UnicodeDecodeError as error:
         refuse(field, path, f"not readable ({error})", REMEDY)
     try:
         value = json.loads(text)

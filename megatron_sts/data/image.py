@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from megatron_sts.config.siblings import named_alike
 from megatron_sts.data.colours import Change, to_rgb, unfit
 from megatron_sts.data.png import without_metadata
 from megatron_sts.data.records import BadSampleError
@@ -62,7 +63,7 @@ def decode_image(path: Path) -> np.ndarray:
     try:
         encoded = path.read_bytes()
     except FileNotFoundError as error:
-        raise BadSampleError(f"image {path}: no such file") from error
+        raise BadSampleError(f"image {path}: no such file{named_alike(path)}") from error
     except OSError as error:
         raise BadSampleError(f"image {path}: {error.strerror}") from error
     return decode_bytes(encoded, path.name).pixels

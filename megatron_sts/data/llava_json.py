@@ -88,7 +88,9 @@ def _names(images: Any) -> tuple[str, ...]:
     names = [images] if isinstance(images, str) else images
     if not isinstance(names, list):
         raise TypeError(f"{type(images).__name__} is no file name and no list of them")
-    return tuple(map(_text, names))
+    if any("\0" in _text(name) for name in names):
+        raise TypeError("a file name holds a zero character")
+    return tuple(names)
 
 
 def _text(value: Any) -> str:

@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from megatron_sts.config.siblings import named_alike
 from megatron_sts.data.conversation import check_answers, check_markers
 from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
@@ -127,7 +128,7 @@ def _checked_picture(path: Path, name: str) -> tuple[bytes, frozenset[str]]:
     try:
         encoded = path.read_bytes()
     except OSError as error:
-        raise RejectedError(Reason.MISSING, f"{name}: {error.strerror}") from error
+        raise RejectedError(Reason.MISSING, f"{name}: {error.strerror}{named_alike(path)}") from error
     try:
         return encoded, decode_bytes(encoded, name).changes
     except BadSampleError as error:
