@@ -67,12 +67,10 @@ def check_tensor_parallel(config: RunConfig) -> None:
         split["model.vision.ffn_hidden_size"] = vision.ffn_hidden_size or 4 * vision.hidden_size
     for field, value in split.items():
         if value % size:
-            refuse(
-                "parallel.tensor_model_parallel_size",
-                size,
-                f"does not divide {field}={value}",
-                "use a divisor of it",
-            )
+            remedy = "use a divisor of it"
+            if field == "model.language.vocab_size":
+                remedy = f"raise that to {-(-value // size) * size}: weights with fewer rows are filled up"
+            refuse("parallel.tensor_model_parallel_size", size, f"does not divide {field}={value}", remedy)
 
 
 def check_parallel(config: RunConfig) -> None:

@@ -113,6 +113,11 @@ REFUSED = [
     ("parallel.tensor_model_parallel_size=3", "=3: does not divide model.language.num_attention_heads=8"),
     ("parallel.tensor_model_parallel_size=8", "=8: does not divide model.language.num_query_groups=4"),
     ("parallel.tensor_model_parallel_size=4", "=4: does not divide model.vision.num_attention_heads=6"),
+    (
+        "parallel.tensor_model_parallel_size=2 model.language.vocab_size=2049",
+        "parallel.tensor_model_parallel_size=2: does not divide model.language.vocab_size=2049; raise that to 2050: weights "
+        "with fewer rows are filled up",
+    ),
     ("model.language.ffn_hidden_size=705 parallel.tensor_model_parallel_size=2", "ffn_hidden_size=705"),
     ("model.language.vocab_size=2047 parallel.tensor_model_parallel_size=2", "vocab_size=2047"),
     ("model.language.hidden_size=250", "model.language.hidden_size=250: not a multiple of num_attention_heads=8"),
