@@ -30,7 +30,7 @@ def check_prepared(path: Path) -> None:
         return
     folder = path / ENERGON_FOLDER
     if not (folder / "dataset.yaml").is_file():
-        if (folder / "split.yaml").is_file():
+        if (folder / "split.yaml").is_file() or (folder / "split.json").is_file():
             refuse(
                 "data.path",
                 path,
@@ -58,8 +58,7 @@ def shard_counts(folder: Path, split_part: str = "train", split_config: str = "s
     Raises:
         ConfigError: there is no shard in it, or Energon's files do not say.
     """
-    meta = folder / ENERGON_FOLDER
-    split = read_yaml(meta / split_config, folder)
+    split = _split(folder, split_config)
     counts = all_shard_counts(folder)
     try:
         excluded = _expanded(split.get("exclude") or ())
@@ -107,11 +106,14 @@ def all_shard_counts(folder: Path) -> dict[str, int]:
 
 def excluded_samples(folder: Path, split_config: str = "split.yaml") -> set[str]:
     """SHARD/KEY of samples that a split leaves out."""
-    return {
-        name
-        for name in _expanded(read_yaml(folder / ENERGON_FOLDER / split_config, folder).get("exclude") or ())
-        if "/" in name
-    }
+    return {name for name in _expanded(_split(folder, split_config).get("exclude") or ()) if "/" in name}
+
+
+def _split(folder: Path, split_config: str) -> Any:
+    meta = folder / ENERGON_FOLDER
+    if split_config == "split.yaml" and not (meta / split_config).exists() and (meta / "split.json").is_file():
+        split_config = "split.json"
+    return read_yaml(meta / split_config, folder)
 
 
 def read_yaml(file: Path, path: Path) -> Any:

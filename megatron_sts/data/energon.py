@@ -39,7 +39,7 @@ from megatron_sts.config.stored_samples import TEXT, check_share
 from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
-from megatron_sts.data.records import BadSampleError, Record, SkippedSample, UnreadableDataError
+from megatron_sts.data.records import Record, SkippedSample, UnreadableDataError
 from megatron_sts.launch.follow import end_with_parent
 
 SAMPLES_PER_SLICE = 100
@@ -163,7 +163,7 @@ class EnergonStream:
         """Energon asks each worker for its state, and would wait for one that was killed for ever."""
         iterator = self._loader._iterator if self._num_workers else None
         if iterator is not None and not all(worker.is_alive() for worker in iterator._workers):
-            raise RuntimeError("a worker process that reads data was killed; memory may have run out")
+            raise UnreadableDataError("a worker process that reads data was killed; memory may have run out")
 
     def _dataset_identity(self) -> str:
         """Of shards, their numbers of samples and the blend; not of the place where they lie."""
@@ -197,8 +197,9 @@ class _Encoder(DefaultTaskEncoder):
 
 @stateless
 def _stored_sample(sample: CrudeSample) -> _StoredSample:
-    numbered = {int(number): name for name in sample if (number := name.partition(".")[0]).isdecimal()}
-    names = [numbered[number] for number in sorted(numbered)] or [name for name in sample if name in PICTURE_FIELDS]
+    numbered = [name for name in sample if name.partition(".")[0].isdecimal()]
+    names = sorted(numbered, key=lambda name: int(name.partition(".")[0]))
+    names = names or [name for name in sample if name in PICTURE_FIELDS]
     return _StoredSample(**basic_sample_keys(sample), text=sample.get(TEXT), pictures=[sample[name] for name in names])
 
 
@@ -212,7 +213,7 @@ def _record(sample: _StoredSample, fitting: Fitting | None) -> Record | SkippedS
         turns, _ = parse_entry(entry)
         images = [decode_bytes(encoded, f"{place} of {key}").pixels for place, encoded in enumerate(sample.pictures)]
         fitted = images if fitting is None else [fitting.fit(image) for image in images]
-    except (BadSampleError, ValueError) as error:
+    except (ValueError, RecursionError) as error:  # of JSON, or a BadSampleError
         return SkippedSample(key, str(error))
     return Record(key, turns, tuple(partial(_same, image) for image in fitted))
 

@@ -154,6 +154,8 @@ def test_damaged_folders_are_named(copied: Path) -> None:
     index.write_bytes(whole)
     (copied / "shard-0.tar").unlink()
     assert "shard-0.tar: no such file or directory; copy the dataset again" in said(copied)
+    (meta / "split.yaml").rename(meta / "split.json").write_text('{"split_parts": {"train": ["shard-{0..0}.tar"]}}')
+    assert count_prepared(copied) == 20
     (meta / ".info.json").write_text('{"shard_counts": {"other.tar": 3}}')
     assert "good: shard-0.tar of split train is not in its index" in said(copied)
     (meta / ".info.json").write_text("[]")

@@ -11,6 +11,7 @@ import pytest
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.data.prepare import prepare
+from megatron_sts.data.records import UnreadableDataError
 from megatron_sts.mcore.groups import Place
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.feed import PreparedStream
@@ -84,7 +85,7 @@ def test_a_killed_worker_ends_the_run(shards: Path, monkeypatch: pytest.MonkeyPa
     reading.step(0)
     assert reading._feed is not None and isinstance(reading._feed._stream, PreparedStream)
     iterator: Any = reading._feed._stream._stream._loader._iterator
-    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="reads data was killed"):
+    with monkeypatch.context() as patch, pytest.raises(UnreadableDataError, match="reads data was killed"):
         patch.setattr(iterator._workers[0], "is_alive", lambda: False)
         for step in range(1, 8):
             reading.step(step)
