@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         _fail(str(error))
         return BAD_USAGE
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: no complaint at exit
         return 1

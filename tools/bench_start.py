@@ -136,17 +136,15 @@ def measure(checkouts: list[Path], rounds: int) -> dict[str, dict[str, Start]]:
 def show(found: dict[str, dict[str, Start]]) -> None:
     """A row for each kind of start; with two checkouts also this one's share of the other's time."""
     mine, *other = found.values()
-    titles = ["", "seconds", "CPU seconds"]
     table = Table(
-        *titles, *(["before: seconds", "before: CPU seconds", "now / before", "CPU: now / before"] if other else [])
+        "", *(f"{when}: {unit}" for when in ("now", "before", "ratio")[: 3 if other else 1] for unit in ("s", "CPU s"))
     )
     for name, start in mine.items():
-        row = [f"{start[key]:.2f}" for key in ("seconds", "cpu_s")]
+        columns = [start]
         if other:
             before = other[0][name]
-            row += [f"{before[key]:.2f}" for key in ("seconds", "cpu_s")]
-            row += [f"{start[key] / before[key]:.2f}" for key in ("seconds", "cpu_s")]
-        table.add_row(name, *row)
+            columns += [before, {key: start[key] / before[key] for key in ("seconds", "cpu_s")}]
+        table.add_row(name, *(f"{column[key]:.2f}" for column in columns for key in ("seconds", "cpu_s")))
     console = Console()
     console.print(table)
     for checkout, kinds in found.items():

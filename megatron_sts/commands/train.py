@@ -104,7 +104,8 @@ def train_here(resolved: Resolved, run_dir: Path) -> None:
     from megatron_sts.train.interrupt import StopRequest
 
     stop = StopRequest()  # before the import below: the signal may come during it
-    from megatron_sts.train.loop import run
+    with fork.uncollected():
+        from megatron_sts.train.loop import run
 
     run(resolved, run_dir, stop)
 

@@ -90,7 +90,7 @@ def _uses_gpu() -> bool:
     """CUDA keeps its device files open from its first call on, and does not work in a child made by fork after that."""
     for link in Path("/proc/self/fd").iterdir():
         try:
-            if os.readlink(link).startswith("/dev/nvidia"):
+            if os.readlink(link).startswith(("/dev/nvidia", "/dev/dxg")):
                 return True
         except FileNotFoundError:  # the folder's own
             continue

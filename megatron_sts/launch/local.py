@@ -34,10 +34,17 @@ class _Stopped(BaseException):
         self.number = number
 
 
-class _StopRequest:
-    """SIGUSR1 arrived, and has to be handed to the ranks: perhaps before there were any."""
+class _Asked:
+    """What signals asked for."""
 
-    is_due = False
+    stop: int | None = None
+    """The signal that ends the run. Kept, because what is imported meanwhile may catch anything."""
+    save = False
+    """SIGUSR1, which has to be handed to the ranks: it may come before there are any."""
+
+    def check(self) -> None:
+        if self.stop is not None:
+            raise _Stopped(self.stop)
 
 
 def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str]) -> int:
@@ -50,11 +57,11 @@ def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str
     """
     num_threads = _share_cores(num_ranks)
     os.environ[LAUNCHED] = str(os.getpid())
-    with _signals() as request:
+    with _signals() as asked:
         try:
             if fork.start_method() == "fork":
                 fork.warm_up(modules)
-            failures = _run(partial(_rank, work, num_threads), num_ranks, request)
+            failures = _run(partial(_rank, work, num_threads), num_ranks, asked)
         except _Stopped as stopped:
             print(f"megatron-sts: stopped by {signal.Signals(stopped.number).name}", file=sys.stderr)
             return 128 + stopped.number
@@ -72,8 +79,9 @@ def _rank(work: Callable[[], None], num_threads: int | None) -> int:
     return act(work)
 
 
-def _run(rank_work: fork.Work, num_ranks: int, request: _StopRequest) -> list[Failure]:
+def _run(rank_work: fork.Work, num_ranks: int, asked: _Asked) -> list[Failure]:
     """Starts ranks, and ends those that are left when one failed or this process is stopped."""
+    asked.check()
     method, ranks = fork.start_method(), list[BaseProcess]()
     with tempfile.TemporaryDirectory(prefix="megatron-sts-") as folder, socket.create_server((HOST, 0)) as listener:
         errors = [Path(folder) / f"{rank}.json" for rank in range(num_ranks)]
@@ -84,7 +92,7 @@ def _run(rank_work: fork.Work, num_ranks: int, request: _StopRequest) -> list[Fa
                     environment = _environment(rank, num_ranks, port) | {ERROR_FILE: str(path)}
                     ranks.append(fork.start(rank_work, environment, method))
             store = _serve(listener)
-            seen = _wait(ranks, request)
+            seen = _wait(ranks, asked)
             del store  # ranks met in it until now
         finally:
             _end(ranks)
@@ -117,12 +125,13 @@ def _serve(listener: socket.socket) -> Any:
     return TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _wait(ranks: Sequence[BaseProcess], request: _StopRequest) -> dict[int, float]:
+def _wait(ranks: Sequence[BaseProcess], asked: _Asked) -> dict[int, float]:
     """Until all ranks ended, or one failed; when each was seen to have ended, in seconds since the epoch."""
     seen: dict[int, float] = {}
     while len(seen) < len(ranks):
-        if request.is_due:
-            request.is_due = False
+        asked.check()
+        if asked.save:
+            asked.save = False
             for rank in ranks:
                 if rank.exitcode is None and rank.pid is not None:
                     os.kill(rank.pid, signal.SIGUSR1)
@@ -161,20 +170,21 @@ def _tell_group(rank: BaseProcess, number: signal.Signals) -> None:
 
 
 @contextmanager
-def _signals() -> Iterator[_StopRequest]:
-    """Signals end this process by ``_Stopped``, and SIGUSR1 is kept, while the block runs."""
-    request = _StopRequest()
+def _signals() -> Iterator[_Asked]:
+    """Signals end this process by ``_Stopped``, and SIGUSR1 is remembered, while the block runs."""
+    asked = _Asked()
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        raise _Stopped(number)
+        asked.stop = number
+        asked.check()
 
     def remember(_number: int, _frame: FrameType | None) -> None:
-        request.is_due = True
+        asked.save = True
 
     before = {number: signal.signal(number, stop) for number in fork.STOPPING}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, remember)
     try:
-        yield request
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

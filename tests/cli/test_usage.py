@@ -44,6 +44,15 @@ def test_planning_imports_no_torch(words: list[str]) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=60)
 
 
+def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("megatron_sts.runtime.probe.probe", interrupted)
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == "megatron-sts: stopped by SIGINT\n"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
