@@ -61,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     for option, value, off in (("--top-p", args.top_p, 1.0), ("--top-k", args.top_k, 0)):
         if args.temperature == 0 and value != off:
             refuse(option, value, "nothing is drawn at --temperature=0", "give a temperature, as 1, or remove it")
+    try:
+        args.prompt.encode("utf-8")
+    except UnicodeEncodeError:  # Python keeps bytes that are no text as halves of surrogate pairs
+        refuse("--prompt", ascii(args.prompt), "not all of it is text", "write it in the shell's encoding, mostly UTF-8")
     fork.stay_single_threaded()
     with fork.uncollected():
         from megatron_sts.commands.answer import Asked, Sampling, ask

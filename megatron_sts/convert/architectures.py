@@ -6,7 +6,9 @@ transformers reads config.json: it knows the defaults that files leave out, and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, TypeVar
+
+from pydantic import ValidationError
 
 from megatron_sts.config.architecture import (
     HF_SIZES,
@@ -16,7 +18,8 @@ from megatron_sts.config.architecture import (
     QFormerConfig,
     VisionConfig,
 )
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.section import Section
 from megatron_sts.config.weights_folder import NORM_EPSILON
 from megatron_sts.convert.features import check_format, refuse_features
 from megatron_sts.convert.image_processor import channels
@@ -45,6 +48,7 @@ TOKENS_LEFT_OUT = {"clip": "default", "siglip": "full", "hf": "default"}
 """LLaVA's vision_feature_select_strategy: default drops the class token, full has none to drop."""
 FEATURE_LAYER = -2
 """Which layer a fresh projector sees: LLaVA-1.5's choice."""
+_Kind = TypeVar("_Kind", bound=Section)
 
 
 def read_config(folder: Path) -> Any:
@@ -55,18 +59,21 @@ def read_config(folder: Path) -> Any:
     """
     check_format(folder)
     transformers = import_transformers()
+    from huggingface_hub.errors import StrictDataclassError  # comes with transformers, whose configs raise it
+
     try:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise ConfigError(f"{folder / CONFIG}: transformers cannot read it ({_first_line(error)})") from None
+    except (ValueError, KeyError, OSError, StrictDataclassError) as error:
+        raise ConfigError(f"{folder / CONFIG}: transformers cannot read it ({_beginning(error)})") from None
     if config.model_type not in SPELLINGS:
         refuse_features(config, folder)
         _refuse(folder, "model_type", config.model_type, f"not supported; known are {', '.join(SPELLINGS)}")
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
+def _beginning(error: Exception) -> str:
+    """What is wrong; further lines of transformers are advice."""
+    return " ".join(line.strip() for line in str(error).strip().split("\n")[:2]).strip()
 
 
 def import_transformers() -> Any:
@@ -129,7 +136,9 @@ def language_section(config: Any, source: Path) -> LanguageConfig:
     if base != int(base):
         _refuse(source, "rope_theta", base, "a whole number is needed")
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return LanguageConfig(
+    return _made(
+        LanguageConfig,
+        source,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_attention_heads=heads,
@@ -165,10 +174,13 @@ def vision_section(config: Any, source: Path, feature_layer: int = FEATURE_LAYER
     if tower == "hf":
         mean, std = CHANNEL_STATISTICS["clip"]  # BLIP-2's processor
         statistics: dict[str, Any] = {"pixel_mean": mean, "pixel_std": std, **said}
-        return VisionConfig(tower=tower, hf_config=_hf_config(config), feature_layer=feature_layer, **statistics)
+        written = {"hf_config": _hf_config(config), "feature_layer": feature_layer, **statistics}
+        return _made(VisionConfig, source, tower=tower, **written)
     epsilon, usual = config.layer_norm_eps, CHANNEL_STATISTICS[tower]
     statistics = dict(zip(("pixel_mean", "pixel_std"), usual, strict=True)) | said
-    return VisionConfig(
+    return _made(
+        VisionConfig,
+        source,
         tower=tower,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -194,7 +206,9 @@ def _hf_config(config: Any) -> dict[str, Any]:
 
 def _qformer_section(config: Any, num_query_tokens: int, source: Path) -> QFormerConfig:
     _check(config, source)
-    return QFormerConfig(
+    return _made(
+        QFormerConfig,
+        source,
         num_query_tokens=num_query_tokens,
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
@@ -213,7 +227,24 @@ def _feature_layer(config: Any, source: Path) -> int:
     chosen, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(chosen, int):
         _refuse(source, "vision_feature_layer", chosen, "one layer is needed")
-    return chosen if chosen < 0 else chosen - num_layers - 1  # hidden_states begin with the embeddings
+    layer = chosen if chosen < 0 else chosen - num_layers - 1  # hidden_states begin with the embeddings
+    if not -num_layers <= layer <= -1:
+        _refuse(source, "vision_feature_layer", chosen, f"the tower has {num_layers} layers")
+    return layer
+
+
+def _made(kind: type[_Kind], source: Path, **values: Any) -> _Kind:
+    """A section of ours, of what a folder's files say.
+
+    Raises:
+        ConfigError: a value is one that no run may have.
+    """
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"]))
+        refuse(f"{source}: {name}", first["input"], first["msg"], "this model cannot be converted")
 
 
 def _check(config: Any, source: Path) -> None:

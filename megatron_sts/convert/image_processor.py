@@ -32,6 +32,8 @@ def read_image_processor(folder: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: damaged ({error}); fetch it again") from None
         if isinstance(found, dict):
             return found
+        if found is not None or key is None:
+            raise ConfigError(f"{path}: damaged (no image processor's settings); fetch it again")
     return {}
 
 
@@ -43,7 +45,7 @@ def channels(folder: Path) -> dict[str, Any]:
     """
     written = read_image_processor(folder)
     factor = written.get("rescale_factor", 1 / 255) if written.get("do_rescale", True) else 1.0
-    if not math.isclose(factor, 1 / 255, rel_tol=1e-6):
+    if not _is_number(factor) or not math.isclose(factor, 1 / 255, rel_tol=1e-6):
         refuse(
             f"{folder}: rescale_factor", factor, "pixels are divided by 255 here", "such a model cannot be converted"
         )
@@ -52,7 +54,11 @@ def channels(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std")):
         if (values := written.get(theirs)) is not None:
-            if not isinstance(values, list) or len(values) != 3:
+            if not isinstance(values, list) or len(values) != 3 or not all(map(_is_number, values)):
                 refuse(f"{folder}: {theirs}", values, "three numbers are needed, one a channel", "correct it")
             found[ours] = tuple(map(float, values))
     return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

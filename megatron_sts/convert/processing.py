@@ -89,14 +89,17 @@ def _processing(processor: Any, image_size: int, folder: Path) -> Processing:
         _refuse(folder, "image_processor_type", kind, f"known are {', '.join(KNOWN)}")
     if not processor.do_resize:
         _refuse(folder, "do_resize", False, "the model would see pictures of any size")
-    pads, crops, size = bool(processor.do_pad), bool(processor.do_center_crop), processor.size
+    pads, crops = bool(processor.do_pad), bool(processor.do_center_crop)
+    size, crop = processor.size, processor.crop_size
     if pads and kind != "LlavaImageProcessor":
         _refuse(folder, "do_pad", True, "it fills up the pictures of a batch behind their ends")
+    if size is None:
+        _refuse(folder, "size", None, f"the tower sees {image_size} x {image_size} pixels")
     resized = (size.height, size.width) if size.height else (size.shortest_edge,) * 2
     if resized != (image_size,) * 2 or size.longest_edge:
         _refuse(folder, "size", {name: value for name, value in vars(size).items() if value}, f"the tower sees {image_size} x {image_size} pixels")  # fmt: skip
-    if crops and (processor.crop_size.height, processor.crop_size.width) != resized:
-        said = f"{processor.crop_size.height} x {processor.crop_size.width}"
+    if crops and (crop is None or (crop.height, crop.width) != resized):
+        said = crop and f"{crop.height} x {crop.width}"
         _refuse(folder, "crop_size", said, f"only {image_size} x {image_size} can be computed")
     if pads or size.height:
         return "pad" if pads else "squash"

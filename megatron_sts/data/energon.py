@@ -47,8 +47,8 @@ SAMPLES_PER_SLICE = 100
 WORKERS = "data.num_workers"
 SECONDS_PER_CHECKPOINT = 10.0
 """How often a worker notes its state; resuming reads at most the samples since the last note again."""
-PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp")
-"""Names of a sample's only picture in shards of WebDataset's habit."""
+PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+"""Names of a sample's only picture in shards of WebDataset's habit, in either case."""
 
 
 class EnergonStream:
@@ -199,7 +199,7 @@ class _Encoder(DefaultTaskEncoder):
 def _stored_sample(sample: CrudeSample) -> _StoredSample:
     numbered = [name for name in sample if name.partition(".")[0].isdecimal()]
     names = sorted(numbered, key=lambda name: int(name.partition(".")[0]))
-    names = names or [name for name in sample if name in PICTURE_FIELDS]
+    names = names or [name for name in sample if name.lower() in PICTURE_FIELDS]
     return _StoredSample(**basic_sample_keys(sample), text=sample.get(TEXT), pictures=[sample[name] for name in names])
 
 

@@ -87,6 +87,7 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["generate", "--prompt", "what?"], "SOURCE"),
         (["generate", "nowhere", "--prompt", "what?"], "nowhere"),
         (["generate", "nowhere"], "--prompt"),
+        (["generate", "nowhere", "--prompt", "wh\udcffat?"], "--prompt='wh\\udcffat?': not all of it is text"),
         (["generate", "nowhere", "--prompt", "what?", "--top-p", "0.9"], "--top-p=0.9: nothing is drawn"),
         (
             ["generate", "nowhere", "--prompt", "what?", "--top-k", "5", "--temperature", "0"],

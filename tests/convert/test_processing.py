@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_sts.config.architecture import Processing, Resample, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.weights_folder import check_same_model, read_sections
 from megatron_sts.convert import hf_to_sts, verify
+from megatron_sts.convert.image_processor import channels
 from megatron_sts.convert.processing import image_processor, load_image_processor, with_processing
 from megatron_sts.mcore import groups
 from megatron_sts.runtime.dist import process_group
@@ -86,11 +88,30 @@ def test_what_ours_does_not_do_is_refused(said: str, tmp_path: Path) -> None:
         with_processing(VISION, tmp_path, is_whole=True)
 
 
-def test_unknown_processors_are_one_line(tmp_path: Path) -> None:
-    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "OwlImageProcessor"}')
-    with pytest.raises(ConfigError, match="transformers cannot read its image processor") as refused:
+DAMAGED = {
+    "transformers cannot read its image processor": {"image_processor_type": "OwlImageProcessor"},
+    "size=None: ": SHORTEST | {"image_processor_type": "CLIPImageProcessor", "size": None},
+    "crop_size=None: ": SHORTEST | {"image_processor_type": "CLIPImageProcessor", "crop_size": None},
+    "rescale_factor=None: ": {"rescale_factor": None},
+    r"image_mean=\['a', 0, 0\]: three numbers": {"image_mean": ["a", 0, 0]},
+    "no image processor's settings": ["CLIPImageProcessor"],
+}
+
+
+@pytest.mark.parametrize("said", DAMAGED)
+def test_unknown_and_damaged_processors_are_one_line(said: str, tmp_path: Path) -> None:
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(DAMAGED[said]))
+    with pytest.raises(ConfigError, match=said) as refused:
+        channels(tmp_path)
         with_processing(VISION, tmp_path, is_whole=True)
     assert "\n" not in str(refused.value)
+
+
+def test_statistics_that_no_run_may_have_are_refused(tmp_path: Path) -> None:
+    hf = hf_models.write("llava", tmp_path / "hf")
+    (hf / "preprocessor_config.json").write_text('{"image_std": [0, 0, 0]}')
+    with pytest.raises(ConfigError, match=r"^\S+: pixel_std.0=0.0: Input should be greater"):
+        hf_to_sts.whole(hf)
 
 
 def test_statistics_that_a_file_leaves_out_are_its_kinds(tmp_path: Path) -> None:

@@ -62,6 +62,13 @@ def test_parts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
         ({"vision_config": {"model_type": "pixtral"}}, "model_type=pixtral"),
         ({"vision_feature_layer": [-2, -5]}, "vision_feature_layer=[-2, -5]"),
         ({"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy=full"),
+        ({"vision_feature_layer": 5}, "vision_feature_layer=5: the tower has 3 layers"),
+        ({"vision_feature_layer": -4}, "vision_feature_layer=-4: the tower has 3 layers"),
+        # What transformers refuses by an exception of its own, and what it takes and no run of ours may have.
+        ({"text_config": written["text_config"] | {"hidden_size": "64"}}, "'hidden_size' expected int, got str"),
+        ({"text_config": written["text_config"] | {"hidden_size": 66}}, "hidden size (66) is not a multiple"),
+        ({"text_config": written["text_config"] | {"num_hidden_layers": 0}}, "num_layers=0: Input should be greater"),
+        ({"vision_config": written["vision_config"] | {"image_size": [32, 32]}}, "image_size=[32, 32]: "),
     ):
         hf_models.edit_config(hf, **changes)
         assert message in refused(hf)

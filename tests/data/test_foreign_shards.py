@@ -101,8 +101,11 @@ def test_samples_without_text_are_named(tmp_path: Path, name: str) -> None:
 
 def test_pictures_in_webdatasets_habit_and_in_ours(tmp_path: Path) -> None:
     pictures = tmp_path / "pictures"
+    endings = ("png", "PNG", "gif")  # which format it is, its bytes say
     single = write_shards(
-        tmp_path / "a", lambda n: {f"{n}.json": text(n), f"{n}.png": seen(pictures, int(n))}, num_samples=3
+        tmp_path / "a",
+        lambda n: {f"{n}.json": text(n), f"{n}.{endings[int(n)]}": seen(pictures, int(n))},
+        num_samples=3,
     )
     several = write_shards(
         tmp_path / "b",
