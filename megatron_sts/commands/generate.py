@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     try:
         args.prompt.encode("utf-8")
     except UnicodeEncodeError:  # Python keeps bytes that are no text as halves of surrogate pairs
-        refuse("--prompt", ascii(args.prompt), "not all of it is text", "write it in the shell's encoding, mostly UTF-8")
+        refuse(
+            "--prompt", ascii(args.prompt), "not all of it is text", "write it in the shell's encoding, mostly UTF-8"
+        )
     fork.stay_single_threaded()
     with fork.uncollected():
         from megatron_sts.commands.answer import Asked, Sampling, ask

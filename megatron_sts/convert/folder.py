@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import CONFIG_NAME
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.pairing import Sections
@@ -32,10 +33,17 @@ def write_model(folder: Path, sections: Sections, config: Any) -> None:
 
 
 def read_hf_config(folder: Path) -> Any:
-    """The transformers config that a weights folder's model came from."""
-    written = json.loads((folder / HF_CONFIG).read_text(encoding="utf-8"))
-    kind = import_transformers().AutoConfig.for_model(written.pop("model_type"), **written)
-    return kind
+    """The transformers config that a weights folder's model came from.
+
+    Raises:
+        ConfigError: it is missing or damaged.
+    """
+    path = folder / HF_CONFIG
+    try:
+        written = json.loads(path.read_text(encoding="utf-8"))
+        return import_transformers().AutoConfig.for_model(written.pop("model_type"), **written)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: missing or damaged ({error}); convert the weights again") from None
 
 
 def identity(folder: Path) -> str:

@@ -30,7 +30,7 @@ def read_image_processor(folder: Path) -> dict[str, Any]:
             found = written if key is None else written.get(key)
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"{path}: damaged ({error}); fetch it again") from None
-        if isinstance(found, dict):
+        if found and isinstance(found, dict):
             return found
         if found is not None or key is None:
             raise ConfigError(f"{path}: damaged (no image processor's settings); fetch it again")

@@ -64,9 +64,9 @@ def _files_of(path: Path) -> list[Path]:
         return [path / SINGLE]
     try:
         names = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-    except (ValueError, KeyError, AttributeError) as error:
+        files = [path / name for name in sorted(set(names))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path / INDEX}: damaged ({error}); fetch or convert the weights again") from None
-    files = [path / name for name in sorted(set(names))]
     for file in files:
         if not file.is_file():
             raise ConfigError(f"{file}: missing, but {INDEX} names it; fetch or convert the weights again")

@@ -94,7 +94,8 @@ DAMAGED = {
     "crop_size=None: ": SHORTEST | {"image_processor_type": "CLIPImageProcessor", "crop_size": None},
     "rescale_factor=None: ": {"rescale_factor": None},
     r"image_mean=\['a', 0, 0\]: three numbers": {"image_mean": ["a", 0, 0]},
-    "no image processor's settings": ["CLIPImageProcessor"],
+    r"damaged \(no image processor's settings\)": ["CLIPImageProcessor"],
+    "no image processor's settings": {},
 }
 
 

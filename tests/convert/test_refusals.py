@@ -12,6 +12,7 @@ import transformers
 from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, QFormerConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.convert import hf_configs, hf_to_sts
+from megatron_sts.convert.folder import read_hf_config
 from tests.convert import hf_models
 
 
@@ -142,8 +143,19 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     assert f"{shard}: damaged" in refused(hf)
     shard.unlink()
     assert f"{shard}: missing" in refused(hf)
+    for written in ("[1]", '{"weight_map": {"a": 1}}'):
+        (hf / "model.safetensors.index.json").write_text(written)
+        assert "model.safetensors.index.json: damaged" in refused(hf)
     (hf / "config.json").unlink()
     assert "holds no config.json" in refused(hf)
+
+
+def test_a_weights_folders_damaged_config_is_one_line(tmp_path: Path) -> None:
+    for written in (None, "{", "[1]", '{"hidden_size": 4}'):
+        if written is not None:
+            (tmp_path / "hf_config.json").write_text(written)
+        with pytest.raises(ConfigError, match=r"hf_config.json: missing or damaged \(.*\); convert the weights again$"):
+            read_hf_config(tmp_path)
 
 
 def test_older_files_are_refused_with_a_remedy(tmp_path: Path) -> None:
