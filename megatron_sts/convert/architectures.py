@@ -6,7 +6,7 @@ transformers reads config.json: it knows the defaults that files leave out, and 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn
 
 from pydantic import ValidationError
 
@@ -48,7 +48,6 @@ TOKENS_LEFT_OUT = {"clip": "default", "siglip": "full", "hf": "default"}
 """LLaVA's vision_feature_select_strategy: default drops the class token, full has none to drop."""
 FEATURE_LAYER = -2
 """Which layer a fresh projector sees: LLaVA-1.5's choice."""
-_Kind = TypeVar("_Kind", bound=Section)
 
 
 def read_config(folder: Path) -> Any:
@@ -233,7 +232,7 @@ def _feature_layer(config: Any, source: Path) -> int:
     return layer
 
 
-def _made(kind: type[_Kind], source: Path, **values: Any) -> _Kind:
+def _made[Kind: Section](kind: type[Kind], source: Path, **values: Any) -> Kind:
     """A section of ours, of what a folder's files say.
 
     Raises:

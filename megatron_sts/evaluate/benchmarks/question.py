@@ -149,8 +149,11 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(content: str) -> Any:
-    """As ``json.loads``, but no object may have a key twice: Python would drop the first."""
-    return json.loads(content, object_pairs_hook=_once)
+    """As ``json.loads``, but no object may have a key twice, of which Python would drop the first, and all text is Unicode."""
+    value = json.loads(content, object_pairs_hook=_once)
+    if "\\u" in content:  # may spell half of a surrogate pair, which tokenizers and journals cannot take
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

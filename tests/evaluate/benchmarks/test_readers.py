@@ -242,6 +242,7 @@ MALFORMED: list[tuple[str, Change, str]] = [
     ("gqa", in_file(GQA, drop(FIRST, "answer")), f"question {FIRST}: no 'answer'"),
     ("gqa", in_file(GQA, put(FIRST, "answer", None)), f"question {FIRST}: answer is null, not text"),
     ("gqa", in_file(GQA, put(FIRST, "question", " ")), f'question {FIRST}: question is " ", not text'),
+    ("gqa", in_file(GQA, put(FIRST, "question", "half of an emoji: \ud83d")), "surrogates not allowed"),
     ("gqa", in_file(GQA, put(FIRST, "types", "semantic", "colour")), 'semantic is "colour", none of attr, cat, global'),
     ("gqa", in_file(GQA, put(FIRST, "types", "structural", "ask")), 'structural is "ask", none of verify, query'),
     ("gqa", replaced(GQA, '"201640614"', f'"{FIRST}"'), f"{FIRST} is there twice"),
