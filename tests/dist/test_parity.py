@@ -226,6 +226,17 @@ def test_nothing_is_left_of_earlier_layouts(two_ranks: dict[str, Trained]) -> No
     check_bit_equal(two_ranks["TP2 again"], two_ranks["TP2"])
 
 
+def test_ranks_with_other_string_hashes_train_alike(two_ranks: dict[str, Trained]) -> None:
+    """Fresh interpreters, in which sets of strings have other orders on each rank; ranks that are forked share one order."""
+    names = ["TP2 SP", "DP2 all overlap"]
+    jobs = folder() / "hashes" / "jobs.json"
+    jobs.parent.mkdir()
+    jobs.write_text(json.dumps({name: config(*TWO_RANKS[name]) for name in names}))
+    run_ranks(train_layouts, 2, 240, JOBS=jobs, PYTHONHASHSEED="random")
+    for name in names:
+        check_bit_equal(Trained(**torch.load(jobs.with_name(f"{name}.pt"))), two_ranks[name])
+
+
 @pytest.mark.parametrize("name", ["bf16 TP2", "bf16 PP2"])
 def test_bf16_is_close(two_ranks: dict[str, Trained], name: str) -> None:
     loss, norm, weights = differences(two_ranks[name], alone("bf16"))
