@@ -1,4 +1,4 @@
-"""Runs the real command line in a subprocess, with a training loop of a few lines in place of the real one."""
+"""Runs the real command line in a process of its own, with a training loop of a few lines in place of the real one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests import warm
 
 CONFIG = """
 model:
@@ -35,6 +37,8 @@ def run(resolved, run_dir, stop):
 loop = types.ModuleType("megatron_sts.train.loop")
 loop.run = run
 sys.modules["megatron_sts.train.loop"] = loop
+from megatron_sts.cli import main
+sys.exit(main())
 """
 """``STAND_IN`` in the environment says what the ranks do."""
 
@@ -53,18 +57,16 @@ def config(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """``run(*words, **environment)``: the finished process."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(STAND_IN)
 
     def start(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
         launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
         clean = {
             key: value for key, value in os.environ.items() if key not in launcher and not key.startswith("SLURM_")
         }
-        return subprocess.run(
-            [sys.executable, "-m", "megatron_sts", *map(str, words)],
+        return warm.run(
+            [sys.executable, "-c", STAND_IN, *map(str, words)],
             cwd=tmp_path,
-            env={**clean, "PYTHONPATH": str(tmp_path / "site"), **environment},
+            env={**clean, **environment},
             capture_output=True,
             text=True,
             timeout=60,

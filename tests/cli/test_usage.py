@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_sts import __version__
 from megatron_sts.cli import main
 from megatron_sts.config.load import dump, load
 from megatron_sts.config.resolve import resolve
@@ -25,6 +26,14 @@ def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         main(words)
     assert stop.value.code == 0
     assert "usage: megatron-sts" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [[sys.executable, "-m", "megatron_sts"], [Path(sys.executable).with_name("megatron-sts")]]
+)
+def test_both_ways_to_call_it(command: list[str | Path]) -> None:
+    said = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True).stdout
+    assert said == f"megatron-sts {__version__}\n"
 
 
 def test_help_imports_nothing_heavy() -> None:

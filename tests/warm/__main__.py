@@ -11,8 +11,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import gc
-import importlib
 import multiprocessing.process
 import os
 import runpy
@@ -24,11 +22,12 @@ import types
 from pathlib import Path
 from typing import NoReturn
 
+from megatron_sts.launch import fork
 from tests.warm.server import Request, Server
 
 IMPORTS = (
     "pytest",
-    "torch.distributed.launcher.api",
+    "torch._dynamo",
     "torch.utils.tensorboard",
     "transformers.models.llama.modeling_llama",
     "megatron_sts.commands.evaluate",
@@ -36,6 +35,7 @@ IMPORTS = (
     "megatron_sts.commands.report",
     "megatron_sts.commands.train",
     "megatron_sts.convert.verify",
+    "megatron_sts.data.energon",
     "megatron_sts.data.prepare",
     "megatron_sts.train.loop",
 )
@@ -56,11 +56,8 @@ def main() -> None:
 
 @functools.cache
 def warm_up() -> None:
-    """Imports, once, and leaves them where no garbage collection of a forked process would touch (and so copy) them."""
-    for name in IMPORTS:
-        importlib.import_module(name)
-    gc.collect()
-    gc.freeze()
+    """Once."""
+    fork.warm_up(IMPORTS)
 
 
 def become(request: Request, streams: list[int]) -> None:
