@@ -10,8 +10,11 @@ from typing import Any
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import BLEND_SUFFIXES, read_yaml
 
+ENERGON = "megatron.energon"
+CLASSES = ("MetadatasetV2", "Metadataset")
+"""Energon's classes of blends."""
 LISTS = ("blend", "blend_epochized", "datasets")
-"""Keys of what is blended; joined datasets are not ours to read."""
+"""Keys of what is blended."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +27,24 @@ class Member:
     dataset_config: str = "dataset.yaml"
     repetitions: float | None = None
     """How often each sample is in an epoch of the blend; None: it has no epochs."""
-    is_whole: bool = True
-    """Not a subset of its samples."""
+    samples: tuple[int, int | None] = (0, None)
+    """Which are read, the end not included; None: all from the first on."""
+    share: tuple[float, float] = (0.0, 1.0)
+    """Which of these, from 0 to 1."""
+
+    def num_kept(self, num_samples: int) -> int:
+        """How many of its samples are read, as Energon's ``DatasetSubset`` counts.
+
+        Raises:
+            ConfigError: it has no such samples.
+        """
+        first, end = self.samples[0], num_samples if self.samples[1] is None else self.samples[1]
+        if not 0 <= first <= end <= num_samples:
+            refuse(
+                "data.path", self.folder, f"has {num_samples} samples, no subset [{first}, {end}]", "correct its range"
+            )
+        begin, stop = (int((end - first) * share) for share in self.share)
+        return stop - begin
 
 
 def members(path: Path) -> list[Member]:
@@ -45,20 +64,31 @@ def _members(member: Member, within: tuple[Path, ...]) -> Iterator[Member]:
     if path.resolve() in within:
         refuse("data.path", path, "a blend that names itself", "remove it there")
     written = read_yaml(path, path)
+    _check_class(path, written)
     splits = written.get("splits") if isinstance(written, dict) else None
     if not isinstance(splits, dict) or not isinstance(splits.get(member.split_part), dict):
         refuse("data.path", path, f"a blend without splits.{member.split_part}", "list datasets with their paths there")
     yield from _walk(splits[member.split_part], member, (*within, path.resolve()))
 
 
+def _check_class(path: Path, written: Any) -> None:
+    """Energon imports and calls whatever a file names, so that it has to be a blend."""
+    said = written if isinstance(written, dict) else {}
+    module, name = said.get("__module__", ENERGON), said.get("__class__", CLASSES[0])
+    if module != ENERGON or name not in CLASSES:
+        why = f"is a {module}.{name}, no blend"
+        refuse("data.path", path, why, f"write __module__: {ENERGON} and __class__: {CLASSES[0]}")
+
+
 def _walk(node: dict[str, Any], around: Member, within: tuple[Path, ...]) -> Iterator[Member]:
     file = around.folder
+    if "join" in node:
+        refuse("data.path", file, "joins datasets, which is not supported", "blend them, or join their samples' files")
     here = replace(
-        around,
+        narrowed(around, node.get("subset")),
         split_part=node.get("split_part") or around.split_part,
         split_config=node.get("split_config") or around.split_config,
         dataset_config=node.get("dataset_config") or around.dataset_config,
-        is_whole=around.is_whole and node.get("subset") is None,
     )
     if isinstance(node.get("path"), str):
         if "://" not in node["path"]:
@@ -83,6 +113,34 @@ def _walk(node: dict[str, Any], around: Member, within: tuple[Path, ...]) -> Ite
                         "raise it or remove the dataset",
                     )
             yield from _walk(part, replace(here, repetitions=repetitions), within)
+
+
+def narrowed(around: Member, subset: Any) -> Member:
+    """The part of ``around`` that a ``subset`` inside it leaves.
+
+    Raises:
+        ConfigError: Energon knows no such subset.
+    """
+    if subset is None:
+        return around
+    try:
+        start, end = map(_bound, subset["range"])
+        if around.samples == (0, None) and isinstance(start, int) and not isinstance(end, float):
+            return replace(around, samples=(start, end))
+        if not (isinstance(start, float) and isinstance(end, float) and 0 <= start <= end <= 1):
+            raise ValueError
+    except (AttributeError, KeyError, TypeError, ValueError):
+        remedy = "write {range: [START, END]}, two percents, or of one folder two numbers of samples"
+        refuse("data.path", around.folder, f"subset={subset} is none that can be read", remedy)
+    outer, width = around.share, end - start
+    return replace(around, share=(start + outer[0] * width, start + outer[1] * width))
+
+
+def _bound(written: Any) -> int | float | None:
+    """Samples, a share, or None for ``end``."""
+    if isinstance(written, int):
+        return written
+    return None if written == "end" else float(written.removesuffix("%")) / 100
 
 
 def _number(file: Path, part: dict[str, Any], key: str, least: float) -> float:

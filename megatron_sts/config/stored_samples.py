@@ -11,7 +11,7 @@ import struct
 from contextlib import closing
 from pathlib import Path
 
-from megatron_sts.config.blend import Member, members
+from megatron_sts.config.blend import ENERGON, Member, members
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import (
     CRUDE,
@@ -43,8 +43,7 @@ def check_stored(path: Path, num_readers: int) -> None:
         for name, count in counts.items():
             _check_shard(member.folder / name, count)
         _check_fields(member, counts)
-        if member.is_whole:
-            check_share(member.folder, sum(counts.values()), num_readers, member.repetitions)
+        check_share(member.folder, member.num_kept(sum(counts.values())), num_readers, member.repetitions)
 
 
 def check_share(path: Path, num_samples: int, num_readers: int, repetitions: float | None) -> None:
@@ -68,13 +67,14 @@ def check_share(path: Path, num_samples: int, num_readers: int, repetitions: flo
 
 def _check_class(member: Member) -> None:
     written = read_yaml(member.folder / ENERGON_FOLDER / member.dataset_config, member.folder)
-    found = written.get("__class__") if isinstance(written, dict) else None
-    if found != CRUDE:
+    said = written if isinstance(written, dict) else {}
+    module, found = said.get("__module__"), said.get("__class__")
+    if (module, found) != (ENERGON, CRUDE):
         refuse(
             "data.path",
             member.folder,
-            f"its samples are Energon's {found}, not files",
-            f"write __class__: {CRUDE} (and __module__: megatron.energon) into {ENERGON_FOLDER}/{member.dataset_config}",
+            f"its samples are {f"Energon's {found}" if module == ENERGON else f'of {module}.{found}'}, not files",
+            f"write __class__: {CRUDE} (and __module__: {ENERGON}) into {ENERGON_FOLDER}/{member.dataset_config}",
         )
 
 

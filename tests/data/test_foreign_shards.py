@@ -7,8 +7,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from megatron.energon.metadataset.metadataset_v2 import Subset
 
 from megatron_sts.commands.obstacles import unreadable_data
+from megatron_sts.config.blend import Member, narrowed
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.prepared import count_prepared
 from megatron_sts.config.stored_samples import check_stored
@@ -206,6 +210,47 @@ def test_blends_that_cannot_be_read_are_refused_in_one_line(good: Path, blend: t
     if "x.yaml" not in lines:  # Energon asks itself for ever
         with pytest.raises(ConfigError):
             draw(path, 1, num_workers=2)
+
+
+UNREAD = {
+    "path: good\n    subset: {range: [0%, 2%]}": "good: 0 samples for 1 readers",
+    "path: good\n    subset: {range: [5, 21]}": "good: has 20 samples, no subset [5, 21]",
+    "path: good\n    subset: {absolute_range: [0, 1]}": "x.yaml: subset={'absolute_range': [0, 1]} is none that can be read",
+    "path: good\n    subset: {range: [50%, 20%]}": "x.yaml: subset={'range': ['50%', '20%']} is none",
+    "path: good\n    subset: {range: [-1%, end]}": "x.yaml: subset={'range': ['-1%', 'end']} is none",
+    "path: good\n    subset: all": "x.yaml: subset=all is none",
+    "join: [{path: good}, {path: good}]": "x.yaml: joins datasets, which is not supported",
+}
+
+
+@pytest.mark.parametrize("lines", UNREAD)
+def test_parts_and_joins_that_cannot_be_read_are_refused(good: Path, lines: str) -> None:
+    path = good.parent / "x.yaml"
+    path.write_text(f"splits:\n  train:\n    {lines}\n")
+    assert said(path).startswith(UNREAD[lines])
+
+
+def test_what_is_no_blend_is_not_imported(good: Path, copied: Path) -> None:
+    path = good.parent / "x.yaml"
+    path.write_text("__module__: os\n__class__: system\nsplits: {train: {path: good}}\n")
+    assert said(path).startswith("x.yaml: is a os.system, no blend; write __module__: megatron.energon")
+    (copied / ".nv-meta" / "dataset.yaml").write_text("__module__: os\n__class__: CrudeWebdataset\n")
+    assert "its samples are of os.CrudeWebdataset, not files" in said(copied)
+
+
+@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)).map(sorted), min_size=1, max_size=3), st.booleans())
+@example([[25, 75], [0, 50]], True)
+def test_subsets_leave_what_energon_leaves(ranges: list[list[int]], is_absolute: bool) -> None:
+    """Nested: the first is the outermost; only the innermost may count samples."""
+    written = [{"range": [f"{start}%", f"{end}%"]} for start, end in ranges]
+    if is_absolute:
+        written.append({"range": [10, "end"]})
+    member, theirs = Member(Path("good")), None
+    for subset in written:
+        member, theirs = narrowed(member, subset), Subset(range=tuple(subset["range"])).merge(theirs)
+    assert theirs is not None
+    start, end = theirs.compute_subset(173)
+    assert member.num_kept(173) == end - start
 
 
 def test_repetitions_that_leave_each_reader_one_are_read(good: Path) -> None:
