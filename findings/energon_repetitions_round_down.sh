@@ -8,8 +8,9 @@
 #   repetitions 0.04, 0 workers: 0 samples
 # What to do: check samples / readers x repetitions yourself before training.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 megatron-energon==7.4.1
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 megatron-energon==7.4.1
 cat > finding.py <<'EOF'
 import io, json, subprocess, tarfile
 from collections import Counter

@@ -8,8 +8,9 @@
 #   10 shards: status 0, train: shard-{000..007}.tar, val: shard-008.tar, test: shard-009.tar
 # What to do: --split-parts 'train:.*', or at least as many shards as the ratio's sum.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 megatron-energon==7.4.1
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 megatron-energon==7.4.1
 cat > finding.py <<'EOF'
 import io, json, subprocess, tarfile
 from pathlib import Path

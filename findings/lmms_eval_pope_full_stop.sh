@@ -7,8 +7,9 @@
 # Output: Yes: 1.0, yes : 1.0, Yes.: 0.0, No.: 0.0, Yes, there is a cat.: 0.0
 # What to do: ask for "a single word", as its prompt does, look at the answers, and score with the official rule where a model ends with a dot.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" --no-deps lmms-eval==0.7.3
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" --no-deps lmms-eval==0.7.3
 cat > finding.py <<'EOF'
 import importlib.metadata
 import importlib.util

@@ -8,8 +8,9 @@
 #   cp_group=context parallel: [4, 5, 6, 7, 8, 9, 10, 11]
 # What to do: always pass cp_group=parallel_state.get_context_parallel_group().
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 megatron-core==0.19.2
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 megatron-core==0.19.2
 cat > finding.py <<'EOF'
 import torch
 from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -10,8 +10,9 @@
 #   two ranks, default: gradient norm 737.2558
 # What to do: set both flags, or use more than two pipeline ranks.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 megatron-core==0.19.2
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 megatron-core==0.19.2
 cat > finding.py <<'EOF'
 """Gradient norm of four micro-batches through four layers; PIPELINE ranks with two chunks each."""
 

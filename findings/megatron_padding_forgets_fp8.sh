@@ -8,8 +8,9 @@
 #   MXFP8 and context parallelism over 2 ranks: 1004 tokens
 # What to do: pad to the least common multiple of all rules.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 megatron-core==0.19.2
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 megatron-core==0.19.2
 cat > finding.py <<'EOF'
 from megatron.core.models.multimodal.context_parallel import get_padding
 

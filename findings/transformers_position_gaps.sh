@@ -9,8 +9,9 @@
 #   use_cache=False, no mask: second half sees the first: False
 # What to do: pass attention_mask=ones wherever position_ids are not consecutive.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 transformers==5.24.0
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 transformers==5.24.0
 cat > finding.py <<'EOF'
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM

@@ -7,8 +7,9 @@
 #   config.rope_theta = 1e6: lowest frequency 3.2e-04 (as without)
 # What to do: config.rope_parameters["rope_theta"] = 1e6.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 transformers==5.24.0
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 transformers==5.24.0
 cat > finding.py <<'EOF'
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -8,8 +8,9 @@
 #   after resize_token_embeddings(65): tied True, logits of old tokens moved by 2.2 of the largest
 # What to do: set config.tie_word_embeddings=False after loading such a model, and save it so.
 set -euo pipefail
-# shellcheck source=findings/venv.sh
-. "$(dirname "${BASH_SOURCE[0]}")/venv.sh" torch==2.14.1 transformers==5.24.0
+work=$(mktemp -d)
+# shellcheck source=findings/venv.bash
+. "$(dirname "${BASH_SOURCE[0]}")/venv.bash" torch==2.14.1 transformers==5.24.0
 cat > finding.py <<'EOF'
 import json
 from pathlib import Path

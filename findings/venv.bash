@@ -1,8 +1,7 @@
 # Sourced by each finding with the packages that it needs, pinned: a virtual environment with them, its programs first on the path,
-# and an empty folder $work, removed at the end. FINDINGS_VENV: an environment to make once and use again (else one in $work);
+# and the script's empty folder $work entered, which is removed at the end. FINDINGS_VENV: an environment to make once and use again (else one in $work);
 # FINDINGS_PYTHON: the Python to make it from (default: python3), 3.12 or newer.
 # shellcheck shell=bash
-work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 venv=${FINDINGS_VENV:-$work/venv}
 if [ ! -x "$venv/bin/pip" ]; then
