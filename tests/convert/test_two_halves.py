@@ -23,7 +23,7 @@ def joined(tmp_path: Path) -> Path:
     for name, half in (("clip", "vision"), ("llama", "language")):
         folder = hf_models.write(name, tmp_path / half)
         for file in OF_BOTH:
-            (folder / file).write_text(f'"{half}"')
+            (folder / file).write_text(json.dumps({"from": half}))
     (tmp_path / "vision" / "merges.txt").write_text("vision")
     hf_to_sts.convert(hf_to_sts.two_halves(tmp_path / "vision", tmp_path / "language"), tmp_path / "sts")
     return tmp_path / "sts"
@@ -37,7 +37,8 @@ def test_without_a_projector_it_is_not_exported(joined: Path) -> None:
 
 def test_only_the_image_processor_comes_from_the_vision_half(joined: Path) -> None:
     found = {name: json.loads((joined / name).read_text()) for name in OF_BOTH}
-    assert found == dict.fromkeys(OF_BOTH, "language") | {"preprocessor_config.json": "vision"}
+    language = {name: {"from": "language"} for name in OF_BOTH}
+    assert found == language | {"preprocessor_config.json": {"from": "vision"}}
     assert not (joined / "merges.txt").exists()
 
 

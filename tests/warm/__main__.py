@@ -1,9 +1,10 @@
 """``python -m tests.warm LISTENER``: the server, and what its forked processes become.
 
 A program finds what it would find in a fresh interpreter: its own ``__main__``, arguments, environment, ``sys.path``, folder,
-streams, session and random numbers. Different are modules that are there already, and that all programs share one seed of
-string hashes. What would be read before or within those imports has the program started afresh instead: other options of
-Python, other search paths, and the variables that libraries read at import.
+streams, session and random numbers. Different are modules that are there already, that all programs share one seed of
+string hashes, and that torch has one thread where nothing says how many. What would be read before or within those imports
+has the program started afresh instead: other options of Python, other search paths, other numbers of threads, and the
+variables that libraries read at import.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def is_cold(arguments: list[str], env: dict[str, str]) -> bool:
     """Whether a fresh interpreter must read the options or the environment."""
     if len(os.listdir("/proc/self/task")) > 1 or (arguments[0].startswith("-") and arguments[0] not in ("-m", "-c")):
         return True
-    if not set(paths(env)) <= {*_search_path, ""}:
+    # Telling torch of more threads makes them, and then our launcher would not fork.
+    if not set(paths(env)) <= {*_search_path, ""} or env.get("OMP_NUM_THREADS", "1") != "1":
         return True
     return any(
         env.get(name) != _started_with.get(name)
@@ -99,7 +101,6 @@ def refresh(env: dict[str, str]) -> None:
 
     np.random.seed()
     torch.default_generator.seed()
-    torch.set_num_threads(int(env.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
     multiprocessing.process.ORIGINAL_DIR = os.getcwd()  # type: ignore[attr-defined]
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(write_through="PYTHONUNBUFFERED" in env)  # type: ignore[union-attr]

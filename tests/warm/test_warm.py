@@ -52,11 +52,19 @@ def test_as_in_a_fresh_interpreter(script: Path, tmp_path: Path, kind: str) -> N
 
 def test_is_warm() -> None:
     code = "import os, sys, torch; print('megatron.core' in sys.modules, torch.get_num_threads(), os.getsid(0) == os.getpid())"
-    env = {**os.environ, "OMP_NUM_THREADS": "3"}
-    assert warm.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "True 3 True\n"
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert warm.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "True 1 True\n"
 
 
-@pytest.mark.parametrize("change", [{"PYTHONPATH": "/somewhere"}, {"HF_HUB_OFFLINE": "1"}, {"PYTHONHASHSEED": "3"}])
+def test_our_launcher_would_fork() -> None:
+    code = "from megatron_sts.launch import fork; print(fork.start_method())"
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    assert warm.run([sys.executable, "-c", code], env=env, capture_output=True, text=True).stdout == "fork\n"
+
+
+@pytest.mark.parametrize(
+    "change", [{"PYTHONPATH": "/somewhere"}, {"HF_HUB_OFFLINE": "1"}, {"PYTHONHASHSEED": "3"}, {"OMP_NUM_THREADS": "3"}]
+)
 def test_what_imports_would_read_starts_a_fresh_interpreter(change: dict[str, str]) -> None:
     code = "import sys; print('torch' in sys.modules)"
     env = {**os.environ, **change}
