@@ -9,14 +9,13 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from megatron_sts.data.scenes.catalog import asset, load_catalog
+from megatron_sts.data.scenes.catalog import asset
 from megatron_sts.data.scenes.scene import (
     CELL_PX,
     DIGIT_PX,
     DIGIT_STEP_PX,
     GRID,
     IMAGE_PX,
-    SPRITE_PX,
     PlacedNumber,
     Scene,
 )
@@ -44,9 +43,8 @@ def render(scene: Scene, style: Style = "google", digits: DigitSplit = "train") 
     rng = random.Random(scene.paint_seed)
     canvas = _background(rng)
     _add_clutter(canvas, scene, rng)
-    sprites = _load_sprites(style)
     for placed in scene.objects:
-        sprite = sprites[placed.size][placed.sprite]
+        sprite = _sprite(style, placed.sprite, placed.size)
         _blend(canvas, placed.top, placed.left, sprite[..., :3], sprite[..., 3:])
     if scene.number:
         _write_number(canvas, scene.number, digits, rng)
@@ -90,17 +88,15 @@ def _blend(canvas: np.ndarray, top: int, left: int, colour: np.ndarray, opacity:
 
 
 @cache
-def _load_sprites(style: Style) -> dict[int, np.ndarray]:
-    """Side in pixels -> premultiplied float32 ``[sprite, side, side, 4]``, 0..1."""
+def _sheet(style: Style) -> Image.Image:
     with asset(f"sprites_{style}.png").open("rb") as file:
-        sheet = Image.open(file).convert("RGBA").convert("RGBa")
-    scaled = {}
-    for side in range(SPRITE_PX[0], SPRITE_PX[1] + 1):
-        cells = [
-            sheet.resize((side, side), Image.Resampling.BOX, box=_sheet_box(i)) for i in range(len(load_catalog()))
-        ]
-        scaled[side] = np.stack([_pixels(cell) for cell in cells])
-    return scaled
+        return Image.open(file).convert("RGBA").convert("RGBa")
+
+
+@cache
+def _sprite(style: Style, number: int, side: int) -> np.ndarray:
+    """Premultiplied float32 ``[side, side, 4]``, 0..1."""
+    return _pixels(_sheet(style).resize((side, side), Image.Resampling.BOX, box=_sheet_box(number)))
 
 
 def _sheet_box(sprite: int) -> tuple[int, int, int, int]:
