@@ -5,7 +5,8 @@ Every refusal is one line: the dotted field, its value, why, and what to do.
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from megatron_sts.config.architecture import ModelConfig
@@ -14,6 +15,7 @@ from megatron_sts.config.errors import refuse
 from megatron_sts.config.precision_checks import check_precision
 from megatron_sts.config.schema import (
     DataConfig,
+    LdsConfig,
     ParallelConfig,
     RunConfig,
     StageConfig,
@@ -264,6 +266,7 @@ def check_skipping(stage: StageConfig, num_layers: int) -> None:
             f"sampler={lds.sampler} draws the layers",
             "set sampler=fixed or remove them",
         )
+    check_rounds_fields(field, lds, num_layers)
     if lds.residual_scale != "none" and lds.sampler == "fixed":
         refuse(
             f"{field}.residual_scale",
@@ -271,6 +274,40 @@ def check_skipping(stage: StageConfig, num_layers: int) -> None:
             "sampler=fixed always runs the same layers, so there is no probability to make up for",
             "set it to none",
         )
+
+
+def check_rounds_fields(field: str, lds: LdsConfig, num_layers: int) -> None:
+    """``rounds`` alone reads its fields; it skips in whole steps, blocks of equal size."""
+    if lds.sampler != "rounds":
+        for name in ("rounds", "head_yields"):
+            if (value := getattr(lds, name)) != LdsConfig.model_fields[name].default:
+                refuse(f"{field}.{name}", value, f"sampler={lds.sampler} reads none", "set sampler=rounds or remove it")
+        return
+    if lds.granularity == "microbatch":
+        refuse(f"{field}.granularity", "microbatch", "sampler=rounds leaves whole rounds out of a step's schedule",
+               "set it to step, or sampler to balanced")  # fmt: skip
+    if lds.rounds != "layout" and num_layers % lds.rounds:
+        refuse(f"{field}.rounds", lds.rounds, f"does not divide the language model's {num_layers} layers",
+               "use layout or a divisor")  # fmt: skip
+
+
+def check_rounds(stage: StageConfig, layers_per_chunk: Sequence[Sequence[int]]) -> None:
+    """``sampler: rounds`` has rounds to skip: more than one, and one of them without a protected layer."""
+    lds, field = stage.lds, f"stages.{stage.name}.lds"
+    if lds is None or lds.sampler != "rounds":
+        return
+    num_layers = sum(map(sum, layers_per_chunk))
+    of_rounds = [sum(counts) for counts in layers_per_chunk]
+    if lds.rounds == "layout" and len(layers_per_chunk) == 1:
+        refuse(f"{field}.rounds", "layout", "a pipeline rank has one chunk, so there is one round and nothing to drop",
+               "set sampler=balanced, rounds to a number of blocks, or parallel.virtual_pipeline_model_parallel_size")  # fmt: skip
+    if lds.depth_profile != "protect":
+        return
+    ends = list(accumulate(of_rounds if lds.rounds == "layout" else [num_layers // lds.rounds] * lds.rounds))
+    first, last = lds.protect_first, num_layers - lds.protect_last
+    if not any(first <= start < end <= last for start, end in pairwise([0, *ends])):
+        refuse(f"{field}.protect_first", first, f"with protect_last={lds.protect_last} every round has a protected layer, "
+               "and so none can be skipped", "lower either, or have more rounds")  # fmt: skip
 
 
 def check_data(stage: StageConfig, config: RunConfig) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import model_validator
-
 from megatron_sts.config.section import NonNegativeInt, PositiveInt, Section
 
 Fp8 = Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8", "emulate"]
@@ -45,9 +43,3 @@ class PrecisionConfig(Section):
         """``fp8_format``, or its default for the recipe."""
         is_fine = self.fp8 in ("blockwise", "mxfp8") or (self.fp8 == "emulate" and self.emulated_scaling == "rowwise")
         return self.fp8_format or ("e4m3" if is_fine else "hybrid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _yaml_off(cls, data: object) -> object:
-        # YAML 1.1 reads a bare `off` as False.
-        return {**data, "fp8": "off"} if isinstance(data, dict) and data.get("fp8") is False else data

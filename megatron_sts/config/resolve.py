@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sts.config.alignment import sequence_multiple, visual_multiple
 from megatron_sts.config.architecture import ModelConfig
-from megatron_sts.config.checks import check_run
+from megatron_sts.config.checks import check_rounds, check_run
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.samples_file import read_entries
@@ -150,11 +150,13 @@ def resolve(
         layer_owner=_layer_owner(layout),
         stages=tuple(_resolve_stage(i, config, dataset_size or count_samples) for i in range(len(config.stages))),
     )
-    if parallel.layout != "auto":
-        return resolved
-    if choose_layout is None:
-        refuse("parallel.layout", "auto", "nothing here plans layouts", "write even or the layers of each chunk")
-    return with_layout(resolved, choose_layout(resolved))
+    if parallel.layout == "auto":
+        if choose_layout is None:
+            refuse("parallel.layout", "auto", "nothing here plans layouts", "write even or the layers of each chunk")
+        resolved = with_layout(resolved, choose_layout(resolved))
+    for stage in config.stages:
+        check_rounds(stage, resolved.layers_per_chunk)
+    return resolved
 
 
 def with_layout(resolved: Resolved, layout: Layout) -> Resolved:

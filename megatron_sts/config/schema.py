@@ -190,8 +190,15 @@ class LdsConfig(Section):
     """protect: so many layers next to the input are never skipped."""
     protect_last: NonNegativeInt = 0
     """protect: so many layers next to the output are never skipped."""
-    sampler: Literal["bernoulli", "balanced", "quota", "fixed"] = "bernoulli"
-    """How masks with these probabilities are drawn; balanced and quota even out what pipeline ranks execute."""
+    sampler: Literal["bernoulli", "balanced", "quota", "rounds", "fixed"] = "bernoulli"
+    """How masks with these probabilities are drawn; balanced and quota even out what pipeline ranks execute, rounds skips
+    whole rounds of an interleaved pipeline, which the step's schedule then leaves out."""
+    rounds: Literal["layout"] | PositiveInt = "layout"
+    """rounds: what is skipped together. layout: chunk v of every pipeline rank; a number: so many equal blocks of layers, the
+    same on every layout (only those that are whole rounds of the layout shorten the schedule)."""
+    head_yields: Literal["auto", "off"] = "auto"
+    """rounds, in a step that skips the last round. auto: the head takes the place of as much of its rank's work in the last
+    round that runs, layers of it being skipped too; off: it comes on top."""
     fixed_layers: tuple[int, ...] = ()
     """fixed: the 0-based layers skipped in every step."""
     granularity: Literal["step", "microbatch"] = "step"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -20,3 +20,15 @@ class Section(BaseModel):
     """Base of every config section: frozen, unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_off(cls, data: object) -> object:
+        # YAML 1.1 reads a bare `off` as False.
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {
+            name: "off" if value is False and name in fields and "off" in get_args(fields[name].annotation) else value
+            for name, value in data.items()
+        }

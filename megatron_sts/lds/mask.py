@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.effective import effective_probabilities
 from megatron_sts.lds.placement import Placement
+from megatron_sts.lds.round_sampler import round_sampler
 from megatron_sts.lds.samplers import balanced, bernoulli, stratified_offsets
+from megatron_sts.lds.schedule import skip_probabilities
 
 STREAM = 1
 """Last counter word: keeps these draws apart from those of other rooms that share seed and stage."""
@@ -66,11 +68,15 @@ def draw_mask(
     """The mask of ``step`` = 0 ... num_steps - 1: one row, or with ``granularity: microbatch`` one a micro-batch.
 
     ``bernoulli`` and ``fixed`` use nothing of the placement but the number of layers, and their row m is the same
-    however many micro-batches there are. ``balanced`` and ``quota`` follow the pipeline ranks' layers and their rounds.
+    however many micro-batches there are. ``balanced`` and ``quota`` follow the pipeline ranks' layers and their rounds;
+    ``rounds`` has one row, and follows them unless it has a number of blocks of its own.
 
     Philox with key (seed, stage) and the counter set by step and row. Raw output only, which NumPy keeps stable over
     versions and platforms (its distribution methods may change).
     """
+    if lds.sampler == "rounds":
+        sampler = round_sampler(lds, skip_probabilities(lds, step, num_steps, placement.num_layers), placement)
+        return SkipMask(stage, step, (tuple(sampler.draw(_random_words(seed, stage, step, 0, 2)).tolist()),))
     probabilities = effective_probabilities(lds, step, num_steps, placement)
     num_rows, num_layers = num_microbatches if lds.granularity == "microbatch" else 1, placement.num_layers
     num_words = num_layers + 2 + placement.num_rounds

@@ -19,6 +19,8 @@ class Placement:
     """Number of its rank's chunk that each layer is in: an interleaved schedule runs chunk v of every rank in turn."""
     fixed_work: tuple[float, ...]
     """What each pipeline rank computes in every step besides decoder layers, in units of one layer's FLOPs."""
+    head_work: float
+    """The head's part of the last rank's fixed work."""
 
     @property
     def num_layers(self) -> int:
@@ -38,6 +40,7 @@ def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
     work = step_work(resolved, stage, planned_load(resolved, stage, stage.typical))
     fixed = [0.0] * resolved.config.parallel.pipeline_model_parallel_size
     fixed[0] += work.before / work.layer
-    fixed[-1] += work.after / work.layer
+    head_work = work.after / work.layer
+    fixed[-1] += head_work
     rounds = [[number] * sum(counts) for number, counts in enumerate(resolved.layers_per_chunk)]
-    return Placement(resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed))
+    return Placement(resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed), head_work)

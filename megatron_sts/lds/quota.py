@@ -25,7 +25,7 @@ def equal_work_probabilities(probabilities: NDArray[np.float64], placement: Plac
     expected = _skipped_per_rank(dense_work, skippable, float(probabilities.sum()))
     changed = np.empty_like(probabilities)
     for rank, count in enumerate(expected):
-        changed[owner == rank] = _scaled_to_sum(probabilities[owner == rank], count)
+        changed[owner == rank] = scaled_to_sum(probabilities[owner == rank], count)
     return changed
 
 
@@ -42,13 +42,15 @@ def _skipped_per_rank(
     return np.clip(dense_work - np.interp(total, sums, levels), 0, skippable)
 
 
-def _scaled_to_sum(probabilities: NDArray[np.float64], total: float) -> NDArray[np.float64]:
-    """min(1, c p) for the factor c that gives it the sum ``total``, at most the number of positive p."""
+def scaled_to_sum(
+    probabilities: NDArray[np.float64], total: float, sizes: NDArray[np.int_] | int = 1
+) -> NDArray[np.float64]:
+    """min(1, c p) for the factor c that gives ``sizes`` x it the sum ``total``, at most that of the sizes with positive p."""
     scaled, free = np.zeros_like(probabilities), probabilities > 0
     while free.any():
         # Share times total, not p times factor: with tiny probabilities the factor itself may overflow.
-        share = probabilities[free] / probabilities[free].sum()
-        scaled[free] = share * max(total - scaled[~free].sum(), 0.0)
+        share = probabilities[free] / (sizes * probabilities)[free].sum()
+        scaled[free] = share * max(total - (sizes * scaled)[~free].sum(), 0.0)
         above = free & (scaled > 1)
         if not above.any():
             break

@@ -14,7 +14,24 @@ def bernoulli(probabilities: NDArray[np.float64], words: NDArray[np.uint64]) -> 
 
     ``probabilities`` [layers], ``words`` [rows, layers] of 64 random bits; returns [rows, layers].
     """
-    return (words >> np.uint64(11)) * 2.0**-53 < probabilities
+    return upper_bits(words) * 2.0**-53 < probabilities
+
+
+def upper_bits[T: (np.uint64, NDArray[np.uint64])](words: T) -> T:
+    """Uniform on 0 ... 2^53 - 1, from 64 random bits each."""
+    return words >> np.uint64(64 - int(BITS))
+
+
+def fixed_point(probabilities: NDArray[np.float64]) -> NDArray[np.uint64]:
+    """In units of 2^-53: sums of floats could step over a point, or round p = 1 so that it holds none."""
+    return np.rint(probabilities * 2.0**53).astype(np.uint64)
+
+
+def holds_a_point(
+    begin: NDArray[np.uint64], end: NDArray[np.uint64], offset: NDArray[np.uint64] | np.uint64
+) -> NDArray[np.bool_]:
+    """Whether one of the points -offset, 1 - offset, 2 - offset, ... lies in a stretch, all in units of 2^-53."""
+    return (end + offset) >> BITS > (begin + offset) >> BITS
 
 
 def balanced(
@@ -49,17 +66,16 @@ def balanced(
         round_words: 64 random bits for each round, [rows, number of rounds].
         offsets: uniform on 0 ... 2^53 - 1, [rows].
     """
-    # Integers: sums of floats could step over a point, or round p = 1 so that it holds none. uint64 takes 2,047 layers.
-    length = np.rint(probabilities * 2.0**53).astype(np.uint64)
+    length = fixed_point(probabilities)  # uint64 takes the sum of 2,047 layers
     # The round itself is a key too: two rounds with the same word must not mix.
     keys = (words, np.broadcast_to(rounds, words.shape), round_words[:, rounds], np.broadcast_to(owner, words.shape))
     order = np.lexsort(keys)
-    end = np.cumsum(length[order], axis=1)
-    begin = end - length[order]
+    end = np.cumsum(length[order], axis=1, dtype=np.uint64)
+    begin = np.asarray(end - length[order], dtype=np.uint64)
     first_of_rank = np.searchsorted(np.sort(owner), np.sort(owner))
     shift = offsets[:, None] - begin[:, first_of_rank]  # wraps below 0 and back
     skipped = np.empty(words.shape, dtype=np.bool_)
-    np.put_along_axis(skipped, order, (end + shift) >> BITS > (begin + shift) >> BITS, axis=1)
+    np.put_along_axis(skipped, order, holds_a_point(begin, end, shift), axis=1)
     return skipped
 
 
@@ -75,4 +91,4 @@ def stratified_offsets(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     rows = len(words)
     places = np.argsort(np.argsort(words[:, 0], kind="stable"), kind="stable")
     spaced = np.array([(int(place) << 53) // rows for place in places], dtype=np.uint64)
-    return ((words[0, 1] >> np.uint64(11)) + spaced) & np.uint64(2**53 - 1)
+    return (upper_bits(words[0, 1]) + spaced) & np.uint64(2**53 - 1)

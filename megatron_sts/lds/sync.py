@@ -22,6 +22,8 @@ from megatron_sts.lds.placement import Placement
 
 UPDATE_FIELDS = {"skipped_update", "residual_scale"}
 """The LDS settings that do not decide which masks are drawn."""
+ROUNDS_FIELDS = {"rounds", "head_yields"}
+"""Those that only ``sampler: rounds`` reads."""
 MASK_FORMAT = 2
 """Goes up when the same settings draw other masks than before."""
 NUM_HEADER_FIELDS = 5
@@ -94,6 +96,7 @@ class MaskPlan:
             "owner": list(self._placement.owner),
             "round": list(self._placement.round),
             "fixed_work": list(self._placement.fixed_work),
+            "head_work": self._placement.head_work,
             "num_microbatches": self._num_microbatches,
         }
         digest = self._draw(self._step, self._placement, self._num_microbatches).digest
@@ -127,7 +130,10 @@ class MaskPlan:
 
     def _digest_for(self, state: dict[str, Any]) -> str:
         layout, step = state["layout"], state["step"]
-        placement = Placement(tuple(layout["owner"]), tuple(layout["round"]), tuple(layout["fixed_work"]))
+        head_work = layout.get("head_work", 0.0)  # before there were rounds nothing asked for it
+        placement = Placement(
+            tuple(layout["owner"]), tuple(layout["round"]), tuple(layout["fixed_work"]), head_work=head_work
+        )
         return draw_mask(
             self._lds, self._seed, self._stage, step, state["num_steps"], placement, layout["num_microbatches"]
         ).digest
@@ -136,7 +142,8 @@ class MaskPlan:
         return draw_mask(self._lds, self._seed, self._stage, step, self._num_steps, placement, num_microbatches)
 
     def _fingerprint(self) -> dict[str, Any]:
-        settings = self._lds.model_dump(mode="json", exclude=UPDATE_FIELDS)
+        others = set() if self._lds.sampler == "rounds" else ROUNDS_FIELDS
+        settings = self._lds.model_dump(mode="json", exclude=UPDATE_FIELDS | others)
         run = {"format": MASK_FORMAT, "seed": self._seed, "stage": self._stage, "num_steps": self._num_steps}
         lds = {f"lds.{name}": value for name, value in sorted(settings.items())}
         return {**run, "num_layers": self._placement.num_layers, **lds}

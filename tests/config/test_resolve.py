@@ -171,6 +171,25 @@ REFUSED = [
         "stages.1.lds={schedule: piecewise, schedule_points: [[0.5, 1], [0.5, 0]]}",
         "stages.finetune.lds.schedule_points=[[0.5, 1], [0.5, 0]]: x does not rise from point to point",
     ),
+    (
+        "stages.1.lds={sampler: rounds, granularity: microbatch, rounds: 4}",
+        "stages.finetune.lds.granularity=microbatch: sampler=rounds leaves whole rounds out of a step's schedule; set it to step",
+    ),
+    (
+        "stages.1.lds={sampler: rounds, rounds: 5}",
+        "stages.finetune.lds.rounds=5: does not divide the language model's 12 layers; use layout or a divisor",
+    ),
+    (
+        "stages.1.lds={sampler: rounds}",
+        "stages.finetune.lds.rounds=layout: a pipeline rank has one chunk, so there is one round and nothing to drop; "
+        "set sampler=balanced,",
+    ),
+    (
+        "stages.1.lds={sampler: rounds, rounds: 3, depth_profile: protect, protect_first: 1, protect_last: 5}",
+        "stages.finetune.lds.protect_first=1: with protect_last=5 every round has a protected layer",
+    ),
+    ("stages.1.lds.rounds=3", "stages.finetune.lds.rounds=3: sampler=bernoulli reads none; set sampler=rounds"),
+    ("stages.1.lds.head_yields=off", "stages.finetune.lds.head_yields=off: sampler=bernoulli reads none"),
     ("stages.1.lds.protect_last=1", "stages.finetune.lds.protect_last=1: depth_profile=linear protects none"),
     (
         "stages.1.lds={depth_profile: protect, protect_first: 6, protect_last: 6}",

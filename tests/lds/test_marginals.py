@@ -47,7 +47,7 @@ def test_balanced_pairs_come_up_alike(rounds: tuple[int, ...]) -> None:
     # Equal probabilities with a whole sum: 5 of 10 layers, every set equally likely, so a pair with 5 x 4 / (10 x 9).
     # In one fixed order neighbours would come up together never, and layers at distance 2 in every other draw.
     lds = LdsConfig(alpha=0.5, schedule="constant", depth_profile="flat", sampler="balanced")
-    place = Placement((0,) * 10, rounds, (0.0,))
+    place = Placement((0,) * 10, rounds, (0.0,), 0.0)
     drawn = np.array([draw_mask(lds, 7, 1, step, NUM_DRAWS, place).row(0) for step in range(NUM_DRAWS)])
     together = np.stack([drawn[:, a] & drawn[:, b] for a, b in combinations(range(10), 2)], axis=1)
     assert together.shape[1] == 45 and np.abs(z_scores(together, np.array(2 / 9))).max() < LARGEST_Z

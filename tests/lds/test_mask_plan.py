@@ -19,8 +19,8 @@ from tests.lds.layouts import one_rank
 
 NUM_STEPS, NUM_LAYERS = 150, 6
 ONE_RANK = one_rank(NUM_LAYERS)
-TWO_RANKS = Placement((0, 0, 0, 1, 1, 1), (0,) * 6, (0.5, 1.0))
-FOUR_RANKS = Placement((0, 1, 2, 3, 3, 3), (0, 0, 0, 0, 1, 1), (0.5, 0.0, 0.0, 1.0))
+TWO_RANKS = Placement((0, 0, 0, 1, 1, 1), (0,) * 6, (0.5, 1.0), 1.0)
+FOUR_RANKS = Placement((0, 1, 2, 3, 3, 3), (0, 0, 0, 0, 1, 1), (0.5, 0.0, 0.0, 1.0), 1.0)
 PER_MICROBATCH = LdsConfig(granularity="microbatch")
 NOTHING_SKIPPED = LdsConfig(alpha=0.0)
 
@@ -253,7 +253,7 @@ def test_another_layout_goes_on_with_its_own_masks(sampler: str, granularity: st
 
 def test_the_checkpoints_rounds_are_part_of_its_layout() -> None:
     lds = LdsConfig(sampler="balanced", granularity="microbatch")
-    place = Placement((0, 0, 0, 0, 1, 1, 1, 1) * 3, (0,) * 8 + (1,) * 8 + (2,) * 8, (0.0, 0.0))
+    place = Placement((0, 0, 0, 0, 1, 1, 1, 1) * 3, (0,) * 8 + (1,) * 8 + (2,) * 8, (0.0, 0.0), 0.0)
     state = plan(lds=lds, placement=place, num_microbatches=8).state_dict()
     plan(lds=lds, placement=one_rank(24)).load_state_dict(state)
     state["layout"]["round"] = [0] * 24

@@ -21,7 +21,7 @@ ROUNDING = 1e-9
 """Loads below 50 layers, found by a few dozen operations in double precision: errors of 1e-13."""
 
 QUOTA = LdsConfig(sampler="quota")
-TWO_OF_TWO = Placement((0, 0, 1, 1), (0,) * 4, (0.0, 1.0))
+TWO_OF_TWO = Placement((0, 0, 1, 1), (0,) * 4, (0.0, 1.0), 1.0)
 """Two ranks of two layers, the second with a head worth a layer."""
 probability_values = st.one_of(st.sampled_from([0.0, 1.0, 1e-300, 5e-324]), st.floats(0, 1))
 
@@ -101,7 +101,7 @@ def test_largest_change_is_the_papers_skew_at_the_first_step() -> None:
     # 80 layers, 8 ranks, 5 chunks of 2 each. Rank r's chunks start at 2r, 2r + 16, ..., so its mean p is off the
     # model's by alpha epsilon (2 x 2(r - 3.5)) / 79; its p are scaled by mean / (mean + that), most at its last layer.
     owner, rounds = [layer // 2 % 8 for layer in range(80)], [layer // 16 for layer in range(80)]
-    placement = Placement(tuple(owner), tuple(rounds), (0.0,) * 8)
+    placement = Placement(tuple(owner), tuple(rounds), (0.0,) * 8, 0.0)
     mean = [0.5 * (1 + 0.5 * 4 * (rank - 3.5) / 79) for rank in range(8)]
     last = [0.5 * (1 + 0.5 * (2 * (64 + 2 * rank + 1) - 79) / 79) for rank in range(8)]
     expected = max(abs(0.5 / m - 1) * p for m, p in zip(mean, last, strict=True))

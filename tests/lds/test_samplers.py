@@ -178,7 +178,7 @@ def test_a_bernoulli_mask_is_what_it_was_before_there_were_other_samplers(
 )
 def test_masks_are_the_same_in_later_versions(sampler: str, expected: tuple[str, ...]) -> None:
     lds = LdsConfig(sampler=sampler, granularity="microbatch")
-    placement = Placement((0, 0, 1, 1) * 4, (0,) * 16, (0.5, 2.0))
+    placement = Placement((0, 0, 1, 1) * 4, (0,) * 16, (0.5, 2.0), 2.0)
     mask = draw_mask(lds, 1234, 1, 3, 100, placement, 2)
     assert tuple("".join("01"[skip] for skip in row) for row in mask.rows) == expected
 

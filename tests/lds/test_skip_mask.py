@@ -83,7 +83,7 @@ def test_masks_are_the_same_in_a_fresh_process_and_in_later_versions() -> None:
     code = (
         "from megatron_sts.lds.mask import draw_mask; from megatron_sts.config.schema import LdsConfig;"
         "from megatron_sts.lds.placement import Placement;"
-        "print(draw_mask(LdsConfig(), 1234, 1, 3, 100, Placement((0,) * 16, (0,) * 16, (0.0,))).digest)"
+        "print(draw_mask(LdsConfig(), 1234, 1, 3, 100, Placement((0,) * 16, (0,) * 16, (0.0,), 0.0)).digest)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == mask.digest
 

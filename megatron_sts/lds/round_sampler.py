@@ -1,0 +1,135 @@
+"""Skipping by rounds: neighbouring layers together, so that a pipeline's schedule can leave out what does not run.
+
+Round v of an interleaved pipeline is chunk v of every rank. If a step skips it on all of them, the step is a pipeline
+with a round less, as balanced as the dense one. How much of the saving that keeps: ``plan.comparison``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from itertools import permutations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sts.config.schema import LdsConfig
+from megatron_sts.lds.placement import Placement
+from megatron_sts.lds.quota import scaled_to_sum
+from megatron_sts.lds.samplers import fixed_point, holds_a_point, upper_bits
+
+NUM_ORDERS = 128
+"""Orders of the rounds from which a step takes one: so few that what follows from all of them can be summed exactly."""
+YIELD_ITERATIONS = 3
+"""Each leaves of the sum's error the share that yields have in what is skipped: below 2 % in the end while that is a third."""
+
+
+@dataclass(frozen=True)
+class RoundSampler:
+    """The rounds of a stage in one step: their probabilities, and what they draw.
+
+    A round is skipped with the mean of its layers' probabilities, but never if one of them has probability 0 (it is
+    protected): the other rounds then take over, in proportion. With ``lds.head_yields: auto`` a step whose last round
+    is skipped skips min(n, round(head / layer)) of the n layers that the last pipeline rank has in the last round that
+    runs as well, deepest first: the head, which moves there, takes their place, so that all ranks stay equal. These
+    yields are skipped in addition, so all rounds get a little less likely: the expected number of skipped layers stays
+    the sum of the probabilities (within 2 %; less where every round is certain to be skipped).
+    """
+
+    probabilities: NDArray[np.float64]
+    """p_l of the schedule, [layers]."""
+    of_layer: NDArray[np.int_]
+    """Each layer's round, [layers]."""
+    yielding: NDArray[np.bool_]
+    """Which layers a round gives up for the head when it is the last that runs but not the last of all, [rounds, layers]."""
+
+    @cached_property
+    def num_layers(self) -> NDArray[np.int_]:
+        """[rounds]; rounds without a layer neither run nor skip."""
+        return np.bincount(self.of_layer)
+
+    @cached_property
+    def of_rounds(self) -> NDArray[np.float64]:
+        """With which probability each round is skipped, [rounds]."""
+        total = float(self.probabilities.sum())
+        means = np.bincount(self.of_layer, self.probabilities) / np.maximum(self.num_layers, 1)
+        means[np.unique(self.of_layer[self.probabilities == 0])] = 0
+        skipped = scaled_to_sum(means, total, self.num_layers)
+        if self.yielding.any():
+            num_yields = self.yielding.sum(axis=1)
+            for _ in range(YIELD_ITERATIONS):
+                yields = float(self.last_running(skipped) @ num_yields)
+                skipped = scaled_to_sum(means, total - yields, self.num_layers)
+        return skipped
+
+    @property
+    def of_layers(self) -> NDArray[np.float64]:
+        """p'_l, with which each layer is skipped: by its round or, when that runs, for the head. [layers]"""
+        yields = self.last_running(self.of_rounds) @ self.yielding if self.yielding.any() else 0.0
+        return np.asarray(self.of_rounds[self.of_layer] + yields)
+
+    def draw(self, words: NDArray[np.uint64]) -> NDArray[np.bool_]:
+        """Skipped layers from two words of 64 random bits, [layers]: systematic sampling in one of ``orders``.
+
+        How many rounds a step skips is floor or ceil of the sum of their probabilities.
+        """
+        order = orders(len(self.num_layers))
+        order = order[int(upper_bits(words[0]) * 2.0**-53 * len(order))]
+        length = fixed_point(self.of_rounds[order])
+        end = np.cumsum(length, dtype=np.uint64)
+        skipped = np.empty(len(order), dtype=np.bool_)
+        skipped[order] = holds_a_point(np.asarray(end - length), end, upper_bits(words[1]))
+        layers = skipped[self.of_layer]
+        running = np.flatnonzero(~skipped & (self.num_layers > 0))
+        return layers | self.yielding[running[-1]] if len(running) else layers
+
+    def last_running(self, of_rounds: NDArray[np.float64]) -> NDArray[np.float64]:
+        """With which probability each round is the last one that runs, the last of all left out, [rounds].
+
+        Exact: in each order, what is skipped changes with the offset only where a point passes the end of a round.
+        """
+        order = orders(len(of_rounds))
+        length = of_rounds[order]
+        end = np.cumsum(length, axis=1)
+        passes = np.sort(np.pad(-end % 1, [(0, 0), (1, 1)], constant_values=(0, 1)), axis=1)
+        offset = ((passes[:, :-1] + passes[:, 1:]) / 2)[..., None]
+        skipped = np.floor(end[:, None] + offset) > np.floor(
+            (end - length)[:, None] + offset
+        )  # [orders, offsets, rounds]
+        place = np.broadcast_to(np.argsort(order, axis=1)[:, None], skipped.shape)
+        runs = ~np.take_along_axis(skipped, place, axis=2) & (self.num_layers > 0)
+        last = len(of_rounds) - 1 - np.argmax(runs[..., ::-1], axis=2)
+        weight = np.diff(passes, axis=1) * runs.any(axis=2) / len(order)
+        probability = np.bincount(last.ravel(), weight.ravel(), minlength=len(of_rounds))
+        probability[np.flatnonzero(self.num_layers)[-1]] = 0
+        return probability
+
+
+def round_sampler(lds: LdsConfig, probabilities: NDArray[np.float64], placement: Placement) -> RoundSampler:
+    """``probabilities``: p_l of the step, [layers].
+
+    ``lds.rounds: layout`` takes the layout's rounds. A number of equal blocks instead, and what the last running block
+    yields of all its layers, is the same on every layout, one rank included.
+    """
+    num_layers = placement.num_layers
+    owner = np.asarray(placement.owner)
+    if lds.rounds == "layout":
+        of_layer, may_yield = np.asarray(placement.round), owner == placement.num_ranks - 1
+    else:
+        of_layer, may_yield = np.arange(num_layers) * lds.rounds // num_layers, np.ones(num_layers, dtype=np.bool_)
+    may_yield = may_yield & (probabilities > 0)
+    yielding = np.zeros((of_layer.max() + 1, num_layers), dtype=np.bool_)
+    if lds.head_yields == "auto" and (most := math.floor(placement.head_work + 0.5)):
+        for number in range(of_layer.max()):  # the last round's layers run beside the head as the layout says
+            yielding[number, np.flatnonzero(may_yield & (of_layer == number))[-most:]] = True
+    return RoundSampler(probabilities, of_layer, yielding)
+
+
+@lru_cache(maxsize=8)
+def orders(num_rounds: int) -> NDArray[np.int_]:
+    """All orders of the rounds, or of many rounds ``NUM_ORDERS`` random ones, the same in every run, [orders, rounds]."""
+    if math.factorial(num_rounds) <= NUM_ORDERS:
+        return np.array(list(permutations(range(num_rounds))))
+    words = np.random.Philox(key=num_rounds).random_raw(NUM_ORDERS * num_rounds)
+    return np.argsort(words.reshape(NUM_ORDERS, num_rounds), axis=1, kind="stable")
