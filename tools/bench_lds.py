@@ -1,12 +1,15 @@
 """How much of the FLOPs that LDS saves arrives as wall-clock: dense and skipping steps, alternated in one run.
 
-    python tools/bench_lds.py [--json]
+    python tools/bench_lds.py [--json] [--cases "one rank" PP2 VPP3 VPP6 DP2]
 
-For each layout (one rank; two pipeline ranks) and sampler, steps with a constant skip probability and with the paper's
-schedule. ideal_saving is 1 - executed / dense FLOPs of the very masks that ran; realised_saving is 1 - their time / that of
-the dense steps between them; efficiency is realised / ideal. Then the cost of a skipped layer, and overlapped against
-plain gradient reduction on two data-parallel ranks. CPU ranks use one thread each. Seconds never leave a run: compare ratios.
-Takes about half an hour on two cores, which nothing else may use: two ranks wait for each other, and for who runs beside.
+For each layout (one rank; two pipeline ranks; two with three and with six chunks each) and sampler, steps with a constant
+skip probability and with the paper's schedule. ideal_saving is 1 - executed / dense FLOPs of the very masks that ran;
+realised_saving is 1 - their time / that of the dense steps between them; efficiency is realised / ideal. Interleaved layouts
+have the faster of two for the dense steps, the same chunks and one chunk a rank; ``bound`` is what no schedule with equal
+chunks can pass, m v / (m v + pp - 1) with m micro-batches, v chunks a rank and pp ranks. Then the cost of a skipped layer,
+and overlapped against plain gradient reduction on two data-parallel ranks. CPU ranks use one thread each. Seconds never
+leave a run: compare ratios.
+Takes about an hour on two cores, which nothing else may use: two ranks wait for each other, and for who runs beside.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +43,35 @@ from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import max_over_ranks, process_group
 from megatron_sts.train.stage import build_stage
 
-SKIP_FRACTIONS = (0.0, 0.25, 0.5, 0.75, None)
-"""None: the paper's schedule with alpha = epsilon = 0.5."""
-SAMPLERS = ("balanced", "bernoulli")
-LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
-    "one rank": (1, {}),
-    "PP2": (2, {"pipeline_model_parallel_size": 2}),
+Fractions = tuple[float | None, ...]
+"""Shares of the layers; None: the paper's schedule with alpha = epsilon = 0.5."""
+QUARTERS: Fractions = (0.0, 0.25, 0.5, 0.75, None)
+THIRDS: Fractions = (1 / 3, 1 / 2, 2 / 3, None)
+PP, VPP = "pipeline_model_parallel_size", "virtual_pipeline_model_parallel_size"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout, and the samplers that are timed on it."""
+
+    num_ranks: int
+    parallel: dict[str, Any]
+    samplers: dict[str, Fractions]
+
+    @property
+    def num_chunks(self) -> int:
+        """A pipeline rank's."""
+        return int(self.parallel.get(VPP, 1))
+
+
+CONTIGUOUS: dict[str, Fractions] = {"balanced": QUARTERS, "bernoulli": QUARTERS}
+INTERLEAVED: dict[str, Fractions] = {"rounds": THIRDS, "quota": (1 / 2, None), "bernoulli": (1 / 2, None)}
+CASES = {
+    "one rank": Case(1, {}, CONTIGUOUS),
+    "PP2": Case(2, {PP: 2}, CONTIGUOUS),
+    "VPP3": Case(2, {PP: 2, VPP: 3}, INTERLEAVED),
+    "VPP6": Case(2, {PP: 2, VPP: 6}, INTERLEAVED),
+    "DP2": Case(2, {"data_parallel_size": 2}, {}),
 }
 RESULT = "BENCH_RESULT"
 
@@ -52,8 +79,10 @@ RESULT = "BENCH_RESULT"
 class Bench:
     """One model on this rank, and its steps with any mask."""
 
-    def __init__(self, args: argparse.Namespace, num_layers: int, parallel: dict[str, Any]) -> None:
-        self.resolved = resolved_run(args, num_layers, parallel)
+    def __init__(
+        self, args: argparse.Namespace, num_layers: int, parallel: dict[str, Any], num_microbatches: int | None = None
+    ) -> None:
+        self.resolved = resolved_run(args, num_layers, parallel, num_microbatches or args.num_microbatches)
         self.spec = self.resolved.stages[0]
         gate = SkipGate()
         place = groups.place()
@@ -75,12 +104,15 @@ class Bench:
         return step_flops(self.resolved, self.spec, load, layers_executed=mask.num_layers - mask.num_skipped)
 
 
-def resolved_run(args: argparse.Namespace, num_layers: int, parallel: dict[str, Any]) -> Resolved:
+def resolved_run(
+    args: argparse.Namespace, num_layers: int, parallel: dict[str, Any], num_microbatches: int
+) -> Resolved:
     """A decoder that dwarfs the tower before it, on drawn scenes."""
     vision = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "image_size": 64, "patch_size": 8}
     hidden = args.hidden_size
     language = {"num_layers": num_layers, "hidden_size": hidden, "num_attention_heads": max(hidden // 64, 2)}
-    batch = {"global_batch_size": args.num_microbatches * 4 * parallel.get("data_parallel_size", 1)}
+    samples = args.micro_batch_size
+    batch = {"global_batch_size": num_microbatches * samples * parallel.get("data_parallel_size", 1)}
     return resolve(
         RunConfig.model_validate(
             {
@@ -95,7 +127,7 @@ def resolved_run(args: argparse.Namespace, num_layers: int, parallel: dict[str, 
                         "freeze": ["vision"],
                         "steps": args.schedule_steps,
                         "optimizer": {"lr": 1e-4},
-                        "batch": {**batch, "micro_batch_size": 4, "sequence_length": args.sequence_length},
+                        "batch": {**batch, "micro_batch_size": samples, "sequence_length": args.sequence_length},
                         "lds": {},
                     }
                 ],
@@ -115,39 +147,59 @@ def masks_of(bench: Bench, sampler: str, skip_fraction: float | None, count: int
     return [draw_mask(lds, 1, 0, step, num_steps, here) for step in steps]
 
 
-def saving(bench: Bench, masks: Sequence[SkipMask]) -> tuple[float, float]:
-    """(ideal, realised): each mask's step between dense ones; the median of three passes over all masks."""
+def saving(bench: Bench, dense: Bench, masks: Sequence[SkipMask], num_passes: int) -> tuple[float, float]:
+    """(ideal, realised): each mask's step between dense ones; the median of some passes over all masks."""
     ideal = 1 - sum(map(bench.flops, masks)) / (bench.flops(bench.dense) * len(masks))
     realised = []
-    for _ in range(3):
-        dense = skipping = 0.0
+    for _ in range(num_passes):
+        of_dense = skipping = 0.0
         for mask in masks:
-            dense += bench.seconds(bench.dense)
+            of_dense += dense.seconds(dense.dense)
             skipping += bench.seconds(mask)
-        realised.append(1 - skipping / dense)
+        realised.append(1 - skipping / of_dense)
     return ideal, statistics.median(realised)
 
 
-def bench_cases(args: argparse.Namespace, layout: str) -> dict[str, Any]:
-    """The cases of one layout; on one rank also what a skipped layer costs."""
-    bench = Bench(args, args.num_layers, LAYOUTS[layout][1])
-    cases = []
-    for sampler in SAMPLERS:
-        for skip_fraction in SKIP_FRACTIONS:
-            count = args.num_schedule_masks if skip_fraction is None else args.num_masks
-            ideal, realised = saving(bench, masks_of(bench, sampler, skip_fraction, count))
-            cases.append(
-                {
-                    "layout": layout,
-                    "sampler": sampler,
-                    "skip_fraction": skip_fraction,
-                    "ideal_saving": ideal,
-                    "realised_saving": realised,
-                    "efficiency": realised / ideal if ideal else None,
-                }
-            )
+def bench_layout(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """All that is timed on one layout; on one rank also what a skipped layer costs."""
+    case = CASES[name]
+    if case.num_chunks > 1:
+        return {"cases": [each for m in args.microbatches for each in bench_interleaved(args, name, m)]}
+    bench = Bench(args, args.num_layers, case.parallel)
+    cases = list(bench_samplers(args, name, bench, bench))
     overhead = {"skipped_layer_overhead": skipped_layer_overhead(args)} if dist.get_world_size() == 1 else {}
     return {"cases": cases, **overhead}
+
+
+def bench_interleaved(args: argparse.Namespace, name: str, num_microbatches: int) -> Iterator[dict[str, Any]]:
+    """The samplers of one interleaved layout, against the faster of two dense ones."""
+    case = CASES[name]
+    same, contiguous = (
+        Bench(args, args.interleaved_layers, parallel, num_microbatches) for parallel in (case.parallel, {PP: 2})
+    )
+    pairs = [(same.seconds(same.dense), contiguous.seconds(contiguous.dense)) for _ in range(args.num_masks)]
+    ratio = statistics.median(a / b for a, b in pairs)
+    units = num_microbatches * case.num_chunks
+    for found in bench_samplers(args, name, same, same if ratio <= 1 else contiguous):
+        facts = {"num_microbatches": num_microbatches, "dense_over_contiguous": ratio, "bound": units / (units + 1)}
+        yield {**found, **facts}
+
+
+def bench_samplers(args: argparse.Namespace, name: str, bench: Bench, dense: Bench) -> Iterator[dict[str, Any]]:
+    """Each sampler of a layout with each share of the layers."""
+    for sampler, fractions in CASES[name].samplers.items():
+        for skip_fraction in fractions:
+            count = args.num_schedule_masks if skip_fraction is None else args.num_masks
+            masks = masks_of(bench, sampler, skip_fraction, count)
+            ideal, realised = saving(bench, dense, masks, args.num_passes)
+            yield {
+                "layout": name,
+                "sampler": sampler,
+                "skip_fraction": skip_fraction,
+                "ideal_saving": ideal,
+                "realised_saving": realised,
+                "efficiency": realised / ideal if ideal else None,
+            }
 
 
 def skipped_layer_overhead(args: argparse.Namespace) -> float:
@@ -178,10 +230,11 @@ def bench_overlap(args: argparse.Namespace) -> dict[str, Any]:
 
 def run_rank(args: argparse.Namespace) -> None:
     """What each rank does: one layout; rank 0 leaves the result for the parent."""
-    parallel = LAYOUTS[args.rank_of][1] if args.rank_of in LAYOUTS else {"data_parallel_size": 2}
+    case = CASES[args.rank_of]
+    num_layers = args.interleaved_layers if case.num_chunks > 1 else args.num_layers
     with process_group(600.0):
-        groups.initialize(resolved_run(args, args.num_layers, parallel).config.parallel, seed=1)
-        found = bench_cases(args, args.rank_of) if args.rank_of in LAYOUTS else bench_overlap(args)
+        groups.initialize(resolved_run(args, num_layers, case.parallel, 2).config.parallel, seed=1)
+        found = bench_layout(args, args.rank_of) if case.samplers else bench_overlap(args)
         if dist.get_rank() == 0:
             Path(os.environ[RESULT]).write_text(json.dumps(found))
 
@@ -204,13 +257,16 @@ def start_ranks(argv: Sequence[str], name: str, num_ranks: int) -> dict[str, Any
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="layouts to time")
     parser.add_argument("--num-layers", type=int, default=8)
+    parser.add_argument("--interleaved-layers", type=int, default=12, help="layers of VPP3 and VPP6")
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens a sample")
-    parser.add_argument(
-        "--num-microbatches", type=int, default=4, help="of four samples, a step and data-parallel rank"
-    )
-    parser.add_argument("--num-masks", type=int, default=4, help="masks a case; each is timed three times")
+    parser.add_argument("--num-microbatches", type=int, default=4, help="a step and data-parallel rank")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16], help="the same for VPP3 and VPP6")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="samples a micro-batch")
+    parser.add_argument("--num-masks", type=int, default=4, help="masks a case")
+    parser.add_argument("--num-passes", type=int, default=3, help="times that each mask is timed")
     parser.add_argument(
         "--num-schedule-masks", type=int, default=24, help="the same for the paper's schedule, whose saving is smallest"
     )
@@ -221,27 +277,36 @@ def main() -> None:
         run_rank(args)
         return
     found: dict[str, Any] = {"device": current_device().name, "cases": []}
-    for name, (num_ranks, _) in {**LAYOUTS, "DP2": (2, {})}.items():
+    for name in args.cases:
         print(f"bench_lds: {name}", file=sys.stderr, flush=True)
-        result = start_ranks(sys.argv[1:], name, num_ranks)
+        result = start_ranks(sys.argv[1:], name, CASES[name].num_ranks)
         found["cases"] += result.pop("cases", [])
         found.update(result)
     print(json.dumps(found)) if args.json else print_tables(found)
 
 
 def print_tables(found: dict[str, Any]) -> None:
-    table = Table(
-        "layout", "sampler", "skipped", "ideal saving", "realised saving", "efficiency", title=found["device"]
+    columns = (
+        "layout",
+        "micro-batches",
+        "sampler",
+        "skipped",
+        "ideal saving",
+        "realised saving",
+        "efficiency",
+        "bound",
     )
+    table = Table(*columns, title=found["device"])
     for case in found["cases"]:
-        fraction = "paper" if case["skip_fraction"] is None else f"{case['skip_fraction']:g}"
-        efficiency = "-" if case["efficiency"] is None else f"{case['efficiency']:.3f}"
-        numbers = (f"{case['ideal_saving']:.3f}", f"{case['realised_saving']:.3f}", efficiency)
-        table.add_row(case["layout"], case["sampler"], fraction, *numbers)
+        fraction = "paper" if case["skip_fraction"] is None else f"{case['skip_fraction']:.3g}"
+        numbers = (f"{case['ideal_saving']:.3f}", f"{case['realised_saving']:.3f}")
+        ends = ["-" if case.get(name) is None else f"{case[name]:.3f}" for name in ("efficiency", "bound")]
+        table.add_row(case["layout"], str(case.get("num_microbatches", "")), case["sampler"], fraction, *numbers, *ends)
     console = Console()
     console.print(table)
-    console.print(f"a skipped layer costs {found['skipped_layer_overhead']:.2%} of one that runs")
-    for name, ratio in found["overlap_over_plain"].items():
+    if "skipped_layer_overhead" in found:
+        console.print(f"a skipped layer costs {found['skipped_layer_overhead']:.2%} of one that runs")
+    for name, ratio in found.get("overlap_over_plain", {}).items():
         console.print(f"DP2, {name}: overlapped / plain step time {ratio:.3f}")
 
 
