@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from megatron_sts.config.resolve import Layout
 from megatron_sts.lds.mask import SkipMask
 
@@ -19,3 +21,10 @@ def active_rounds(mask: SkipMask, layers_per_chunk: Layout) -> tuple[int, ...]:
             active.append(number)
         start = end
     return tuple(active)
+
+
+def blocks_are_rounds(num_blocks: int, layers_per_chunk: Layout) -> bool:
+    """Whether each of so many equal blocks of layers is made of whole rounds: else a step that skips it still runs them."""
+    of_rounds = set(accumulate(map(sum, layers_per_chunk)))
+    num_layers = max(of_rounds)
+    return all(num_layers * number // num_blocks in of_rounds for number in range(1, num_blocks + 1))

@@ -171,6 +171,17 @@ def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str
     assert f"Will not start on this machine: {weights}" in capsys.readouterr().out
 
 
+def test_dry_run_notes_blocks_that_no_schedule_can_leave_out(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rounds, vpp, is_noted in ((4, 1, True), (4, 2, True), (2, 2, False), (1, 2, False)):
+        sizes = ["pipeline_model_parallel_size=2", f"virtual_pipeline_model_parallel_size={vpp}"]
+        words = [f"parallel.{size}" for size in sizes] + [f"stages.only.lds={{sampler: rounds, rounds: {rounds}}}"]
+        assert main(["train", str(config), *words, "--dry-run"]) == 0
+        noted = (
+            f"Note: stages.only.lds.rounds={rounds}: blocks of layers that are no whole rounds of this layout's {vpp}"
+        )
+        assert (noted in capsys.readouterr().out) == is_noted
+
+
 def test_dry_run_names_missing_devices(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,7 +14,7 @@ from megatron_sts.lds.effective import effective_probabilities, executed_fractio
 from megatron_sts.lds.mask import STREAM, SkipMask, draw_mask
 from megatron_sts.lds.placement import Placement
 from megatron_sts.lds.round_sampler import NUM_ORDERS, RoundSampler, orders, round_sampler
-from megatron_sts.lds.rounds import active_rounds
+from megatron_sts.lds.rounds import active_rounds, blocks_are_rounds
 from megatron_sts.lds.schedule import skip_probabilities
 from megatron_sts.lds.sync import MaskPlan
 from tests.lds.layouts import one_rank, placements
@@ -223,6 +223,13 @@ def test_active_rounds() -> None:
         assert active_rounds(mask, layout) == expected
     rows = SkipMask(0, 0, ((True,) * 2 + (False,) * 5, (False,) + (True,) * 6))
     assert active_rounds(rows, layout) == (0, 1, 3)
+
+
+def test_blocks_that_are_rounds() -> None:
+    even = ((1, 1),) * 6
+    assert [number for number in (1, 2, 3, 4, 6, 12) if blocks_are_rounds(number, even)] == [1, 2, 3, 6]
+    assert not blocks_are_rounds(6, PAIRS) and blocks_are_rounds(3, PAIRS)
+    assert blocks_are_rounds(2, ((1, 1), (2, 2), (0, 0), (6, 0))) and not blocks_are_rounds(2, ((1, 1), (3, 2), (5, 0)))
 
 
 def test_masks_are_what_they_were() -> None:
