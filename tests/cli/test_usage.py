@@ -173,7 +173,7 @@ def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str
 
 def test_dry_run_notes_blocks_that_no_schedule_can_leave_out(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rounds, vpp, is_noted in ((4, 1, True), (4, 2, True), (2, 2, False), (1, 2, False)):
-        sizes = ["pipeline_model_parallel_size=2", f"virtual_pipeline_model_parallel_size={vpp}"]
+        sizes = ["pipeline_model_parallel_size=2", f"virtual_pipeline_model_parallel_size={vpp if vpp > 1 else 'null'}"]
         words = [f"parallel.{size}" for size in sizes] + [f"stages.only.lds={{sampler: rounds, rounds: {rounds}}}"]
         assert main(["train", str(config), *words, "--dry-run"]) == 0
         noted = (
