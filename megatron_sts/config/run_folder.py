@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from itertools import count
 from pathlib import Path
 
 import yaml
@@ -16,10 +18,35 @@ STATE = "state"
 """Inside a checkpoint: what megatron-core wrote."""
 
 
+BROKEN_PREFIX = "broken-"
+"""Of the name of a checkpoint that was set aside: it is not whole, or not as it was written."""
+_NAME = re.compile(r"\d+-.+-\d+")
+
+
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
-    found = [path.parent for path in folder.glob(f"*/{COMPLETE}") if not path.parent.name.startswith(".")]
-    return sorted(found, key=position)
+    return sorted((path.parent for path in folder.glob(f"*/{COMPLETE}") if _is_named(path.parent)), key=position)
+
+
+def partial_checkpoints(folder: Path) -> list[Path]:
+    """Folders that have a checkpoint's name and are none: a copy that was cut off, a deletion that was."""
+    named = (path for path in folder.glob("*") if path.is_dir() and _is_named(path))
+    return sorted((path for path in named if not (path / COMPLETE).is_file()), key=position)
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Renames a folder so that no run goes on from it or meets it; where it is now.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    name = f"{BROKEN_PREFIX}{checkpoint.name}"
+    names = (checkpoint.with_name(f"{name}.{number}" if number > 1 else name) for number in count(1))
+    return checkpoint.rename(next(path for path in names if not path.exists()))
+
+
+def _is_named(path: Path) -> bool:
+    return _NAME.fullmatch(path.name) is not None
 
 
 def position(checkpoint: Path) -> tuple[int, int]:

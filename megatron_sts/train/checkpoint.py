@@ -11,10 +11,17 @@ from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.config.run_folder import COMPLETE, STATE, position, whole_checkpoints
+from megatron_sts.config.run_folder import (
+    COMPLETE,
+    STATE,
+    partial_checkpoints,
+    position,
+    set_aside,
+    whole_checkpoints,
+)
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
-from megatron_sts.runtime.dist import is_rank_zero
+from megatron_sts.runtime.dist import is_rank_zero, on_rank_zero
 from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.resume import (
     EVALUATION,
@@ -62,24 +69,39 @@ class Checkpointer:
     def find(self) -> Progress:
         """Where the newest whole checkpoint stopped; the beginning without one. A collective: rank 0 says which.
 
+        Folders that are not whole are in the way of those to come: they are set aside, and named.
+
         Raises:
             ConfigError: this rank does not see it.
         """
-        names: list[str | None] = [None]
-        if is_rank_zero():
-            for partial in self._folder.glob(f"{PARTIAL_PREFIX}*"):  # a crash in the middle of a save
-                shutil.rmtree(partial, ignore_errors=True)
-            names = [path.name for path in whole_checkpoints(self._folder)[-1:]] or names
-        dist.broadcast_object_list(names, src=0)
-        if names[0] is None:
+        name = on_rank_zero(self._tidy_up)
+        if name is None:
             return Progress()
-        self._newest = self._folder / names[0]
+        self._newest = self._folder / name
         if not (self._newest / COMPLETE).is_file():
             raise ConfigError(
-                f"--run-dir={self._folder.parent}: this rank does not see checkpoint {names[0]}, which rank 0 goes on from; "
+                f"--run-dir={self._folder.parent}: this rank does not see checkpoint {name}, which rank 0 goes on from; "
                 "give a folder that all nodes share"
             )
         return read_progress(self._newest)
+
+    def _tidy_up(self) -> str | None:
+        """Leaves whole checkpoints only; the newest one's name."""
+        for partial in self._folder.glob(f"{PARTIAL_PREFIX}*"):  # a crash in the middle of a save
+            shutil.rmtree(partial, ignore_errors=True)
+        for folder in partial_checkpoints(self._folder):
+            self._set_aside(folder, f"it has no {COMPLETE}, so it is not whole")
+        return next((path.name for path in whole_checkpoints(self._folder)[-1:]), None)
+
+    def _set_aside(self, folder: Path, reason: str) -> None:
+        try:
+            aside = set_aside(folder)
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoint {folder.name}: {reason}, and cannot be renamed ({error.strerror}); move {folder} away"
+            ) from error
+        self._log.event("set_aside", checkpoint=folder.name, to=aside.name, reason=reason)
+        self._log.warn(f"checkpoint {folder.name}: {reason}; set aside as {aside.name}")
 
     def restore(self, stage: Stage, progress: Progress) -> Progress:
         """Loads the checkpoint that ``find`` found into ``stage`` if it was saved within it; a collective.
@@ -152,6 +174,8 @@ class Checkpointer:
         mcore_checkpoint.save(partial / STATE, stage.chunks, stage.optimizer, common)
         if is_rank_zero():
             (partial / COMPLETE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            if (self._folder / name).exists():
+                self._set_aside(self._folder / name, "it is in the way of the one that is written now")
             partial.rename(self._folder / name)
             self._forget_old(progress)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these

@@ -148,21 +148,23 @@ class RunLog:
         """Says on the console and in the lines which samples were not used, and why."""
         for sample in samples if self._enabled else ():
             reason = " ".join(sample.reason.split())
-            print(f"megatron-sts: warning: skipped sample {sample.key}: {reason}", file=sys.stderr, flush=True)
+            self.warn(f"skipped sample {sample.key}: {reason}")
             self.event("skipped_sample", stage=stage, step=step, key=sample.key, reason=reason)
 
     def not_updated(self, stage: str, step: int, reason: str) -> None:
         """Says at once that a step learnt nothing, whether or not its line is due."""
-        if self._enabled:
-            print(
-                f"megatron-sts: warning: stage {stage}, step {step}: not updated: {reason}", file=sys.stderr, flush=True
-            )
-            self.event("not_updated", stage=stage, step=step, reason=reason)
+        self.warn(f"stage {stage}, step {step}: not updated: {reason}")
+        self.event("not_updated", stage=stage, step=step, reason=reason)
 
     def say(self, line: str) -> None:
         """A line on the console."""
         if self._enabled:
             print(f"megatron-sts: {line}", flush=True)
+
+    def warn(self, line: str) -> None:
+        """A line on the console's standard error."""
+        if self._enabled:
+            print(f"megatron-sts: warning: {line}", file=sys.stderr, flush=True)
 
     def event(self, event: str, **details: Any) -> None:
         """Writes a line that is no step."""

@@ -12,7 +12,14 @@ import yaml
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import missing_weights
-from megatron_sts.config.run_folder import checkpoint_of, config_of, is_of_run
+from megatron_sts.config.run_folder import (
+    checkpoint_of,
+    config_of,
+    is_of_run,
+    partial_checkpoints,
+    set_aside,
+    whole_checkpoints,
+)
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.weights_folder import other_models
 
@@ -60,6 +67,16 @@ def test_a_path_means_a_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_stage_without_its_end_is_refused(run: Path, name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{run}/checkpoints/{name}: {said}"):
         checkpoint_of(run / "checkpoints" / name)
+
+
+def test_what_was_set_aside_is_no_checkpoint(run: Path) -> None:
+    checkpoints, names = run / "checkpoints", ["0-alignment-0000004", "1-finetune-0000002"]
+    assert [path.name for path in whole_checkpoints(checkpoints)] == names
+    for name in ("broken-1-finetune-0000002", "broken-1-finetune-0000002.2"):
+        assert set_aside(checkpoints / names[1]).name == name
+        (checkpoints / names[1]).mkdir()
+    assert [path.name for path in partial_checkpoints(checkpoints)] == names[1:]
+    assert [path.name for path in whole_checkpoints(checkpoints)] == names[:1]
 
 
 def begun_with(init: Path, **changes: dict[str, Any]) -> ModelConfig:

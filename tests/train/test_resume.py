@@ -43,6 +43,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
     act(num_ranks, scene(folder / "whole", written), scene(broken, written, kill=[0, 3]), killed=True)
     (broken / "checkpoints" / ".partial-0-alignment-0000099" / "state").mkdir(parents=True)
+    (broken / "checkpoints" / "0-alignment-0000004" / "state").mkdir(parents=True)  # where the run will save next
     act(num_ranks, scene(broken, written, stop=[1, 0]), scene(broken, written, kill=[1, 3]), killed=True)
     # A run that fails comes last: process groups cannot be taken down safely after an error, and need not be.
     first = act_out(
@@ -75,6 +76,13 @@ def test_killed_and_stopped_run_is_the_whole_one(played: Played) -> None:
     twice = [line for line in lines(broken) if "event" not in line]
     assert len(twice) == 8 + 2
     assert not list((broken / "checkpoints").glob(".partial-*"))
+
+
+def test_a_folder_that_is_not_whole_is_set_aside(played: Played) -> None:
+    names = {path.name for path in (played / "broken" / "checkpoints").iterdir()}
+    assert {"0-alignment-0000004", "broken-0-alignment-0000004"} <= names
+    (event,) = events(played / "broken", "set_aside")
+    assert (event["checkpoint"], event["to"]) == ("0-alignment-0000004", "broken-0-alignment-0000004")
 
 
 def test_nan_gradient_changes_nothing_but_the_count(played: Played) -> None:
