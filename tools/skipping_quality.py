@@ -1,6 +1,6 @@
 """What skipping layers together costs in accuracy: the quickstart's fine-tuning with single layers and with rounds of them.
 
-    python tools/skipping_quality.py [--seeds 1 2 3] [--jobs 2] [--out DIR] [key.path=value ...]
+    python tools/skipping_quality.py [key.path=value ...] [--seeds 1 2 3] [--jobs 2] [--out DIR]
 
 One alignment, then for each seed a fine-tuning of one rank from its projector with every one of CASES, asked the families
 that the tiny language model can answer. Writes into DIR the config of the fine-tunings, finetune.yaml; quality.csv, a row a
@@ -59,6 +59,7 @@ def main() -> None:
         "--out", type=Path, default=Path("runs/skipping_quality"), help="folder of the runs and the table"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--jobs", type=int, default=1, help="fine-tunings at a time, a CPU thread each")
     args, overrides = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -74,14 +75,14 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         found = [
             row
-            for part in pool.map(run, *zip(*((c, s) for s in args.seeds for c in CASES), strict=True))
+            for part in pool.map(run, *zip(*((c, s) for s in args.seeds for c in args.cases), strict=True))
             for row in part
         ]
     with (args.out / "quality.csv").open("w", newline="") as file:
         table = csv.DictWriter(file, list(asdict(found[0])), lineterminator="\n")
         table.writeheader()
         table.writerows({key: rounded(value) for key, value in asdict(row).items()} for row in found)
-    print("\n".join(line(case, [row for row in found if row.case == case]) for case in CASES))
+    print("\n".join(line(case, [row for row in found if row.case == case]) for case in args.cases))
 
 
 def write_config(out: Path, stage: str) -> Path:
