@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_config, add_folder, add_json, add_nproc
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.launch import fork
+from megatron_sts.launch import fork, outcome
 
 if TYPE_CHECKING:
     from megatron_sts.config.resolve import Resolved
@@ -55,11 +55,16 @@ def run(args: argparse.Namespace) -> int:
 
     rank = None if args.dry_run else rank_from(os.environ)
     world_size = args.nproc if rank is None else rank.world_size
-    resolved = resolve(load(args.config, args.overrides), world_size=world_size, choose_layout=choose_layout)
     run_dir = args.run_dir or default_run_dir(args.config)
-    if args.dry_run:
-        return _print_summary(resolved, run_dir, extend=args.extend, as_json=args.json)
-    return start(resolved, run_dir, rank, extend=args.extend)
+    try:
+        resolved = resolve(load(args.config, args.overrides), world_size=world_size, choose_layout=choose_layout)
+        if args.dry_run:
+            return _print_summary(resolved, run_dir, extend=args.extend, as_json=args.json)
+        return start(resolved, run_dir, rank, extend=args.extend)
+    except ConfigError as error:
+        if rank is not None:  # its launcher may turn the status into another
+            outcome.claim(run_dir, f"rank {rank.rank}: {error}")
+        raise
 
 
 def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool) -> int:
@@ -71,6 +76,7 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool)
         resume.check_same_content(resolved, run_dir)
     resume.check_same_run(resolved, run_dir, extend=extend)
     if resume.is_finished(resolved, run_dir):
+        outcome.write(run_dir, "done")
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0
@@ -81,13 +87,14 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool)
     if rank is not None:
         from megatron_sts.launch.rank import become
 
-        return become(rank, partial(train_here, resolved, run_dir))
+        return become(rank, partial(train_here, resolved, run_dir), run_dir)
     from megatron_sts.launch.exclusive import sole_writer
     from megatron_sts.launch.local import launch_local
 
     with sole_writer(run_dir):
         resume.check_same_run(resolved, run_dir, extend=extend)  # again: until now another run may have written it
-        return launch_local(partial(train_here, resolved, run_dir), resolved.world_size, _modules(resolved))
+        outcome.clear(run_dir)
+        return launch_local(partial(train_here, resolved, run_dir), resolved.world_size, _modules(resolved), run_dir)
 
 
 def default_run_dir(config: Path) -> Path:

@@ -54,6 +54,11 @@ def position(checkpoint: Path) -> tuple[int, int]:
     return int(checkpoint.name.split("-", 1)[0]), int(checkpoint.name.rsplit("-", 1)[1])
 
 
+def stage_of(checkpoint: Path) -> str:
+    """The name of a checkpoint's stage, by its own."""
+    return checkpoint.name.split("-", 1)[1].rsplit("-", 1)[0]
+
+
 def is_of_run(path: Path) -> bool:
     """Whether ``path`` is one that ``checkpoint_of`` looks into."""
     return (path / COMPLETE).is_file() or (path / CONFIG).is_file() or _is_stage(path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.launch import outcome
 
 LAUNCHED = "MEGATRON_STS_LAUNCHED"
 """The process id of our own launcher, which prints the one line itself."""
@@ -24,8 +25,8 @@ def is_users(error: BaseException) -> bool:
     return isinstance(error, ValueError) and type(error).__module__.startswith("megatron_sts.")
 
 
-def report(error: Exception) -> int:
-    """Print and record the exception being handled; returns the exit status of this rank."""
+def report(error: Exception, run_dir: Path | None = None) -> int:
+    """Print and record the exception being handled, also as the outcome in ``run_dir``; returns this rank's exit status."""
     line = describe(error)
     if is_users(error):
         if LAUNCHED not in os.environ:
@@ -37,6 +38,8 @@ def report(error: Exception) -> int:
         )
         sys.stderr.flush()
     _record(line)
+    if run_dir is not None:
+        outcome.claim(run_dir, f"rank {os.environ['RANK']}: {line}")
     return 2 if isinstance(error, ConfigError) else 1
 
 

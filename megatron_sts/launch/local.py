@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_sts.launch import fork
+from megatron_sts.launch import fork, outcome
 from megatron_sts.launch.cause import Failure, first, read_words
 from megatron_sts.launch.failure import ERROR_FILE, LAUNCHED
 from megatron_sts.launch.rank import act
@@ -47,13 +47,14 @@ class _Asked:
             raise _Stopped(self.stop)
 
 
-def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str]) -> int:
+def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str], run_dir: Path | None = None) -> int:
     """Does ``work`` on local ranks until all have ended; returns the exit status.
 
     Args:
         work: what a rank does. What it raises is reported, and ends the other ranks.
         num_ranks: how many.
         modules: what ``work`` will import. Imported here, once for all ranks.
+        run_dir: where it is left how this ended (``launch.outcome``), unless it ended well, which ``work`` itself says.
     """
     num_threads = _share_cores(num_ranks)
     os.environ[LAUNCHED] = str(os.getpid())
@@ -63,11 +64,16 @@ def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str
                 fork.warm_up(modules)
             failures = _run(partial(_rank, work, num_threads), num_ranks, asked)
         except _Stopped as stopped:
-            print(f"megatron-sts: stopped by {signal.Signals(stopped.number).name}", file=sys.stderr)
+            name = signal.Signals(stopped.number).name
+            print(f"megatron-sts: stopped by {name}", file=sys.stderr)
+            if run_dir is not None:
+                outcome.write(run_dir, "stopped", name)
             return 128 + stopped.number
     if not failures:
         return 0
     cause = first(failures)
+    if run_dir is not None:
+        outcome.write(run_dir, "failed", cause.describe())
     print(f"megatron-sts: error: {cause.describe()}", file=sys.stderr, flush=True)
     return 2 if cause.exitcode == 2 else 1
 

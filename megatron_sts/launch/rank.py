@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
 from megatron_sts.launch import environment, failure
 from megatron_sts.launch.failure import LAUNCHED
@@ -13,25 +14,25 @@ from megatron_sts.launch.failure import LAUNCHED
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
-def become(rank: environment.Rank, work: Callable[[], None]) -> int:
+def become(rank: environment.Rank, work: Callable[[], None], run_dir: Path | None = None) -> int:
     """Does ``work`` as ``rank``; returns 0, or ends this process with the status of what went wrong."""
     environment.join(rank, os.environ)
-    return act(work)
+    return act(work, run_dir)
 
 
-def act(work: Callable[[], None]) -> int:
+def act(work: Callable[[], None], run_dir: Path | None = None) -> int:
     """Does ``work``; returns 0, or ends this process with the status of what went wrong."""
-    status = attempt(work)
+    status = attempt(work, run_dir)
     return failure.leave(status) if status else 0
 
 
-def attempt(work: Callable[[], None]) -> int:
-    """Does ``work``, and reports an error of it where the launcher looks; returns the exit status."""
+def attempt(work: Callable[[], None], run_dir: Path | None = None) -> int:
+    """Does ``work``, and reports an error of it where the launcher and readers of ``run_dir`` look; returns the exit status."""
     follow_launcher()
     try:
         work()
     except Exception as error:
-        return failure.report(error)
+        return failure.report(error, run_dir)
     return 0
 
 

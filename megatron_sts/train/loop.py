@@ -10,6 +10,7 @@ from pathlib import Path
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import CHECKPOINTS
 from megatron_sts.data.records import BadSampleError
+from megatron_sts.launch import outcome
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
@@ -40,6 +41,8 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         check_same_everywhere("the resolved config", resolved.model_dump_json())
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         content = on_rank_zero(lambda: check_same_content(resolved, run_dir))
+        if is_rank_zero():
+            outcome.clear(run_dir)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
             write_config(resolved, run_dir, kernels, content)
@@ -57,6 +60,8 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         else:
             evaluate_once(resolved, place, chunks, gate, run_dir, log)
         log.close()
+        if is_rank_zero():
+            outcome.write(run_dir, *(("stopped", "SIGUSR1") if stop.agreed else ("done", None)), requeue=stop.agreed)
 
 
 def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog, stop: StopRequest) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import yaml
 
+from megatron_sts.launch import outcome
 from tests import warm
 from tests.train import stagehand
 from tests.train.stagehand import events, steps
@@ -115,9 +116,13 @@ def test_one_rank_killed_resumed_finished(config: Path, tmp_path: Path) -> None:
             assert ("megatron-sts: going on from checkpoint 1-finetune-" in out) == (folder == run)
     assert steps(run) == steps(whole) and len(steps(run)) == 64
     assert [event["stage"] for event in events(run, "resume")] == ["finetune"]
+    found = outcome.read(run)
+    assert found and (found.outcome, found.stage, found.step, found.cause) == ("done", "finetune", 60, None)
+    outcome.clear(run)
     with started(config, run) as process:
         status, out, errors = ends(process, 60)
     assert (status, errors) == (0, [])
+    assert (again := outcome.read(run)) and again.outcome == "done"
     assert out == f"megatron-sts: the run in {run} is finished; nothing is left to do\n"
     with started(config, run, "stages.finetune.lds.alpha=0.5") as process:
         status, _, errors = ends(process, 60)
@@ -144,6 +149,9 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     assert status == 0
     assert not outlived(everything)
     (stop,) = events(run, "stop")
+    found = outcome.read(run)
+    assert found and (found.outcome, found.cause, found.requeue) == ("stopped", "SIGUSR1", True)
+    assert (found.stage, found.step) == ("finetune", stop["step"])
     said = f"megatron-sts: asked to stop: saved {stop['step']} of 500 steps of stage finetune; the same command goes on"
     assert said in out.splitlines()
     told = events(run, "skipped_sample")
@@ -152,12 +160,16 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     with started(path, run) as process:
         wait_for(has_step(run, "finetune", stop["step"]), process)
         assert [event["step"] for event in events(run, "resume")] == [stop["step"]]
+        assert outcome.read(run) is None
         everything = below(process)
         os.kill(max(children(process.pid)), signal.SIGKILL)
         status, _, errors = ends(process, 60)
     assert status == 1
     assert not outlived(everything)
     (last,) = [line for line in errors if "error" in line]
+    found = outcome.read(run)
+    assert found and (found.outcome, found.step, found.requeue) == ("failed", stop["step"], False)
+    assert found.cause and last == f"megatron-sts: error: {found.cause}"
     assert last.startswith("megatron-sts: error: rank ") and last.endswith(" was killed by SIGKILL (out of memory?)")
 
 
@@ -168,6 +180,8 @@ def test_interrupted_in_one_line(config: Path, tmp_path: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert "megatron-sts: stopped by SIGINT" in err.splitlines()
+    found = outcome.read(tmp_path / "run")
+    assert found and (found.outcome, found.cause, found.requeue) == ("stopped", "SIGINT", False)
     assert "Traceback" not in err
 
 
