@@ -30,7 +30,8 @@ from megatron_sts.evaluate.scenes import asking_data, inference
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place, broadcast_from_last_stage
 from megatron_sts.mcore.kv_cache import KeyValueCache, Window, cached_attention
-from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches, unwrap
+from megatron_sts.mcore.module import unwrap
+from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.compression import build_compression
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device

@@ -48,15 +48,14 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
         (self.layer,) = layers
         self.runs, self.ends_early, self.is_stale = True, False, False
 
-    def begin_step(self, mask: SkipMask, *, launches_early: bool) -> None:
+    def begin_step(self, mask: SkipMask) -> None:
         """Empties the gradients that the last step left, and looks up what this one does with the layer."""
         if self.runs:
             for bucket in self.buckets:
                 bucket.grad_data.zero_()
         self.reset()
         self.runs = self.layer is None or not mask.idle[self.layer]
-        skipped_last = self.layer is not None and mask.rows[-1][self.layer]
-        self.ends_early = launches_early and self.runs and skipped_last
+        self.ends_early = self.runs and self.layer is not None and mask.rows[-1][self.layer]
 
     def launch_if_complete(self) -> None:
         """Starts the overlapped reduction of a gradient that the remaining micro-batch adds nothing to."""
@@ -76,7 +75,6 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
         if is_overlapped and self.grad_reduce_handle is None:
             self.start_grad_sync(force_all_reduce)
         super().finish_grad_sync(force_all_reduce)
-        self.ends_early = False  # evaluation leaves no_sync too
 
     def scale(self, factor: torch.Tensor | float) -> None:
         if self.runs:
@@ -111,12 +109,12 @@ class LayerDataParallel(DistributedDataParallel):
             for group, following in zip(self.bucket_groups[1:], self.bucket_groups, strict=False):
                 group.next_param_gather_bucket_group = following
 
-    def begin_step(self, mask: SkipMask, *, launches_early: bool) -> None:
-        """In place of ``zero_grad_buffer``. ``launches_early``: leaving ``no_sync`` means that one micro-batch is left."""
+    def begin_step(self, mask: SkipMask) -> None:
+        """In place of ``zero_grad_buffer``."""
         for parameter in self.params_with_grad:
             parameter.grad_added_to_main_grad = False
         for group in self.bucket_groups:
-            group.begin_step(mask, launches_early=launches_early)
+            group.begin_step(mask)
 
     def parameters_move(self, frozen: Collection[int]) -> None:
         """Called before an optimizer step that changes everything but the layers in ``frozen``."""
@@ -124,8 +122,9 @@ class LayerDataParallel(DistributedDataParallel):
             group.is_stale |= group.layer not in frozen
 
     @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        with super().no_sync():
+    def no_sync_until_last(self) -> Iterator[None]:
+        """``no_sync`` that ends when one micro-batch is left: starts the reductions that need not wait for it."""
+        with self.no_sync():
             yield
         for group in self.bucket_groups:
             group.launch_if_complete()

@@ -23,8 +23,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_sts.mcore import groups
+from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer
-from megatron_sts.mcore.pipeline import unwrap
 
 
 class CheckpointError(ValueError):

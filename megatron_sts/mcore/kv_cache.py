@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.mcore.module import unwrap
 
 
 @dataclass(frozen=True)

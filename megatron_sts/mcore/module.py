@@ -35,3 +35,12 @@ class PipelineChunk(MegatronModule):
         if not self.config.sequence_parallel:
             return embeddings
         return tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
+
+
+def unwrap(module: torch.nn.Module) -> PipelineChunk:
+    """The chunk inside DDP and precision wrappers."""
+    while not isinstance(module, PipelineChunk):
+        inner = module.module
+        assert isinstance(inner, torch.nn.Module)
+        module = inner
+    return module

@@ -20,7 +20,7 @@ from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.frozen import leaving_out, param_pairs
-from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.mcore.module import unwrap
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.kernels import APEX, ENGINE, TORCH, Library
 from megatron_sts.runtime.probe import kernels_for
@@ -58,7 +58,7 @@ def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
     """
     for chunk in map(unwrap, chunks):
         config = chunk.config
-        config.finalize_model_grads_func = config.grad_scale_func = config.no_sync_func = config.grad_sync_func = None
+        config.finalize_model_grads_func = config.grad_scale_func = None
         for parameter in chunk.parameters():
             parameter.__dict__.pop("main_grad", None)
     gc.collect()
@@ -117,16 +117,11 @@ class StageOptimizer:
         self._connect(chunks)
 
     def _connect(self, chunks: Sequence[LayerDataParallel]) -> None:
-        """Tells the pipeline schedule, through the chunks' configs, how gradients are synchronised and scaled."""
+        """Tells the pipeline schedule, through the chunks' configs, how gradients are finalised and scaled."""
         for chunk in chunks:
             config = unwrap(chunk).config
             config.finalize_model_grads_func = finalize_model_grads
             config.grad_scale_func = self.optimizer.scale_loss
-            if chunk.ddp_config.overlap_grad_reduce:
-                no_sync = [other.no_sync for other in chunks]
-                config.no_sync_func = no_sync if len(chunks) > 1 else no_sync[0]
-                if len(chunks) > 1:
-                    config.grad_sync_func = [other.start_grad_sync for other in chunks]
 
     @property
     def lr(self) -> float:
@@ -146,7 +141,7 @@ class StageOptimizer:
     def begin_step(self, mask: SkipMask) -> None:
         """Before the first forward pass of a step: no gradients, and which layers will have none."""
         for chunk in self._chunks:
-            chunk.begin_step(mask, launches_early=len(self._chunks) == 1)
+            chunk.begin_step(mask)
         self.optimizer.zero_grad()
 
     @torch.no_grad()

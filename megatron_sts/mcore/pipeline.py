@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.module import PipelineChunk
+from megatron_sts.mcore.units import schedule_units
 from megatron_sts.runtime.device import current_device
 
 ForwardResult = tuple[torch.Tensor, Callable[..., Any]]
@@ -52,15 +52,6 @@ def to_bf16(chunk: PipelineChunk) -> Float16Module:
     return wrapped
 
 
-def unwrap(module: torch.nn.Module) -> PipelineChunk:
-    """The chunk inside DDP and precision wrappers."""
-    while not isinstance(module, PipelineChunk):
-        inner = module.module
-        assert isinstance(inner, torch.nn.Module)
-        module = inner
-    return module
-
-
 def run_microbatches[T](
     chunks: Sequence[torch.nn.Module],
     forward: Callable[[T, torch.nn.Module], ForwardResult],
@@ -69,23 +60,29 @@ def run_microbatches[T](
     num_microbatches: int,
     sequence_length: int,
     micro_batch_size: int,
+    active_rounds: Sequence[int] | None = None,
     forward_only: bool = False,
 ) -> list[Any]:
     """Runs one step's micro-batches through the pipeline, forward and (unless ``forward_only``) backward.
 
-    ``forward(batch, chunk)`` is called for every chunk with the same batches. Returns, on the last stage, what the loss
-    function reported for each micro-batch; with ``forward_only`` whatever it returned. Other stages: an empty list.
+    ``forward(batch, unit)`` is called for every unit of the schedule with the same batches: a chunk, or several to be run
+    as one. Chunks outside ``active_rounds`` (rising; None: all rounds) have no layer that runs, and are not run themselves
+    unless they hold the embedding or the head. Returns, on the last stage, what the loss function reported for each
+    micro-batch; with ``forward_only`` whatever it returned. Other stages: an empty list.
     """
+    units = schedule_units(chunks, active_rounds, forward_only=forward_only)
 
-    def forward_step(iterator: Any, chunk: torch.nn.Module) -> ForwardResult:
-        return forward(next(iterator), chunk)
+    def forward_step(iterator: Any, unit: torch.nn.Module) -> ForwardResult:
+        return forward(next(iterator), unit)
 
-    # Every chunk of a rank walks through the same micro-batches at its own pace.
-    iterators: list[Any] = list(itertools.tee(batches, len(chunks)))
-    run = partial(get_forward_backward_func(), forward_step_func=forward_step, model=list(chunks))
-    if len(chunks) == 1:
-        iterators = iterators[0]
+    # Every unit of a rank walks through the same micro-batches at its own pace.
+    iterators: list[Any] = list(itertools.tee(batches, len(units)))
+    run = get_forward_backward_func(
+        parallel_state.get_pipeline_model_parallel_world_size(), len(units) if len(units) > 1 else None
+    )
     results: list[Any] = run(
+        forward_step_func=forward_step,
+        model=units,
         data_iterator=iterators,
         num_microbatches=num_microbatches,
         seq_length=sequence_length,

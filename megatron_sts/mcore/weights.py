@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.mcore.groups import place
-from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.mcore.module import unwrap
 
 _HEAD, _EMBEDDING = "language.output_layer.weight", "language.embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")

@@ -15,8 +15,8 @@ from megatron_sts.lds.placement import placement
 from megatron_sts.lds.sync import MaskPlan
 from megatron_sts.mcore.fp8 import Fp8Modules
 from megatron_sts.mcore.groups import Place
+from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
-from megatron_sts.mcore.pipeline import unwrap
 from megatron_sts.model.compression import Compression, build_compression
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.batches import StageBatches

@@ -16,6 +16,7 @@ from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
+from megatron_sts.lds.rounds import active_rounds
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.device import current_device
@@ -90,6 +91,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
         num_microbatches=stage.spec.num_microbatches,
         sequence_length=batches[0].sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
+        active_rounds=active_rounds(mask, stage.resolved.layers_per_chunk),
     )
     stage.fp8.check_order()
     totals, layer_runs = reduce_totals(stage, reports, batches)
@@ -112,11 +114,11 @@ def unlearnable(totals: Totals) -> NotUpdated | None:
     return None if math.isfinite(totals.loss_sum) else NotUpdated.LOSS
 
 
-def forward(gate: SkipGate, numbered: tuple[int, Batch], chunk: torch.nn.Module) -> ForwardResult:
-    """One micro-batch through one model chunk, and the loss that the last one applies."""
+def forward(gate: SkipGate, numbered: tuple[int, Batch], unit: torch.nn.Module) -> ForwardResult:
+    """One micro-batch through one unit of the schedule, and the loss that the last one applies."""
     microbatch, batch = numbered
     gate.enter(microbatch)
-    return chunk(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
+    return unit(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
 
 
 def reduce_totals(stage: Stage, reports: list[dict[str, Any]], batches: list[Batch]) -> tuple[Totals, tuple[int, ...]]:

@@ -21,7 +21,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.layer import SkippableTransformerLayer
-from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group

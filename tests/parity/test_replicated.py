@@ -21,7 +21,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.lds.gate import SkipGate
-from megatron_sts.mcore.pipeline import unwrap
+from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from tests.parity.hf import (
