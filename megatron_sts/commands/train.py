@@ -50,10 +50,13 @@ def run(args: argparse.Namespace) -> int:
     fork.stay_single_threaded()
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
+    from megatron_sts.launch import rank_log
     from megatron_sts.launch.environment import rank_from
     from megatron_sts.plan.layout import choose_layout
 
     rank = None if args.dry_run else rank_from(os.environ)
+    if rank is not None:
+        rank_log.keep(rank.rank)
     world_size = args.nproc if rank is None else rank.world_size
     run_dir = args.run_dir or default_run_dir(args.config)
     try:

@@ -17,10 +17,19 @@ from megatron_sts.config.resolve import resolve
 ROOT = Path(__file__).parents[2]
 DRY_RUNS = ("quickstart", "smol_vlm", "llava15_7b_fp8")
 """Pictures and a tokenizer of our own; one of another model that is yet to be fetched; shards, and a machine without its GPU."""
-COMMANDS = ("train", "plan", "data", "convert", "verify", "generate", "eval", "report", "doctor")
+LAUNCH = ["launch", "slurm", "examples/quickstart", "--nodes", "2", "--gpus-per-node", "1"]
+COMMANDS = ("train", "launch", "plan", "data", "convert", "verify", "generate", "eval", "report", "doctor")
 
 
-@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in COMMANDS), ["data", "prepare", "--help"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        *([name, "--help"] for name in COMMANDS),
+        ["data", "prepare", "--help"],
+        ["launch", "slurm", "--help"],
+    ],
+)
 def test_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
@@ -45,7 +54,12 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["plan", "examples/quickstart"], *(["train", f"examples/{name}", "--dry-run"] for name in DRY_RUNS)]
+    "words",
+    [
+        ["plan", "examples/quickstart"],
+        [*LAUNCH, "--dry-run"],
+        *(["train", f"examples/{name}", "--dry-run"] for name in DRY_RUNS),
+    ],
 )
 def test_planning_imports_no_torch(words: list[str]) -> None:
     code = f"import sys\nfrom megatron_sts.cli import main\nassert main({words}) == 0\n"
@@ -86,6 +100,8 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
             ["train", "CONFIG", "--dry-run", "--nproc", "2", "parallel.data_parallel_size=4"],
             "parallel.data_parallel_size=4",
         ),
+        (["launch"], "COMMAND"),
+        (["launch", "slurm", "CONFIG"], "--nodes"),
         (["plan"], "CONFIG"),
         (["plan", "CONFIG", "sead=1"], "did you mean seed?"),
         (["plan", "CONFIG", "--nproc", "3", "parallel.pipeline_model_parallel_size=2"], "3 ranks"),

@@ -1,0 +1,148 @@
+"""``python -m megatron_sts.launch.slurm_task WORDS``: what the batch script's srun starts; WORDS are megatron-sts's own.
+
+With STS_LAUNCHER=torchrun it is the one task of its node, keeps the node's ranks as torchrun does, and says in one line why
+they ended; with STS_LAUNCHER=srun it becomes a rank. Must not know torch until ranks start, nor what a rank does.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+from megatron_sts.launch.cause import Failure, first
+from megatron_sts.launch.failure import LAUNCHED
+from megatron_sts.launch.terminated import TERM_IS_HELD
+
+MEET_S = 600
+"""Tasks that have not met by then end the job: a node may be slow to start."""
+
+
+def main() -> int:
+    """Does the work of this task, and returns its exit status."""
+    # Before anything makes a thread. What is started from here inherits it: nothing dies of a signal for the ranks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    os.environ[TERM_IS_HELD] = "1"
+    if warning := unlike_asked(os.environ, len(os.sched_getaffinity(0))):
+        print(f"megatron-sts: warning: {warning}", file=sys.stderr, flush=True)
+    is_head = os.environ["SLURM_NODEID"] == "0"
+    host = meeting_host(os.environ["STS_MEETING_HOSTS"].split(), is_head=is_head)
+    command = [sys.executable, "-m", "megatron_sts", *sys.argv[1:]]
+    if os.environ["STS_LAUNCHER"] == "srun":
+        become_rank(command, host)
+    return keep_ranks(command, host, is_head=is_head)
+
+
+def meeting_host(candidates: Iterable[str], *, is_head: bool) -> str:
+    """The first of the candidates that names the first node from here.
+
+    A name may not resolve; on another node, one that resolves to that node's own loopback (127.0.1.1, as Debian's installer
+    writes) would lead back to it.
+    """
+    known = [host for host in candidates if _addresses(host)]
+    for host in known:
+        if is_head or not all(address.is_loopback for address in _addresses(host)):
+            return host
+    if not known:
+        raise SystemExit(
+            f"megatron-sts: error: {socket.gethostname()}: the first node is known as {' '.join(candidates)}, and none of "
+            "these resolves here; set MASTER_ADDR to an address of it that every node reaches"
+        )
+    return known[0]  # nodes that are all on one machine
+
+
+def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError:
+        return []
+    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+
+
+def own_address(host: str, port: int, *, is_head: bool) -> str:
+    """How other nodes reach this one: the address of the interface towards the first node, which needs no name."""
+    if is_head:
+        return host
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as towards:
+        towards.connect(address)  # sends nothing
+        return str(towards.getsockname()[0])
+
+
+def unlike_asked(environment: Mapping[str, str], num_cpus: int) -> str:
+    """What to say if this task may not use as many CPUs as were asked for it; empty if it may."""
+    asked = int(environment["STS_CPUS_PER_TASK"])
+    if num_cpus >= asked:
+        return ""
+    threads = environment.get("OMP_NUM_THREADS", "1")
+    return (
+        f"task {environment['SLURM_PROCID']} on {environment.get('SLURMD_NODENAME') or socket.gethostname()} may use "
+        f"{num_cpus} of the {asked} CPUs that were asked for it; its ranks have {threads} threads each: they will wait for each "
+        "other (see --cpus-per-task, and your site's TaskPlugin)"
+    )
+
+
+def become_rank(command: list[str], host: str) -> NoReturn:
+    """This process, from here on, is the rank whose number is the task's."""
+    given = os.environ
+    os.environ.update(
+        RANK=given["SLURM_PROCID"],
+        LOCAL_RANK=given["SLURM_LOCALID"],
+        WORLD_SIZE=given["SLURM_NTASKS"],
+        LOCAL_WORLD_SIZE=given["STS_RANKS_PER_NODE"],
+        GROUP_RANK=given["SLURM_NODEID"],
+        MASTER_ADDR=host,
+    )
+    os.execv(command[0], command)
+
+
+def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
+    """Starts this node's ranks with torch's elastic agent, and waits for them; the exit status of the one that failed first."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # tens of lines about a rank that failed
+    given, port = os.environ, int(os.environ["MASTER_PORT"])
+    os.environ[LAUNCHED] = str(os.getpid())  # ranks end with this process, which says why
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    num_nodes = int(given["SLURM_NNODES"])
+    config = LaunchConfig(
+        min_nodes=num_nodes,
+        max_nodes=num_nodes,
+        nproc_per_node=int(given["STS_RANKS_PER_NODE"]),
+        run_id=f"{given['SLURM_JOB_ID']}.{given.get('SLURM_RESTART_COUNT', '0')}",
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{host}:{port}",
+        # Who hosts the store is known: torch would compare names, which nodes with several interfaces confuse.
+        rdzv_configs={"is_host": is_head, "timeout": MEET_S, "join_timeout": MEET_S},
+        max_restarts=0,
+        monitor_interval=0.1,
+        local_addr=own_address(host, port, is_head=is_head),
+    )
+    try:
+        elastic_launch(config, command[0])(*command[1:])
+    except ChildFailedError as error:
+        cause = first([_failure(rank, found) for rank, found in error.failures.items()])
+        node = given.get("SLURMD_NODENAME") or socket.gethostname()
+        print(f"megatron-sts: error: {node}: {cause.describe()}", file=sys.stderr, flush=True)
+        return 2 if cause.exitcode == 2 else 1
+    except Exception as error:  # of the meeting: it has many, and their tracebacks say no more
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"megatron-sts: error: nodes did not meet at {host}:{port}: {told}", file=sys.stderr, flush=True)
+        return 1
+    return 0
+
+
+def _failure(rank: int, found: Any) -> Failure:
+    words = found.error_file_data.get("message") if isinstance(found.error_file_data, dict) else None
+    return Failure(rank, found.exitcode, time.time(), words if isinstance(words, dict) else {})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The batch script: one template, whose words no shell interprets, and jobs that are checked before they are submitted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_sts.cli import main
+from megatron_sts.commands.launch_slurm import PASSED_ON
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.launch import slurm_script
+from megatron_sts.launch.slurm_submit import array_numbers
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = str(ROOT / "examples/quickstart")
+ON_CPUS = ("--gpus-per-node", "0", "--ranks-per-node", "1")
+
+
+def test_the_hand_written_script_is_the_template() -> None:
+    """After a change of ``job.sbatch``: write ``slurm_script.hand_written()`` there."""
+    assert (ROOT / "launch/slurm/train.sbatch").read_text() == slurm_script.hand_written()
+
+
+def test_scripts_are_bash() -> None:
+    job = slurm_script.Job([("nodes", "2")], Path("/a b"), Path("/run"), "python", 8, "srun", ["a=$(exit 1)"])
+    subprocess.run(["bash", "-n"], input=slurm_script.render(job), text=True, check=True)
+
+
+@settings(max_examples=60)
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4))
+def test_words_arrive_as_written(words: list[str]) -> None:
+    words = [*words, "a b", "$HOME `id` \"'\\", ";rm -rf /tmp/x", "two\nlines\r\n#SBATCH --nodes=9", "", "{}*?~!é"]
+    line = " ".join(["printf '%s\\0'", *map(slurm_script.quote, words)])
+    assert len(line.splitlines()) == 1 and line.isascii()
+    said = subprocess.run(["bash", "-c", line], capture_output=True, check=True).stdout
+    assert said.decode().split("\0")[:-1] == words
+
+
+def launch(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    status = main(["launch", "slurm", QUICKSTART, *words])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "a run"
+    options = [word for name in PASSED_ON if name != "array" for word in (f"--{name}", f"some {name}")]
+    more = (
+        "--exclusive",
+        "--sbatch=--hint=nomultithread",
+        "--sbatch",
+        "signal=B:USR1@600",
+        "--env",
+        "NCCL_IB_HCA=mlx5 0",
+    )
+    words = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-rank", "12", "--srun-ranks", "--container", "a#b:1")
+    status, script, error = launch(*words, "--dry-run", "--run-dir", str(run), *options, *more, "seed=7", capsys=capsys)
+    assert (status, error) == (0, "") and not run.exists()
+    lines = script.splitlines()
+    expected = [
+        "nodes=2",
+        "ntasks-per-node=1",
+        "gpus-per-node=1",
+        "cpus-per-task=12",
+        'partition="some partition"',
+        "exclusive",
+    ]
+    expected += ["hint=nomultithread", "signal=B:USR1@600", "requeue", f'output="{run}/launch/001/job-%j.out"']
+    assert [f"#SBATCH --{line}" for line in expected if f"#SBATCH --{line}" not in lines] == []
+    assert "#SBATCH --signal=B:USR1@180" not in lines
+    assert "export NCCL_IB_HCA='mlx5 0'" in lines and "container='a#b:1'" in lines and "launcher=srun" in lines
+    assert f"set -- '{run}/launch/001/config.yaml' seed=7" in lines
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--nodes", "3", *ON_CPUS), "3 ranks"),
+        (("--nodes", "2", "--gpus-per-node", "0"), "--ranks-per-node"),
+        (("--nodes", "2", "--gpus-per-node", "1", "--ranks-per-node", "2"), "--ranks-per-node=2"),
+        (("--nodes", "2", *ON_CPUS, "sead=1"), "did you mean seed?"),
+        (("--nodes", "2", *ON_CPUS, "--env", "A B=1"), "--env=A B=1"),
+        (("--nodes", "2", *ON_CPUS, "--array", "0-x"), "'0-x'"),
+        (("--nodes", "2", *ON_CPUS, "--array", "0-1", "--run-dir", "one"), "--run-dir=one"),
+        (
+            ("--nodes", "2", *ON_CPUS, "--array", "0-1", "stages.finetune.batch.micro_batch_size={array}"),
+            "micro_batch_size=0",
+        ),
+    ],
+)
+def test_refused_before_it_is_submitted(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, error = launch(*words, "--dry-run", capsys=capsys)
+    assert (status, out) == (2, "")
+    assert error.count("\n") == 1 and error.startswith("megatron-sts: error: ") and said in error
+
+
+def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    status, _, error = launch("--nodes", "2", *ON_CPUS, "--run-dir", str(tmp_path / "run"), capsys=capsys)
+    assert status == 2 and "sbatch: no such program here" in error
+    status, _, error = launch("--nodes", "2", *ON_CPUS, "--container", "image", capsys=capsys)
+    assert status == 2 and "pyxis" in error
+    # What was to be submitted is kept: the code too, though there is no git on this PATH.
+    assert json.loads((tmp_path / "run/launch/001/code.json").read_text())["version"]
+
+
+def test_numbers_of_an_array() -> None:
+    assert list(array_numbers("0-8:4,11%2")) == [0, 4, 8, 11]
+    with pytest.raises(ConfigError, match=r"^--array=3-: '3-' is neither a number nor a range"):
+        list(array_numbers("3-"))

@@ -1,0 +1,97 @@
+"""What srun starts on a node: where ranks meet, which CPUs they have, what they print, and what a SIGTERM means to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_sts.launch import slurm_task
+
+ADDRESSES = {"node7": "127.0.1.1", "10.0.0.7": "10.0.0.7", "node8": "10.0.0.8", "localhost": "127.0.0.1"}
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> None:
+    def resolve(host: str, *_: object, **__: object) -> list[tuple]:
+        if host not in ADDRESSES:
+            raise socket.gaierror
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (ADDRESSES[host], 0))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+
+
+@pytest.mark.parametrize(
+    ("candidates", "is_head", "host"),
+    [
+        (("node7", "10.0.0.7"), True, "node7"),
+        (("node7", "10.0.0.7"), False, "10.0.0.7"),  # elsewhere it would be that node itself
+        (("unknown", "node8"), False, "node8"),
+        (("unknown", "localhost"), False, "localhost"),  # all on one machine
+    ],
+)
+def test_where_ranks_meet(names: None, candidates: tuple[str, ...], is_head: bool, host: str) -> None:
+    assert slurm_task.meeting_host(candidates, is_head=is_head) == host
+
+
+def test_nobody_knows_the_first_node(names: None) -> None:
+    with pytest.raises(SystemExit, match="known as a b, and none of these resolves here; set MASTER_ADDR"):
+        slurm_task.meeting_host(["a", "b"], is_head=False)
+
+
+def test_too_few_cpus_are_told_with_numbers() -> None:
+    environment = {"STS_CPUS_PER_TASK": "8", "SLURM_PROCID": "3", "SLURMD_NODENAME": "node2", "OMP_NUM_THREADS": "4"}
+    assert slurm_task.unlike_asked(environment, 8) == ""
+    told = slurm_task.unlike_asked(environment, 1)
+    assert told.startswith(
+        "task 3 on node2 may use 1 of the 8 CPUs that were asked for it; its ranks have 4 threads each"
+    )
+
+
+def test_a_killed_ranks_last_words_are_in_its_log(tmp_path: Path) -> None:
+    code = """
+import os, signal, sys
+from megatron_sts.launch import rank_log
+rank_log.keep(7)
+os.system("echo from a child")
+print("out", flush=True)
+print("err", file=sys.stderr, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    environment = os.environ | {"STS_LOG_DIR": str(tmp_path / "new/logs")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert done.stdout == (tmp_path / "new/logs/rank-00007.log").read_text() == "from a child\nout\nerr\n"
+
+
+@pytest.mark.parametrize("from_launcher", [True, False])
+def test_who_sent_sigterm_decides(from_launcher: bool) -> None:
+    """Its launcher ends a rank at once: a peer is gone. SLURM, or anybody else, tells it to save."""
+    code = """
+import os, signal, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+os.environ["MEGATRON_STS_TERM_IS_HELD"] = "1"
+rank = os.fork()
+if not rank:
+    from megatron_sts.launch import terminated
+    terminated.watch(lambda: (print("told", flush=True), os._exit(3)))
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+if sys.argv[1] == "True":
+    os.kill(rank, signal.SIGTERM)
+print("ended", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code, str(from_launcher)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if not from_launcher:
+        rank = int(process.stdout.readline())
+        time.sleep(0.1)
+        os.kill(rank, signal.SIGTERM)
+    lines = process.communicate(timeout=60)[0].split("\n")
+    assert "ended 143" in lines if from_launcher else lines[:2] == ["told", "ended 3"]
