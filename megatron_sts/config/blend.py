@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sts.config.errors import refuse
-from megatron_sts.config.prepared import BLEND_SUFFIXES, read_yaml
+from megatron_sts.config.prepared import BLEND_SUFFIXES, check_code, read_yaml
 
 ENERGON = "megatron.energon"
 CLASSES = ("MetadatasetV2", "Metadataset")
@@ -78,6 +78,7 @@ def _check_class(path: Path, written: Any) -> None:
     if module != ENERGON or name not in CLASSES:
         why = f"is a {module}.{name}, no blend"
         refuse("data.path", path, why, f"write __module__: {ENERGON} and __class__: {CLASSES[0]}")
+    check_code(path, path, written)
 
 
 def _walk(node: dict[str, Any], around: Member, within: tuple[Path, ...]) -> Iterator[Member]:

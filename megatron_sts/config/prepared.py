@@ -6,6 +6,7 @@ Torch-free; reads Energon's files, not Energon.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ SETTINGS_NAME = "prepare.json"
 """In a dataset's folder: what ``megatron-sts data prepare`` made the shards of."""
 CRUDE = "CrudeWebdataset"
 """Energon's class of datasets whose samples are files, which is what we read."""
+FUNCTIONS = ("part_filter", "sample_loader", "joiner")
+"""Keys whose text Energon takes for a function in a file beside it."""
 BLEND_SUFFIXES = (".yaml", ".yml")
 
 
@@ -130,6 +133,26 @@ def read_yaml(file: Path, path: Path) -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         kind = "JSON" if file.suffix == ".json" else "YAML"
         refuse("data.path", path, f"not valid {kind} ({file.name}: {' '.join(str(error).split())})", "correct the file")
+
+
+def check_code(path: Path, file: Path, written: Any) -> None:
+    """Refuses what ``file`` of the dataset at ``path`` says if Energon would import and call what it names.
+
+    Whose class a dataset or a blend is stands at the top, and is another check's.
+    """
+    for key in _keys_of_code(written, is_top=True):
+        refuse("data.path", path, f"{file.name} names code to be run ({key})", "remove that; data are only read")
+
+
+def _keys_of_code(written: Any, *, is_top: bool) -> Iterator[str]:
+    if isinstance(written, list):
+        for value in written:
+            yield from _keys_of_code(value, is_top=False)
+    for key, value in written.items() if isinstance(written, dict) else ():
+        is_class = key in ("__module__", "__class__") and not is_top
+        if is_class or key == "__function__" or (key in FUNCTIONS and isinstance(value, str)):
+            yield f"{key}: {value}"
+        yield from _keys_of_code(value, is_top=False)
 
 
 def _expanded(patterns: Any) -> set[str]:

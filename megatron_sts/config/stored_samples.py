@@ -17,6 +17,7 @@ from megatron_sts.config.prepared import (
     CRUDE,
     ENERGON_FOLDER,
     all_shard_counts,
+    check_code,
     check_prepared,
     excluded_samples,
     read_yaml,
@@ -76,6 +77,7 @@ def _check_class(member: Member) -> None:
             f"its samples are {f"Energon's {found}" if module == ENERGON else f'of {module}.{found}'}, not files",
             f"write __class__: {CRUDE} (and __module__: {ENERGON}) into {ENERGON_FOLDER}/{member.dataset_config}",
         )
+    check_code(member.folder, Path(member.dataset_config), written)
 
 
 def _check_shard(shard: Path, count: int) -> None:

@@ -7,6 +7,7 @@ the turns, and decode and fit the pictures. A sample that cannot be used comes o
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import pickle
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from megatron.energon import (
     Cooker,
     CrudeSample,
@@ -41,6 +43,8 @@ from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
 from megatron_sts.data.records import Record, SkippedSample, UnreadableDataError
 from megatron_sts.launch.follow import end_with_parent
+from megatron_sts.runtime import plain
+from megatron_sts.runtime.plain import ARRAYS, Names, PlainDataError
 
 SAMPLES_PER_SLICE = 100
 """Samples read one after another from a shard before the next random place; Energon's documentation uses as many."""
@@ -49,6 +53,28 @@ SECONDS_PER_CHECKPOINT = 10.0
 """How often a worker notes its state; resuming reads at most the samples since the last note again."""
 PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Names of a sample's only picture in shards of WebDataset's habit, in either case."""
+
+
+def _stored(content: bytes) -> Any:
+    """A tensor's memory. torch's own function unpickles anything."""
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+_STATE: Names = {
+    **ARRAYS,
+    ("collections", "OrderedDict"): None,
+    ("megatron.energon.flavors.webdataset.sample_loader", "SliceState"): None,
+    ("megatron.energon.rng", "SystemRngState"): None,
+    ("megatron.energon.state", "FlexState"): None,
+    **{
+        ("megatron.energon.savable_loader", name): None
+        for name in ("SavableDataLoaderState", "SavableDatasetCheckpoint", "SavableDatasetState")
+    },
+    ("torch._utils", "_rebuild_tensor_v2"): None,
+    ("torch.storage", "_load_from_bytes"): _stored,
+    ("megatron.core.safe_globals", "safe_load_from_bytes"): _stored,  # where megatron-core has replaced it
+}
+"""All that the pickled state of a loader names."""
 
 
 class EnergonStream:
@@ -146,7 +172,10 @@ class EnergonStream:
             )
         if state["dataset"] != self._dataset_identity():
             refuse("data.path", self._path, "not the dataset of the checkpoint", "use that one, or start a new run")
-        self._restored = pickle.loads(state["loader"])
+        try:
+            self._restored = plain.loads(state["loader"], _STATE)
+        except PlainDataError as error:
+            raise PlainDataError(f"the checkpoint's place in the data {error}") from error
         self._loader.restore_state_rank(self._restored)
         for _ in range(state["skip"]):
             next(self)

@@ -25,6 +25,9 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer
+from megatron_sts.mcore.reading import as_data
+from megatron_sts.runtime.dist import first_cause
+from megatron_sts.runtime.plain import PlainDataError
 
 
 class CheckpointError(ValueError):
@@ -67,21 +70,18 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
     Another layout may load it. Random states have no meaning there, and stay as the seed made them.
 
     Raises:
-        CheckpointError: a file is missing or is not as it was written.
+        CheckpointError: a file is missing, is not as it was written, or holds more than data.
     """
     with _causes():
-        # First, because reading .metadata unpickles it.
         verify_integrity_manifest(str(path))
-        return _load(path, chunks, optimizer)
-
-
-def _load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer) -> dict[str, Any]:
-    common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
+    with _shared_causes():
+        common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
     is_same_layout = common["layout"] == _layout()
     state = _sharded_state(chunks, optimizer, is_loading=True)
     if is_same_layout:
         state["rng"] = _sharded_rng()
-    loaded = dist_checkpointing.load(state, str(path))
+    with _shared_causes():
+        loaded = dist_checkpointing.load(state, str(path))
     _load_model(chunks, loaded)
     if "optimizer" in state:
         with torch.no_grad():
@@ -98,7 +98,24 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """Restores weights only; a collective over all ranks. Any layout."""
     with _causes():
         verify_integrity_manifest(str(path))
-        _load_model(chunks, dist_checkpointing.load(_sharded_model(chunks), str(path)))
+    with _shared_causes():
+        loaded = dist_checkpointing.load(_sharded_model(chunks), str(path))
+    _load_model(chunks, loaded)
+
+
+@contextmanager
+def _shared_causes() -> Iterator[None]:
+    """Reads as data, and what fails on one rank fails on all of them with that cause; ends in a collective."""
+    cause = None
+    try:
+        with as_data():
+            yield
+    except CheckpointException as error:  # a BaseException with tracebacks for a text
+        cause = "; ".join(str(failed) for failed, _trace in error.failures.values())
+    except (CheckpointingException, OSError, PlainDataError) as error:
+        cause = str(error)
+    if (known := first_cause(cause)) is not None:
+        raise CheckpointError(known)
 
 
 @contextmanager

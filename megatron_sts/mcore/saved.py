@@ -14,7 +14,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_sts.mcore.checkpoint import CheckpointError
+from megatron_sts.mcore.reading import as_data
 from megatron_sts.mcore.weights import unfused
+from megatron_sts.runtime.plain import PlainDataError
 
 _LAYERS = re.compile(r"^(?:language|vision\.encoder)\.decoder\.layers\.(?!\d)")
 """megatron-core stores each weight of all layers as one tensor, layers first."""
@@ -28,16 +30,16 @@ class SavedWeights:
         """Checks the files against their manifest, then reads the checkpoint's metadata; a collective of the ranks, if any.
 
         Raises:
-            CheckpointError: a file is missing or is not as it was written.
+            CheckpointError: a file is missing, is not as it was written, or holds more than data.
         """
         self.path = path
-        try:
-            # First, because reading .metadata unpickles it.
-            verify_integrity_manifest(str(path))
-        except (CheckpointingException, OSError) as error:
-            raise CheckpointError(str(error)) from error
         self._reader = FileSystemReader(path)
-        metadata = self._reader.read_metadata()
+        try:
+            verify_integrity_manifest(str(path))
+            with as_data():
+                metadata = self._reader.read_metadata()
+        except (CheckpointingException, OSError, PlainDataError) as error:
+            raise CheckpointError(str(error)) from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}

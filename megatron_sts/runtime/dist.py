@@ -65,6 +65,14 @@ def on_rank_zero[T](call: Callable[[], T]) -> T:
     return box[0]
 
 
+def first_cause(cause: str | None) -> str | None:
+    """What went wrong on the first rank on which something did, if any, alike on every rank; a collective."""
+    causes: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(causes, cause)
+    found = ((rank, said) for rank, said in enumerate(causes) if said is not None)
+    return next((f"rank {rank}: {said}" if len(causes) > 1 else said for rank, said in found), None)
+
+
 def differs(digest: bytes, group: dist.ProcessGroup | None = None) -> bool:
     """Whether ranks of the group (None: all) hold different bytes, of the same number; a collective."""
     values = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(current_device().torch_device, torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,6 +18,7 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.groups import Place
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import broadcast_object
+from megatron_sts.runtime.plain import PlainDataError
 from megatron_sts.train.ahead import Ahead
 from megatron_sts.train.feed import Fed, Feed
 from megatron_sts.train.resume import check_same_copies
@@ -79,11 +81,11 @@ class StageBatches:
             if self._feed is not None:
                 self._feed.seek(step)
             return None
-        saved = torch.load(self._file(folder, 0), weights_only=True)["dp_size"]
+        saved = _read(self._file(folder, 0))["dp_size"]
         check_same_copies(self._stage, folder.parent, saved, self._place.dp_size)
         if self._feed is None:
             return None
-        state = torch.load(self._file(folder), weights_only=True)
+        state = _read(self._file(folder))
         note = self._feed.load_state_dict(state)
         self._state = state
         return note
@@ -96,6 +98,14 @@ class StageBatches:
 
     def _file(self, folder: Path, dp_rank: int | None = None) -> Path:
         return folder / f"{self._place.dp_rank if dp_rank is None else dp_rank}.pt"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise PlainDataError(f"{file} holds more than data, or is damaged; none of it was run") from error
+    return state
 
 
 def share(batches: list[Batch] | None, place: Place) -> list[Batch]:

@@ -238,6 +238,29 @@ def test_what_is_no_blend_is_not_imported(good: Path, copied: Path) -> None:
     assert "its samples are of os.CrudeWebdataset, not files" in said(copied)
 
 
+def test_code_that_a_dataset_names_is_not_run(good: Path, copied: Path) -> None:
+    """Energon would call it for every file of a sample."""
+    marker = copied / "marker"
+    (copied / ".nv-meta" / "plant.py").write_text(
+        f"import pathlib\npathlib.Path({str(marker)!r}).touch()\n\ndef f(_): ...\n"
+    )
+    dataset, blend = copied / ".nv-meta" / "dataset.yaml", good.parent / "x.yaml"
+    whole = dataset.read_text()
+    named = {
+        "part_filter: plant.py:f": "part_filter: plant.py:f",
+        "part_filter: {__module__: os, __function__: system}": "__module__: os",
+        "subflavors: [{x: {__function__: system}}]": "__function__: system",
+    }
+    for line, key in named.items():
+        dataset.write_text(f"{whole}{line}\n")
+        assert said(copied).endswith(f"dataset.yaml names code to be run ({key}); remove that; data are only read")
+    dataset.write_text(f"{whole}part_filter: [json, jpg]\nsubflavors: {{part: 1}}\n")
+    check_stored(copied, 1)
+    blend.write_text("splits:\n  train:\n    path: good\n    aux: {a: {__module__: os, __class__: system}}\n")
+    assert "x.yaml names code to be run (__module__: os)" in said(blend)
+    assert not marker.exists()
+
+
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 100)).map(sorted), min_size=1, max_size=3), st.booleans())
 @example([[25, 75], [0, 50]], True)
 def test_subsets_leave_what_energon_leaves(ranges: list[list[int]], is_absolute: bool) -> None:

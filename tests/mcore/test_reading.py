@@ -1,0 +1,68 @@
+"""Checkpoints that hold code are refused by name, and it is never run; without our reading it would be."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+
+from megatron_sts.mcore.reading import as_data
+from tests.runtime.test_plain import Planted
+
+
+def write(folder: Path, rng: Any) -> Path:
+    """A checkpoint in megatron-core's format: tensors, and an object."""
+    checkpoint.save({"w": torch.arange(6.0).bfloat16(), "rng": rng}, checkpoint_id=str(folder), no_dist=True)
+    return folder
+
+
+def read(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = {"w": torch.zeros(6, dtype=torch.bfloat16), "rng": None}
+    checkpoint.load(state, checkpoint_id=str(folder), no_dist=True)
+    return state
+
+
+def planted(folder: Path, marker: Path, place: str) -> Path:
+    write(folder, [Planted(marker)] if place == "object" else [1])
+    if place == "metadata":
+        file = folder / ".metadata"
+        metadata = pickle.loads(file.read_bytes())
+        metadata.planner_data = Planted(marker)
+        file.write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("place", "said"), [("metadata", r"\.metadata holds more than data"), ("object", "its object rng")]
+)
+def test_planted_code_is_refused_and_not_run(tmp_path: Path, place: str, said: str) -> None:
+    marker = tmp_path / "marker"
+    folder = planted(tmp_path / "checkpoint", marker, place)
+    with as_data(), pytest.raises(CheckpointException, match=rf"{said}.* posix\.mkdir"):
+        read(folder)
+    assert not marker.exists()
+    read(folder)  # the plant works
+    assert marker.exists()
+
+
+def test_random_states_and_tensors_are_read(tmp_path: Path) -> None:
+    python, numpy = random.getstate(), np.random.get_state()
+    with as_data():
+        found = read(write(tmp_path / "checkpoint", [python, numpy, None]))
+    assert found["w"].tolist() == list(range(6))
+    assert found["rng"][0] == python and found["rng"][2] is None
+    np.testing.assert_array_equal(found["rng"][1][1], numpy[1])
+
+
+def test_only_the_block_reads_so(tmp_path: Path) -> None:
+    before = FileSystemReader.read_metadata
+    with as_data():
+        assert FileSystemReader.read_metadata is not before
+    assert FileSystemReader.read_metadata is before
