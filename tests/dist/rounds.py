@@ -53,6 +53,8 @@ class Spent:
     """Tensors given to another pipeline rank."""
     layer_runs: int = 0
     """Layers that ran forward, over the whole model and its micro-batches."""
+    idle: tuple[bool, ...] = ()
+    """Which layers no micro-batch of the step runs."""
 
 
 @dataclass
@@ -156,7 +158,7 @@ def train_one(stage: Stage, step: int, trained: Trained) -> None:
     trained.losses.append(result.loss)
     trained.grad_norms.append(result.grad_norm)
     trained.states.append(state_digest(stage))
-    trained.spent.append(Spent(layer_runs=sum(result.layer_runs), **counts))
+    trained.spent.append(Spent(layer_runs=sum(result.layer_runs), idle=result.mask.idle, **counts))
 
 
 def state_digest(stage: Stage) -> str:
@@ -181,7 +183,7 @@ def check_same(name: str, found: Trained, expected: Trained) -> None:
 
 
 def train_every_way() -> None:
-    """JOBS: JSON, name -> {written, masks, ways, asks}. Writes what each way spent on each rank, by job, beside it."""
+    """JOBS: JSON, name -> {written, masks (none: the config's), ways, asks}. Writes what each way spent on each rank, by job."""
     jobs, spent = Path(os.environ["JOBS"]), {}
     with process_group(60.0):
         for name, job in json.loads(jobs.read_text()).items():
