@@ -173,10 +173,11 @@ def bench_layout(args: argparse.Namespace, name: str) -> dict[str, Any]:
 
 def bench_interleaved(args: argparse.Namespace, name: str, num_microbatches: int) -> Iterator[dict[str, Any]]:
     """The samplers of one interleaved layout, against the faster of two dense ones."""
-    case = CASES[name]
-    same, contiguous = (
-        Bench(args, args.interleaved_layers, parallel, num_microbatches) for parallel in (case.parallel, {PP: 2})
-    )
+    case, num_layers = CASES[name], args.interleaved_layers
+    # One chunk a rank: megatron-core has one number of chunks a process, but rounds without layers are left out.
+    one_chunk = [num_layers // 2] * 2 + [0] * 2 * (case.num_chunks - 1)
+    layouts = (case.parallel, {**case.parallel, "layout": one_chunk})
+    same, contiguous = (Bench(args, num_layers, parallel, num_microbatches) for parallel in layouts)
     pairs = [(same.seconds(same.dense), contiguous.seconds(contiguous.dense)) for _ in range(args.num_masks)]
     ratio = statistics.median(a / b for a, b in pairs)
     units = num_microbatches * case.num_chunks
