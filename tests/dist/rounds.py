@@ -26,6 +26,7 @@ from megatron_sts.evaluate.generate import Generator, Request
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore import groups
+from megatron_sts.mcore.buckets import LayerBucketGroup
 from megatron_sts.mcore.layer import SkippableTransformerLayer
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.units import ScheduleUnit
@@ -51,6 +52,9 @@ class Spent:
     """Forward passes of model chunks."""
     sent: int = 0
     """Tensors given to another pipeline rank."""
+    late: int = 0
+    """Overlapped reductions that had not begun when the last backward pass was over, though megatron-core's DDP knew (from
+    an earlier step of this kind) which gradients to wait for."""
     layer_runs: int = 0
     """Layers that ran forward, over the whole model and its micro-batches."""
     idle: tuple[bool, ...] = ()
@@ -102,6 +106,7 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
 def counting(spent: Counter[str]) -> Iterator[None]:
     """Counts passes and messages under the names of ``Spent``."""
     run_unit, run_chunk, communicate = ScheduleUnit.forward, MultimodalModel.forward, P2PCommunicator._communicate
+    finish_reduction = LayerBucketGroup.finish_grad_sync
 
     def unit(self: Any, *args: Any) -> Any:
         spent["units"] += 1
@@ -115,7 +120,14 @@ def counting(spent: Counter[str]) -> Iterator[None]:
         spent["sent"] += sum(kwargs[f"tensor_send_{side}"] is not None for side in ("next", "prev"))
         return communicate(self, **kwargs)
 
+    def finish(self: Any, *args: Any, **kwargs: Any) -> Any:
+        is_known = not self.is_first_batch or self.ends_early
+        is_open = self.runs and self.ddp_config.overlap_grad_reduce and not self.grad_reduce_finished
+        spent["late"] += is_open and is_known and self.grad_reduce_handle is None
+        return finish_reduction(self, *args, **kwargs)
+
     with (
+        replaced(LayerBucketGroup, "finish_grad_sync", finish),
         replaced(ScheduleUnit, "forward", unit),
         replaced(MultimodalModel, "forward", chunk),
         replaced(P2PCommunicator, "_communicate", send),

@@ -155,6 +155,7 @@ def test_passes_and_messages_are_those_of_the_rounds_that_run(spent: dict[str, A
         assert {rank["units"] for rank in all_rounds} == {len(layout) * num_microbatches}
         assert sum(rank["sent"] for rank in dropped) == 2 * num_pipelines * num_microbatches * (num_units * pp - 1)
         assert sum(rank["sent"] for rank in all_rounds) == 2 * num_pipelines * num_microbatches * (len(layout) * pp - 1)
+        assert {rank["late"] for rank in (*dropped, *all_rounds)} == {0}
         assert {rank["layer_runs"] for rank in dropped} == {rank["layer_runs"] for rank in all_rounds}
         ends = (0 not in active) + (len(layout) - 1 not in active)
         passes = pp * len(active) + ends if active else max(2, pp)
