@@ -14,6 +14,7 @@ from megatron_sts.config.architecture_checks import check_architecture
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.precision_checks import check_precision
 from megatron_sts.config.schema import (
+    CheckpointConfig,
     DataConfig,
     LdsConfig,
     ParallelConfig,
@@ -38,6 +39,7 @@ def check_run(config: RunConfig) -> None:
     check_parallel(config)
     check_precision(config)
     check_evaluation(config)
+    check_checkpoints(config.checkpoint)
     if config.data != DataConfig() and all(stage.data is not None for stage in config.stages):
         refuse("data", f"{{source: {config.data.source}, ...}}", "every stage has data of its own, so nothing reads it",
                "set stages.NAME.data, or leave theirs out")  # fmt: skip
@@ -158,6 +160,21 @@ def check_evaluation(config: RunConfig) -> None:
             refuse(f"evaluation.{name}", "[]", "nothing is left to ask", "name some, or set evaluation.num_questions=0")
     if config.model.vision is None and evaluation.num_questions and not evaluation.words:
         refuse("evaluation.words", "false", "model.vision is null", "set it to true or evaluation.num_questions=0")
+
+
+def check_checkpoints(checkpoint: CheckpointConfig) -> None:
+    """What is to stay must be written."""
+    every, interval = checkpoint.keep_every_steps, checkpoint.interval_steps
+    if every is not None and interval is None:
+        refuse("checkpoint.keep_every_steps", every, "checkpoints are written at the ends of stages only",
+               "set checkpoint.interval_steps to a divisor of it")  # fmt: skip
+    if every is not None and interval is not None and every % interval:
+        refuse(
+            "checkpoint.keep_every_steps",
+            every,
+            f"is no multiple of checkpoint.interval_steps={interval}",
+            "make it one",
+        )
 
 
 def check_parts(stage: StageConfig, model: ModelConfig) -> None:

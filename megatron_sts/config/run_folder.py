@@ -18,6 +18,10 @@ STATE = "state"
 """Inside a checkpoint: what megatron-core wrote."""
 
 
+DATA = "data"
+"""Inside a checkpoint: the place in the data, a file for each rank that reads."""
+MANIFEST = "integrity.json"
+"""In a checkpoint, or in its ``state`` if an earlier version wrote it: digests of its files."""
 BROKEN_PREFIX = "broken-"
 """Of the name of a checkpoint that was set aside: it is not whole, or not as it was written."""
 _NAME = re.compile(r"\d+-.+-\d+")
@@ -32,6 +36,12 @@ def partial_checkpoints(folder: Path) -> list[Path]:
     """Folders that have a checkpoint's name and are none: a copy that was cut off, a deletion that was."""
     named = (path for path in folder.glob("*") if path.is_dir() and _is_named(path))
     return sorted((path for path in named if not (path / COMPLETE).is_file()), key=position)
+
+
+def manifest_of(checkpoint: Path) -> Path:
+    """Where a checkpoint's manifest is, or should be."""
+    earlier = checkpoint / STATE / MANIFEST
+    return earlier if earlier.is_file() and not (checkpoint / MANIFEST).is_file() else checkpoint / MANIFEST
 
 
 def set_aside(checkpoint: Path) -> Path:

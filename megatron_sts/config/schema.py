@@ -247,7 +247,19 @@ class CheckpointConfig(Section):
     interval_steps: PositiveInt | None = None
     """None: at the end of each stage only."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints that stay; that of a stage's end goes like any other."""
+    """Newest checkpoints that stay; that of a stage's end goes like any other. There is no best one to keep: nothing but the
+    training loss is measured while a run trains, and that says little of one checkpoint beside another.
+    """
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints after every so many steps of their stage stay too, for good. A multiple of ``interval_steps``."""
+    max_failures: PositiveInt = 3
+    """Saves in a row that may fail (a full disk): so many stop the run, fewer are a warning. A save that nothing follows, at
+    the end of the run or of a stop that was asked for, stops it at once.
+    """
+    strict: bool = False
+    """Whether a damaged newest checkpoint (files missing, cut short, changed) ends a start. Else it is set aside, as
+    ``broken-NAME``, and the run goes on from the one before; without another one the start ends all the same.
+    """
 
 
 class GuardConfig(Section):

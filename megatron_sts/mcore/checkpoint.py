@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,6 @@ import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch.distributed.checkpoint import CheckpointException
 
@@ -26,7 +20,10 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer
 from megatron_sts.mcore.reading import as_data
+from megatron_sts.mcore.writing import Snapshot, plan
+from megatron_sts.runtime import integrity
 from megatron_sts.runtime.dist import first_cause
+from megatron_sts.runtime.integrity import UnreadableError
 from megatron_sts.runtime.plain import PlainDataError
 
 
@@ -34,46 +31,34 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be written or read. The message is the cause alone."""
 
 
-def save(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, common: dict[str, Any]) -> None:
-    """Writes everything needed to go on; a collective over all ranks. ``path`` must be an empty folder.
+def snapshot(
+    path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer, common: dict[str, Any]
+) -> Snapshot:
+    """Everything needed to go on, for this rank to write into ``path``, an empty folder; a collective over all ranks.
 
-    ``common`` is stored once, as plain Python values.
-
-    Raises:
-        CheckpointError: with the same cause on every rank, if a rank's own files could not be written; if those that
-            rank 0 writes for all could not, on rank 0 only.
+    ``common`` is stored once, as plain Python values. The tensors are those that training goes on to change.
     """
     optimizer.gather_params()
     optimizer.set_adam_steps(common=True)
-    state = _sharded_state(chunks, optimizer, is_loading=False)
-    state["rng"] = _sharded_rng()
-    state["common"] = {**common, **_counters(optimizer)}
-    content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
-    # megatron-core would start a process for it (a Manager, as large as a rank), which outlives a killed rank and dies of the
-    # step's signals. A save in this very thread needs none; a fresh queue holds nothing of a save that failed.
-    filesystem_async._results_queue = SimpleQueue()
-    with _causes():
-        dist_checkpointing.save(
-            state,
-            str(path),
-            TorchDistSaveShardedStrategy(thread_count=1),
-            content_metadata=content,
-            verify_integrity=True,
-        )
-    optimizer.set_adam_steps()
+    try:
+        state = _sharded_state(chunks, optimizer, is_loading=False)
+        state["rng"] = _sharded_rng()
+        state["common"] = {**common, **_counters(optimizer)}
+        content = {name: value for name, value in _metadata().items() if name != "dp_cp_group"}
+        return plan(path, state, content)
+    finally:
+        optimizer.set_adam_steps()
 
 
 def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimizer) -> dict[str, Any]:
-    """Restores what ``save`` wrote and returns ``common``; a collective over all ranks. ``common["lr"]`` is the learning rate
+    """Restores what a ``snapshot`` holds and returns ``common``; a collective over all ranks. ``common["lr"]`` is the learning rate
     with which the stage would have gone on, had it not become longer.
 
-    Another layout may load it. Random states have no meaning there, and stay as the seed made them.
+    Whether its files are whole is for the caller to check. Another layout may load it. Random states have no meaning there, and stay as the seed made them.
 
     Raises:
-        CheckpointError: a file is missing, is not as it was written, or holds more than data.
+        CheckpointError: it cannot be read, or holds more than data.
     """
-    with _causes():
-        verify_integrity_manifest(str(path))
     with _shared_causes():
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
     is_same_layout = common["layout"] == _layout()
@@ -95,12 +80,29 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
 
 
 def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
-    """Restores weights only; a collective over all ranks. Any layout."""
-    with _causes():
-        verify_integrity_manifest(str(path))
+    """Restores weights only, from files that are whole; a collective over all ranks. Any layout.
+
+    Raises:
+        CheckpointError: a file is not as it was written, cannot be read, or holds more than data.
+    """
+    check_whole(path.parent)
     with _shared_causes():
         loaded = dist_checkpointing.load(_sharded_model(chunks), str(path))
     _load_model(chunks, loaded)
+
+
+def check_whole(checkpoint: Path) -> None:
+    """Refuses a checkpoint whose files are not as they were written; a collective of the process group, if there is one.
+
+    Raises:
+        CheckpointError: it is so, or nobody can tell.
+    """
+    try:
+        damage = integrity.check(checkpoint)
+    except UnreadableError as error:
+        raise CheckpointError(str(error)) from error
+    if damage is not None:
+        raise CheckpointError(damage)
 
 
 @contextmanager
@@ -116,26 +118,6 @@ def _shared_causes() -> Iterator[None]:
         cause = str(error)
     if (known := first_cause(cause)) is not None:
         raise CheckpointError(known)
-
-
-@contextmanager
-def _causes() -> Iterator[None]:
-    """Turns what the checkpoint libraries raise into the cause: theirs is a BaseException with tracebacks for a text."""
-    try:
-        yield
-    except CheckpointException as error:
-        # Raised by all ranks together, but only the first knows of all failures.
-        known: list[str | None] = [_first_failure(error)]
-        torch.distributed.broadcast_object_list(known, src=0)
-        raise CheckpointError(known[0]) from error
-    except (CheckpointingException, OSError) as error:
-        raise CheckpointError(str(error)) from error
-
-
-def _first_failure(error: CheckpointException) -> str:
-    for rank, (cause, _trace) in error.failures.items():
-        return f"rank {rank}: {str(cause).rpartition('error: ')[2]}"
-    return "no cause is known"
 
 
 def _load_model(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
@@ -211,19 +193,4 @@ def _ignore_saved_step() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = without_step
 
 
-def _keep_write_errors() -> None:
-    """megatron-core's writer logs an OSError and hands on only its type. Raised, it arrives (with one thread a rank)."""
-    logging.getLogger(FileSystemWriterAsync.__module__).setLevel(logging.CRITICAL)
-    original = FileSystemWriterAsync.write_preloaded_data
-
-    def raising(*args: Any, **options: Any) -> Any:
-        result = original(*args, **options)
-        if result is not None and isinstance(result[1], Exception):
-            raise result[1]
-        return result
-
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(raising)
-
-
 _ignore_saved_step()
-_keep_write_errors()

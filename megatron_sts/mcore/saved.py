@@ -6,14 +6,12 @@ import re
 from pathlib import Path
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.validation import verify_integrity_manifest
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from megatron_sts.mcore.checkpoint import CheckpointError
+from megatron_sts.mcore.checkpoint import CheckpointError, check_whole
 from megatron_sts.mcore.reading import as_data
 from megatron_sts.mcore.weights import unfused
 from megatron_sts.runtime.plain import PlainDataError
@@ -27,18 +25,18 @@ class SavedWeights:
     """The weights in a checkpoint's ``state`` folder, by their layout-free names."""
 
     def __init__(self, path: Path) -> None:
-        """Checks the files against their manifest, then reads the checkpoint's metadata; a collective of the ranks, if any.
+        """Checks the files, then reads the checkpoint's metadata; a collective of the ranks, if any.
 
         Raises:
-            CheckpointError: a file is missing, is not as it was written, or holds more than data.
+            CheckpointError: a file is not as it was written, cannot be read, or holds more than data.
         """
+        check_whole(path.parent)
         self.path = path
         self._reader = FileSystemReader(path)
         try:
-            verify_integrity_manifest(str(path))
             with as_data():
                 metadata = self._reader.read_metadata()
-        except (CheckpointingException, OSError, PlainDataError) as error:
+        except (OSError, PlainDataError) as error:
             raise CheckpointError(str(error)) from error
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
         self.shapes: dict[str, tuple[int, ...]] = {}

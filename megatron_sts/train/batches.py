@@ -61,17 +61,16 @@ class StageBatches:
             self._next = step + 1, reader.submit(step + 1)
         return fed
 
-    def save(self, folder: Path) -> None:
-        """Leaves in ``folder`` where this rank's reading goes on after the last step taken."""
-        if self._feed is not None:
-            folder.mkdir(exist_ok=True)
-            try:
-                torch.save({"dp_size": self._place.dp_size, **(self._state or {})}, self._file(folder))
-            except RuntimeError as error:  # torch's writer reports a full disk so
-                raise OSError(str(error)) from error
+    def place(self) -> tuple[str, dict[str, Any]] | None:
+        """Where this rank's reading goes on after the last step taken, and the name of the file for it; None: it reads
+        nothing. ``restore`` takes it, as torch saves it.
+        """
+        if self._feed is None:
+            return None
+        return f"{self._place.dp_rank}.pt", {"dp_size": self._place.dp_size, **(self._state or {})}
 
     def restore(self, folder: Path, step: int) -> str | None:
-        """Goes on before ``step``, where ``save`` left off in ``folder``; what a user should know of it, if anything.
+        """Goes on before ``step``, at the ``place`` that was written into ``folder``; what a user should know of it, if anything.
 
         Raises:
             ConfigError: the reading depends on the number of data-parallel ranks, and that has changed.
@@ -81,11 +80,11 @@ class StageBatches:
             if self._feed is not None:
                 self._feed.seek(step)
             return None
-        saved = _read(self._file(folder, 0))["dp_size"]
+        saved = _read(folder / "0.pt")["dp_size"]
         check_same_copies(self._stage, folder.parent, saved, self._place.dp_size)
         if self._feed is None:
             return None
-        state = _read(self._file(folder))
+        state = _read(folder / f"{self._place.dp_rank}.pt")
         note = self._feed.load_state_dict(state)
         self._state = state
         return note
@@ -95,9 +94,6 @@ class StageBatches:
         if self._reader is not None and self._feed is not None:
             self._reader.close(self._timeout_s)
             self._feed.close()
-
-    def _file(self, folder: Path, dp_rank: int | None = None) -> Path:
-        return folder / f"{self._place.dp_rank if dp_rank is None else dp_rank}.pt"
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-
-from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import (
     COMPLETE,
+    DATA,
     STATE,
     partial_checkpoints,
     position,
@@ -21,15 +20,19 @@ from megatron_sts.config.run_folder import (
 )
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
-from megatron_sts.runtime.dist import is_rank_zero, on_rank_zero
+from megatron_sts.runtime import integrity
+from megatron_sts.runtime.dist import first_cause, is_rank_zero, on_rank_zero
+from megatron_sts.runtime.integrity import UnreadableError
 from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.resume import (
     EVALUATION,
     PARTIAL_PREFIX,
     Progress,
+    damage_of_progress,
     read_progress,
     remedy,
 )
+from megatron_sts.train.saving import Saving
 from megatron_sts.train.stage import Stage
 from megatron_sts.train.step import StepResult
 
@@ -60,6 +63,8 @@ class Checkpointer:
         self._resolved, self._folder, self._log = resolved, folder, log
         self._settings = resolved.config.checkpoint
         self._newest: Path | None = None
+        self._num_failures = 0
+        """Saves in a row that could not be written."""
 
     def is_due(self, step: int) -> bool:
         """Whether to save after ``step``."""
@@ -67,31 +72,46 @@ class Checkpointer:
         return interval is not None and (step + 1) % interval == 0
 
     def find(self) -> Progress:
-        """Where the newest whole checkpoint stopped; the beginning without one. A collective: rank 0 says which.
+        """Where the newest whole checkpoint stopped; the beginning without one. A collective: rank 0 says which there are.
 
-        Folders that are not whole are in the way of those to come: they are set aside, and named.
+        Folders that are not whole are in the way of those to come, and damaged checkpoints are no use: they are set aside, and
+        named.
 
         Raises:
-            ConfigError: this rank does not see it.
+            CheckpointError: the newest is damaged, and ``strict``; or so is every one.
+            ConfigError: a rank does not see it.
         """
-        name = on_rank_zero(self._tidy_up)
-        if name is None:
-            return Progress()
-        self._newest = self._folder / name
-        if not (self._newest / COMPLETE).is_file():
-            raise ConfigError(
-                f"--run-dir={self._folder.parent}: this rank does not see checkpoint {name}, which rank 0 goes on from; "
-                "give a folder that all nodes share"
-            )
-        return read_progress(self._newest)
+        names = on_rank_zero(self._tidy_up)
+        for number, name in enumerate(names, 1):
+            checkpoint = self._folder / name
+            damage = self._damage(checkpoint)
+            if damage is None:
+                self._newest = checkpoint
+                return read_progress(checkpoint)
+            if self._settings.strict or number == len(names):
+                raise CheckpointError(f"checkpoint {name} cannot be read ({damage}); {remedy(checkpoint)}")
+            on_rank_zero(partial(self._set_aside, checkpoint, damage))
+        return Progress()
 
-    def _tidy_up(self) -> str | None:
-        """Leaves whole checkpoints only; the newest one's name."""
-        for partial in self._folder.glob(f"{PARTIAL_PREFIX}*"):  # a crash in the middle of a save
-            shutil.rmtree(partial, ignore_errors=True)
+    def _tidy_up(self) -> list[str]:
+        """Leaves whole checkpoints only; their names, newest first."""
+        for folder in self._folder.glob(f"{PARTIAL_PREFIX}*"):  # a crash in the middle of a save
+            shutil.rmtree(folder, ignore_errors=True)
         for folder in partial_checkpoints(self._folder):
             self._set_aside(folder, f"it has no {COMPLETE}, so it is not whole")
-        return next((path.name for path in whole_checkpoints(self._folder)[-1:]), None)
+        return [path.name for path in reversed(whole_checkpoints(self._folder))]
+
+    def _damage(self, checkpoint: Path) -> str | None:
+        """What is wrong with it, alike on every rank; a collective."""
+        if unseen := first_cause(None if (checkpoint / COMPLETE).is_file() else "it is not there"):
+            raise ConfigError(
+                f"--run-dir={self._folder.parent}: not every rank sees checkpoint {checkpoint.name}, which rank 0 goes on from "
+                f"({unseen}); give a folder that all nodes share"
+            )
+        try:
+            return integrity.check(checkpoint) or first_cause(damage_of_progress(checkpoint))
+        except UnreadableError as error:
+            raise CheckpointError(f"checkpoint {checkpoint.name} cannot be looked at ({error})") from error
 
     def _set_aside(self, folder: Path, reason: str) -> None:
         try:
@@ -107,7 +127,7 @@ class Checkpointer:
         """Loads the checkpoint that ``find`` found into ``stage`` if it was saved within it; a collective.
 
         Raises:
-            CheckpointError: it is damaged.
+            CheckpointError: it cannot be read, or holds more than data.
             ConfigError: it was trained with other skip masks.
         """
         newest = self._newest
@@ -126,7 +146,7 @@ class Checkpointer:
             stage.masks.load_state_dict(common["masks"])
         note = None
         if progress.step < stage.spec.num_steps:  # else there is nothing left to read, whatever the layout
-            note = stage.batches.restore(newest / "data", progress.step)
+            note = stage.batches.restore(newest / DATA, progress.step)
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
         self._log.say(f"going on from checkpoint {newest.name}")
         if note is not None:
@@ -145,47 +165,58 @@ class Checkpointer:
             f"learning rate is {lr:.3g} instead of {lr_before:.3g}"
         )
 
-    def save(self, stage: Stage, progress: Progress) -> None:
-        """Writes a checkpoint, then forgets old ones; a collective.
+    def save(self, stage: Stage, progress: Progress, *, must: bool = False) -> None:
+        """Writes a checkpoint, then forgets old ones; a collective. If it cannot be written (disk full), earlier ones stay.
 
         Raises:
-            CheckpointError: it could not be written (disk full); earlier checkpoints stay.
+            CheckpointError: it cannot, and it ``must``, or it is the last of ``max_failures`` in a row.
         """
-        name = f"{stage.spec.index}-{stage.spec.name}-{progress.step:07d}"
-        try:
-            self._write(name, stage, progress)
-        except (CheckpointError, OSError) as error:
-            if is_rank_zero():
-                shutil.rmtree(self._folder / f"{PARTIAL_PREFIX}{name}", ignore_errors=True)
-            raise CheckpointError(
-                f"checkpoint {name} could not be written ({error}); earlier ones are intact, and the same command goes on "
-                "from the last of them"
-            ) from error
-        self._log.event("checkpoint", stage=stage.spec.name, step=progress.step, checkpoint=name)
-
-    def _write(self, name: str, stage: Stage, progress: Progress) -> None:
-        partial = self._folder / f"{PARTIAL_PREFIX}{name}"
+        saving = Saving(self._folder, stage, progress)
+        saving.write()
+        cause = saving.finish(self._make_room)
+        if cause is not None:
+            self._fail(saving, cause, must=must)
+            return
+        self._num_failures = 0
         if is_rank_zero():
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / STATE).mkdir(parents=True)
-        dist.barrier()
-        stage.batches.save(partial / "data")
-        common = {"masks": stage.masks.state_dict() if stage.masks else None, "num_steps": stage.spec.num_steps}
-        mcore_checkpoint.save(partial / STATE, stage.chunks, stage.optimizer, common)
-        if is_rank_zero():
-            (partial / COMPLETE).write_text(json.dumps(asdict(progress)), encoding="utf-8")
-            if (self._folder / name).exists():
-                self._set_aside(self._folder / name, "it is in the way of the one that is written now")
-            partial.rename(self._folder / name)
             self._forget_old(progress)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these
-        dist.barrier()
+        self._log.event("checkpoint", stage=saving.stage, step=progress.step, checkpoint=saving.name)
+
+    def _make_room(self, target: Path) -> None:
+        if target.exists():
+            aside = set_aside(target)
+            self._log.warn(f"{target.name} was there before it was written; set aside as {aside.name}")
+
+    def _fail(self, saving: Saving, cause: str, *, must: bool) -> None:
+        self._num_failures += 1
+        whole = on_rank_zero(lambda: [path.name for path in whole_checkpoints(self._folder)])
+        left = f"{whole[-1]} is intact" if whole else "there is no earlier one"
+        line = f"checkpoint {saving.name} could not be written ({cause}); {left}"
+        self._log.event("checkpoint_failed", stage=saving.stage, step=saving.progress.step, cause=cause)
+        limit = self._settings.max_failures
+        if must or self._num_failures >= limit:
+            row = f", and neither could the {self._num_failures - 1} before" if self._num_failures > 1 else ""
+            way = "goes on from there" if whole else "starts from the beginning"
+            raise CheckpointError(f"{line}{row}; the same command {way}")
+        self._log.warn(
+            f"{line}; training goes on, and stops if {limit - self._num_failures} more in a row cannot be written"
+        )
 
     def _forget_old(self, progress: Progress) -> None:
-        kept = self._before_broken(progress)
+        kept, every = self._before_broken(progress), self._settings.keep_every_steps
         found = [path for path in whole_checkpoints(self._folder) if path not in kept]
         for path in found[: -self._settings.keep_last]:
-            shutil.rmtree(path)
+            if every is None or position(path)[1] % every:
+                self._delete(path)
+
+    def _delete(self, checkpoint: Path) -> None:
+        """A crash in the middle of it leaves nothing that passes for a checkpoint."""
+        going = checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}")
+        try:
+            shutil.rmtree(checkpoint.rename(going))
+        except OSError as error:
+            self._log.warn(f"old checkpoint {checkpoint.name} could not be deleted ({error.strerror})")
 
     def _before_broken(self, progress: Progress) -> list[Path]:
         """Checkpoints from before the row of broken updates that ``progress`` is in: the newest may be what broke them."""

@@ -20,7 +20,7 @@ import yaml
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import EMBEDDED_PREFIX, EMBEDDED_TOKENIZER, data_sections
 from megatron_sts.config.prepared import BLEND_SUFFIXES, ENERGON_FOLDER, SETTINGS_NAME
-from megatron_sts.config.run_folder import STATE, checkpoint_of, is_of_run
+from megatron_sts.config.run_folder import checkpoint_of, is_of_run, manifest_of
 from megatron_sts.config.samples_file import read_entries
 from megatron_sts.config.schema import RunConfig
 
@@ -183,7 +183,7 @@ def _of_weights(path: Path) -> Content | None:
             checkpoint = checkpoint_of(path)
         except ConfigError:  # forgotten since: whether it is needed is another's question
             return None
-        return {"checkpoint": checkpoint.name, **_of_file(checkpoint / STATE / "integrity.json")}
+        return {"checkpoint": checkpoint.name, **_of_file(manifest_of(checkpoint))}
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     return _of_large_files(files) if files else None
 

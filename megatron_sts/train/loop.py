@@ -93,7 +93,8 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             log.step(costs.describe(result, step_time_s, data_wait_s, int(peak_bytes)))
         check(stage, checkpointer, progress)
         if is_last or checkpointer.is_due(step):
-            checkpointer.save(stage, progress)
+            is_end = stage.is_last and progress.step == spec.num_steps
+            checkpointer.save(stage, progress, must=bool(stopping) or is_end)
         if stopping:
             stop.agreed = True
             log.event("stop", stage=spec.name, step=progress.step)
@@ -116,7 +117,7 @@ def check(stage: Stage, checkpointer: Checkpointer, progress: Progress) -> None:
     """
     if unusable := bad_samples(stage.spec, progress):
         if progress.num_samples or progress.step < stage.spec.num_steps:  # else nothing is worth it
-            checkpointer.save(stage, replace(progress, stopped_on_bad_samples=True))
+            checkpointer.save(stage, replace(progress, stopped_on_bad_samples=True), must=True)
         raise BadSampleError(unusable)
     if broken := broken_updates(stage.spec, progress, stage.resolved.config.guard.max_broken_updates):
         raise NotUpdatedError(f"{broken}; {checkpointer.way_back(progress)}")

@@ -58,12 +58,32 @@ class Progress:
 
 def read_progress(checkpoint: Path) -> Progress:
     """Where a whole checkpoint stopped."""
+    if (damage := damage_of_progress(checkpoint)) is not None:
+        raise ConfigError(f"checkpoint {checkpoint.name}: {damage}; {remedy(checkpoint)}")
+    return Progress(**json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
+
+
+def damage_of_progress(checkpoint: Path) -> str | None:
+    """Why nobody can tell where it stopped, if so."""
     try:
-        return Progress(**json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
+        Progress(**json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"checkpoint {checkpoint.name}: {COMPLETE} is damaged ({error}); {remedy(checkpoint)}"
-        ) from None
+        return f"{COMPLETE} is damaged ({error})"
+    return None
+
+
+def newest(resolved: Resolved, run_dir: Path) -> tuple[Path, Progress] | None:
+    """The checkpoint that a start goes on from, as far as can be seen without reading all of it.
+
+    Raises:
+        ConfigError: what they say of themselves cannot be read: of the newest and it is to be ``strict``, or of all.
+    """
+    checkpoints = whole_checkpoints(run_dir / CHECKPOINTS)
+    readable = [path for path in checkpoints if damage_of_progress(path) is None]
+    if not checkpoints:
+        return None
+    found = checkpoints[-1] if resolved.config.checkpoint.strict or not readable else readable[-1]
+    return found, read_progress(found)
 
 
 def remedy(checkpoint: Path) -> str:
@@ -73,10 +93,10 @@ def remedy(checkpoint: Path) -> str:
 
 def is_finished(resolved: Resolved, run_dir: Path) -> bool:
     """Whether every step is done and the evaluation, if asked for, written."""
-    checkpoints = whole_checkpoints(run_dir / CHECKPOINTS)
-    if not checkpoints:
+    found = newest(resolved, run_dir)
+    if found is None:
         return False
-    progress, last = read_progress(checkpoints[-1]), resolved.stages[-1]
+    progress, last = found[1], resolved.stages[-1]
     is_trained = (progress.stage, progress.step) == (last.index, last.num_steps) and not progress.stopped_on_bad_samples
     return is_trained and (not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir))
 
@@ -110,14 +130,14 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     Raises:
         ConfigError: naming the first field that differs.
     """
-    if not is_begun(run_dir):
+    found = newest(resolved, run_dir) if is_begun(run_dir) else None
+    if found is None:
         return
     before = load(run_dir / CONFIG)
     for field, old, new in _differences(before, resolved):
         if not field.endswith((*FREE, *FILES, *LENGTHS)):
             raise _other_run(field, old, new, run_dir)
-    newest = whole_checkpoints(run_dir / CHECKPOINTS)[-1]
-    progress = read_progress(newest)
+    checkpoint, progress = found
     lengths = {stage["name"]: stage["num_steps"] for stage in _derived(run_dir)["stages"]}
     for stage in resolved.stages:
         if stage.num_steps != lengths[stage.name]:
@@ -125,7 +145,7 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     stage = resolved.stages[progress.stage]
     if 0 < progress.step < stage.num_steps:
         copies = before.parallel.data_parallel_size or 1
-        check_same_copies(stage, newest, copies, resolved.data_parallel_size)
+        check_same_copies(stage, checkpoint, copies, resolved.data_parallel_size)
 
 
 def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir: Path, *, extend: bool) -> None:
@@ -156,10 +176,11 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
         ConfigError: naming the first field that differs, and in what.
     """
     now = contents(resolved.config)
-    if not is_begun(run_dir):
+    found = newest(resolved, run_dir) if is_begun(run_dir) else None
+    if found is None:
         return now
     held = _derived(run_dir).get(CONTENT, {})
-    may_be_mended = read_progress(whole_checkpoints(run_dir / CHECKPOINTS)[-1]).stopped_on_bad_samples
+    may_be_mended = found[1].stopped_on_bad_samples
     differing = _differences(load(run_dir / CONFIG), resolved)
     renamed = {field: (old, new) for field, old, new in differing if field.endswith(FILES)}
     for field in dict.fromkeys([*renamed, *now]):

@@ -43,6 +43,11 @@ class Stage:
         """Decoder layers of the whole model."""
         return self.resolved.config.model.language.num_layers
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no stage follows."""
+        return self.spec.index + 1 == len(self.resolved.stages)
+
     def mask(self, step: int) -> SkipMask:
         """The step's skip mask; a collective at the first step of each block.
 

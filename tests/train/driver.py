@@ -1,7 +1,7 @@
 """Plays a list of training runs on the ranks that ``run_ranks`` started, all in the same processes: imports cost most.
 
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
-``kill``/``stop``/``nan``/``blank``: [stage, step]; ``full_disk``: rank whose files cannot be written in the first save;
+``kill``/``stop``/``nan``/``blank``: [stage, step]; ``full_disk``: rank whose files cannot be written, and in which saves;
 ``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
 and step counters at every checkpoint.
@@ -34,8 +34,8 @@ from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.launch import failure
 from megatron_sts.launch.rank import attempt
-from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore import groups
+from megatron_sts.mcore.writing import Snapshot, Written
 from megatron_sts.train import step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
@@ -82,15 +82,15 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
         shutil.copy(*scene["mend"])
     watch_checkpoints(Path(scene["run_dir"]), patch)
     watch_batches({name: tuple(scene[name]) for name in ("kill", "stop", "nan", "blank") if name in scene}, patch)
-    if scene.get("full_disk") == RANK:
-        fill_disk(patch)
+    if scene.get("full_disk", [None])[0] == RANK:
+        fill_disk(scene["full_disk"][1:], patch)
 
 
 def watch_checkpoints(run_dir: Path, patch: pytest.MonkeyPatch) -> None:
     save = Checkpointer.save
 
-    def save_and_tell(self: Checkpointer, stage: Stage, progress: Progress) -> None:
-        save(self, stage, progress)
+    def save_and_tell(self: Checkpointer, stage: Stage, progress: Progress, *, must: bool = False) -> None:
+        save(self, stage, progress, must=must)
         assert not multiprocessing.active_children(), "a save started a process, which would outlive a killed rank"
         line = {"stage": stage.spec.name, "step": progress.step, "digest": digest(stage)}
         with (run_dir / f"digests.{RANK}.jsonl").open("a") as lines:
@@ -141,18 +141,18 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
     patch.setattr(step, "masked_loss", loss)
 
 
-def fill_disk(patch: pytest.MonkeyPatch) -> None:
-    """The kernel refuses to let this rank's files of the first checkpoint grow, as it would on a full disk."""
-    save, saves = mcore_checkpoint.save, []
+def fill_disk(numbers: list[int], patch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses to let this rank's files of these saves grow, as it would on a full disk."""
+    write, saves = Snapshot.write, []
 
-    def cramped(*args: Any) -> None:
+    def cramped(self: Snapshot) -> Written:
         saves.append(1)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if len(saves) > 1:
+        if len(saves) in numbers:
             resource.setrlimit(resource.RLIMIT_FSIZE, (FEW_BYTES, hard))
         try:
-            save(*args)
+            return write(self)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
-    patch.setattr(mcore_checkpoint, "save", cramped)
+    patch.setattr(Snapshot, "write", cramped)

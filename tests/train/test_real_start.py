@@ -67,7 +67,7 @@ def start_them() -> None:
         initialize(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
 
     patch.setattr(dist, "init_process_group", with_store)
-    patch.setattr(Checkpointer, "save", lambda *_: None)  # the same for every config, and slow
+    patch.setattr(Checkpointer, "save", lambda *_, **__: None)  # the same for every config, and slow
 
     @settings(max_examples=NUM_EXAMPLES, derandomize=True, deadline=None, database=None)
     @given(st.lists(st.sampled_from(alone_right), min_size=1, max_size=3, unique_by=lambda edge: edge[0]))

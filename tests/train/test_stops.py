@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.train.checkpoint import Checkpointer, advance
@@ -89,6 +90,24 @@ def test_what_was_before_is_not_rotated_away(
         checkpointer._forget_old(after(*steps[:number]))
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"0-finetune-{number:07d}" for number in left]
     assert checkpointer.way_back(after(LOSS)) == "no checkpoint is from before"
+
+
+def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, tensorboard=False, enabled=False)
+    settings = {"interval_steps": 1, "keep_last": 2, "keep_every_steps": 3}
+    checkpointer = Checkpointer(resolved(99, checkpoint=settings), tmp_path, log)
+    for number in range(1, 9):
+        folder = tmp_path / f"0-finetune-{number:07d}"
+        folder.mkdir()
+        (folder / "progress.json").write_text("{}")
+        checkpointer._forget_old(after(*[UPDATED] * number))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"0-finetune-{n:07d}" for n in (3, 6, 7, 8)]
+
+
+@pytest.mark.parametrize("interval", [None, 2])
+def test_checkpoints_that_are_not_written_cannot_stay(interval: int | None) -> None:
+    with pytest.raises(ConfigError, match=r"^checkpoint\.keep_every_steps=3: "):
+        resolved(99, checkpoint={"interval_steps": interval, "keep_every_steps": 3})
 
 
 def test_checkpoints_of_earlier_versions_are_in_no_row(tmp_path: Path) -> None:

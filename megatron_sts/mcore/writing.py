@@ -1,0 +1,137 @@
+"""Writing sharded checkpoints in three parts: what needs all ranks, what each does alone, and what the first does for all.
+
+megatron-core's writer starts a process (a Manager) that outlives a killed rank and dies of the step's signals, logs the cause of a
+failed write and hands on another, and leaves the other ranks waiting when only the first one fails. So of megatron-core there are
+the plan and the format here, not the writing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import SerializationFormat, _StoragePrefix, _write_item
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from megatron_sts.runtime.integrity import digest_of, digested
+
+FILES = ("metadata.json", ".metadata")
+"""What the first rank writes for all, in megatron-core's format."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a rank has written."""
+
+    places: list[WriteResult]
+    """Where in its file each tensor and object is."""
+    digests: dict[str, str]
+    """Of its files, by name."""
+
+
+class Snapshot:
+    """This rank's part of a checkpoint."""
+
+    def __init__(self, path: Path, writer: _Writer, metadata: Metadata | None) -> None:
+        self._path, self._writer, self._metadata = path, writer, metadata
+
+    def write(self) -> Written:
+        """Writes this rank's file; no collective.
+
+        Raises:
+            OSError: the disk takes no more.
+        """
+        if not self._writer.items:
+            return Written([], {})
+        name = f"__{torch.distributed.get_rank()}_0.distcp"
+        with digested(self._path / name) as file:
+            places = [
+                _write_item(self._writer.transforms, file, _on_host(data), item, name, SerializationFormat.TORCH_SAVE)
+                for item, data in self._writer.items
+            ]
+        return Written(places, {name: file.digest})
+
+    def finish(self, places: list[list[WriteResult]]) -> dict[str, str]:
+        """Writes what the format has once, from all ranks' places; on the first rank only. Digests of these files.
+
+        Raises:
+            OSError: the disk takes no more.
+        """
+        assert self._metadata is not None, "only the first rank has it"
+        self._writer.finish(self._metadata, places)
+        save_config(CheckpointingConfig("torch_dist", 1), str(self._path))
+        return {name: digest_of(self._path / name) for name in FILES}
+
+
+def plan(path: Path, state: dict[str, Any], content_metadata: dict[str, Any]) -> Snapshot:
+    """Agrees on which rank writes what of a sharded state; a collective. ``path`` must be an empty folder."""
+    strategy = _Plan()
+    dist_checkpointing.save(
+        state, str(path), strategy, content_metadata=content_metadata, async_sharded_save=True, async_strategy="mcore"
+    )
+    return Snapshot(path, strategy.writer, strategy.metadata)
+
+
+class _Plan(TorchDistSaveShardedStrategy):
+    """Stops where megatron-core would begin to write."""
+
+    writer: _Writer
+    metadata: Metadata | None
+
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore") -> AsyncRequest:
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
+        planner = MCoreSavePlanner(
+            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        found, *_ = save_state_dict_async_plan(
+            mcore_to_pyt_state_dict(state, False), _Writer(checkpoint_dir), planner=planner
+        )
+        self.writer, self.metadata, _ = found
+        return AsyncRequest(None, (), [])
+
+
+class _Writer(FileSystemWriter):
+    """Keeps what is to be written."""
+
+    can_run_decentralized_global_plan = True
+    items: list[tuple[WriteItem, Any]]
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Makes no folder: what can fail on one rank alone has no place in a plan."""
+        return plan
+
+    def prepare_decentralized_global_plan(self, plan: SavePlan) -> SavePlan:
+        """Files are named by rank."""
+        return dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{torch.distributed.get_rank()}_"))
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Only notes the data, bytes first as megatron-core has them."""
+        items = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+        self.items = [(item, planner.resolve_data(item)) for item in items]
+
+
+def _on_host(data: Any) -> Any:
+    """A tensor whose memory holds nothing else, for torch saves the whole of it; anything else as it is."""
+    if not isinstance(data, torch.Tensor):
+        return data
+    data = data.detach()
+    if "dequantize" in type(data).__dict__:  # FP8 of Transformer Engine
+        data = data.dequantize()
+    is_view = data.untyped_storage().nbytes() != data.numel() * data.itemsize
+    return data.clone() if data.is_cpu and is_view else data.cpu()

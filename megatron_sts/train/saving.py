@@ -1,0 +1,113 @@
+"""A checkpoint on its way to disk: agreed on by all ranks, written by each alone, put in place by the first."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, cast
+
+import torch
+from torch import distributed as dist
+
+from megatron_sts.config.run_folder import COMPLETE, DATA, STATE
+from megatron_sts.mcore import checkpoint as mcore_checkpoint
+from megatron_sts.mcore.writing import Written
+from megatron_sts.runtime import integrity
+from megatron_sts.runtime.dist import first_cause, is_rank_zero, on_rank_zero
+from megatron_sts.runtime.integrity import digested
+from megatron_sts.train.resume import PARTIAL_PREFIX, Progress
+from megatron_sts.train.stage import Stage
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a rank did of a checkpoint."""
+
+    state: Written | None = None
+    data: dict[str, str] | None = None
+    """Digests of what it wrote of the place in the data."""
+    cause: str | None = None
+    """Why it could not write."""
+
+
+class Saving:
+    """One checkpoint. It appears under its name when it is whole, or not at all."""
+
+    def __init__(self, folder: Path, stage: Stage, progress: Progress) -> None:
+        """Takes what is to be written; a collective."""
+        self.stage, self.progress = stage.spec.name, progress
+        self.name = f"{stage.spec.index}-{stage.spec.name}-{progress.step:07d}"
+        self._target, self._partial = folder / self.name, folder / f"{PARTIAL_PREFIX}{self.name}"
+        self._done = _Done(cause=first_cause(self._make_folders() if is_rank_zero() else None))
+        if self._done.cause is None:
+            common = {"masks": stage.masks.state_dict() if stage.masks else None, "num_steps": stage.spec.num_steps}
+            state = self._partial / STATE
+            self._snapshot = mcore_checkpoint.snapshot(state, stage.chunks, stage.optimizer, common)
+            self._place = stage.batches.place()
+
+    def _make_folders(self) -> str | None:
+        try:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            for folder in (STATE, DATA):
+                (self._partial / folder).mkdir(parents=True)
+        except OSError as error:
+            return _reason(error)
+        return None
+
+    def write(self) -> None:
+        """Writes this rank's files; no collective."""
+        if self._done.cause is not None:
+            return
+        data = {}
+        try:
+            state = self._snapshot.write()
+            if self._place is not None:
+                name, place = self._place
+                with digested(self._partial / DATA / name) as file:
+                    torch.save(place, cast(IO[bytes], file))
+                data[name] = file.digest
+            self._done = _Done(state, data)
+        except OSError as error:
+            self._done = _Done(cause=_reason(error))
+
+    def finish(self, make_room: Callable[[Path], None]) -> str | None:
+        """Puts the checkpoint in place once every rank has written; why it is not there, if it is not. A collective.
+
+        ``make_room`` is called on rank 0 with the path where it is to appear; an OSError of it is a reason too.
+        """
+        cause = first_cause(self._done.cause)
+        if cause is None:
+            done: list[_Done] | None = [_Done()] * dist.get_world_size() if is_rank_zero() else None
+            dist.gather_object(self._done, done)
+            if done is not None:
+                try:
+                    self._put_in_place(done, make_room)
+                except OSError as error:
+                    cause = _reason(error)
+            cause = on_rank_zero(lambda: cause)
+        if cause is not None and is_rank_zero():
+            shutil.rmtree(self._partial, ignore_errors=True)
+        return cause
+
+    def _put_in_place(self, done: list[_Done], make_room: Callable[[Path], None]) -> None:
+        states = [each.state for each in done if each.state is not None]
+        digests = self._snapshot.finish([state.places for state in states])
+        for state in states:
+            digests |= state.digests
+        digests = {f"{STATE}/{name}": digest for name, digest in digests.items()}
+        for each in done:
+            digests |= {f"{DATA}/{name}": digest for name, digest in (each.data or {}).items()}
+        digests[COMPLETE] = integrity.write_text(self._partial / COMPLETE, json.dumps(asdict(self.progress)))
+        integrity.write(self._partial, digests)
+        for folder in (self._partial / STATE, self._partial / DATA, self._partial):
+            integrity.sync(folder)
+        make_room(self._target)
+        self._partial.rename(self._target)
+        integrity.sync(self._target.parent)
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
