@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
-from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_work
 
 
@@ -33,6 +33,17 @@ class Placement:
     @property
     def num_ranks(self) -> int:
         return len(self.fixed_work)
+
+    def under(self, layout: Layout) -> Placement:
+        """The same stage's under another layout of the same pipeline ranks."""
+        chunks = [
+            (rank, number)
+            for number, counts in enumerate(layout)
+            for rank, count in enumerate(counts)
+            for _ in range(count)
+        ]
+        owner, rounds = zip(*chunks, strict=True)
+        return replace(self, owner=owner, round=rounds)
 
 
 def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:

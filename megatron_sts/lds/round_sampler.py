@@ -80,30 +80,48 @@ class RoundSampler:
         end = np.cumsum(length, dtype=np.uint64)
         skipped = np.empty(len(order), dtype=np.bool_)
         skipped[order] = holds_a_point(np.asarray(end - length), end, upper_bits(words[1]))
-        layers = skipped[self.of_layer]
-        running = np.flatnonzero(~skipped & (self.num_layers > 0))
-        return layers | self.yielding[running[-1]] if len(running) else layers
+        return np.asarray(self._layers(skipped[None])[0])
+
+    def outcomes(self, most_orders: int = NUM_ORDERS) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+        """All that may be drawn, [outcomes, layers], and how likely each is; one may be there several times.
+
+        ``most_orders``: take no more of the orders, evenly spaced. Each for itself has the rounds' probabilities.
+        """
+        order = orders(len(self.num_layers))
+        order = order[np.linspace(0, len(order) - 1, min(most_orders, len(order))).astype(int)]
+        skipped, weight = _outcomes(self.of_rounds, order)
+        likely = weight > 0
+        return self._layers(skipped[likely]), weight[likely]
 
     def last_running(self, of_rounds: NDArray[np.float64]) -> NDArray[np.float64]:
-        """With which probability each round is the last one that runs, the last of all left out, [rounds].
-
-        Exact: in each order, what is skipped changes with the offset only where a point passes the end of a round.
-        """
-        order = orders(len(of_rounds))
-        length = of_rounds[order]
-        end = np.cumsum(length, axis=1)
-        passes = np.sort(np.pad(-end % 1, [(0, 0), (1, 1)], constant_values=(0, 1)), axis=1)
-        offset = ((passes[:, :-1] + passes[:, 1:]) / 2)[..., None]
-        skipped = np.floor(end[:, None] + offset) > np.floor(
-            (end - length)[:, None] + offset
-        )  # [orders, offsets, rounds]
-        place = np.broadcast_to(np.argsort(order, axis=1)[:, None], skipped.shape)
-        runs = ~np.take_along_axis(skipped, place, axis=2) & (self.num_layers > 0)
+        """With which probability each round is the last one that runs, the last of all left out, [rounds]."""
+        skipped, weight = _outcomes(of_rounds, orders(len(of_rounds)))
+        runs = ~skipped & (self.num_layers > 0)
         last = len(of_rounds) - 1 - np.argmax(runs[..., ::-1], axis=2)
-        weight = np.diff(passes, axis=1) * runs.any(axis=2) / len(order)
+        weight = weight * runs.any(axis=2)
         probability = np.bincount(last.ravel(), weight.ravel(), minlength=len(of_rounds))
         probability[np.flatnonzero(self.num_layers)[-1]] = 0
         return probability
+
+    def _layers(self, skipped: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The layers skipped with these rounds, yields included: [masks, rounds] to [masks, layers]."""
+        layers, runs = skipped[:, self.of_layer], ~skipped & (self.num_layers > 0)
+        last = runs.shape[1] - 1 - np.argmax(runs[:, ::-1], axis=1)
+        return np.asarray(layers | (self.yielding[last] & runs.any(axis=1)[:, None]))
+
+
+def _outcomes(of_rounds: NDArray[np.float64], order: NDArray[np.int_]) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """What systematic sampling in these orders skips, [orders, offsets, rounds], and how likely each is, [orders, offsets].
+
+    Exact: in each order, what is skipped changes with the offset only where a point passes the end of a round.
+    """
+    length = of_rounds[order]
+    end = np.cumsum(length, axis=1)
+    passes = np.sort(np.pad(-end % 1, [(0, 0), (1, 1)], constant_values=(0, 1)), axis=1)
+    offset = ((passes[:, :-1] + passes[:, 1:]) / 2)[..., None]
+    skipped = np.floor(end[:, None] + offset) > np.floor((end - length)[:, None] + offset)
+    place = np.broadcast_to(np.argsort(order, axis=1)[:, None], skipped.shape)
+    return np.take_along_axis(skipped, place, axis=2), np.diff(passes, axis=1) / len(order)
 
 
 def round_sampler(lds: LdsConfig, probabilities: NDArray[np.float64], placement: Placement) -> RoundSampler:
