@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sts.config.resolve import Layout, Resolved, with_layout
-from megatron_sts.plan.comparison import Comparison, Planned, compare, rank_work, with_sampler
+from megatron_sts.plan.comparison import Comparison, Planned, compare, rank_work, with_chunks_free, with_sampler
+from megatron_sts.plan.relayout import LEAST_GAIN, Relayout, best_relayout
+from megatron_sts.plan.savings import Savings, savings
 from megatron_sts.plan.schedule import bottleneck_time
 
 
@@ -24,12 +26,17 @@ def outline(resolved: Resolved) -> dict[str, Any]:
         return {"layout": configured, "configured_layout": configured, "lds": None}
     bottleneck = compare(resolved, bottleneck_time)
     assert bottleneck is not None
+    run = with_chunks_free(with_sampler(resolved, comparison.sampler))
+    laid_out = with_layout(run, comparison.planned.layout)
     return {
         "layout": _layout(comparison.planned.layout),
         "configured_layout": configured,
         "lds": {
             **_speedups(comparison),
-            "rank_work": _rank_work(resolved, comparison),
+            "rank_work": _rank_work(laid_out),
+            "saved_besides": _saved_besides(laid_out),
+            "peak_memory_of": "dense step",
+            "relayout": _relayout(best_relayout(run, comparison.planned.layout, comparison.dense_layout)),
             "bottleneck": _speedups(bottleneck),
         },
     }
@@ -38,12 +45,15 @@ def outline(resolved: Resolved) -> dict[str, Any]:
 def _speedups(comparison: Comparison) -> dict[str, Any]:
     return {
         "sampler": comparison.sampler,
-        "ideal_speedup": comparison.ideal_speedup,
+        "fastest_sampler": comparison.fastest,
         "flops_speedup": comparison.flops_speedup,
+        "stage_flops_speedup": comparison.stage_flops_speedup,
         "naive_speedup": comparison.naive_speedup,
         "configured_speedup": comparison.configured_speedup,
         "planned_speedup": comparison.planned.speedup,
+        "stage_speedup": comparison.planned.stage_speedup,
         "efficiency": comparison.planned.efficiency,
+        "bound": comparison.planned.bound,
         "dense_layout": _layout(comparison.dense_layout),
         "samplers": {name: _planned(planned) for name, planned in comparison.samplers.items()},
     }
@@ -52,7 +62,10 @@ def _speedups(comparison: Comparison) -> dict[str, Any]:
 def _planned(planned: Planned) -> dict[str, Any]:
     return {
         "speedup": planned.speedup,
+        "stage_speedup": planned.stage_speedup,
         "efficiency": planned.efficiency,
+        "bound": planned.bound,
+        "largest_change_at_start": planned.largest_change_at_start,
         "largest_change": planned.largest_change,
         "layout": _layout(planned.layout),
     }
@@ -62,9 +75,8 @@ def _layout(layout: Layout) -> dict[str, Any]:
     return {"pp": len(layout[0]), "vpp": len(layout), "chunks": [count for chunks in layout for count in chunks]}
 
 
-def _rank_work(resolved: Resolved, comparison: Comparison) -> dict[str, dict[str, list[float]]]:
-    """Of each LDS stage with the plan that counts: expected work of the pipeline ranks, in layers."""
-    run = with_layout(with_sampler(resolved, comparison.sampler), comparison.planned.layout)
+def _rank_work(run: Resolved) -> dict[str, dict[str, list[float]]]:
+    """Of each LDS stage: expected work of the pipeline ranks, in layers."""
     return {
         stage.name: {
             name: rank_work(run, stage, step).tolist()
@@ -72,6 +84,35 @@ def _rank_work(resolved: Resolved, comparison: Comparison) -> dict[str, dict[str
         }
         for stage in run.stages
         if stage.config.lds is not None
+    }
+
+
+def _saved_besides(run: Resolved) -> dict[str, dict[str, Any]]:
+    """Of each LDS stage: shares of its dense communication and updates that idle layers save."""
+
+    def outlined(saved: Savings) -> dict[str, Any]:
+        return {
+            "reduced": saved.reduced,
+            "gathered": saved.gathered,
+            "updated": saved.updated,
+            "idle_of_ranks": list(saved.of_ranks),
+        }
+
+    return {
+        stage.name: outlined(savings(run, stage, stage.config.lds))
+        for stage in run.stages
+        if stage.config.lds is not None
+    }
+
+
+def _relayout(found: Relayout) -> dict[str, Any]:
+    return {
+        "proposed": found.gain >= LEAST_GAIN,
+        "gain": found.gain,
+        "stage": found.stage,
+        "step": found.step,
+        "before": _layout(found.before),
+        "after": _layout(found.after),
     }
 
 
@@ -84,15 +125,39 @@ def print_tables(facts: dict[str, Any]) -> None:
         return
     console.print(f"[bold]Layout planned for {lds['sampler']}[/]: {_words(facts['layout'])}", highlight=False)
     console.print(
-        f"Speed-up over the best dense layout: ideal {lds['ideal_speedup']:.3f}, "
-        f"FLOPs {lds['flops_speedup']:.3f}, naive {lds['naive_speedup']:.3f}, "
-        f"config {lds['configured_speedup']:.3f}, planned {lds['planned_speedup']:.3f} "
-        f"({lds['efficiency']:.2f} of the ideal saving)",
+        f"Speed-up of the run over the best dense layout: FLOPs {lds['flops_speedup']:.3f}, naive {lds['naive_speedup']:.3f}, "
+        f"config {lds['configured_speedup']:.3f}, planned {lds['planned_speedup']:.3f}. Of what skips alone: FLOPs "
+        f"{lds['stage_flops_speedup']:.3f}, planned {lds['stage_speedup']:.3f}, an efficiency of {lds['efficiency']:.2f} "
+        f"(equal chunks and no head: {lds['bound']:.2f})",
         highlight=False,
     )
+    if lds["fastest_sampler"] != lds["sampler"]:
+        console.print(f"Faster: sampler {lds['fastest_sampler']} in its own layout.", highlight=False)
     console.print(_samplers_table("Simulated schedule", lds), _samplers_table("Bottleneck model", lds["bottleneck"]))
     for stage, work in lds["rank_work"].items():
         console.print(_work_table(stage, work))
+        console.print(_saved_words(stage, lds["saved_besides"][stage]), highlight=False)
+    console.print(
+        "Memory: a step may run every layer, as all do once the probabilities have fallen to 0. Its peak is that of the dense "
+        "run, and skipping frees nothing for larger micro-batches.",
+        highlight=False,
+    )
+    console.print(_relayout_words(lds["relayout"]), highlight=False)
+
+
+def _saved_words(stage: str, saved: dict[str, Any]) -> str:
+    parts = {"reduced gradients": "reduced", "gathered parameters": "gathered", "optimizer updates": "updated"}
+    shares = [f"{saved[key]:.1%} of the {what}" for what, key in parts.items() if saved[key] is not None]
+    return f"{stage}: idle layers save {', '.join(shares)} of the dense stage."
+
+
+def _relayout_words(found: dict[str, Any]) -> str:
+    if not found["proposed"]:
+        return f"No other layout from some checkpoint on gains {LEAST_GAIN:.0%} (the best one {max(found['gain'], 0):.2%})."
+    return (
+        f"Another layout gains {found['gain']:.1%}: until step {found['step']} of {found['stage']} {_words(found['before'])}; save "
+        f"there, and go on with {_words(found['after'])}."
+    )
 
 
 def _words(layout: dict[str, Any]) -> str:
@@ -103,10 +168,11 @@ def _words(layout: dict[str, Any]) -> str:
 
 
 def _samplers_table(title: str, speedups: dict[str, Any]) -> Table:
-    table = Table("sampler", "speed-up", "of the ideal saving", "largest |p'-p|", "chunks a rank", title=title)
+    table = Table("sampler", "speed-up", "efficiency", "|p'-p| at the start", "largest", "chunks a rank", title=title)
     for name, planned in speedups["samplers"].items():
-        numbers = (f"{planned['speedup']:.3f}", f"{planned['efficiency']:.2f}", f"{planned['largest_change']:.3f}")
-        table.add_row(name, *numbers, str(planned["layout"]["vpp"]))
+        changes = (f"{planned['largest_change_at_start']:.3f}", f"{planned['largest_change']:.3f}")
+        speed = (f"{planned['speedup']:.3f}", f"{planned['efficiency']:.2f}")
+        table.add_row(name, *speed, *changes, str(planned["layout"]["vpp"]))
     return table
 
 

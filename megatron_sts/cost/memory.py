@@ -69,12 +69,18 @@ def parameters_per_rank(resolved: Resolved) -> list[int]:
     return [_on_rank(resolved, rank, resolved.config.model.parts) for rank in range(_pipeline_size(resolved))]
 
 
+def layer_parameters_per_rank(resolved: Resolved) -> int:
+    """Parameters of one decoder layer that one tensor-parallel rank holds."""
+    return _decoder_layer(resolved.config.model.language).on_rank(resolved.config.parallel.tensor_model_parallel_size)
+
+
 def memory_per_rank(resolved: Resolved, stage: ResolvedStage) -> list[RankMemory]:
     """Bytes of weights, gradients and optimizer state on a rank of each pipeline stage.
 
     Gradients and optimizer state exist for parts that train. fp32: 4 bytes a weight, 4 a gradient, 8 of Adam moments.
     bf16: 2 a weight, 4 a gradient (summed in fp32), 12 for Adam moments and fp32 master weights. The distributed
-    optimizer divides the last by the data-parallel size (Megatron-LM, distributed optimizer: 6 + 12/d bytes).
+    optimizer divides the last by the data-parallel size (Megatron-LM, distributed optimizer: 6 + 12/d bytes). Skipped layers
+    free nothing of it.
     """
     is_fp32 = resolved.config.precision.params == "fp32"
     weight_bytes, optimizer_bytes = (4, 8) if is_fp32 else (2, 12)

@@ -1,125 +1,141 @@
 """Chooses the pipeline layout with which a run takes least time, LDS and all its stages counted.
 
 What a layout costs is simulated: on a grid of steps of each stage the sampler that will be used draws its masks, and
-each step takes what megatron-core's schedule takes with the chunks that are left (``cost.simulate``). Work is FLOPs of
-matrix products: neither memory, nor transfers, nor the efficiency of small products enter.
+each step takes what megatron-core's schedule takes with the rounds and chunks that are left (``plan.steps``). Work is
+FLOPs of matrix products: neither memory, nor transfers, nor the efficiency of small products enter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, can_interleave, with_layout
-from megatron_sts.cost.flops import planned_load, step_work
 from megatron_sts.lds.effective import effective_probabilities
-from megatron_sts.lds.mask import draw_mask
 from megatron_sts.lds.placement import placement
+from megatron_sts.plan.candidates import moves, near_even, shapes
 from megatron_sts.plan.expected import ExpectedWork, expected_work
+from megatron_sts.plan.rough import RoughTimes
 from megatron_sts.plan.schedule import schedule_time
+from megatron_sts.plan.steps import StepTime, drawn_steps, grid, layer_flops, step_times
 
-StepTime = Callable[[NDArray[np.float64], int], NDArray[np.float64]]
-"""Time of a step from what its chunks compute for a micro-batch and the number of micro-batches."""
-
-GRID_STEPS = 32
-"""Steps of a stage, evenly spaced, that stand for all of them."""
 LEAST_GAIN = 1e-4
 """A layer is moved for this relative gain."""
-NEAR_BEST = 0.005
+NEAR_BEST = 0.001
 """Fewer chunks a rank are preferred at this relative loss: each one more means more transfers and more buckets."""
+ROUGHLY_BEST = 0.02
+"""Layouts whose rough time is within this of the least are timed with the masks that they will have."""
+MOST_TIMED = 8
+MOST_MOVES = 4
+SEARCHED_NUMBERS = 2
+"""Numbers of chunks a rank for which layers are moved, the best ones."""
 
 
 def choose_layout(resolved: Resolved, step_time: StepTime = schedule_time) -> Layout:
     """The layout for ``parallel.layout: auto``: among all numbers of chunks, or for the one that is written.
 
-    A pure function of the run. The fewest chunks a rank within ``NEAR_BEST`` of the least time.
+    A pure function of the run. The fewest chunks a rank within ``NEAR_BEST`` of the least time. Refuses a run that skips
+    by the rounds of its layout and cannot interleave.
     """
-    timed = [(run_time(resolved, layout, step_time), layout) for layout in _candidates(resolved)]
+    finalists = _finalists(resolved, step_time)
+    timed = list(zip(run_times(resolved, finalists, step_time).tolist(), finalists, strict=True))
     limit = min(time for time, _ in timed) * (1 + NEAR_BEST)
     fewest = min(len(layout) for time, layout in timed if time <= limit)
     return min((time, layout) for time, layout in timed if len(layout) == fewest)[1]
 
 
+def run_times(
+    resolved: Resolved, layouts: Sequence[Layout], step_time: StepTime = schedule_time
+) -> NDArray[np.float64]:
+    """Time of all stages with each layout, [layouts], in FLOPs that a pipeline rank computes meanwhile (those of all its
+    copies)."""
+    return sum((stage_times(resolved, stage, layouts, step_time) for stage in resolved.stages), np.zeros(len(layouts)))
+
+
 def run_time(resolved: Resolved, layout: Layout, step_time: StepTime = schedule_time) -> float:
-    """Time of all stages with this layout, in FLOPs that a pipeline rank computes meanwhile (those of all its copies)."""
-    resolved = with_layout(resolved, layout)
-    return sum(_stage_time(resolved, stage, step_time) for stage in resolved.stages)
+    """``run_times`` of one layout."""
+    return float(run_times(resolved, [layout], step_time)[0])
 
 
-def layer_flops(resolved: Resolved, stage: ResolvedStage) -> int:
-    """Training FLOPs of one decoder layer in one step of the stage: the unit of its placement's work."""
-    return step_work(resolved, stage, planned_load(resolved, stage, stage.typical)).layer
-
-
-def grid(num_steps: int) -> list[int]:
-    """``GRID_STEPS`` steps from the middles of equal parts of the stage, or all of them."""
-    count = min(num_steps, GRID_STEPS)
-    return [(2 * part + 1) * num_steps // (2 * count) for part in range(count)]
-
-
-def _stage_time(resolved: Resolved, stage: ResolvedStage, step_time: StepTime) -> float:
-    work = _drawn_work(resolved, stage)
-    times = step_time(work, stage.num_microbatches) / stage.num_microbatches
+def stage_times(
+    resolved: Resolved, stage: ResolvedStage, layouts: Sequence[Layout], step_time: StepTime = schedule_time
+) -> NDArray[np.float64]:
+    """Time of one stage, as ``run_times``."""
+    place, seed = placement(resolved, stage), resolved.config.seed
+    steps = [drawn_steps(seed, stage, place, layout, grid(stage.num_steps)) for layout in layouts]
+    found = step_times(steps, stage.num_microbatches, step_time)
     # A ratio estimate: how many layers the masks of the grid happen to skip cancels, how they lie on the ranks remains.
-    drawn = work.mean(axis=1).sum(axis=(1, 2)).mean()
-    return (
-        float(times.mean() / drawn * expected_total(resolved, stage)) * stage.num_steps * layer_flops(resolved, stage)
-    )
+    each = [
+        times.mean() / of_layout.totals.mean() * expected_total(with_layout(resolved, layout), stage)
+        for times, of_layout, layout in zip(found, steps, layouts, strict=True)
+    ]
+    return np.array(each) * stage.num_steps * layer_flops(resolved, stage)
 
 
 def expected_total(resolved: Resolved, stage: ResolvedStage) -> float:
     """Work of all ranks in a step, in layers, in the mean over the grid."""
-    place, lds = placement(resolved, stage), stage.config.lds
+    return float(expected_totals(resolved, stage).mean())
+
+
+def expected_totals(resolved: Resolved, stage: ResolvedStage) -> NDArray[np.float64]:
+    """Work of all ranks in each step of the grid, in layers."""
+    place, lds, steps = placement(resolved, stage), stage.config.lds, grid(stage.num_steps)
+    dense = np.full(len(steps), place.num_layers + sum(place.fixed_work))
     if lds is None:
-        return place.num_layers + sum(place.fixed_work)
-    skipped = [effective_probabilities(lds, step, stage.num_steps, place).sum() for step in grid(stage.num_steps)]
-    return float(place.num_layers + sum(place.fixed_work) - np.mean(skipped))
+        return dense
+    return dense - [effective_probabilities(lds, step, stage.num_steps, place).sum() for step in steps]
 
 
-def _drawn_work(resolved: Resolved, stage: ResolvedStage) -> NDArray[np.float64]:
-    """What each chunk computes for a micro-batch, in layers, [steps of the grid, rows, vpp, pp]."""
-    place, lds, layout = placement(resolved, stage), stage.config.lds, np.array(resolved.layers_per_chunk)
-    if lds is None:
-        runs = np.ones((1, 1, place.num_layers))
-    else:
-        masks = [
-            draw_mask(lds, resolved.config.seed, stage.index, step, stage.num_steps, place, stage.num_microbatches)
-            for step in grid(stage.num_steps)
-        ]
-        runs = 1.0 - np.array([mask.rows for mask in masks])
-    ends = np.cumsum(layout)
-    sums = np.pad(np.cumsum(runs, axis=-1), [(0, 0), (0, 0), (1, 0)])
-    work = (sums[..., ends] - sums[..., ends - layout.ravel()]).reshape(*runs.shape[:2], *layout.shape)
-    work[..., 0, :] += [place.fixed_work[0], *[0.0] * (layout.shape[1] - 1)]
-    if layout.shape[1] > 1:
-        work[..., -1, -1] += place.fixed_work[-1]
-    return work
-
-
-def _candidates(resolved: Resolved) -> Iterator[Layout]:
-    """For each number of chunks: as even as may be, and evened out by expected work."""
+def _finalists(resolved: Resolved, step_time: StepTime) -> list[Layout]:
+    """The layouts that are roughly the best, of each number of chunks at most one that was searched for."""
     parallel, num_layers = resolved.config.parallel, resolved.config.model.language.num_layers
     pp, written = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
-    most = max(num_layers // pp, 1) if can_interleave(resolved) else 1
+    numbers = _numbers_of_chunks(resolved) if written is None else [written]
     expected = [expected_work(resolved, stage, grid(stage.num_steps)) for stage in resolved.stages]
-    for vpp in range(1, most + 1) if written is None else (written,):
-        even = near_even(num_layers, pp, vpp)
-        yield even
-        if (searched := _search(even, expected)) != even:
-            yield searched
+    rough = RoughTimes(resolved, step_time)
+    layouts = [layout for vpp in numbers for layout in shapes(num_layers, pp, vpp)]
+    layouts += [_evened_out(near_even(num_layers, pp, vpp), expected) for vpp in numbers]
+    times = dict(zip(layouts, rough(layouts).tolist(), strict=True))
+    for _ in range(MOST_MOVES):
+        best = _best_of_each_number(times)[:SEARCHED_NUMBERS]
+        moved = [layout for each in best for layout in moves(each) if layout not in times]
+        before = min(times.values())
+        times |= zip(moved, rough(moved).tolist(), strict=True) if moved else []
+        if min(times.values()) > before * (1 - LEAST_GAIN):
+            break
+    limit = min(times.values()) * (1 + ROUGHLY_BEST)
+    return [layout for layout in _best_of_each_number(times) if times[layout] <= limit][:MOST_TIMED]
 
 
-def near_even(num_layers: int, pp: int, vpp: int) -> Layout:
-    """Chunks that differ by one layer at most."""
-    ends = [num_layers * number // (pp * vpp) for number in range(pp * vpp + 1)]
-    counts = [end - start for start, end in pairwise(ends)]
-    return tuple(tuple(counts[chunk * pp : (chunk + 1) * pp]) for chunk in range(vpp))
+def _best_of_each_number(times: dict[Layout, float]) -> list[Layout]:
+    """The fastest layout of each number of chunks, the fastest first."""
+    best: dict[int, Layout] = {}
+    for layout in sorted(times, key=lambda layout: (times[layout], layout)):
+        best.setdefault(len(layout), layout)
+    return list(best.values())
 
 
-def _search(layout: Layout, expected: list[ExpectedWork]) -> Layout:
+def _numbers_of_chunks(resolved: Resolved) -> list[int]:
+    """Chunks a rank that the run can have; one more than full slots would need, so that some may stay empty."""
+    parallel, num_layers = resolved.config.parallel, resolved.config.model.language.num_layers
+    pp = parallel.pipeline_model_parallel_size
+    least = 1
+    for stage in resolved.stages:
+        lds = stage.config.lds
+        if lds is not None and lds.sampler == "rounds" and lds.rounds == "layout":
+            least = 2
+            if not can_interleave(resolved):
+                refuse(f"stages.{stage.name}.lds.rounds", "layout", "the run cannot interleave, so that a rank has one chunk and "
+                       "there is nothing to drop", "set sampler=balanced, rounds to a number of blocks, or more than one pipeline "
+                       "rank with micro-batches in multiples of them")  # fmt: skip
+    most = -(-num_layers // pp) + (pp > 1) if can_interleave(resolved) else 1
+    return list(range(least, most + 1))
+
+
+def _evened_out(layout: Layout, expected: list[ExpectedWork]) -> Layout:
     """Moves layers one by one between the ranks' chunks of one round, as long as the expected time falls."""
     counts, (vpp, pp) = np.array(layout).ravel(), np.array(layout).shape
     cost = np.inf

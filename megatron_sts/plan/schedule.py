@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 FORWARD_SHARE = 1 / 3
 """Of a chunk's work: a training layer computes two products in the backward pass for each one in the forward pass."""
-SIMULATED_GROUPS = 4
+SIMULATED_GROUPS = 8
 """Groups of pp micro-batches that are simulated one by one."""
 
 
@@ -47,14 +47,17 @@ def schedule_time(work: NDArray[np.float64], num_microbatches: int) -> NDArray[n
     """Time of a step, [...], with every pass of megatron-core's (interleaved) 1F1B order in its place.
 
     ``work`` as for ``bottleneck_time``; with several chunks a rank the micro-batches are a multiple of pp. Exact up to
-    ``SIMULATED_GROUPS`` x pp micro-batches; of more, the others take the mean time of the second half of those.
+    ``SIMULATED_GROUPS`` x pp micro-batches; of more, the others take the mean time of the second half of those, but at
+    least what the slowest rank computes.
     """
     pp = work.shape[-1]
     most = SIMULATED_GROUPS * pp
     if num_microbatches <= most:
         return _simulate(work, num_microbatches)
     whole, half = _simulate(work, most), _simulate(work, most // 2)
-    return np.asarray(whole + (num_microbatches - most) * (whole - half) / (most - most // 2))
+    slowest = work.mean(axis=-3).sum(axis=-2).max(axis=-1)
+    each = np.maximum((whole - half) / (most - most // 2), slowest)
+    return np.asarray(whole + (num_microbatches - most) * each)
 
 
 def _simulate(work: NDArray[np.float64], num_microbatches: int) -> NDArray[np.float64]:

@@ -275,17 +275,34 @@ def test_plan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lds, layout = plan["lds"], plan["layout"]
     assert layout["pp"] == 2 and len(layout["chunks"]) == 2 * layout["vpp"] and sum(layout["chunks"]) == 4
     assert plan["configured_layout"] == layout == lds["samplers"]["quota"]["layout"]
-    assert lds["sampler"] == "quota" and set(lds["samplers"]) == {"bernoulli", "balanced", "quota"}
+    assert lds["sampler"] == "quota" and set(lds["samplers"]) == {"bernoulli", "balanced", "quota", "rounds"}
     assert lds["configured_speedup"] == pytest.approx(lds["planned_speedup"])
-    assert lds["naive_speedup"] <= lds["planned_speedup"] and lds["ideal_speedup"] > 1
-    saving, ideal = 1 - 1 / lds["planned_speedup"], 1 - 1 / lds["ideal_speedup"]
+    assert lds["naive_speedup"] <= lds["planned_speedup"] and lds["flops_speedup"] > 1
+    saving, ideal = 1 - 1 / lds["stage_speedup"], 1 - 1 / lds["stage_flops_speedup"]
     assert lds["efficiency"] == pytest.approx(saving / ideal)
-    assert lds["bottleneck"].keys() == lds.keys() - {"bottleneck", "rank_work"}
+    assert lds["peak_memory_of"] == "dense step" and lds["saved_besides"]["only"]["reduced"] is None
+    assert lds["bottleneck"].keys() == lds.keys() - {
+        "bottleneck",
+        "rank_work",
+        "saved_besides",
+        "peak_memory_of",
+        "relayout",
+    }
     work = lds["rank_work"]["only"]
     assert sum(work["start"]) < sum(work["middle"]) < sum(work["end"])
     assert main(["plan", str(config), parallel, "stages.only.lds={sampler: bernoulli}"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("bernoulli", "balanced", "quota", "Bottleneck model", "pipeline rank"))
+    said = (
+        "bernoulli",
+        "balanced",
+        "quota",
+        "rounds",
+        "Bottleneck model",
+        "pipeline rank",
+        "Memory:",
+        "optimizer updates",
+    )
+    assert all(word in printed for word in said)
 
 
 def test_plan_without_skipping(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,85 @@
+"""Writes what ``megatron-sts plan`` predicts for an example as a table: to standard output, or with --write into its README.md.
+
+In the README it stands between two lines, <!-- plan --> and <!-- /plan -->.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+from megatron_sts.commands.speedups import outline
+from megatron_sts.config.load import load
+from megatron_sts.config.resolve import resolve
+from megatron_sts.plan.layout import choose_layout
+
+BEGIN, END = "<!-- plan -->\n", "<!-- /plan -->"
+COLUMNS = ("", "whole run", "stages that skip", "efficiency", "largest change of p", "chunks a rank")
+
+
+def table(facts: dict[str, Any]) -> str:
+    """Markdown from the JSON of ``plan``: the ideal, every sampler with its best layout, and what else is saved."""
+    lds = facts["lds"]
+    rows = [
+        COLUMNS,
+        ("---", *("---:",) * (len(COLUMNS) - 1)),
+        ("executed FLOPs", _of(lds["flops_speedup"]), _of(lds["stage_flops_speedup"]), "1", "", ""),
+        ("naive: `bernoulli`, one chunk a rank", _of(lds["naive_speedup"]), "", "", "0", "1"),
+    ]
+    for name, planned in lds["samplers"].items():
+        mark = ", the planned run" if name == lds["sampler"] else ""
+        speed = (_of(planned["speedup"]), _of(planned["stage_speedup"]), f"{planned['efficiency']:.2f}")
+        rows.append((f"`{name}`{mark}", *speed, f"{planned['largest_change']:.3f}", str(planned["layout"]["vpp"])))
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([*lines, "", _sentences(facts)]) + "\n"
+
+
+def _of(speedup: float) -> str:
+    return f"{speedup:.3f}"
+
+
+def _sentences(facts: dict[str, Any]) -> str:
+    lds = facts["lds"]
+    planned = lds["samplers"][lds["sampler"]]
+    text = [
+        f"The best dense layout has {lds['dense_layout']['vpp']} chunks a rank. With as many equal chunks as `{lds['sampler']}` has,",
+        f"and neither head nor tower, an efficiency of {lds['bound']:.2f} would be the bound.",
+        f"Layers' skip probabilities change by at most {planned['largest_change_at_start']:.3f} in the first step.",
+    ]
+    for stage, saved in lds["saved_besides"].items():
+        parts = {
+            "reduced": "the gradients reduced",
+            "gathered": "the parameters gathered",
+            "updated": "the optimizer's updates",
+        }
+        shares = [f"{saved[key]:.3f} of {what}" for key, what in parts.items() if saved[key] is not None]
+        text.append(f"{stage} also saves {', '.join(shares)}.")
+    moved = lds["relayout"]
+    text.append(
+        f"Changing the layout at step {moved['step']} of {moved['stage']} would gain {moved['gain']:.1%} more."
+        if moved["proposed"]
+        else "No change of layout at a checkpoint gains 1 %."
+    )
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("example", type=Path, help="a folder with config.yaml and README.md")
+    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
+    args = parser.parse_args()
+    text = table(outline(resolve(load(args.example), choose_layout=choose_layout)))
+    if not args.write:
+        print(text, end="")
+        return
+    readme = args.example / "README.md"
+    before, count = re.subn(f"{BEGIN}.*?{END}", lambda _: BEGIN + text + END, readme.read_text(), flags=re.DOTALL)
+    if count != 1:
+        parser.error(f"{readme} has not exactly one place for the table: a line {BEGIN.strip()}, and one {END}")
+    readme.write_text(before)
+
+
+if __name__ == "__main__":
+    main()
