@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_config, add_folder, add_json, add_nproc
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.launch import fork, outcome
+from megatron_sts.launch import failure, fork, outcome
 
 if TYPE_CHECKING:
     from megatron_sts.config.resolve import Resolved
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json and not args.dry_run:
         raise ConfigError("--json: goes with --dry-run only")
     fork.stay_single_threaded()
+    fork.hold_stop_request()
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
     from megatron_sts.launch import rank_log
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         return start(resolved, run_dir, rank, extend=args.extend)
     except ConfigError as error:
         if rank is not None:  # its launcher may turn the status into another
-            outcome.claim(run_dir, f"rank {rank.rank}: {error}")
+            failure.claim(run_dir, f"rank {rank.rank}: {error}")
         raise
 
 

@@ -8,6 +8,9 @@ from typing import NoReturn
 class ConfigError(ValueError):
     """One line naming the field, the offending value and the remedy."""
 
+    is_echo = False
+    """Another rank raised it first, and says it."""
+
 
 def refuse(field: str, value: object, why: str, remedy: str) -> NoReturn:
     """Stop with the one-line message every wrong config gets."""

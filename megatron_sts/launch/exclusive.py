@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.launch import lease
 
 LOCK = ".lock"
+HELD = "MEGATRON_STS_HELD"
+"""In the environment of what the holder starts: the folder."""
 
 
 @contextmanager
 def sole_writer(run_dir: Path) -> Iterator[None]:
     """Makes ``run_dir`` and holds it while the block runs; the kernel frees it when this process ends, however that ends.
 
-    The lock is one of POSIX: children do not share it, a second block in the same process is not kept out, and closing
+    A process whose launcher holds it goes on. The lock is one of POSIX: children do not share it, a second block in the same process is not kept out, and closing
     ``.lock`` anywhere in the process frees it. On file systems without locks, or with locks of one machine only, nobody is
     kept out who is not on this machine.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
     """
+    if os.environ.get(HELD) == str(run_dir.resolve()):
+        yield
+        return
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         file = (run_dir / LOCK).open("a")
@@ -32,11 +39,13 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
         raise ConfigError(f"--run-dir={run_dir}: {error.strerror}; give a folder that can be written") from None
     with file:
         if not _take(file):
-            raise ConfigError(
-                f"--run-dir={run_dir}: another run is writing it; wait for it, end it, or give another folder "
-                f"(if its machine is gone for good: delete {run_dir / LOCK})"
-            )
-        yield
+            holder = lease.read(run_dir)
+            raise lease.refused(run_dir, LOCK, holder.name if holder else "on this machine")
+        os.environ[HELD] = str(run_dir.resolve())
+        try:
+            yield
+        finally:
+            del os.environ[HELD]
 
 
 def _take(file: IO[str]) -> bool:

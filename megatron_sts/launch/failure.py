@@ -7,11 +7,12 @@ import os
 import sys
 import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.launch import outcome
+from megatron_sts.launch import lease, outcome
 
 LAUNCHED = "MEGATRON_STS_LAUNCHED"
 """The process id of our own launcher, which prints the one line itself."""
@@ -19,28 +20,95 @@ LAUNCHED = "MEGATRON_STS_LAUNCHED"
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Set by every torchelastic agent: where a worker leaves its last words."""
 
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Timed out waiting",
+    "NCCL communicator was aborted",
+    "NCCL error",
+    "wait timeout after",
+    "Broken pipe",
+    "Connection refused",
+    "Socket Timeout",
+    "failed to recv",
+)
+"""Parts of what torch, gloo and NCCL say when it is another rank that did not come."""
+_TOLD = "_megatron_sts_told"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a rank recorded of its error."""
+
+    line: str
+    is_lost: bool
+    """Another rank is the cause; ``line`` is about that one."""
+    is_first: bool
+    """No other rank told before."""
+    status: int = 1
+    """The exit status of this rank."""
+
 
 def is_users(error: BaseException) -> bool:
     """Wrong configs, and the ValueErrors that this package defines for wrong data; not a ValueError from elsewhere."""
     return isinstance(error, ValueError) and type(error).__module__.startswith("megatron_sts.")
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether it only says that another rank did not come."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if not isinstance(seen, OSError) and any(part in str(seen) for part in LOST):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def told_of(error: BaseException) -> Told | None:
+    """What was recorded of an error, if it was."""
+    told: Told | None = getattr(error, _TOLD, None)
+    return told
+
+
+def remember(error: BaseException, told: Told) -> None:
+    """Records what was found out, where the launcher looks too."""
+    setattr(error, _TOLD, told)
+    leave_words(told)
+
+
 def report(error: Exception, run_dir: Path | None = None) -> int:
     """Print and record the exception being handled, also as the outcome in ``run_dir``; returns this rank's exit status."""
-    line = describe(error)
-    if is_users(error):
-        if LAUNCHED not in os.environ:
-            print(f"megatron-sts: error: rank {os.environ['RANK']}: {line}", file=sys.stderr, flush=True)
-    else:
+    told = told_of(error)
+    if told is None:  # outside a training run, or before it began
+        told = Told(describe(error), is_lost(error), not getattr(error, "is_echo", False), status_of(error))
+        leave_words(told)
+        if run_dir is not None:
+            claim(run_dir, f"rank {os.environ['RANK']}: {told.line}")
+    if not is_users(error) and not told.is_lost:
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(
             "".join(f"[rank {os.environ['RANK']}] {text}\n" for text in traceback.format_exc().splitlines())
         )
-        sys.stderr.flush()
-    _record(line)
-    if run_dir is not None:
-        outcome.claim(run_dir, f"rank {os.environ['RANK']}: {line}")
+    say(told)
+    return told.status
+
+
+def claim(run_dir: Path, cause: str) -> None:
+    """Leaves the failure of a run that does not hold its folder yet, unless another one does."""
+    if not lease.may_be_held(run_dir):
+        outcome.claim(run_dir, cause)
+
+
+def status_of(error: BaseException) -> int:
+    """A rank's exit status."""
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def say(told: Told) -> None:
+    """The one line, unless our launcher or another rank says it."""
+    if LAUNCHED not in os.environ and told.is_first:
+        about = "" if told.is_lost else f"rank {os.environ['RANK']}: "
+        print(f"megatron-sts: error: {about}{told.line}", file=sys.stderr, flush=True)
 
 
 def leave(status: int) -> NoReturn:
@@ -56,9 +124,10 @@ def describe(error: Exception) -> str:
     return text if is_users(error) else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
-def _record(line: str) -> None:
-    """Leave the line in torchelastic's format. ``time`` is ours: whole seconds do not tell who failed first."""
+def leave_words(told: Told) -> None:
+    """In torchelastic's format, whose summary then ends with the line. ``time`` is ours: whole seconds do not tell who was first."""
     if path := os.environ.get(ERROR_FILE):
         now = time.time()
-        extra = {"py_callstack": traceback.format_exc(), "timestamp": str(int(now)), "time": now}
-        Path(path).write_text(json.dumps({"message": {"message": line, "extraInfo": extra}}), encoding="utf-8")
+        words = {"message": told.line, "timestamp": int(now), "time": now}
+        words |= {"is_lost": told.is_lost, "is_first": told.is_first, "status": told.status}
+        Path(path).write_text(json.dumps(words), encoding="utf-8")

@@ -41,6 +41,11 @@ def stay_single_threaded() -> None:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+def hold_stop_request() -> None:
+    """SIGUSR1 waits until somebody is ready for it. To be called before numpy and torch are imported, whose threads would take it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+
+
 def warm_up(modules: Sequence[str]) -> None:
     """Imports ``modules`` for the children to come, whose garbage collectors will never look at what they brought."""
     with uncollected():

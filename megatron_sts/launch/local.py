@@ -8,7 +8,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -16,15 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_sts.launch import fork, outcome
+from megatron_sts.launch import fork, heartbeat, outcome
 from megatron_sts.launch.cause import Failure, first, read_words
 from megatron_sts.launch.failure import ERROR_FILE, LAUNCHED
 from megatron_sts.launch.rank import act
 
 HOST = "127.0.0.1"
 POLL_S = 0.05
-GRACE_S = 30.0
-"""Ranks that have not ended so long after they were told to are killed."""
+GRACE_S = 25.0
+"""Ranks that are asked by SIGTERM to save have so long; SLURM kills after 30 s."""
+SETTLE_S = 2.0
+"""A rank that fails has so long to print why."""
+LOST_SETTLE_S = 0.5
+"""A rank that another one lost has so long to be seen dead."""
 
 
 class _Stopped(BaseException):
@@ -62,7 +66,7 @@ def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str
         try:
             if fork.start_method() == "fork":
                 fork.warm_up(modules)
-            failures = _run(partial(_rank, work, num_threads), num_ranks, asked)
+            failures = _run(partial(_rank, work, num_threads), num_ranks, asked, run_dir)
         except _Stopped as stopped:
             name = signal.Signals(stopped.number).name
             print(f"megatron-sts: stopped by {name}", file=sys.stderr)
@@ -75,7 +79,7 @@ def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str
     if run_dir is not None:
         outcome.write(run_dir, "failed", cause.describe())
     print(f"megatron-sts: error: {cause.describe()}", file=sys.stderr, flush=True)
-    return 2 if cause.exitcode == 2 else 1
+    return 2 if cause.status == 2 else 1
 
 
 def _rank(work: Callable[[], None], num_threads: int | None) -> int:
@@ -85,10 +89,10 @@ def _rank(work: Callable[[], None], num_threads: int | None) -> int:
     return act(work)
 
 
-def _run(rank_work: fork.Work, num_ranks: int, asked: _Asked) -> list[Failure]:
+def _run(rank_work: fork.Work, num_ranks: int, asked: _Asked, run_dir: Path | None) -> list[Failure]:
     """Starts ranks, and ends those that are left when one failed or this process is stopped."""
     asked.check()
-    method, ranks = fork.start_method(), list[BaseProcess]()
+    method, ranks, ended = fork.start_method(), list[BaseProcess](), set[int]()
     with tempfile.TemporaryDirectory(prefix="megatron-sts-") as folder, socket.create_server((HOST, 0)) as listener:
         errors = [Path(folder) / f"{rank}.json" for rank in range(num_ranks)]
         port = listener.getsockname()[1]
@@ -98,15 +102,43 @@ def _run(rank_work: fork.Work, num_ranks: int, asked: _Asked) -> list[Failure]:
                     environment = _environment(rank, num_ranks, port) | {ERROR_FILE: str(path)}
                     ranks.append(fork.start(rank_work, environment, method))
             store = _serve(listener)
-            seen = _wait(ranks, asked)
+            seen = _wait(ranks, errors, asked)
+            _settle(ranks, errors, seen)
             del store  # ranks met in it until now
+        except _Stopped as stopped:
+            if stopped.number == signal.SIGTERM:
+                _let_save(ranks)
+            raise
         finally:
-            _end(ranks)
-        return [
-            Failure(number, rank.exitcode, seen.get(number, time.time()), read_words(errors[number]))
-            for number, rank in enumerate(ranks)
-            if rank.exitcode
-        ]
+            ended |= _end(ranks)
+        return _failures(ranks, errors, seen, ended, run_dir)
+
+
+def _failures(
+    ranks: Sequence[BaseProcess],
+    errors: Sequence[Path],
+    seen: Mapping[int, float],
+    ended: Collection[int] = (),
+    run_dir: Path | None = None,
+) -> list[Failure]:
+    """Of the ranks that ended badly so far; ``ended``: those that were killed here."""
+    return [
+        Failure(
+            number,
+            rank.exitcode,
+            seen.get(number, time.time()),
+            read_words(errors[number]),
+            number in ended,
+            _place(run_dir, number, rank.pid),
+        )
+        for number, rank in enumerate(ranks)
+        if rank.exitcode
+    ]
+
+
+def _place(run_dir: Path | None, number: int, pid: int | None) -> str:
+    beat = None if run_dir is None else heartbeat.find(run_dir, number, pid)
+    return "" if beat is None else beat.place
 
 
 def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
@@ -131,8 +163,8 @@ def _serve(listener: socket.socket) -> Any:
     return TCPStore(HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _wait(ranks: Sequence[BaseProcess], asked: _Asked) -> dict[int, float]:
-    """Until all ranks ended, or one failed; when each was seen to have ended, in seconds since the epoch."""
+def _wait(ranks: Sequence[BaseProcess], errors: Sequence[Path], asked: _Asked) -> dict[int, float]:
+    """Until all ranks ended, or one failed or said that it does; when each was seen to have ended, in seconds since the epoch."""
     seen: dict[int, float] = {}
     while len(seen) < len(ranks):
         asked.check()
@@ -141,29 +173,56 @@ def _wait(ranks: Sequence[BaseProcess], asked: _Asked) -> dict[int, float]:
             for rank in ranks:
                 if rank.exitcode is None and rank.pid is not None:
                     os.kill(rank.pid, signal.SIGUSR1)
-        for number, rank in enumerate(ranks):
-            if number not in seen and rank.exitcode is not None:
-                seen[number] = time.time()
-        if any(rank.exitcode for rank in ranks):
+        _note_ends(ranks, seen)
+        if any(rank.exitcode for rank in ranks) or any(path.exists() for path in errors):
             break
         time.sleep(POLL_S)
     return seen
 
 
-def _end(ranks: Sequence[BaseProcess]) -> None:
-    """If not all ended well: neither a rank runs on nor a helper of one."""
+def _note_ends(ranks: Sequence[BaseProcess], seen: dict[int, float]) -> None:
+    for number, rank in enumerate(ranks):
+        if number not in seen and rank.exitcode is not None:
+            seen[number] = time.time()
+
+
+def _settle(ranks: Sequence[BaseProcess], errors: Sequence[Path], seen: dict[int, float]) -> None:
+    """After a failure: until those that said that they fail have ended, and the cause is none that only lost another rank."""
+    began = time.monotonic()
+    while (waited := time.monotonic() - began) < SETTLE_S and len(seen) < len(ranks):
+        _note_ends(ranks, seen)
+        is_talking = any(rank.exitcode is None and path.exists() for rank, path in zip(ranks, errors, strict=True))
+        failures = _failures(ranks, errors, seen)
+        if failures and not is_talking and (waited > LOST_SETTLE_S or not first(failures).is_lost):
+            break
+        time.sleep(POLL_S)
+
+
+def _let_save(ranks: Sequence[BaseProcess]) -> None:
+    """Hands SIGTERM on: ranks that train save and end, others end at once."""
+    for rank in ranks:
+        if rank.exitcode is None and rank.pid is not None:
+            os.kill(rank.pid, signal.SIGTERM)
+    deadline = time.monotonic() + GRACE_S
+    while any(rank.exitcode is None for rank in ranks) and time.monotonic() < deadline:
+        if any(rank.exitcode for rank in ranks):  # the others would save in vain
+            break
+        time.sleep(POLL_S)
+
+
+def _end(ranks: Sequence[BaseProcess]) -> set[int]:
+    """If not all ended well: neither a rank runs on nor a helper of one. By SIGKILL: a rank that lost another has nothing to
+    save, and may be stopped. Returns those that were killed."""
     if not any(rank.exitcode != 0 for rank in ranks):
-        return
+        return set()
     for number in fork.STOPPING:
         signal.signal(number, signal.SIG_IGN)  # they are obeyed already
+    ended = {number for number, rank in enumerate(ranks) if rank.exitcode is None}
     for rank in ranks:
-        _tell_group(rank, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_S
+        _tell_group(rank, signal.SIGKILL)
     for rank in ranks:
-        rank.join(max(0.0, deadline - time.monotonic()))
-        if rank.exitcode is None:
-            _tell_group(rank, signal.SIGKILL)
-            rank.join()
+        rank.join()
+    return ended
 
 
 def _tell_group(rank: BaseProcess, number: signal.Signals) -> None:
@@ -189,6 +248,7 @@ def _signals() -> Iterator[_Asked]:
 
     before = {number: signal.signal(number, stop) for number in fork.STOPPING}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, remember)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # held until now
     try:
         yield asked
     finally:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from megatron_sts.launch.cause import Failure, first
+from megatron_sts.launch.cause import Failure, first, words_in
 from megatron_sts.launch.failure import LAUNCHED
 from megatron_sts.launch.terminated import TERM_IS_HELD
 
@@ -130,8 +130,9 @@ def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
     except ChildFailedError as error:
         cause = first([_failure(rank, found) for rank, found in error.failures.items()])
         node = given.get("SLURMD_NODENAME") or socket.gethostname()
-        print(f"megatron-sts: error: {node}: {cause.describe()}", file=sys.stderr, flush=True)
-        return 2 if cause.exitcode == 2 else 1
+        if cause.words.get("is_first", True):  # else the task of another node says it
+            print(f"megatron-sts: error: {node}: {cause.describe()}", file=sys.stderr, flush=True)
+        return 2 if cause.status == 2 else 1
     except Exception as error:  # of the meeting: it has many, and their tracebacks say no more
         told = " ".join(f"{type(error).__name__}: {error}".split())
         print(f"megatron-sts: error: nodes did not meet at {host}:{port}: {told}", file=sys.stderr, flush=True)
@@ -140,8 +141,7 @@ def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
 
 
 def _failure(rank: int, found: Any) -> Failure:
-    words = found.error_file_data.get("message") if isinstance(found.error_file_data, dict) else None
-    return Failure(rank, found.exitcode, time.time(), words if isinstance(words, dict) else {})
+    return Failure(rank, found.exitcode, time.time(), words_in(found.error_file_data))
 
 
 if __name__ == "__main__":

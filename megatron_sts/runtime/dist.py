@@ -61,6 +61,7 @@ def on_rank_zero[T](call: Callable[[], T]) -> T:
             box = [error]
     dist.broadcast_object_list(box, src=0)
     if isinstance(box[0], ConfigError):
+        box[0].is_echo = not is_rank_zero()
         raise box[0]
     return box[0]
 

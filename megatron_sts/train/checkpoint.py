@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron_sts.config.run_folder import (
     set_aside,
     whole_checkpoints,
 )
+from megatron_sts.launch import trail
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.runtime import integrity
@@ -59,9 +61,11 @@ def advance(progress: Progress, result: StepResult) -> Progress:
 class Checkpointer:
     """Saves into ``folder`` and restores from it."""
 
-    def __init__(self, resolved: Resolved, folder: Path, log: RunLog) -> None:
+    def __init__(self, resolved: Resolved, folder: Path, log: RunLog, check: Callable[[], None] = lambda: None) -> None:
+        """``check`` raises when the run has lost its folder to another start."""
         self._resolved, self._folder, self._log = resolved, folder, log
         self._settings = resolved.config.checkpoint
+        self._check = check
         self._newest: Path | None = None
         self._num_failures = 0
         """Saves in a row that could not be written."""
@@ -171,6 +175,7 @@ class Checkpointer:
         Raises:
             CheckpointError: it cannot, and it ``must``, or it is the last of ``max_failures`` in a row.
         """
+        trail.enter("save")
         saving = Saving(self._folder, stage, progress)
         saving.write()
         cause = saving.finish(self._make_room)
@@ -184,6 +189,7 @@ class Checkpointer:
         self._log.event("checkpoint", stage=saving.stage, step=progress.step, checkpoint=saving.name)
 
     def _make_room(self, target: Path) -> None:
+        self._check()
         if target.exists():
             aside = set_aside(target)
             self._log.warn(f"{target.name} was there before it was written; set aside as {aside.name}")

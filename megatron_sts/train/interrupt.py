@@ -1,27 +1,40 @@
-"""Remembers that SIGUSR1 arrived, which SLURM sends before the time limit: save a checkpoint and end."""
+"""Remembers that SIGUSR1 or SIGTERM arrived, which batch systems send before they kill: save a checkpoint and end."""
 
 from __future__ import annotations
 
+import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from megatron_sts.launch import terminated
 
 
 class StopRequest:
-    """Set by SIGUSR1 on any rank. Ranks agree on it with their other numbers of a step, so that all stop together."""
+    """Set by a signal on any rank. Ranks agree on it with their other numbers of a step, so that all stop together."""
 
     def __init__(self) -> None:
-        self.received = False
-        """This rank got the signal."""
-        self.agreed = False
-        """All ranks know, have saved and stop."""
+        self.received = 0
+        """The signal that this rank got; 0: none."""
+        self.agreed: signal.Signals | None = None
+        """All ranks know of this one, have saved and stop."""
+        self._pid = os.getpid()
         signal.signal(signal.SIGUSR1, self._remember)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # our launcher held it until now
-        terminated.watch(self._told_to_end)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # held until now
+        terminated.watch(lambda: self._remember(signal.SIGTERM, None))
 
-    def _told_to_end(self) -> None:
-        self.received = True
+    @contextmanager
+    def heeding_term(self) -> Iterator[None]:
+        """SIGTERM saves too while the block runs. Before and after it there is nothing to save, and it ends this rank at once."""
+        before = signal.signal(signal.SIGTERM, self._remember)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
-    def _remember(self, _signal: int, _frame: FrameType | None) -> None:
-        self.received = True
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() == self._pid:
+            self.received = max(self.received, number)
+        elif number == signal.SIGTERM:  # a forked helper, which has nothing to save
+            os._exit(128 + number)

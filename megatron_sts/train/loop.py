@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -10,13 +11,12 @@ from pathlib import Path
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import CHECKPOINTS
 from megatron_sts.data.records import BadSampleError
-from megatron_sts.launch import outcome
+from megatron_sts.launch import outcome, trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import (
-    check_same_everywhere,
     is_rank_zero,
     max_over_ranks,
     on_rank_zero,
@@ -26,9 +26,11 @@ from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.checkpoint import Checkpointer, advance
 from megatron_sts.train.evaluation import evaluate_once
+from megatron_sts.train.hold import holding
 from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
 from megatron_sts.train.resume import Progress, check_same_content, write_config
+from megatron_sts.train.same import check_same_code, check_same_config
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import NotUpdated, train_step
 from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_updates, going_on
@@ -37,31 +39,45 @@ from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_update
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
     kernels = check_usable(resolved.config)
-    with process_group(resolved.config.parallel.timeout_s):
-        check_same_everywhere("the resolved config", resolved.model_dump_json())
+    timeout_s = resolved.config.parallel.timeout_s
+    with process_group(timeout_s), holding(run_dir, timeout_s) as board:
+        check_same_code()
+        check_same_config(resolved)
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         content = on_rank_zero(lambda: check_same_content(resolved, run_dir))
-        if is_rank_zero():
-            outcome.clear(run_dir)
         log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
         if is_rank_zero():
             write_config(resolved, run_dir, kernels, content)
         log.event("kernels", **asdict(kernels))
-        checkpointer = Checkpointer(resolved, run_dir / CHECKPOINTS, log)
+        checkpointer = Checkpointer(resolved, run_dir / CHECKPOINTS, log, board.check)
         progress = checkpointer.find()
         gate = SkipGate()
         chunks = build_model(resolved, gate, load_init=progress == Progress())
-        for spec in resolved.stages[progress.stage :]:
-            train_stage(build_stage(resolved, spec, place, chunks, gate), checkpointer, progress, log, stop)
-            gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other
-            if stop.agreed:
-                break
-            progress = Progress(stage=spec.index + 1)
-        else:
+        with stop.heeding_term():
+            for spec in resolved.stages[progress.stage :]:
+                trail.at(spec.name, None)
+                train_stage(build_stage(resolved, spec, place, chunks, gate), checkpointer, progress, log, stop)
+                gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other
+                if stop.agreed:
+                    break
+                progress = Progress(stage=spec.index + 1)
+        trail.at(None, None)
+        if not stop.agreed:
+            trail.enter("evaluation")
             evaluate_once(resolved, place, chunks, gate, run_dir, log)
+        trail.enter("end")
         log.close()
         if is_rank_zero():
-            outcome.write(run_dir, *(("stopped", "SIGUSR1") if stop.agreed else ("done", None)), requeue=stop.agreed)
+            board.check()
+            tell_outcome(run_dir, stop)
+
+
+def tell_outcome(run_dir: Path, stop: StopRequest) -> None:
+    """That the run ended well; rank 0. Nobody asked for a new start who sends SIGTERM."""
+    if stop.agreed is None:
+        outcome.write(run_dir, "done")
+    else:
+        outcome.write(run_dir, "stopped", stop.agreed.name, requeue=stop.agreed == signal.SIGUSR1)
 
 
 def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog, stop: StopRequest) -> None:
@@ -76,6 +92,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         log.event("skipping", stage=spec.name, **plan)
     told: NotUpdated | None = None
     for step in range(progress.step, spec.num_steps):
+        trail.at(spec.name, step)
         started = time.perf_counter()
         result = train_step(stage, step)
         current_device().synchronize()
@@ -85,6 +102,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             log.not_updated(spec.name, step, str(result.not_updated))
         told = result.not_updated
         step_time_s = time.perf_counter() - started
+        trail.enter("log")
         step_time_s, data_wait_s, peak_bytes, stopping = max_over_ranks(
             [step_time_s, result.data_wait_s, peak_memory_bytes(), stop.received]
         )
@@ -96,8 +114,8 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             is_end = stage.is_last and progress.step == spec.num_steps
             checkpointer.save(stage, progress, must=bool(stopping) or is_end)
         if stopping:
-            stop.agreed = True
-            log.event("stop", stage=spec.name, step=progress.step)
+            stop.agreed = signal.Signals(int(stopping))
+            log.event("stop", stage=spec.name, step=progress.step, signal=stop.agreed.name)
             log.say(
                 f"asked to stop: saved {progress.step} of {spec.num_steps} steps of stage {spec.name}; the same command goes on"
             )

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import SkippedSample
+from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.lds.rounds import active_rounds
@@ -77,6 +78,7 @@ class StepResult:
 
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
+    trail.enter("data")
     mask, lr = stage.mask(step), stage.optimizer.lr
     batches = stage.batches.step(step)
     stage.gate.set(mask, stage.residual_scales(step))
@@ -96,6 +98,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.fp8.check_order()
     totals, layer_runs = reduce_totals(stage, reports, batches)
     not_updated = unlearnable(totals)
+    trail.enter("optimizer")
     grad_norm = stage.optimizer.step(mask, applies=not_updated is None)
     if not_updated is None and not math.isfinite(grad_norm):
         not_updated = NotUpdated.GRADIENT
@@ -118,11 +121,16 @@ def forward(gate: SkipGate, numbered: tuple[int, Batch], unit: torch.nn.Module) 
     """One micro-batch through one unit of the schedule, and the loss that the last one applies."""
     microbatch, batch = numbered
     gate.enter(microbatch)
-    return unit(batch, batch.labels), partial(masked_loss, loss_mask=batch.loss_mask)
+    trail.enter("forward", microbatch)
+    output = unit(batch, batch.labels)
+    if output.requires_grad:  # the schedule calls the backward pass, which begins with this gradient
+        output.register_hook(lambda _: trail.enter("backward", microbatch))
+    return output, partial(masked_loss, loss_mask=batch.loss_mask)
 
 
 def reduce_totals(stage: Stage, reports: list[dict[str, Any]], batches: list[Batch]) -> tuple[Totals, tuple[int, ...]]:
     """Sums over the global batch, and how many micro-batches ran each decoder layer, on every rank. One small all-reduce."""
+    trail.enter("reduce")
     device, speaking = current_device().torch_device, speaks(stage)
     counts = [_counts(batch) for batch in batches]
     values = torch.zeros(2 + len(counts[0]) + stage.num_layers, dtype=torch.float64, device=device)

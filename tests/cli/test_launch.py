@@ -62,12 +62,21 @@ def test_killed_rank_is_the_cause(run, config: Path) -> None:
 
 
 def test_cause_comes_before_its_consequences() -> None:
-    def failure(exitcode: int, seen: float, time: float | None = None) -> Failure:
-        words = {} if time is None else {"message": "RuntimeError: x", "extraInfo": {"time": time}}
-        return Failure(0, exitcode, seen, words)
+    def failure(
+        exitcode: int, seen: float, time: float | None = None, *, lost: bool = False, ended: bool = False
+    ) -> Failure:
+        words = (
+            {}
+            if time is None
+            else {"message": "RuntimeError: x", "time": time, "is_lost": lost, "is_first": True, "status": 1}
+        )
+        return Failure(0, exitcode, seen, words, ended)
 
-    killed, first, later, ended = failure(-9, 12), failure(1, 10.8, 10.4), failure(1, 10.8, 10.7), failure(-15, 9)
-    assert sorted([ended, later, first, killed], key=lambda one: one.order) == [killed, first, later, ended]
+    killed, first, later = failure(-9, 12), failure(1, 10.8, 10.4), failure(1, 10.8, 10.7)
+    lost, telling, ended = failure(1, 9, 9, lost=True), failure(-9, 12, 10.5, ended=True), failure(-9, 8, ended=True)
+    order = [killed, first, telling, later, lost, ended]
+    assert sorted(reversed(order), key=lambda one: one.order) == order
+    assert telling.describe() == "rank 0 (exit code 1): RuntimeError: x"  # never by the signal that ended it
 
 
 def test_users_mistake_is_one_line(run, config: Path) -> None:

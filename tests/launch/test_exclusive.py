@@ -31,7 +31,10 @@ def test_death_frees_the_folder_though_a_child_lives(tmp_path: Path) -> None:
     assert holder.stdout is not None
     child = int(holder.stdout.readline())
     try:
-        with pytest.raises(ConfigError, match=f"^--run-dir={run}: another run is writing it; .*"), sole_writer(run):
+        with (
+            pytest.raises(ConfigError, match=f"^--run-dir={run}: another run is writing it \\(on this machine\\); .*"),
+            sole_writer(run),
+        ):
             pass
         holder.kill()
         holder.wait()

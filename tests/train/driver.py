@@ -1,7 +1,8 @@
 """Plays a list of training runs on the ranks that ``run_ranks`` started, all in the same processes: imports cost most.
 
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
-``kill``/``stop``/``nan``/``blank``: [stage, step]; ``full_disk``: rank whose files cannot be written, and in which saves;
+``kill``/``stop``/``nan``/``blank``/``raise``: [stage, step]; ``other``: "code" or "config", of the last rank;
+``full_disk``: rank whose files cannot be written, and in which saves;
 ``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
 and step counters at every checkpoint.
@@ -36,7 +37,7 @@ from megatron_sts.launch import failure
 from megatron_sts.launch.rank import attempt
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
-from megatron_sts.train import step
+from megatron_sts.train import same, step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.resume import Progress
@@ -53,6 +54,11 @@ def play() -> None:
         with pytest.MonkeyPatch.context() as patch:
             started = time.monotonic()
             config = RunConfig.model_validate(scene["config"])
+            is_last = int(os.environ["WORLD_SIZE"]) - 1 == RANK
+            if scene.get("other") == "config" and is_last:
+                config = config.model_copy(update={"seed": config.seed + 1})
+            if scene.get("other") == "code" and is_last:
+                change_sources(patch)
             plant(scene, patch)
             meet_at(Path(f"{scene['run_dir']}.{os.environ['MASTER_PORT']}.{number}"), patch)
             resolved = resolve(config, world_size=int(os.environ["WORLD_SIZE"]))
@@ -81,9 +87,16 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     if "mend" in scene:
         shutil.copy(*scene["mend"])
     watch_checkpoints(Path(scene["run_dir"]), patch)
-    watch_batches({name: tuple(scene[name]) for name in ("kill", "stop", "nan", "blank") if name in scene}, patch)
+    planted = ("kill", "stop", "nan", "blank", "raise")
+    watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
     if scene.get("full_disk", [None])[0] == RANK:
         fill_disk(scene["full_disk"][1:], patch)
+
+
+def change_sources(patch: pytest.MonkeyPatch) -> None:
+    """As if this rank had another checkout."""
+    sources = same.sources
+    patch.setattr(same, "sources", lambda package: sources(package) | {"train/step.py": b"changed"})
 
 
 def watch_checkpoints(run_dir: Path, patch: pytest.MonkeyPatch) -> None:
@@ -129,6 +142,8 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
             os.kill(os.getpid(), signal.SIGKILL)
         if numbered[0] == 1 and mishaps.get("stop") == now[0] and is_last:
             os.kill(os.getpid(), signal.SIGUSR1)
+        if numbered[0] == 1 and mishaps.get("raise") == now[0] and is_last:
+            raise RuntimeError("layer 3 is broken")
         return forward(gate, numbered, chunk)
 
     def loss(*args: Any, **options: Any) -> Any:

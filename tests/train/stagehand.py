@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,14 @@ def outcomes(outputs: list[str]) -> list[list[dict[str, Any]]]:
         [json.loads(line[len("SCENE ") :]) for line in output.splitlines() if line.startswith("SCENE ")]
         for output in outputs
     ]
+
+
+def told(outputs: list[str], part: str) -> str:
+    """The one line with ``part`` in it, whichever of the ranks said it, without who that was."""
+    (line,) = [line for output in outputs for line in output.splitlines() if part in line]
+    start = re.match(r"megatron-sts: error: rank \d+: ", line)
+    assert start, line
+    return line[start.end() :]
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

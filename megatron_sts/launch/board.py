@@ -1,0 +1,116 @@
+"""Where the ranks of a run tell each other what went wrong, once the run holds its folder. Must not know torch.
+
+A rank that fails leaves the process group, and others see a closed connection. So it writes down its error before it leaves,
+and those others look there before they speak: one of all ranks tells.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_sts.launch import failure, heartbeat, lease, missing, outcome, trail
+from megatron_sts.launch.failure import Told
+from megatron_sts.launch.heartbeat import Heartbeat
+from megatron_sts.launch.lease import Lease
+from megatron_sts.launch.missing import State
+
+TELLER_WAIT_S = 12.0
+"""How long a rank waits for the one that looks who did not come."""
+MARGIN_S = 1.0
+"""A collective has so much longer than ``timeout_s`` to raise before it is ended from outside."""
+
+
+class Board:
+    """This rank's view of it: its heartbeat, and what it read and wrote."""
+
+    def __init__(
+        self, run_dir: Path, token: str, rank: int, num_ranks: int, timeout_s: float, held: Lease | None
+    ) -> None:
+        """``held``: rank 0's lease of the folder."""
+        self._run_dir, self._token, self._held = run_dir, token, held
+        self._rank, self._num_ranks, self._timeout_s = rank, num_ranks, timeout_s
+        self._folder = run_dir / heartbeat.FOLDER / token
+        self._heart = Heartbeat(self._folder, rank, num_ranks, self._look)
+        self._noticed: float | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Beats, and has what the block raises on record before the process group is left."""
+        self._heart.start()
+        try:
+            yield
+        except Exception as error:
+            self.record(error)
+            raise
+        finally:
+            self._heart.close()
+
+    def check(self) -> None:
+        """Before a file is put in its place.
+
+        Raises:
+            LeaseLostError: on rank 0, the run has lost its folder to another start.
+        """
+        if self._held is not None:
+            self._held.check()
+
+    def record(self, error: Exception) -> Told:
+        """Once for an error: writes it down, and finds out who is the cause if it is another rank."""
+        told = failure.told_of(error)
+        if told is None:
+            self._heart.write()
+            self._heart.dump()
+            line, status = failure.describe(error), failure.status_of(error)
+            told = self._ask(line, status) if failure.is_lost(error) else self._tell(line, status)
+            failure.remember(error, told)
+        return told
+
+    def _ask(self, line: str, status: int) -> Told:
+        """What ended this rank's collective."""
+        cause = heartbeat.notice(self._folder)
+        if cause is None and heartbeat.may_tell(self._folder):
+            found = missing.who(self._folder, self._num_ranks, self._rank)
+            if found is None:
+                places = missing.positions(self._folder, range(self._num_ranks))
+                found = f"rank {self._rank} waited in vain, and so did the others ({line}); {places}", State.WAITING
+            return self._tell(found[0], status, lost=found[1])
+        deadline = time.monotonic() + TELLER_WAIT_S
+        while cause is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            cause = heartbeat.notice(self._folder)
+        return Told(cause or line, is_lost=True, is_first=cause is None, status=status)
+
+    def _tell(self, line: str, status: int, *, lost: State | None = None) -> Told:
+        """``lost``: what is known of the rank that ``line`` is about, if it is another one."""
+        is_lost = lost is not None
+        cause = line if is_lost else f"rank {self._rank} ({os.uname().nodename}): {line}"
+        is_first = heartbeat.leave_notice(self._folder, self._rank, cause)
+        if is_first and lease.is_held_by(self._run_dir, self._token):
+            outcome.write(self._run_dir, "failed", cause, requeue=lost == State.SILENT)  # its machine or the network
+        if is_lost and not is_first:
+            line = heartbeat.notice(self._folder) or line
+        return Told(line, is_lost, is_first, status)
+
+    def _look(self) -> None:
+        """With each beat: keeps the folder, and ends a rank from outside its collective that waits for one that never comes."""
+        if self._held is not None:
+            self._held.renew()
+        if self._num_ranks == 1:
+            return
+        if heartbeat.notice(self._folder) is not None:
+            self._noticed = self._noticed or time.monotonic()
+            if time.monotonic() - self._noticed > heartbeat.GRACE_S:
+                self._heart.dump()
+                failure.leave(1)
+        elif time.time() - trail.newest().time > self._timeout_s + MARGIN_S and trail.where()[1]:
+            found = missing.who(self._folder, self._num_ranks, self._rank)
+            if found is not None and heartbeat.may_tell(self._folder):
+                self._heart.dump()
+                told = self._tell(found[0], 1, lost=found[1])
+                failure.leave_words(told)
+                failure.say(told)
+                failure.leave(1)

@@ -1,0 +1,189 @@
+"""Every rank tells where it is, outside the collectives: a thread writes it to RUN_DIR/ranks/START. Must not know torch.
+
+A beat is some hundred bytes, every ``interval_s``. Ranks read those of others only when one did not come. There too the first
+rank that knows what went wrong leaves the notice by which all others end.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sts.launch import trail
+from megatron_sts.launch.trail import Mark
+
+FOLDER = "ranks"
+"""In RUN_DIR, with a folder for the newest start: RANK.json (where it is), and of a run that failed RANK.trail.json (where it
+was), NOTICE and NCCL's own dumps. No start ever writes into that of another."""
+NOTICE = "cause.json"
+TELLER = ".teller"
+LENGTH = 1024
+"""Bytes of a beat, padded: readers never see half of one on top of half of another."""
+GRACE_S = 4.0
+"""Ranks that know of the cause end by themselves for so long."""
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank's file says."""
+
+    rank: int
+    host: str
+    machine: str
+    """Whose process ids ``pid`` is one of, whatever it is called."""
+    pid: int
+    started: int
+    """Of the process, in the kernel's ticks: another process may get its number."""
+    number: int
+    """Rises with every beat."""
+    interval_s: float
+    time: float
+    mark: Mark
+    where: str
+    """The line of this package that its main thread was in."""
+    is_waiting: bool
+    """It waited there for other ranks."""
+
+    @property
+    def name(self) -> str:
+        """Rank, node and process."""
+        return f"rank {self.rank} ({self.host}, pid {self.pid})"
+
+    @property
+    def place(self) -> str:
+        """Phase and line."""
+        return f"{self.mark.describe()}{f', at {self.where}' if self.where else ''}"
+
+
+def interval_for(num_ranks: int) -> float:
+    """Seconds between the beats of a rank: at most a hundred beats a second reach the file system."""
+    return min(5.0, max(1.0, num_ranks / 100))
+
+
+@functools.cache
+def machine() -> str:
+    """The boot of this machine and this process's namespace of process ids."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+
+
+def start_ticks(pid: int | str) -> int:
+    """When a process of this machine started; OSError if there is none."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def prepare(run_dir: Path, token: str) -> Path:
+    """Rank 0, before any rank beats: a folder for this start. Nothing of earlier ones stays."""
+    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+    folder = run_dir / FOLDER / token
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def read(folder: Path, rank: int) -> Beat | None:
+    """Where a rank said last that it is."""
+    try:
+        found: dict[str, Any] = json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))
+        return Beat(**{**found, "mark": Mark(**found["mark"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def find(run_dir: Path, rank: int, pid: int | None) -> Beat | None:
+    """The beat of a rank that is or was this process."""
+    beats = [read(folder, rank) for folder in (run_dir / FOLDER).glob("*")]
+    return next((beat for beat in beats if beat is not None and beat.pid == pid), None)
+
+
+def notice(folder: Path) -> str | None:
+    """What ended the run, if a rank said so."""
+    try:
+        return str(json.loads((folder / NOTICE).read_text(encoding="utf-8"))["cause"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def leave_notice(folder: Path, rank: int, cause: str) -> bool:
+    """Says what ended the run; False if another rank did before, or nothing can be written."""
+    path = folder / f".{NOTICE}.{rank}"
+    try:
+        path.write_text(json.dumps({"rank": rank, "cause": cause}), encoding="utf-8")
+        os.link(path, path.with_name(NOTICE))  # also where a file system still says that it is not there
+        path.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def may_tell(folder: Path) -> bool:
+    """Whether this rank is the one that looks who did not come; it need not be done by thousands."""
+    try:
+        os.close(os.open(folder / TELLER, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+class Heartbeat:
+    """This rank's beats. The thread is a daemon: a rank that fails ends although it beats."""
+
+    def __init__(self, folder: Path, rank: int, num_ranks: int, each: Callable[[], None] = lambda: None) -> None:
+        """``each`` is called with every beat, in its thread."""
+        self._folder, self._rank, self._each = folder, rank, each
+        self.interval_s = interval_for(num_ranks)
+        self._number = 0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begins to beat."""
+        self.write()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Beats no more."""
+        self._end.set()
+        self._thread.join(self.interval_s)
+
+    def write(self) -> None:
+        """One beat. A disk that takes nothing must not end a run that could go on."""
+        self._number += 1
+        where, is_waiting = trail.where()
+        pid = os.getpid()
+        identity = {"rank": self._rank, "host": os.uname().nodename, "machine": machine()}
+        identity |= {"pid": pid, "started": start_ticks(pid)}
+        now = {"number": self._number, "interval_s": self.interval_s, "time": time.time()}
+        place = {"mark": asdict(trail.newest()), "where": where, "is_waiting": is_waiting}
+        text = json.dumps({**identity, **now, **place}).ljust(LENGTH) + "\n"
+        try:
+            file = os.open(self._folder / f"{self._rank}.json", os.O_CREAT | os.O_WRONLY, 0o644)
+            try:
+                os.write(file, text.encode())
+            finally:
+                os.close(file)  # what other nodes see of it
+        except OSError:
+            pass
+
+    def dump(self) -> None:
+        """Leaves where this rank was in its last steps."""
+        steps = [{**asdict(mark), "time": round(mark.time, 3)} for mark in trail.marks()]
+        try:
+            path = self._folder / f"{self._rank}.trail.json"
+            path.write_text(json.dumps({"where": trail.where()[0], "marks": steps}) + "\n", encoding="utf-8")
+        except OSError:
+            pass
+
+    def _beat(self) -> None:
+        while not self._end.wait(self.interval_s):
+            self.write()
+            self._each()

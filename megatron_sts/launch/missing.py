@@ -1,0 +1,101 @@
+"""Who keeps the others waiting: from the heartbeats, and on this machine from the kernel. Must not know torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+
+from megatron_sts.launch.heartbeat import Beat, machine, read, start_ticks
+
+NUM_SHOWN = 4
+
+
+class State(IntEnum):
+    """What is known of a rank, worst first."""
+
+    GONE = 0
+    STOPPED = 1
+    SILENT = 2
+    """It beats no more, and nobody here can look at its process."""
+    BUSY = 3
+    WAITING = 4
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A rank, as others see it."""
+
+    rank: int
+    state: State
+    beat: Beat | None
+
+    def describe(self, now: float) -> str:
+        """One line about a rank that others wait for."""
+        if self.beat is None:
+            return f"rank {self.rank} did not answer, and never said where it is"
+        beat, since = self.beat, now - self.beat.mark.time
+        quiet = max(0.0, now - beat.time)
+        if self.state == State.GONE:
+            return f"{beat.name} is gone; it was last in {beat.place}"
+        if self.state == State.STOPPED:
+            return f"{beat.name} did not answer for {quiet:.0f} s: its process is stopped (SIGSTOP?), in {beat.place}"
+        if self.state == State.SILENT:
+            return f"{beat.name} did not answer for {quiet:.0f} s: not even its heartbeat comes any more; it was last in {beat.place}"
+        return f"{beat.name} did not come for {since:.0f} s: it is in {beat.place}"
+
+
+def who(folder: Path, num_ranks: int, me: int) -> tuple[str, State] | None:
+    """One line naming the rank that did not come, where and for how long, and what is known of it; None if all of them only wait
+    for each other."""
+    seen = look(folder, num_ranks, me)
+    worst = min((each.state for each in seen), default=State.WAITING)
+    if worst == State.WAITING:
+        return None
+    found = [each for each in seen if each.state == worst]
+    found.sort(key=lambda each: each.beat.mark.time if each.beat else 0.0)
+    others = [str(each.rank) for each in found[1:]] if worst < State.BUSY else []
+    more = f", … ({len(others)} ranks)" if len(others) > NUM_SHOWN else ""
+    also = f"; so did rank {', '.join(others[:NUM_SHOWN])}{more}" if others else ""
+    return found[0].describe(time.time()) + also, worst
+
+
+def look(folder: Path, num_ranks: int, me: int) -> list[Seen]:
+    """All ranks but ``me``. Takes one and a half heartbeats if some are on other machines: whether their numbers rise is seen
+    by this rank's own clock alone."""
+    first = {rank: read(folder, rank) for rank in range(num_ranks) if rank != me}
+    beats = [beat for beat in first.values() if beat is not None]
+    if len(beats) < len(first) or any(beat.machine != machine() for beat in beats):
+        time.sleep(1.5 * max((beat.interval_s for beat in beats), default=1.0))
+    return [_seen(rank, before, read(folder, rank)) for rank, before in first.items()]
+
+
+def positions(folder: Path, ranks: Sequence[int]) -> str:
+    """Where the first few ranks are, in words."""
+    found = [beat for rank in ranks if (beat := read(folder, rank)) is not None]
+    return "; ".join(f"{beat.name} is in {beat.place}" for beat in found[:NUM_SHOWN])
+
+
+def _seen(rank: int, before: Beat | None, now: Beat | None) -> Seen:
+    if now is None:
+        return Seen(rank, State.SILENT, before)
+    if now.machine == machine():
+        state = _state_here(now)
+    else:
+        state = State.SILENT if before is not None and before.number == now.number else None
+    if state is None:
+        state = State.WAITING if now.is_waiting else State.BUSY
+    return Seen(rank, state, now)
+
+
+def _state_here(beat: Beat) -> State | None:
+    """Of a process of this machine; None if it runs."""
+    try:
+        letter = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        if letter in "ZX" or start_ticks(beat.pid) != beat.started:
+            return State.GONE
+    except OSError:
+        return State.GONE
+    return State.STOPPED if letter in "Tt" else None

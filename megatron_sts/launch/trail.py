@@ -1,0 +1,97 @@
+"""Where this process is in its training, and where it was: a short memory that costs a microsecond a mark. Must not know torch."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+NUM_KEPT = 512
+"""Marks: some steps of a few micro-batches."""
+PHASES = {
+    "start": "starting",
+    "data": "reading data",
+    "forward": "forward pass",
+    "backward": "backward pass",
+    "reduce": "reducing gradients and totals",
+    "optimizer": "optimizer step",
+    "log": "comparing numbers between ranks",
+    "save": "saving a checkpoint",
+    "evaluation": "evaluation",
+    "end": "ending",
+}
+"""What a rank may be doing, in words."""
+
+PACKAGE = "megatron_sts"
+WAITING = (
+    "torch/distributed/",
+    "p2p_communication.py",
+    "param_and_grad_buffer.py",
+    "mcore/relay.py",
+    f"{PACKAGE}/launch/",
+)
+"""Parts of the files whose functions wait for other ranks, or tell that one did not come."""
+NUM_INNER = 3
+"""A wait is at most so many calls below the function that is known to wait."""
+
+
+@dataclass(frozen=True)
+class Mark:
+    """A phase began."""
+
+    time: float
+    """Seconds since the epoch."""
+    stage: str | None
+    step: int | None
+    phase: str
+    """Of ``PHASES``."""
+    microbatch: int | None
+
+    def describe(self) -> str:
+        """As in: stage finetune, step 7, backward pass of micro-batch 2."""
+        place = [f"stage {self.stage}", f"step {self.step}"] if self.step is not None else []
+        of = "" if self.microbatch is None else f" of micro-batch {self.microbatch}"
+        return ", ".join([*place, PHASES[self.phase] + of])
+
+
+_place: tuple[str | None, int | None] = (None, None)
+_marks: deque[Mark] = deque([Mark(time.time(), None, None, "start", None)], maxlen=NUM_KEPT)
+
+
+def at(stage: str | None, step: int | None) -> None:
+    """The marks to come are of this step."""
+    global _place
+    _place = stage, step
+
+
+def enter(phase: str, microbatch: int | None = None) -> None:
+    """A phase begins."""
+    _marks.append(Mark(time.time(), *_place, phase, microbatch))
+
+
+def newest() -> Mark:
+    """The phase that this process is in."""
+    return _marks[-1]
+
+
+def marks() -> list[Mark]:
+    """All that are kept, oldest first."""
+    return list(_marks)
+
+
+def where() -> tuple[str, bool]:
+    """The line of this package that the main thread is in, and whether it waits there for other ranks."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    is_waiting, depth = False, 0
+    while frame is not None:
+        file = frame.f_code.co_filename
+        is_waiting |= depth < NUM_INNER and any(part in file for part in WAITING)
+        if f"/{PACKAGE}/" in file and f"/{PACKAGE}/launch/" not in file:
+            inside = Path(*Path(file).parts[Path(file).parts.index(PACKAGE) + 1 :])
+            return f"{inside}:{frame.f_lineno} ({frame.f_code.co_name})", is_waiting
+        frame, depth = frame.f_back, depth + 1
+    return "", is_waiting
