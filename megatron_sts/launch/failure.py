@@ -83,7 +83,7 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
         told = Told(describe(error), is_lost(error), not getattr(error, "is_echo", False), status_of(error))
         leave_words(told)
         if run_dir is not None:
-            claim(run_dir, f"rank {os.environ['RANK']}: {told.line}")
+            claim(run_dir, f"rank {os.environ['RANK']}: {told.line}", requeue=getattr(error, "may_pass", False))
     if not is_users(error) and not told.is_lost:
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(
@@ -93,10 +93,10 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
     return told.status
 
 
-def claim(run_dir: Path, cause: str) -> None:
+def claim(run_dir: Path, cause: str, *, requeue: bool = False) -> None:
     """Leaves the failure of a run that does not hold its folder yet, unless another one does."""
     if not lease.may_be_held(run_dir):
-        outcome.claim(run_dir, cause)
+        outcome.claim(run_dir, cause, requeue=requeue)
 
 
 def status_of(error: BaseException) -> int:

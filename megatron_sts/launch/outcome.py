@@ -39,10 +39,10 @@ def write(run_dir: Path, kind: Kind, cause: str | None = None, *, requeue: bool 
         _written(run_dir, kind, cause, requeue).replace(run_dir / OUTCOME)
 
 
-def claim(run_dir: Path, cause: str) -> bool:
+def claim(run_dir: Path, cause: str, *, requeue: bool = False) -> bool:
     """Writes a failure unless an outcome is there; returns whether it did. Of ranks that fail together the first one tells."""
     try:
-        written = _written(run_dir, "failed", cause, requeue=False)
+        written = _written(run_dir, "failed", cause, requeue)
     except (OSError, ValueError):
         return False
     try:

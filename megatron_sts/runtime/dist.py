@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.runtime import meeting
 from megatron_sts.runtime.device import current_device
 
 
@@ -22,11 +23,16 @@ def process_group(timeout_s: float) -> Iterator[None]:
 
     On an error the group is left at once, without the closing barrier: peers blocked in a collective then fail within
     ``timeout_s``, and the launcher ends them as soon as it sees this rank's exit.
+
+    Raises:
+        MeetingError: not all ranks came within ``timeout_s``.
     """
     timeout = timedelta(seconds=timeout_s)
     backend = current_device().backend
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        store = meeting.meet(timeout_s, os.environ)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num_ranks)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:

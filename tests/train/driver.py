@@ -20,7 +20,6 @@ import shutil
 import signal
 import time
 from dataclasses import replace
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from megatron_sts.launch import failure
 from megatron_sts.launch.rank import attempt
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
+from megatron_sts.runtime import meeting
 from megatron_sts.train import same, step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
@@ -73,13 +73,7 @@ def play() -> None:
 def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
     """Each scene's process group has a store of its own: ranks that are a scene apart must not meet in one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = int(os.environ["WORLD_SIZE"])
-    initialize = dist.init_process_group
-
-    def with_store(backend: str, timeout: timedelta) -> None:
-        initialize(backend, timeout=timeout, store=dist.FileStore(str(path), size), rank=RANK, world_size=size)
-
-    patch.setattr(dist, "init_process_group", with_store)
+    patch.setattr(meeting, "meet", lambda *_: dist.FileStore(str(path), int(os.environ["WORLD_SIZE"])))
 
 
 def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import tempfile
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from megatron_sts.config.load import parse
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.mcore import groups
 from megatron_sts.plan.layout import choose_layout
+from megatron_sts.runtime import meeting
 from megatron_sts.train import loop
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.interrupt import StopRequest
@@ -61,12 +61,7 @@ def start_them() -> None:
     started: list[bool] = []
     alone_right = [edge for edge in edges() if accepted([edge])]
     patch = pytest.MonkeyPatch()
-    initialize = dist.init_process_group
-
-    def with_store(backend: str, timeout: timedelta) -> None:
-        initialize(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
-
-    patch.setattr(dist, "init_process_group", with_store)
+    patch.setattr(meeting, "meet", lambda *_: dist.HashStore())
     patch.setattr(Checkpointer, "save", lambda *_, **__: None)  # the same for every config, and slow
 
     @settings(max_examples=NUM_EXAMPLES, derandomize=True, deadline=None, database=None)

@@ -1,0 +1,146 @@
+"""Who keeps others waiting: gone, stopped, silent elsewhere or busy; and ranks that only wait are not blamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from megatron_sts.launch import heartbeat, missing, trail
+from megatron_sts.launch.heartbeat import Beat, Heartbeat
+from megatron_sts.launch.missing import State
+from megatron_sts.launch.trail import Mark
+
+
+def beat(rank: int, **changes: object) -> Beat:
+    """Of this very process, which runs."""
+    mark = Mark(time.time() - 5, "finetune", 7, "backward", 2)
+    pid = os.getpid()
+    found = Beat(
+        rank,
+        "nodea",
+        heartbeat.machine(),
+        pid,
+        heartbeat.start_ticks(pid),
+        3,
+        0.2,
+        time.time(),
+        mark,
+        "train/step.py:9 (x)",
+        True,
+    )
+    return replace(found, **changes)  # type: ignore[arg-type]
+
+
+def write(folder: Path, *beats: Beat) -> None:
+    for each in beats:
+        (folder / f"{each.rank}.json").write_text(json.dumps(asdict(each)).ljust(heartbeat.LENGTH) + "\n")
+
+
+@pytest.fixture
+def child():
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def of(process: subprocess.Popen[bytes], rank: int) -> Beat:
+    return beat(rank, pid=process.pid, started=heartbeat.start_ticks(process.pid))
+
+
+def test_all_wait(tmp_path: Path) -> None:
+    write(tmp_path, beat(0), beat(1), beat(2))
+    assert missing.who(tmp_path, 3, 0) is None
+    place = "is in stage finetune, step 7, backward pass of micro-batch 2, at train/step.py:9 (x)"
+    assert missing.positions(tmp_path, [0, 1]) == f"{beat(0).name} {place}; {beat(1).name} {place}"
+
+
+def test_a_stopped_process_comes_before_a_busy_one(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+    write(tmp_path, beat(0), beat(1, is_waiting=False), of(child, 2))
+    said, state = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
+    assert state == State.BUSY
+    assert (
+        said.startswith("rank 1 (nodea, pid ")
+        and " did not come for 5 s: it is in stage finetune, step 7, backward" in said
+    )
+    os.kill(child.pid, signal.SIGSTOP)
+    time.sleep(0.1)
+    said, state = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
+    assert state == State.STOPPED
+    assert said.startswith(f"rank 2 (nodea, pid {child.pid}) did not answer for ") and "is stopped (SIGSTOP?)" in said
+
+
+def test_a_process_that_is_gone_or_is_another_one(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
+    write(tmp_path, beat(0), beat(1, started=1), replace(of(child, 2), is_waiting=False))
+    child.kill()
+    time.sleep(0.1)  # a zombie: nobody has waited for it
+    said, state = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
+    assert state == State.GONE and said.startswith("rank 1 (nodea, ") and said.endswith("; so did rank 2")
+
+
+def test_on_another_machine_only_the_number_counts(tmp_path: Path) -> None:
+    far = {"machine": "another", "host": "nodeb", "pid": 1, "time": time.time() + 3600}  # its clock is an hour ahead
+    write(tmp_path, beat(0), beat(1, **far), beat(2, **far), beat(3, **far))
+    end = threading.Event()
+
+    def live() -> None:
+        number = 3
+        while not end.wait(0.02):
+            number += 1
+            write(tmp_path, beat(1, **far, number=number), beat(3, **far, number=number))
+
+    thread = threading.Thread(target=live)
+    thread.start()
+    try:
+        said, state = missing.who(tmp_path, 4, 0)  # type: ignore[misc]
+    finally:
+        end.set()
+        thread.join()
+    assert state == State.SILENT and said.startswith("rank 2 (nodeb, pid 1) did not answer for ")
+
+
+def test_a_rank_without_a_sign(tmp_path: Path) -> None:
+    write(tmp_path, beat(0))
+    assert missing.who(tmp_path, 2, 0) == ("rank 1 did not answer, and never said where it is", State.SILENT)
+
+
+def test_of_ranks_that_lost_another_one_tells(tmp_path: Path) -> None:
+    assert [heartbeat.may_tell(tmp_path) for _ in range(3)] == [True, False, False]
+    assert heartbeat.notice(tmp_path) is None
+    assert [heartbeat.leave_notice(tmp_path, rank, f"cause {rank}") for rank in (1, 0)] == [True, False]
+    assert heartbeat.notice(tmp_path) == "cause 1"
+
+
+def test_a_beat_says_where_the_process_is(tmp_path: Path) -> None:
+    trail.at("align", 3)
+    trail.enter("forward", 1)
+    heart = Heartbeat(heartbeat.prepare(tmp_path, "start"), 5, 1)
+    heart.interval_s = 0.05
+    heart.start()
+    time.sleep(0.3)
+    heart.close()
+    found = heartbeat.find(tmp_path, 5, os.getpid())
+    assert found is not None and found.number > 2
+    assert found.mark.describe() == "stage align, step 3, forward pass of micro-batch 1"
+    assert (found.machine, found.started) == (heartbeat.machine(), heartbeat.start_ticks("self"))
+    assert heartbeat.find(tmp_path, 5, os.getpid() + 1) is None
+    heart.dump()
+    marks = json.loads((tmp_path / heartbeat.FOLDER / "start" / "5.trail.json").read_text())["marks"]
+    assert marks[-1]["phase"] == "forward" and len(marks) <= trail.NUM_KEPT
+
+
+def test_a_mark_costs_a_few_microseconds() -> None:
+    """A step has some ten marks and a second of beats; a thousandth of a step of 100 ms are 100 µs."""
+    started = time.perf_counter()
+    for number in range(2000):
+        trail.enter("forward", number)
+    assert (time.perf_counter() - started) / 2000 < 50e-6  # 1 µs on an idle machine
