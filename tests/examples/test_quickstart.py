@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
+from statistics import mean
 
 import pytest
+import yaml
 
 from tests import warm
 
-SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "quickstart" / "run.sh"
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "quickstart"
+SCRIPT = EXAMPLE / "run.sh"
 TINY = [
     "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=4",
     "parallel.pipeline_model_parallel_size=1", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
@@ -54,3 +60,23 @@ def test_quickstart_end_to_end_and_again(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert evaluations(runs) == 2
     assert json.loads((runs / "comparison.json").read_text()) == comparison
+
+
+def test_the_readme_shows_what_rounds_cost() -> None:
+    """The means of the committed table, whose runs are the quickstart's fine-tuning and nothing else."""
+    rows = list(csv.DictReader((EXAMPLE / "expected" / "skipping_quality.csv").open()))
+    readme = re.findall(
+        r"^\| (`bernoulli`|`rounds` of .|the same, )[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.M
+    )
+    shown = [[float(number) for number in re.findall(r"([\d.]+) ±", cells)] for _, cells in readme]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    assert len(shown) == len(cases) == 5 and len(rows) == 5 * 3 * 3
+    for case, means in zip(cases, shown, strict=True):
+        of_families = [
+            mean(float(row["accuracy"]) for row in rows if (row["case"], row["family"]) == (case, family))
+            for family in ("existence", "ocr", "choice")
+        ]
+        assert means == pytest.approx([*of_families, mean(of_families)], abs=6e-4)  # three digits
+    quickstart = yaml.safe_load((EXAMPLE / "config.yaml").read_text())
+    studied = yaml.safe_load((EXAMPLE / "expected" / "skipping_quality.yaml").read_text())
+    assert studied["stages"] == quickstart["stages"][1:] and studied["model"] == quickstart["model"]
