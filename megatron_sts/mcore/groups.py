@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
@@ -47,6 +49,9 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
     torch.manual_seed(stage_seed)
+    # Nothing here draws from these two; a library that does must not make two runs differ.
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
     return place()
 
 

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.integrity import digest_of, digested
 
 FILES = ("metadata.json", ".metadata")
@@ -45,14 +46,46 @@ class Written:
     """Of its files, by name."""
 
 
+class HostCopies:
+    """Memory into which tensors are copied, so that training may change them while they are written. It is kept from one
+    checkpoint to the next: to allocate it, page by page, takes longer than to fill it.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.Size | None], torch.Tensor] = {}
+
+    def take(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy, which is there once the device has been waited for."""
+        key = item.index.fqn, item.index.offset
+        tensor = _plain(tensor)
+        kept = self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            kept = self._kept[key] = torch.empty(
+                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
+            )
+        return kept.copy_(tensor, non_blocking=True)
+
+    def clear(self) -> None:
+        """Gives the memory back."""
+        self._kept.clear()
+
+
 class Snapshot:
-    """This rank's part of a checkpoint."""
+    """This rank's part of a checkpoint. Until it is written or copied, training must not go on."""
 
     def __init__(self, path: Path, writer: _Writer, metadata: Metadata | None) -> None:
         self._path, self._writer, self._metadata = path, writer, metadata
 
+    def copy(self, copies: HostCopies) -> None:
+        """Takes the tensors as they are now; training may go on. What ``copies`` held before is overwritten."""
+        self._writer.items = [
+            (item, copies.take(item, data) if isinstance(data, torch.Tensor) else data)
+            for item, data in self._writer.items
+        ]
+        current_device().synchronize()
+
     def write(self) -> Written:
-        """Writes this rank's file; no collective.
+        """Writes this rank's file; no collective. In any thread, once it is copied.
 
         Raises:
             OSError: the disk takes no more.
@@ -130,8 +163,13 @@ def _on_host(data: Any) -> Any:
     """A tensor whose memory holds nothing else, for torch saves the whole of it; anything else as it is."""
     if not isinstance(data, torch.Tensor):
         return data
-    data = data.detach()
-    if "dequantize" in type(data).__dict__:  # FP8 of Transformer Engine
-        data = data.dequantize()
+    data = _plain(data)
     is_view = data.untyped_storage().nbytes() != data.numel() * data.itemsize
     return data.clone() if data.is_cpu and is_view else data.cpu()
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Without gradients, and FP8 of Transformer Engine as what it stands for."""
+    tensor = tensor.detach()
+    found: torch.Tensor = tensor.dequantize() if "dequantize" in type(tensor).__dict__ else tensor
+    return found

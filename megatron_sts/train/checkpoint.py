@@ -22,6 +22,7 @@ from megatron_sts.config.run_folder import (
 from megatron_sts.launch import trail
 from megatron_sts.mcore import checkpoint as mcore_checkpoint
 from megatron_sts.mcore.checkpoint import CheckpointError
+from megatron_sts.mcore.writing import HostCopies
 from megatron_sts.runtime import integrity
 from megatron_sts.runtime.dist import first_cause, is_rank_zero, on_rank_zero
 from megatron_sts.runtime.integrity import UnreadableError
@@ -67,6 +68,9 @@ class Checkpointer:
         self._settings = resolved.config.checkpoint
         self._check = check
         self._newest: Path | None = None
+        self._copies = HostCopies()
+        self._saving: Saving | None = None
+        """The one that is written beside the training."""
         self._num_failures = 0
         """Saves in a row that could not be written."""
 
@@ -169,24 +173,51 @@ class Checkpointer:
             f"learning rate is {lr:.3g} instead of {lr_before:.3g}"
         )
 
-    def save(self, stage: Stage, progress: Progress, *, must: bool = False) -> None:
-        """Writes a checkpoint, then forgets old ones; a collective. If it cannot be written (disk full), earlier ones stay.
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes a checkpoint beside the training."""
+        return self._saving is not None and self._saving.is_writing
+
+    def save(self, stage: Stage, progress: Progress, *, must: bool = False, wait: bool = False) -> None:
+        """Writes a checkpoint once the last one is done, then forgets old ones; a collective. If it cannot be written (disk
+        full), earlier ones stay. If it is ``asynchronous``, and nobody has to ``wait``, training goes on meanwhile, and
+        ``settle`` ends it.
 
         Raises:
             CheckpointError: it cannot, and it ``must``, or it is the last of ``max_failures`` in a row.
         """
         trail.enter("save")
-        saving = Saving(self._folder, stage, progress)
+        self.settle()
+        if self._settings.asynchronous and not (must or wait):
+            self._saving = Saving(self._folder, stage, progress, self._copies)
+            self._saving.start()
+            return
+        self._copies.clear()
+        saving = Saving(self._folder, stage, progress, None)
         saving.write()
-        cause = saving.finish(self._make_room)
+        self._finish(saving, must=must)
+
+    def settle(self) -> None:
+        """Ends the save that is under way, if there is one, waiting for it; a collective.
+
+        Raises:
+            CheckpointError: it could not be written, and is the last of ``max_failures`` in a row.
+        """
+        if self._saving is not None:
+            trail.enter("save")
+            saving, self._saving = self._saving, None
+            self._finish(saving, must=False)
+
+    def _finish(self, saving: Saving, *, must: bool) -> None:
+        cause = saving.finish(self._make_room, self._resolved.config.parallel.timeout_s)
         if cause is not None:
             self._fail(saving, cause, must=must)
             return
         self._num_failures = 0
         if is_rank_zero():
-            self._forget_old(progress)
+            self._forget_old(saving.progress)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these
-        self._log.event("checkpoint", stage=saving.stage, step=progress.step, checkpoint=saving.name)
+        self._log.event("checkpoint", stage=saving.stage, step=saving.progress.step, checkpoint=saving.name)
 
     def _make_room(self, target: Path) -> None:
         self._check()

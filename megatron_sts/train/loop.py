@@ -103,16 +103,18 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         told = result.not_updated
         step_time_s = time.perf_counter() - started
         trail.enter("log")
-        step_time_s, data_wait_s, peak_bytes, stopping = max_over_ranks(
-            [step_time_s, result.data_wait_s, peak_memory_bytes(), stop.received]
+        step_time_s, data_wait_s, peak_bytes, stopping, writing = max_over_ranks(
+            [step_time_s, result.data_wait_s, peak_memory_bytes(), stop.received, checkpointer.is_writing]
         )
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
             log.step(costs.describe(result, step_time_s, data_wait_s, int(peak_bytes)))
+        if not writing:
+            checkpointer.settle()
         check(stage, checkpointer, progress)
         if is_last or checkpointer.is_due(step):
             is_end = stage.is_last and progress.step == spec.num_steps
-            checkpointer.save(stage, progress, must=bool(stopping) or is_end)
+            checkpointer.save(stage, progress, must=bool(stopping) or is_end, wait=bool(is_last))
         if stopping:
             stop.agreed = signal.Signals(int(stopping))
             log.event("stop", stage=spec.name, step=progress.step, signal=stop.agreed.name)
@@ -138,4 +140,5 @@ def check(stage: Stage, checkpointer: Checkpointer, progress: Progress) -> None:
             checkpointer.save(stage, replace(progress, stopped_on_bad_samples=True), must=True)
         raise BadSampleError(unusable)
     if broken := broken_updates(stage.spec, progress, stage.resolved.config.guard.max_broken_updates):
+        checkpointer.settle()
         raise NotUpdatedError(f"{broken}; {checkpointer.way_back(progress)}")

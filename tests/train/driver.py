@@ -3,6 +3,7 @@
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
 ``kill``/``stop``/``nan``/``blank``/``raise``: [stage, step]; ``other``: "code" or "config", of the last rank;
 ``full_disk``: rank whose files cannot be written, and in which saves;
+``slow_disk``: for how many seconds writing waits, and in which saves;
 ``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
 and step counters at every checkpoint.
@@ -70,6 +71,19 @@ def play() -> None:
         gc.collect()
 
 
+def slow_down(seconds: float, numbers: list[int], patch: pytest.MonkeyPatch) -> None:
+    """This rank's files of these saves take a while."""
+    write, saves = Snapshot.write, []
+
+    def slow(self: Snapshot) -> Written:
+        saves.append(1)
+        if len(saves) in numbers:
+            time.sleep(seconds)
+        return write(self)
+
+    patch.setattr(Snapshot, "write", slow)
+
+
 def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
     """Each scene's process group has a store of its own: ranks that are a scene apart must not meet in one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,6 +99,8 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
     if scene.get("full_disk", [None])[0] == RANK:
         fill_disk(scene["full_disk"][1:], patch)
+    if "slow_disk" in scene:
+        slow_down(scene["slow_disk"][0], scene["slow_disk"][1:], patch)
 
 
 def change_sources(patch: pytest.MonkeyPatch) -> None:
@@ -96,8 +112,8 @@ def change_sources(patch: pytest.MonkeyPatch) -> None:
 def watch_checkpoints(run_dir: Path, patch: pytest.MonkeyPatch) -> None:
     save = Checkpointer.save
 
-    def save_and_tell(self: Checkpointer, stage: Stage, progress: Progress, *, must: bool = False) -> None:
-        save(self, stage, progress, must=must)
+    def save_and_tell(self: Checkpointer, stage: Stage, progress: Progress, **options: bool) -> None:
+        save(self, stage, progress, **options)
         assert not multiprocessing.active_children(), "a save started a process, which would outlive a killed rank"
         line = {"stage": stage.spec.name, "step": progress.step, "digest": digest(stage)}
         with (run_dir / f"digests.{RANK}.jsonl").open("a") as lines:

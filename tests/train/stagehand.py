@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch.distributed.checkpoint import FileSystemReader
 
 from tests.dist.launch import RanksFailed, run_ranks
 from tests.train.driver import Scene, play
@@ -169,6 +172,20 @@ def steps(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
         for line in lines(run_dir)
         if "event" not in line
     }
+
+
+def pieces(checkpoint: Path) -> dict[tuple[str, tuple[int, ...]], Any]:
+    """Every tensor, as its bytes, and every object of a checkpoint."""
+    state, found = checkpoint / "state", {}
+    for index, place in FileSystemReader(state).read_metadata().storage_data.items():
+        content = (state / place.relative_path).read_bytes()[place.offset : place.offset + place.length]
+        value = torch.load(io.BytesIO(content), weights_only=False)
+        # Objects may be pickled otherwise and mean the same.
+        is_tensor = isinstance(value, torch.Tensor)
+        found[index.fqn, tuple(index.offset or ())] = (
+            value.view(-1).view(torch.uint8).tolist() if is_tensor else repr(value)
+        )
+    return found
 
 
 def digests(run_dir: Path, rank: int) -> dict[tuple[str, int], str]:
