@@ -10,10 +10,20 @@ from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage
 from megatron_sts.config.schema import LdsConfig
+from megatron_sts.lds.mask import LAYOUT_SAMPLERS
 from megatron_sts.lds.placement import Placement, placement
 from megatron_sts.lds.schedule import skip_probabilities
 from megatron_sts.plan.candidates import near_even
-from megatron_sts.plan.steps import Steps, StepTime, besides_layers, drawn_steps, grid, layer_flops, step_times
+from megatron_sts.plan.steps import (
+    Outcomes,
+    Steps,
+    StepTime,
+    drawn_outcomes,
+    drawn_steps,
+    grid,
+    layer_flops,
+    step_times,
+)
 
 ROUGH_STRIDE = 4
 """Every so manieth step of the grid is looked at, with so few of the outcomes of ``sampler: rounds``."""
@@ -21,12 +31,13 @@ ROUGH_OUTCOMES = 512
 
 
 class RoughTimes:
-    """Of a run's layouts. A stage with ``sampler: rounds`` skips what it draws for even chunks, so that layouts with equally
-    many chunks are compared by the same draws, which are made once."""
+    """Of a run's layouts. A stage that skips by the layout's rounds skips what it draws for even chunks, so that layouts with
+    equally many chunks are compared by the same draws, which are made once."""
 
     def __init__(self, resolved: Resolved, step_time: StepTime) -> None:
         self._resolved, self._step_time = resolved, step_time
-        self._rounds: dict[tuple[int, int], tuple[NDArray[np.bool_], NDArray[np.float64]]] = {}
+        self._outcomes: dict[tuple[int, int], Outcomes] = {}
+        """By stage and number of chunks; 0 for masks that no layout changes."""
 
     def __call__(self, layouts: Sequence[Layout]) -> NDArray[np.float64]:
         """Time of the run with each layout, to compare: in FLOPs, [layouts]."""
@@ -45,24 +56,23 @@ class RoughTimes:
     def steps(self, stage: ResolvedStage, place: Placement, layout: Layout) -> Steps:
         """Some of the stage's grid under a layout."""
         lds = stage.config.lds
-        if lds is None or lds.sampler != "rounds" or lds.rounds != "layout":
+        if lds is not None and lds.sampler in LAYOUT_SAMPLERS:
             return drawn_steps(self._resolved.config.seed, stage, place, layout, self._steps(stage))
-        runs, weights = self._running_rounds(stage, place, layout)
+        if lds is None or lds.sampler != "rounds" or lds.rounds != "layout":
+            return self._drawn_once(stage, place, 0).under(layout, place)
+        even = near_even(place.num_layers, place.num_ranks, len(layout))
+        drawn = self._drawn_once(stage, place.under(even), len(layout)).under(even, place)
+        # A head may take the place of all that its rank has in a round, but not of its neighbours' layers.
+        runs = drawn.work[:, 0, :, :-1].any(axis=2)
         work = np.where(runs[..., None], np.array(layout, dtype=np.float64), 0.0)
         _yield_to_head(work, lds, place)
-        return Steps(work[:, None], weights, *besides_layers(place))
+        return Steps(work[:, None], drawn.weights, drawn.first, drawn.last)
 
-    def _running_rounds(
-        self, stage: ResolvedStage, place: Placement, layout: Layout
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-        """[outcomes, vpp], and how likely they are."""
-        key = stage.index, len(layout)
-        if key not in self._rounds:
-            even, seed = near_even(place.num_layers, place.num_ranks, len(layout)), self._resolved.config.seed
-            drawn = drawn_steps(seed, stage, place, even, self._steps(stage), ROUGH_OUTCOMES)
-            # A head may take the place of all that its rank has in a round, but not of its neighbours' layers.
-            self._rounds[key] = drawn.work[:, 0, :, :-1].any(axis=2), drawn.weights
-        return self._rounds[key]
+    def _drawn_once(self, stage: ResolvedStage, place: Placement, vpp: int) -> Outcomes:
+        if (key := (stage.index, vpp)) not in self._outcomes:
+            seed, steps = self._resolved.config.seed, self._steps(stage)
+            self._outcomes[key] = drawn_outcomes(seed, stage, place, steps, ROUGH_OUTCOMES)
+        return self._outcomes[key]
 
     def _expected_total(self, stage: ResolvedStage, place: Placement) -> float:
         """Work of all ranks in a step, in layers: samplers keep the sum of the probabilities."""

@@ -102,39 +102,48 @@ def layer_flops(resolved: Resolved, stage: ResolvedStage) -> int:
     return step_work(resolved, stage, planned_load(resolved, stage, stage.typical)).layer
 
 
-def drawn_steps(
-    seed: int,
-    stage: ResolvedStage,
-    place: Placement,
-    layout: Layout,
-    steps: Sequence[int],
-    most_outcomes: int = MOST_OUTCOMES,
-) -> Steps:
-    """``steps`` with the masks that the stage's sampler draws in them; of ``rounds`` all that it could.
+@dataclass(frozen=True)
+class Outcomes:
+    """What a stage may skip in some steps."""
 
-    A stage that skips nothing has one outcome. ``place``: the stage's under any layout of as many pipeline ranks.
-    """
-    place, lds = place.under(layout), stage.config.lds
+    skipped: NDArray[np.bool_]
+    """[outcomes, rows, layers]; one row for all micro-batches or one for each."""
+    weights: NDArray[np.float64]
+    """How likely each outcome is in each of the steps, [steps, outcomes]; rows sum to 1."""
+
+    def under(self, layout: Layout, place: Placement) -> Steps:
+        """With these chunks."""
+        counts = np.array(layout)
+        ends = np.cumsum(counts)
+        sums = np.pad(np.cumsum(~self.skipped, axis=-1, dtype=np.float64), [(0, 0), (0, 0), (1, 0)])
+        work = (sums[..., ends] - sums[..., ends - counts.ravel()]).reshape(*self.skipped.shape[:2], *counts.shape)
+        return Steps(work, self.weights, *besides_layers(place))
+
+
+def drawn_steps(seed: int, stage: ResolvedStage, place: Placement, layout: Layout, steps: Sequence[int]) -> Steps:
+    """``steps`` of a stage under a layout. ``place``: the stage's under any layout of as many pipeline ranks."""
+    return drawn_outcomes(seed, stage, place.under(layout), steps).under(layout, place)
+
+
+def drawn_outcomes(
+    seed: int, stage: ResolvedStage, place: Placement, steps: Sequence[int], most: int = MOST_OUTCOMES
+) -> Outcomes:
+    """The masks that the stage's sampler draws in ``steps``; of ``rounds`` all that it could; one that skips nothing without LDS."""
+    lds = stage.config.lds
     if lds is None:
-        skipped, weights = np.zeros((1, 1, place.num_layers), dtype=np.bool_), np.ones((len(steps), 1))
-    elif lds.sampler == "rounds":
-        skipped, weights = _outcomes(lds, stage, place, steps, most_outcomes)
-    else:
-        num = stage.num_microbatches
-        masks = [draw_mask(lds, seed, stage.index, step, stage.num_steps, place, num) for step in steps]
-        skipped, weights = np.array([mask.rows for mask in masks]), np.eye(len(steps))
-    counts = np.array(layout)
-    ends = np.cumsum(counts)
-    sums = np.pad(np.cumsum(~skipped, axis=-1, dtype=np.float64), [(0, 0), (0, 0), (1, 0)])
-    work = (sums[..., ends] - sums[..., ends - counts.ravel()]).reshape(*skipped.shape[:2], *counts.shape)
-    return Steps(work, weights, *besides_layers(place))
+        return Outcomes(np.zeros((1, 1, place.num_layers), dtype=np.bool_), np.ones((len(steps), 1)))
+    if lds.sampler == "rounds":
+        return _outcomes_of_rounds(lds, stage, place, steps, most)
+    num = stage.num_microbatches
+    masks = [draw_mask(lds, seed, stage.index, step, stage.num_steps, place, num) for step in steps]
+    return Outcomes(np.array([mask.rows for mask in masks]), np.eye(len(steps)))
 
 
-def _outcomes(
+def _outcomes_of_rounds(
     lds: LdsConfig, stage: ResolvedStage, place: Placement, steps: Sequence[int], most: int
-) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    """What ``sampler: rounds`` may skip, [outcomes, 1, layers], and how likely that is in each step, [steps, outcomes]."""
-    most_orders = max(most // (len(steps) * (place.num_rounds + 1)), 1)
+) -> Outcomes:
+    num_blocks = place.num_rounds if lds.rounds == "layout" else lds.rounds
+    most_orders = max(most // (len(steps) * (num_blocks + 1)), 1)
     probabilities = [skip_probabilities(lds, step, stage.num_steps, place.num_layers) for step in steps]
     drawn = [round_sampler(lds, each, place).outcomes(most_orders) for each in probabilities]
     bits = np.packbits(np.concatenate([skipped for skipped, _ in drawn]), axis=1)
@@ -142,7 +151,7 @@ def _outcomes(
     weights = np.zeros((len(steps), len(different)))
     of_step = np.repeat(np.arange(len(steps)), [len(weight) for _, weight in drawn])
     np.add.at(weights, (of_step, number.ravel()), np.concatenate([weight for _, weight in drawn]))
-    return np.unpackbits(different, axis=1, count=place.num_layers).astype(np.bool_)[:, None], weights
+    return Outcomes(np.unpackbits(different, axis=1, count=place.num_layers).astype(np.bool_)[:, None], weights)
 
 
 def besides_layers(place: Placement) -> tuple[float, float]:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump, load
-from megatron_sts.config.resolve import Layout, resolve
+from megatron_sts.config.resolve import Layout, resolve, with_layout
 from megatron_sts.lds.placement import placement
 from megatron_sts.lds.quota import equal_work_probabilities
 from megatron_sts.lds.schedule import skip_probabilities
@@ -142,3 +142,6 @@ def test_placement_knows_the_round_of_each_layer() -> None:
     place = placement(resolved, resolved.stages[0])
     assert place.owner == (0, 1, 1, 2, 3, 3, 0, 0, 1, 1, 3, 3, 3)
     assert place.round == (0,) * 6 + (1,) * 7 and place.num_rounds == 2
+    assert place == placement(with_layout(resolved, ((4, 3, 3, 3),)), resolved.stages[0]).under(
+        resolved.layers_per_chunk
+    )
