@@ -12,6 +12,9 @@ esac
 sts_setup
 if [ $# -gt 0 ]; then exec python -m pytest "$@"; fi
 
+# Jobs on a real SLURM, where it can be installed; else these tests are skipped.
+bash tests/slurm/cluster.sh install || sts_say "tests/slurm/test_cluster.py is left out, see above"
+
 step() { printf '== %s\n' "$*"; "$@"; }
 step ruff format --check .
 step ruff check .

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     script, code = _write(args, job, folder, resolved)
     if not args.untested:
         print(f"megatron-sts: {slurm_submit.check_startable(script)}")
-    numbers = [slurm_submit.submit(script, **({"STS_CHAIN": "1"} if args.chain > 1 else {}))]
+    numbers = [slurm_submit.submit(script)]
     for _ in range(args.chain - 1):
         numbers.append(slurm_submit.submit(script, f"--dependency=afterany:{numbers[-1]}", STS_CHAINED="1"))
     log = folder / f"job-{numbers[0]}.out"
@@ -113,6 +113,7 @@ def _check(args: argparse.Namespace) -> Resolved:
     from megatron_sts.config.resolve import resolve
     from megatron_sts.launch.slurm_submit import array_numbers
     from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.train.resume import check_same_run
 
     if args.gpus_per_node < 0:
         refuse("--gpus-per-node", args.gpus_per_node, "not a number of GPUs", "give 0 or more")
@@ -135,6 +136,7 @@ def _check(args: argparse.Namespace) -> Resolved:
     for number in array_numbers(args.array) if args.array else [None]:
         overrides = [word if number is None else word.replace(ARRAY, str(number)) for word in args.overrides]
         resolved = resolve(load(args.config, overrides), world_size=world_size, choose_layout=choose_layout)
+        check_same_run(resolved, Path(str(_run_dir(args)).replace(ARRAY, str(number))), extend=args.extend)
         checked = checked or resolved
     assert checked is not None
     return checked
@@ -173,7 +175,7 @@ def _job(args: argparse.Namespace, run_dir: Path, folder: Path) -> Job:
         launcher="srun" if args.srun_ranks else "torchrun",
         arguments=arguments,
         container=args.container,
-        environment=dict(word.split("=", 1) for word in args.env),
+        environment=dict(word.split("=", 1) for word in args.env) | ({"STS_CHAIN": "1"} if args.chain > 1 else {}),
     )
 
 

@@ -65,14 +65,13 @@ def _addresses(host: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]
     return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
 
 
-def own_address(host: str, port: int, *, is_head: bool) -> str:
-    """How other nodes reach this one: the address of the interface towards the first node, which needs no name."""
-    if is_head:
-        return host
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as towards:
-        towards.connect(address)  # sends nothing
-        return str(towards.getsockname()[0])
+def agent_address(host: str, node: int) -> str:
+    """What torch numbers nodes by, in the order of text; only that of the first node is ever called.
+
+    So ranks stand in SLURM's order of nodes, which knows the network, and rank 0 beside the batch script, which reads what it
+    wrote: on a shared file system others see it later.
+    """
+    return host if node == 0 else f"~{node:06d}"
 
 
 def unlike_asked(environment: Mapping[str, str], num_cpus: int) -> str:
@@ -123,7 +122,7 @@ def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
         rdzv_configs={"is_host": is_head, "timeout": MEET_S, "join_timeout": MEET_S},
         max_restarts=0,
         monitor_interval=0.1,
-        local_addr=own_address(host, port, is_head=is_head),
+        local_addr=agent_address(host, int(given["SLURM_NODEID"])),
     )
     try:
         elastic_launch(config, command[0])(*command[1:])

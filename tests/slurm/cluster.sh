@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A real SLURM cluster of two nodes on this machine, for tests: cluster.sh install | up FOLDER | down FOLDER | kill FOLDER NODE | revive FOLDER NODE
+# A real SLURM cluster of three nodes on this machine, for tests: cluster.sh install | up FOLDER | down FOLDER | kill FOLDER NODE
 # Each node is a slurmd in a network namespace of its own, with its own address and host name; where namespaces are not
 # allowed, a slurmd on a port of its own. `up` needs root and Debian's slurm-wlm; one cluster at a time. It ends with the
 # process STS_CLUSTER_OWNER, however that ends. No systemd, no accounting. Tried with SLURM 22.05.
 set -euo pipefail
 
-NODES=2
+NODES=3
 CPUS=8 # advertised, whatever the machine has
 GPUS=2 # advertised, plain files
 NET=10.199.7
@@ -173,7 +173,7 @@ down() {
   strip_hosts
 }
 
-action=${1:?install, up, down, kill or revive}
+action=${1:?install, up, down or kill}
 if [ "$action" = install ]; then install; exit; fi
 base=${2:?a folder}
 export SLURM_CONF=$base/etc/slurm.conf
@@ -182,6 +182,5 @@ case $action in
   keep) shift; keep "$@" ;;
   down) down ;;
   kill) mode=$(cat "$base/mode"); for pid in $(processes_of "$3"); do kill -KILL "$pid" 2>/dev/null || true; done ;;
-  revive) mode=$(cat "$base/mode"); start_node "$3" ;;
   *) echo "no such action: $action" >&2; exit 2 ;;
 esac

@@ -1,0 +1,309 @@
+"""Jobs on a real SLURM of three nodes on this machine (``cluster.sh``): what reaches the ranks, and runs that are stopped, killed and gone on with.
+
+``STAND_IN`` is a Python that only writes down what it was started with; the runs at the end are real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_sts.cli import main
+from tests import warm
+from tests.train.stagehand import TIMES
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("cluster.sh")
+QUICKSTART = str(ROOT / "examples/quickstart")
+SHORT = [
+    "stages.alignment.steps=2",
+    "stages.*.optimizer.warmup_steps=1",
+    "stages.finetune.steps=24",
+    "evaluation.num_questions=0",
+    "logging.tensorboard=false",
+]
+ONE_THREAD = ["--env", "OMP_NUM_THREADS=1"]
+STAND_IN = """#!{python}
+import json, os, pathlib, signal, sys
+run = pathlib.Path(sys.argv[-1])
+own = {{key: value for key, value in os.environ.items() if key.startswith(("STS_", "SLURM_", "MASTER_", "OMP_", "NCCL_"))}}
+(run / f"task-{{own['SLURM_JOB_ID']}}-{{own['SLURM_PROCID']}}.json").write_text(json.dumps([sys.argv[1:], own]))
+kind, requeue, status = os.environ.get("PLAY", "done,false,0").split(",")
+if kind == "save":
+    kind = "done"
+    if own.get("SLURM_RESTART_COUNT", "0") == "0":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+        (run / "ready").touch()
+        signal.sigwait([signal.SIGUSR1])
+        kind, requeue = "stopped", "true"
+if own["SLURM_PROCID"] == "0":
+    (run / "outcome.json").write_text(json.dumps({{"outcome": kind, "requeue": requeue == "true"}}))
+sys.exit(int(status))
+"""
+NASTY = [
+    "model.language.init= it's $HOME `id` $(touch /tmp/sts-touched) ; echo \\ *?~!",
+    'model.vision.init="two\n#SBATCH --nodes=9\r\nlines\t{of} é"',
+    "seed= 7",
+]
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """``cluster("kill", "node2")``; the job commands find it through SLURM_CONF."""
+    if os.environ.get("STS_NO_SLURM") or subprocess.run(["bash", SCRIPT, "install"], capture_output=True).returncode:
+        pytest.skip("no SLURM here, and it cannot be installed: bash tests/slurm/cluster.sh install says why")
+    if os.geteuid() != 0:
+        pytest.skip("bringing up a SLURM needs root")
+    base = tmp_path_factory.mktemp("cluster")
+
+    def act(action: str, *words: str) -> str:
+        environment = os.environ | {"STS_CLUSTER_OWNER": str(os.getpid())}
+        command = ["bash", str(SCRIPT), action, str(base), *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    before = os.environ.get("SLURM_CONF")
+    os.environ["SLURM_CONF"] = str(base / "etc/slurm.conf")
+    try:
+        act("up")
+        yield act
+    finally:
+        act("down")
+        del os.environ["SLURM_CONF"]
+        if before is not None:
+            os.environ["SLURM_CONF"] = before
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> str:
+    path = tmp_path / "python"
+    path.write_text(STAND_IN.format(python=sys.executable))
+    path.chmod(0o755)
+    return str(path)
+
+
+def launch(*words: str, gpus: int = 0, ranks: int = 1, nodes: int = 2) -> None:
+    place = ["--nodes", str(nodes), "--gpus-per-node", str(gpus), "--ranks-per-node", str(ranks)]
+    assert main(["launch", "slurm", QUICKSTART, *place, *words]) == 0
+
+
+def submitted(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The jobs that ``launch`` said it submitted."""
+    found = re.search(r"^megatron-sts: job ([\d, ]+): ", capsys.readouterr().out, re.M)
+    assert found
+    return found[1].split(", ")
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = 240) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+    return found
+
+
+def state(job: str) -> str:
+    return subprocess.run(
+        ["squeue", "-h", "-t", "all", "-j", job, "-o", "%T"], capture_output=True, text=True
+    ).stdout.strip()
+
+
+def end_of(job: str, log: Path | None = None) -> str:
+    """The job's last state."""
+
+    def over() -> str:
+        return now if (now := state(job)) in OVER else ""
+
+    try:
+        return wait_for(over, f"job {job} does not end")
+    except AssertionError:
+        raise AssertionError(f"job {job} is {state(job)}: {log.read_text() if log else ''}") from None
+
+
+def tell(*words: str) -> None:
+    subprocess.run(["scancel", *words], check=True)
+
+
+def tasks(run: Path, job: str) -> list[tuple[list[str], dict[str, str]]]:
+    return [json.loads(path.read_text()) for path in sorted(run.glob(f"task-{job}-*.json"))]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun", "by hand"])
+def test_words_arrive_as_written(cluster, stand_in: str, tmp_path: Path, capsys, launcher: str) -> None:
+    run = tmp_path / "a 'run' of \"mine\" 100%j"
+    if launcher == "by hand":
+        environment = os.environ | {
+            "STS_PYTHON": stand_in,
+            "STS_RUN_DIR": str(run),
+            "NPROC_PER_NODE": "2",
+            "STS_ROOT": str(tmp_path),
+        }
+        options = ["--parsable", "--nodes=2", "--cpus-per-task=4", f"--output={tmp_path}/log"]
+        command = ["sbatch", *options, str(ROOT / "launch/slurm/train.sbatch"), "config.yaml", *NASTY]
+        job = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
+        config = "config.yaml"
+    else:
+        flag = ["--srun-ranks"] if launcher == "srun" else []
+        words = ["--run-dir", str(run), "--python", stand_in, "--env", "NCCL_IB_HCA=a b", "--cpus-per-rank", "2", *flag]
+        launch(*words, *NASTY, gpus=2, ranks=2)
+        [job] = submitted(capsys)
+        config = str(run / "launch/001/config.yaml")
+    assert end_of(job) == "COMPLETED"
+    found = tasks(run, job)
+    assert len(found) == (4 if launcher == "srun" else 2)
+    for words, environment in found:
+        assert words == ["-m", "megatron_sts.launch.slurm_task", "train", config, *NASTY, "--run-dir", str(run)]
+        assert (
+            environment["STS_CPUS_PER_TASK"]
+            == environment["SLURM_CPUS_PER_TASK"]
+            == ("2" if launcher == "srun" else "4")
+        )
+        assert environment["OMP_NUM_THREADS"] in ("1", "2")  # set where the tests run, or the rank's share
+        assert environment["STS_MEETING_HOSTS"].split()[0] == "node1"
+        assert 20000 <= int(environment["MASTER_PORT"]) < 32768
+        assert environment["STS_LOG_DIR"] == f"{run}/logs/{job}.0"
+    assert not Path("/tmp/sts-touched").exists()
+    if launcher != "by hand":
+        assert {environment["NCCL_IB_HCA"] for _, environment in found} == {"a b"}
+        assert f"job {job}, start 1, 2 nodes x 2 ranks ({launcher})" in (run / f"launch/001/job-{job}.out").read_text()
+
+
+def test_a_job_that_can_never_start_is_refused(cluster, tmp_path: Path, capsys) -> None:
+    place = ["--nodes", "4", "--gpus-per-node", "0", "--ranks-per-node", "1", "--run-dir", str(tmp_path / "run")]
+    assert main(["launch", "slurm", QUICKSTART, *place]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and "SLURM could not start this job" in told and "not available" in told
+    assert main(["launch", "slurm", QUICKSTART, *place, "--untested", "--partition", "none"]) == 2
+    assert "invalid partition specified: none" in capsys.readouterr().err
+
+
+def test_usr1_puts_the_job_back_into_the_queue(cluster, stand_in: str, tmp_path: Path, capsys, monkeypatch) -> None:
+    run = tmp_path / "run"
+    launch("--run-dir", str(run), "--python", stand_in, "--env", "PLAY=save,true,0")
+    [job] = submitted(capsys)
+    wait_for((run / "ready").exists, "the stand-in does not start")
+    tell("--batch", "--signal=USR1", job)
+    assert end_of(job) == "COMPLETED"
+    log = (run / f"launch/001/job-{job}.out").read_text()
+    assert "the time limit is near: saving" in log and "ended as 'stopped'" in log and "start 2," in log
+    assert tasks(run, job)[0][1]["SLURM_RESTART_COUNT"] == "1"
+
+
+def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    launch("--run-dir", str(run), "--python", stand_in, "--chain", "2", "--env", "PLAY=failed,false,3")
+    first, second = submitted(capsys)
+    assert (end_of(first), end_of(second)) == ("FAILED", "FAILED")
+    assert len(tasks(run, first)) == 2 and not tasks(run, second)
+    assert (
+        "the job before this one ended as 'failed': the chain ends here"
+        in (run / f"launch/001/job-{second}.out").read_text()
+    )
+    # A link whose time was up hands over to the next one.
+    run = tmp_path / "other"
+    launch("--run-dir", str(run), "--python", stand_in, "--chain", "2", "--env", "PLAY=stopped,true,0")
+    first, second = submitted(capsys)
+    assert (end_of(first), end_of(second)) == ("COMPLETED", "COMPLETED")
+    assert len(tasks(run, first)) == len(tasks(run, second)) == 2
+
+
+def test_numbers_of_an_array_are_filled_in(cluster, stand_in: str, tmp_path: Path, capsys) -> None:
+    words = ["--array", "3,5", "--run-dir", str(tmp_path / "runs/{array}"), "--python", stand_in, "seed={array}"]
+    launch(*words)
+    [job] = submitted(capsys)
+    wait_for(lambda: all((tmp_path / f"runs/{number}/outcome.json").exists() for number in (3, 5)), "no array")
+    wait_for(lambda: set(state(job).split()) == {"COMPLETED"}, "the array does not end")
+    for number in (3, 5):
+        [(words, _), _] = [json.loads(path.read_text()) for path in (tmp_path / f"runs/{number}").glob("task-*")]
+        assert f"seed={number}" in words and words[-1] == str(tmp_path / f"runs/{number}")
+
+
+@pytest.fixture(scope="module")
+def local_run(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
+    """The same run, never interrupted, on local ranks."""
+    run = tmp_path_factory.mktemp("local") / "run"
+    words = [sys.executable, "-m", "megatron_sts", "train", QUICKSTART, *SHORT, "--run-dir", str(run)]
+    warm.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300)
+    return numbers(run)
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (FileNotFoundError, ValueError):  # a line that is being written
+        return []
+
+
+def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """What each step came to, but for times; the last line of a step counts."""
+    steps = (line for line in lines(run) if "event" not in line)
+    return {(line["stage"], line["step"]): {key: line[key] for key in line.keys() - TIMES} for line in steps}
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    wait_for(lambda: ("finetune", step) in numbers(run), f"step {step} does not come: {log_of(run)}")
+
+
+def log_of(run: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(run.glob("launch/*/job-*.out")))
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in lines(run) if line.get("event") == kind]
+
+
+@pytest.mark.slow
+def test_scancel_saves_and_does_not_requeue(cluster, local_run, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    launch("--run-dir", str(run), "--srun-ranks", *ONE_THREAD, *SHORT)
+    [job] = submitted(capsys)
+    wait_for_step(run, 2)
+    tell(job)
+    assert end_of(job) == "CANCELLED"
+    wait_for(lambda: events(run, "stop"), f"not saved: {log_of(run)}", 30)
+    assert json.loads((run / "outcome.json").read_text())["outcome"] == "stopped"
+    launch("--run-dir", str(run), "--srun-ranks", *ONE_THREAD, *SHORT)
+    [job] = submitted(capsys)
+    assert end_of(job) == "COMPLETED", log_of(run)
+    assert len(events(run, "resume")) == 1 and numbers(run) == local_run
+
+
+@pytest.mark.slow
+def test_saved_at_usr1_and_gone_on_from_after_a_dead_node(cluster, local_run, tmp_path: Path, capsys) -> None:
+    """The last test: the cluster has two nodes from then on."""
+    run = tmp_path / "a run"
+    launch("--run-dir", str(run), "--cpus-per-rank", "4", *ONE_THREAD, "checkpoint.interval_steps=8", *SHORT)
+    [job] = submitted(capsys)
+    wait_for_step(run, 2)
+    tell("--batch", "--signal=USR1", job)
+    told = time.monotonic()
+    wait_for(lambda: events(run, "stop"), f"not saved: {log_of(run)}")
+    saved = time.monotonic()
+    wait_for(lambda: len(events(run, "resume")) == 1, f"not resumed: {log_of(run)}")
+    resumed = time.monotonic()
+    wait_for_step(run, 9)  # a checkpoint was saved at 8
+    cluster("kill", "node2")
+    died = time.monotonic()
+    wait_for(lambda: "start 3," in log_of(run), f"not requeued: {log_of(run)}")
+    requeued = time.monotonic()
+    assert end_of(job) == "COMPLETED", log_of(run)
+    assert len(events(run, "resume")) == 2
+    assert numbers(run) == local_run
+    text = log_of(run)
+    assert "start 3," in text and "Traceback" not in text.split("start 3,")[1]
+    assert ("of the 4 CPUs that were asked for it" in text) == (len(os.sched_getaffinity(0)) < 4)
+    assert sorted(path.name for path in (run / f"logs/{job}.2").iterdir()) == ["rank-00000.log", "rank-00001.log"]
+    print(
+        f"USR1 to saved {saved - told:.1f} s, to resumed {resumed - told:.1f} s; dead node to the next start {requeued - died:.1f} s"
+    )
