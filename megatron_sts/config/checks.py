@@ -303,20 +303,24 @@ def check_rounds_fields(field: str, lds: LdsConfig, num_layers: int) -> None:
     if lds.granularity == "microbatch":
         refuse(f"{field}.granularity", "microbatch", "sampler=rounds leaves whole rounds out of a step's schedule",
                "set it to step, or sampler to balanced")  # fmt: skip
+    if lds.rounds == 1:
+        refuse(f"{field}.rounds", 1, "one block has all layers, of which a step would skip all or none",
+               "use layout or a larger divisor of the number of layers")  # fmt: skip
     if lds.rounds != "layout" and num_layers % lds.rounds:
         refuse(f"{field}.rounds", lds.rounds, f"does not divide the language model's {num_layers} layers",
                "use layout or a divisor")  # fmt: skip
 
 
 def check_rounds(stage: StageConfig, layers_per_chunk: Sequence[Sequence[int]]) -> None:
-    """``sampler: rounds`` has rounds to skip: more than one, and one of them without a protected layer."""
+    """``sampler: rounds`` has rounds to skip: more than one with layers, and one of them without a protected layer."""
     lds, field = stage.lds, f"stages.{stage.name}.lds"
     if lds is None or lds.sampler != "rounds":
         return
     num_layers = sum(map(sum, layers_per_chunk))
     of_rounds = [sum(counts) for counts in layers_per_chunk]
-    if lds.rounds == "layout" and len(layers_per_chunk) == 1:
-        refuse(f"{field}.rounds", "layout", "a pipeline rank has one chunk, so there is one round and nothing to drop",
+    if lds.rounds == "layout" and sum(map(bool, of_rounds)) == 1:
+        why = "a pipeline rank has one chunk" if len(of_rounds) == 1 else "one chunk a pipeline rank has all layers"
+        refuse(f"{field}.rounds", "layout", f"{why}, so there is one round and nothing to drop",
                "set sampler=balanced, rounds to a number of blocks, or parallel.virtual_pipeline_model_parallel_size")  # fmt: skip
     if lds.depth_profile != "protect":
         return

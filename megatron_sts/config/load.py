@@ -56,8 +56,8 @@ def parse(written: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         # A misspelt key comes first: it is why another one is missing.
-        first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-        raise ConfigError(_explain(first, values)) from None
+        found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
+        raise ConfigError(_explain(found, values)) from None
 
 
 def dump(resolved: Resolved, path: Path, **found: Any) -> None:
@@ -123,8 +123,9 @@ def _matches(node: Any, key: str, override: str) -> Sequence[str | int]:
     raise ConfigError(f"override {override}: no entry {key!r}; choose from {', '.join(names)}, an index, or *")
 
 
-def _explain(error: ErrorDetails, values: Any) -> str:
-    """One line for the first thing that pydantic refused."""
+def _explain(errors: Sequence[ErrorDetails], values: Any) -> str:
+    """One line for the first thing that pydantic refused: where it may be of several types, what each asks for."""
+    error = errors[0]
     location, value, message = error["loc"], error["input"], error["msg"]
     field = _dotted(location, values)
     if error["type"] == "missing":
@@ -134,12 +135,26 @@ def _explain(error: ErrorDetails, values: Any) -> str:
         return f"{field}: {message}" if field else message
     if error["type"] == "extra_forbidden":
         return f"{field}={_short(value)}: unknown key; {_nearest(location)}"
+    asked = [
+        other["msg"].removeprefix("Input should be ") for other in errors if _dotted(other["loc"], values) == field
+    ]
+    if len(asked) > 1:
+        message = f"Input should be {' or '.join(asked)}"
     return _one_line(f"{field}={_short(value)}: {message.replace('Input should', 'it should', 1)}")
 
 
 def _dotted(location: Sequence[str | int], values: Any) -> str:
-    """A location as the user would write it in an override: stages by name."""
-    pieces = [str(piece) for piece in location]
+    """A location as the user would write it in an override: stages by name, without pydantic's names of the types that a
+    value may be of."""
+    pieces, node = [], values
+    for piece in location:
+        if isinstance(node, Mapping):
+            node = node.get(piece)
+        elif isinstance(node, list) and isinstance(piece, int):
+            node = node[piece]
+        else:
+            continue
+        pieces.append(str(piece))
     if len(pieces) > 1 and pieces[0] == "stages":
         stage = values["stages"][location[1]]
         pieces[1] = str(stage.get("name", pieces[1])) if isinstance(stage, Mapping) else pieces[1]

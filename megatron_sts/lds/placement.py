@@ -20,7 +20,7 @@ class Placement:
     fixed_work: tuple[float, ...]
     """What each pipeline rank computes in every step besides decoder layers, in units of one layer's FLOPs."""
     head_work: float
-    """The head's part of the last rank's fixed work."""
+    """The head in the same units, for rows as long as they are written: no parallel setting changes it."""
 
     @property
     def num_layers(self) -> int:
@@ -51,7 +51,17 @@ def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
     work = step_work(resolved, stage, planned_load(resolved, stage, stage.typical))
     fixed = [0.0] * resolved.config.parallel.pipeline_model_parallel_size
     fixed[0] += work.before / work.layer
-    head_work = work.after / work.layer
-    fixed[-1] += head_work
+    fixed[-1] += work.after / work.layer
     rounds = [[number] * sum(counts) for number, counts in enumerate(resolved.layers_per_chunk)]
-    return Placement(resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed), head_work)
+    return Placement(
+        resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed), _head_work(resolved, stage)
+    )
+
+
+def _head_work(resolved: Resolved, stage: ResolvedStage) -> float:
+    """Without the padding that sequence and context parallelism ask for: near a half it would decide how many layers yield,
+    and ``lds.rounds: N`` draws the same masks on every layout."""
+    written = stage.uncompressed.model_copy(update={"sequence_length": stage.config.batch.sequence_length})
+    unpadded = stage.model_copy(update={"token_multiple": 1, "uncompressed": written})
+    work = step_work(resolved, unpadded, planned_load(resolved, unpadded, unpadded.typical))
+    return work.after / work.layer

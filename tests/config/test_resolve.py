@@ -185,6 +185,20 @@ REFUSED = [
         "set sampler=balanced,",
     ),
     (
+        "stages.1.lds.sampler=rounds parallel.pipeline_model_parallel_size=4 "
+        "parallel.virtual_pipeline_model_parallel_size=2 parallel.layout=[0,0,0,0,3,3,3,3]",
+        "stages.finetune.lds.rounds=layout: one chunk a pipeline rank has all layers, so there is one round and nothing",
+    ),
+    (
+        "stages.1.lds={sampler: rounds, rounds: 1}",
+        "stages.finetune.lds.rounds=1: one block has all layers, of which a step would skip all or none; use layout or",
+    ),
+    (
+        "stages.1.lds={sampler: rounds, rounds: 0}",
+        "stages.finetune.lds.rounds=0: it should be 'layout' or greater than 0",
+    ),
+    ("parallel.layout=foo", "parallel.layout=foo: it should be 'even' or 'auto' or a valid tuple"),
+    (
         "stages.1.lds={sampler: rounds, rounds: 3, depth_profile: protect, protect_first: 1, protect_last: 5}",
         "stages.finetune.lds.protect_first=1: with protect_last=5 every round has a protected layer",
     ),
