@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
@@ -71,6 +72,8 @@ class Checkpointer:
         self._copies = HostCopies()
         self._saving: Saving | None = None
         """The one that is written beside the training."""
+        self._removal: Thread | None = None
+        """Deletes the last checkpoint that was forgotten."""
         self._num_failures = 0
         """Saves in a row that could not be written."""
 
@@ -193,6 +196,8 @@ class Checkpointer:
             self._saving.start()
             return
         self._copies.clear()
+        if self._removal is not None:
+            self._removal.join(self._resolved.config.parallel.timeout_s)
         saving = Saving(self._folder, stage, progress, None)
         saving.write()
         self._finish(saving, must=must)
@@ -249,11 +254,18 @@ class Checkpointer:
 
     def _delete(self, checkpoint: Path) -> None:
         """A crash in the middle of it leaves nothing that passes for a checkpoint."""
-        going = checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}")
         try:
-            shutil.rmtree(checkpoint.rename(going))
+            going = checkpoint.rename(checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}"))
         except OSError as error:
             self._log.warn(f"old checkpoint {checkpoint.name} could not be deleted ({error.strerror})")
+            return
+        # Large files take a while. What stays because the run ends meanwhile, the next start removes.
+        remove = partial(shutil.rmtree, going, ignore_errors=True)
+        if self._settings.asynchronous:
+            self._removal = Thread(target=remove, name="removal", daemon=True)
+            self._removal.start()
+        else:
+            remove()
 
     def _before_broken(self, progress: Progress) -> list[Path]:
         """Checkpoints from before the row of broken updates that ``progress`` is in: the newest may be what broke them."""

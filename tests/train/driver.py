@@ -3,6 +3,7 @@
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
 ``kill``/``stop``/``nan``/``blank``/``raise``: [stage, step]; ``other``: "code" or "config", of the last rank;
 ``full_disk``: rank whose files cannot be written, and in which saves;
+``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
 ``slow_disk``: for how many seconds writing waits, and in which saves;
 ``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
@@ -38,10 +39,12 @@ from megatron_sts.launch.rank import attempt
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
 from megatron_sts.runtime import meeting
+from megatron_sts.runtime.integrity import DigestedFile
 from megatron_sts.train import same, step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.resume import Progress
+from megatron_sts.train.saving import Saving
 from megatron_sts.train.stage import Stage
 
 Scene = dict[str, Any]
@@ -84,6 +87,25 @@ def slow_down(seconds: float, numbers: list[int], patch: pytest.MonkeyPatch) -> 
     patch.setattr(Snapshot, "write", slow)
 
 
+def kill_in_save(number: int, part: float, patch: pytest.MonkeyPatch) -> None:
+    """By the bytes of the save before, which is as large."""
+    start, write, sizes = Saving.__init__, DigestedFile.write, [0]
+
+    def begin(self: Saving, *args: Any) -> None:
+        sizes.append(0)
+        start(self, *args)
+
+    def count(self: DigestedFile, content: Any) -> int:
+        if len(sizes) - 1 == number and sizes[-1] >= part * sizes[-2]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        written = write(self, content)
+        sizes[-1] += written
+        return written
+
+    patch.setattr(Saving, "__init__", begin)
+    patch.setattr(DigestedFile, "write", count)
+
+
 def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
     """Each scene's process group has a store of its own: ranks that are a scene apart must not meet in one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +121,8 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
     if scene.get("full_disk", [None])[0] == RANK:
         fill_disk(scene["full_disk"][1:], patch)
+    if "kill_in_save" in scene and RANK == 0:
+        kill_in_save(*scene["kill_in_save"], patch)
     if "slow_disk" in scene:
         slow_down(scene["slow_disk"][0], scene["slow_disk"][1:], patch)
 
