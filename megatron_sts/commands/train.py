@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
     from megatron_sts.launch import rank_log
-    from megatron_sts.launch.environment import rank_from
+    from megatron_sts.launch.environment import join, rank_from
     from megatron_sts.plan.layout import choose_layout
 
     rank = None if args.dry_run else rank_from(os.environ)
@@ -66,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
             return _print_summary(resolved, run_dir, extend=args.extend, as_json=args.json)
         return start(resolved, run_dir, rank, extend=args.extend)
     except ConfigError as error:
-        if rank is not None:  # its launcher may turn the status into another
-            failure.claim(run_dir, f"rank {rank.rank}: {error}")
-        raise
+        if rank is None:
+            raise
+        join(rank, os.environ)
+        return failure.report(error, run_dir)  # its launcher may print another line, and turn the status into another
 
 
 def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool) -> int:

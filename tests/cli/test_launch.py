@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from megatron_sts.commands.train import default_run_dir
+from megatron_sts.launch import outcome
 from megatron_sts.launch.cause import Failure
 from megatron_sts.launch.environment import Rank, rank_from
 
@@ -96,6 +97,23 @@ def test_rank_of_srun(run, config: Path, tmp_path: Path) -> None:
     result = run("train", config, STAND_IN=USER, **slurm)
     assert result.returncode == 2
     assert result.stderr == "megatron-sts: error: rank 1: data.path=gone: no such file; correct data.path\n"
+
+
+def test_a_wrong_config_on_a_rank_is_left_to_its_launcher(run, config: Path, tmp_path: Path) -> None:
+    """What torchrun's summary ends with, and what the batch script reads."""
+    torchrun = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"),
+    }
+    result = run("train", config, "stages.only.steps=-1", "--run-dir", "out", **torchrun)
+    line = "stages.only.steps=-1: it should be greater than 0"
+    assert (result.returncode, result.stderr) == (2, f"megatron-sts: error: rank 0: {line}\n")
+    words = json.loads((tmp_path / "error.json").read_text())
+    assert words["message"] == line and words["status"] == 2
+    found = outcome.read(tmp_path / "out")
+    assert found and (found.outcome, found.cause, found.requeue) == ("failed", f"rank 0: {line}", False)
 
 
 def test_rank_from() -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from megatron_sts.cli import main
 from megatron_sts.launch import heartbeat, outcome
 from tests.commands.test_train import below, children, ends, has_step, outlived, started, wait_for
+from tests.dist.launch import RanksFailed, run_ranks
 from tests.train import stagehand
-from tests.train.stagehand import act_out, scene, told
+from tests.train.stagehand import act_out, events, scene, steps, told
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 TIMEOUT_S = 6.0
@@ -78,3 +83,71 @@ def test_a_stopped_rank_is_named(config: Path, tmp_path: Path) -> None:
     assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + 10
     found = outcome.read(run)
     assert found and found.outcome == "failed" and found.cause and line.endswith(found.cause)
+
+
+def test_sigterm_saves_and_no_new_start_is_asked_for(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(config, run, "checkpoint.interval_steps=1000") as process:
+        wait_for(has_step(run, "finetune", 3), process)
+        everything = below(process)
+        os.kill(process.pid, signal.SIGTERM)
+        status, _, errors = ends(process, 60)
+    assert status == 128 + signal.SIGTERM and errors == ["megatron-sts: stopped by SIGTERM"]
+    assert not outlived(everything)
+    (stop,) = events(run, "stop")
+    found = outcome.read(run)
+    assert found and (found.outcome, found.cause, found.requeue) == ("stopped", "SIGTERM", False)
+    assert stop["signal"] == "SIGTERM" and (found.stage, found.step) == ("finetune", stop["step"])
+
+
+def test_a_stop_request_before_any_import_is_kept(config: Path, tmp_path: Path) -> None:
+    """The signal comes while a rank of another launcher has not imported torch yet."""
+    run, env = (
+        tmp_path / "run",
+        {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"},
+    )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-m", "megatron_sts", "train", str(config), "--run-dir", str(run)]
+    one = "parallel.pipeline_model_parallel_size=1"
+    with subprocess.Popen(
+        [*command, one], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for(lambda: blocks(process.pid, signal.SIGUSR1), process)
+        has_torch = "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0 and not has_torch, err
+    assert "asked to stop: saved 1 of 4 steps of stage alignment" in out
+    found = outcome.read(run)
+    assert found and (found.outcome, found.step, found.requeue) == ("stopped", 1, True)
+
+
+def blocks(pid: int, number: signal.Signals) -> bool:
+    """Whether the process holds the signal back."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigBlk")), 16)
+    return bool(mask >> (number - 1) & 1)
+
+
+def test_two_starts_in_one_folder(config: Path, tmp_path: Path) -> None:
+    """Of other launchers, whose ranks each know only their own run: the second is refused and the first trains on."""
+    run = tmp_path / "run"
+    with started(config, run) as process:
+        wait_for(has_step(run, "alignment", 1), process)
+
+        with pytest.raises(RanksFailed) as failed:
+            run_ranks(second_start, 2, timeout_s=100, CONFIG=config, RUN_DIR=run)
+        outputs = failed.value.outputs
+        assert process.poll() is None and outcome.read(run) is None
+        before = len(steps(run))
+        wait_for(lambda: len(steps(run)) > before, process)
+    (line,) = [line for output in outputs for line in output.splitlines() if "error" in line]
+    assert line.startswith(
+        f"megatron-sts: error: rank 0: --run-dir={run}: another run is writing it ({os.uname().nodename}, pid "
+    )
+    assert failed.value.returncodes == [2, 2]
+
+
+def second_start() -> None:
+    sys.exit(main(["train", os.environ["CONFIG"], "--run-dir", os.environ["RUN_DIR"]]))
