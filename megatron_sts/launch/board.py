@@ -11,11 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_sts.launch import failure, heartbeat, lease, missing, outcome, trail
 from megatron_sts.launch.failure import Told
 from megatron_sts.launch.heartbeat import Heartbeat
-from megatron_sts.launch.lease import Lease
+from megatron_sts.launch.lease import Lease, LeaseLostError
 from megatron_sts.launch.missing import State
 
 TELLER_WAIT_S = 12.0
@@ -98,7 +99,10 @@ class Board:
     def _look(self) -> None:
         """With each beat: keeps the folder, and ends a rank from outside its collective that waits for one that never comes."""
         if self._held is not None:
-            self._held.renew()
+            try:
+                self._held.renew()
+            except LeaseLostError as error:
+                self._leave(Told(str(error), is_lost=False, is_first=True))
         if self._num_ranks == 1:
             return
         if heartbeat.notice(self._folder) is not None:
@@ -109,8 +113,11 @@ class Board:
         elif time.time() - trail.newest().time > self._timeout_s + MARGIN_S and trail.where()[1]:
             found = missing.who(self._folder, self._num_ranks, self._rank)
             if found is not None and heartbeat.may_tell(self._folder):
-                self._heart.dump()
-                told = self._tell(found[0], 1, lost=found[1])
-                failure.leave_words(told)
-                failure.say(told)
-                failure.leave(1)
+                self._leave(self._tell(found[0], 1, lost=found[1]))
+
+    def _leave(self, told: Told) -> NoReturn:
+        """Ends this rank from outside of what it does."""
+        self._heart.dump()
+        failure.leave_words(told)
+        failure.say(told)
+        failure.leave(1)

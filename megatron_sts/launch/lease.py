@@ -74,7 +74,7 @@ class Lease:
     def __init__(self, run_dir: Path, holder: Holder) -> None:
         self._run_dir, self._holder = run_dir, holder
         self._renewed = time.monotonic()
-        self.lost_to: Holder | None = None
+        self._lost_to: Holder | None = None
 
     @property
     def token(self) -> str:
@@ -82,9 +82,14 @@ class Lease:
         return self._holder.token
 
     def renew(self) -> None:
-        """Raises the counter, when it is time."""
-        if time.monotonic() - self._renewed < self._holder.interval_s or self._look() is not None:
+        """Raises the counter, when it is time.
+
+        Raises:
+            LeaseLostError: another start has the folder.
+        """
+        if time.monotonic() - self._renewed < self._holder.interval_s:
             return
+        self.check()
         self._renewed = time.monotonic()
         self._holder = replace(self._holder, counter=self._holder.counter + 1)
         with suppress(OSError):  # a full disk: the folder is ours until somebody takes it
@@ -110,8 +115,8 @@ class Lease:
     def _look(self) -> Holder | None:
         found = read(self._run_dir)
         if found is not None and found.token != self._holder.token:
-            self.lost_to = found
-        return self.lost_to
+            self._lost_to = found
+        return self._lost_to
 
 
 def take(run_dir: Path, environment: Mapping[str, str]) -> Lease:
@@ -142,6 +147,12 @@ def is_held_by(run_dir: Path, token: str) -> bool:
     """Whether the folder belongs to that start."""
     found = read(run_dir)
     return found is not None and found.token == token
+
+
+def is_held_elsewhere(run_dir: Path) -> bool:
+    """Whether a start on another machine has it, although a launcher here has the kernel's lock."""
+    found = read(run_dir)
+    return found is not None and found.machine.split()[0] != heartbeat.machine().split()[0]
 
 
 def may_be_held(run_dir: Path) -> bool:

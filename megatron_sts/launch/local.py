@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from megatron_sts.launch import fork, heartbeat, outcome
+from megatron_sts.launch import fork, heartbeat, lease, outcome
 from megatron_sts.launch.cause import Failure, first, read_words
 from megatron_sts.launch.failure import ERROR_FILE, LAUNCHED
 from megatron_sts.launch.rank import act
@@ -70,13 +70,13 @@ def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str
         except _Stopped as stopped:
             name = signal.Signals(stopped.number).name
             print(f"megatron-sts: stopped by {name}", file=sys.stderr)
-            if run_dir is not None:
+            if run_dir is not None and not lease.is_held_elsewhere(run_dir):
                 outcome.write(run_dir, "stopped", name)
             return 128 + stopped.number
     if not failures:
         return 0
     cause = first(failures)
-    if run_dir is not None:
+    if run_dir is not None and not lease.is_held_elsewhere(run_dir):
         outcome.write(run_dir, "failed", cause.describe())
     print(f"megatron-sts: error: {cause.describe()}", file=sys.stderr, flush=True)
     return 2 if cause.status == 2 else 1

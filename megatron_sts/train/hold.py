@@ -15,6 +15,15 @@ from megatron_sts.launch.exclusive import sole_writer
 from megatron_sts.launch.lease import Lease
 from megatron_sts.runtime.dist import is_rank_zero, on_rank_zero
 
+NCCL_RECORDER = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": "2000"}
+"""NCCL's own flight recorder: each rank's last collectives, dumped when one does not end."""
+
+
+def record_collectives(run_dir: Path) -> None:
+    """Has NCCL leave what it was waiting for in RUN_DIR/nccl_trace_RANK, unless the user says otherwise. Before it starts."""
+    for name, value in {**NCCL_RECORDER, "TORCH_FR_DUMP_TEMP_FILE": str(run_dir / "nccl_trace_")}.items():
+        os.environ.setdefault(name, value)
+
 
 @contextmanager
 def holding(run_dir: Path, timeout_s: float) -> Iterator[Board]:

@@ -26,7 +26,7 @@ from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.checkpoint import Checkpointer, advance
 from megatron_sts.train.evaluation import evaluate_once
-from megatron_sts.train.hold import holding
+from megatron_sts.train.hold import holding, record_collectives
 from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
 from megatron_sts.train.resume import Progress, check_same_content, write_config
@@ -40,6 +40,7 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
     kernels = check_usable(resolved.config)
     timeout_s = resolved.config.parallel.timeout_s
+    record_collectives(run_dir)
     with process_group(timeout_s), holding(run_dir, timeout_s) as board:
         check_same_code()
         check_same_config(resolved)

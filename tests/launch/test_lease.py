@@ -101,7 +101,8 @@ def test_a_holder_that_lost_the_folder_stops_and_writes_nothing(tmp_path: Path) 
     mine.check()
     other = held(tmp_path)
     time.sleep(0.25)
-    mine.renew()
+    with pytest.raises(LeaseLostError):
+        mine.renew()
     assert lease.read(tmp_path) == other
     with pytest.raises(LeaseLostError, match=rf"another start \(nodeb, pid {os.getpid()}, job 7\) has taken it"):
         mine.check()

@@ -8,13 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from megatron_sts.cli import main
-from megatron_sts.launch import heartbeat, outcome
+from megatron_sts.launch import heartbeat, lease, outcome
 from tests.commands.test_train import below, children, ends, has_step, outlived, started, wait_for
 from tests.dist.launch import RanksFailed, run_ranks
 from tests.train import stagehand
@@ -151,3 +152,24 @@ def test_two_starts_in_one_folder(config: Path, tmp_path: Path) -> None:
 
 def second_start() -> None:
     sys.exit(main(["train", os.environ["CONFIG"], "--run-dir", os.environ["RUN_DIR"]]))
+
+
+def test_a_run_that_lost_its_folder_stops_before_a_checkpoint_gets_its_name(tmp_path: Path) -> None:
+    path, run = tmp_path / "one.yaml", tmp_path / "run"
+    written = stagehand.config(checkpoint={"interval_steps": 5})
+    written["stages"][1]["steps"] = 2000
+    path.write_text(yaml.safe_dump(written))
+    with started(path, run) as process:
+        wait_for(has_step(run, "finetune", 6), process)
+        other = replace(lease.read(run), token="other", host="nodeb", machine="another-boot pid:[1]", pid=7)  # type: ignore[type-var]
+        lease._write(run, other)
+        names = {path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith(".")}
+        status, _, errors = ends(process, 60)
+    assert status == 1
+    (line,) = errors
+    assert line.startswith(
+        f"megatron-sts: error: rank 0 (exit code 1): --run-dir={run}: another start (nodeb, pid 7) has taken it"
+    )
+    left = {path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith(".")}
+    assert len(left - names) <= 1  # one that was about to get it
+    assert lease.read(run) == other and outcome.read(run) is None
