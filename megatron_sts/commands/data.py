@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """``data`` and what it holds."""
+    data = add_group(commands, "data", help="prepare datasets", description="Prepare datasets.")
     prepare = add_command(
-        add_group(commands, "data", help="prepare datasets", description="Prepare datasets."),
+        data,
         "prepare",
         run_prepare,
         help="turn a LLaVA JSON and its pictures into shards for data.source=energon",
@@ -32,18 +33,60 @@ def add(commands: Commands) -> None:
     add_folder(prepare, "--images", "folder of the pictures (default: the JSON's)")
     add_folder(prepare, "--out", "where the dataset is written", required=True)
     prepare.add_argument("--shard-size-mb", type=positive, metavar="N", default=256, help="MiB a shard (default: 256)")
-    prepare.add_argument("--num-workers", type=positive, metavar="N", help="worker processes (default: one a CPU core)")
+    _add_num_workers(prepare)
+    prepare.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="only the K-th of N parts, from 1 on, as for a job array; then: data merge",
+    )
+    merge = add_command(
+        data,
+        "merge",
+        run_merge,
+        help="finish a dataset whose parts are prepared",
+        description="Write the index of a dataset once all of its parts are prepared (data prepare --part). It is byte for byte that "
+        "of a dataset prepared in one go, but for the order of rows in Energon's index.sqlite.",
+    )
+    add_folder(merge, "--out", "the dataset's folder", required=True)
+    _add_num_workers(merge)
+
+
+def _add_num_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-workers", type=positive, metavar="N", help="worker processes (default: one a CPU core)")
+
+
+def _part(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal() or not 1 <= int(number) <= int(count):
+        raise argparse.ArgumentTypeError(f"{text!r} is not K/N with K from 1 to N")
+    return int(number), int(count)
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Finish and print the summary; 1 if no sample is left."""
+    from megatron_sts.data.prepare import merge
+
+    return tell(merge(args.out, args.num_workers or os.cpu_count() or 1), args.out, args.out)
 
 
 def run_prepare(args: argparse.Namespace) -> int:
     """Prepare and print the summary; 1 if no sample is left."""
-    from megatron_sts.data.prepare import prepare
+    from megatron_sts.data.prepare import Part, prepare
 
+    part = Part(*(args.part or (1, 1)))
     num_workers = args.num_workers or os.cpu_count() or 1
     try:
-        summary = prepare(args.source, args.images or args.source.parent, args.out, args.shard_size_mb, num_workers)
+        images = args.images or args.source.parent
+        summary = prepare(args.source, images, args.out, args.shard_size_mb, num_workers, part)
     except KeyboardInterrupt:
         return say_interrupted(args.out)
+    if part.count > 1:
+        print(
+            f"part {part.number} of {part.count}: {summary.num_samples} samples in {summary.num_shards} shards, "
+            f"{summary.rejected.total()} entries rejected; when all parts are done: megatron-sts data merge --out {args.out}"
+        )
+        return 0
     return tell(summary, args.source, args.out)
 
 

@@ -1,7 +1,7 @@
 """LLaVA JSON and pictures become WebDataset shards that Energon reads.
 
 The shards are planned before any is written, from the source and the pictures' sizes alone, and worker processes write whole
-shards: so the same input gives the same bytes with any number of workers, and an interrupted run goes on where it was.
+shards: so the same input gives the same bytes with any number of workers and of parts, and an interrupted run goes on where it was.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import uuid
@@ -42,6 +43,8 @@ from megatron_sts.data.shards import (
 from megatron_sts.launch.follow import end_with_parent
 
 REJECTED_NAME = "rejected.jsonl"
+PLAN_NAME = "plan.json"
+"""In the work folder, of a dataset that is prepared in parts: how many shards it has."""
 FORMAT = 2
 """Raised when the same input begins to give other shards."""
 
@@ -58,8 +61,26 @@ class Summary:
     """Pictures to which training does more than decode them, by what it does."""
 
 
-def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_workers: int) -> Summary:
-    """Write the dataset folder ``out``: shards, Energon's index of them, and ``rejected.jsonl``.
+@dataclass(frozen=True)
+class Part:
+    """One of several jobs that prepare a dataset together."""
+
+    number: int
+    """From 1 on."""
+    count: int
+
+    def has(self, shard: int) -> bool:
+        """Whether it writes this shard: every count-th, because neighbours are alike."""
+        return shard % self.count == self.number - 1
+
+
+WHOLE = Part(1, 1)
+
+
+def prepare(
+    source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_workers: int, part: Part = WHOLE
+) -> Summary:
+    """Write the dataset folder ``out``: shards, Energon's index of them, and ``rejected.jsonl``; of a part only its shards.
 
     Args:
         source: LLaVA entries, as ``read_entries`` takes them.
@@ -67,6 +88,10 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
         out: a new folder, or one that the same call began.
         shard_size_mb: about the size of a shard; one sample may be larger.
         num_workers: processes that check pictures and write shards.
+        part: parts may run at the same time, on several machines; ``merge`` is for when all are done.
+
+    Returns:
+        What came of the source, or of this part of it.
 
     Raises:
         ConfigError: the source is not readable, or ``out`` holds something else.
@@ -86,16 +111,48 @@ def prepare(source: Path, image_dir: Path, out: Path, shard_size_mb: int, num_wo
         ShardTask(number, start, entries[start:stop], image_dir, out)
         for number, (start, stop) in enumerate(_plan(entries, sizes, shard_size_mb * 2**20))
     ]
-    reports = _write_shards(tasks, num_workers)
+    if part.count == 1:
+        return _finish(out, _write_shards(tasks, num_workers), num_workers, settings)
+    _replace(out / WORK_FOLDER / PLAN_NAME, json.dumps({"num_shards": len(tasks)}), out / WORK_FOLDER)
+    return _summary(_write_shards([task for task in tasks if part.has(task.number)], num_workers))
+
+
+def merge(out: Path, num_workers: int) -> Summary:
+    """What is left to do once all parts of the dataset folder ``out`` are written: its index and ``rejected.jsonl``.
+
+    Raises:
+        ConfigError: a part is missing, or it was not prepared in parts.
+    """
+    try:
+        num_shards = json.loads((out / WORK_FOLDER / PLAN_NAME).read_text(encoding="utf-8"))["num_shards"]
+        settings = json.loads((out / SETTINGS_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError):
+        refuse("--out", out, "no part of a dataset was prepared here", "run data prepare with --part first")
+    reports = [read_report(out, number) for number in range(num_shards)]
+    missing = [number for number, report in enumerate(reports) if report is None]
+    if missing:
+        refuse("--out", out, f"{len(missing)} of {num_shards} shards are not written, the first is {shard_name(missing[0])}",
+               "run the parts that did not end again: they go on where they were")  # fmt: skip
+    return _finish(out, [report for report in reports if report is not None], num_workers, settings)
+
+
+def _finish(out: Path, reports: Sequence[ShardReport], num_workers: int, settings: dict[str, Any]) -> Summary:
     rejected = [entry for report in reports for entry in report.rejected]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in rejected)
     write_atomically(out / REJECTED_NAME, lines)
     names = [shard_name(number) for number, report in enumerate(reports) if report.num_samples]
     if names:
         _index(out, names, num_workers, settings)
-    num_samples = sum(report.num_samples for report in reports)
-    changes = sum((Counter(report.changes) for report in reports), Counter[str]())
-    return Summary(num_samples, len(names), Counter(entry["reason"] for entry in rejected), changes)
+    return _summary(reports)
+
+
+def _summary(reports: Sequence[ShardReport]) -> Summary:
+    return Summary(
+        num_samples=sum(report.num_samples for report in reports),
+        num_shards=sum(report.num_samples > 0 for report in reports),
+        rejected=Counter(entry["reason"] for report in reports for entry in report.rejected),
+        changes=sum((Counter(report.changes) for report in reports), Counter[str]()),
+    )
 
 
 def _picture_bytes(entries: Sequence[Any], image_dir: Path) -> list[list[int]]:
@@ -120,13 +177,20 @@ def _size(path: Path) -> int:
 
 def _claim(out: Path, settings: dict[str, Any]) -> None:
     """Make ``out`` this run's folder, unless it is another's."""
-    begun = out / SETTINGS_NAME
+    begun, work = out / SETTINGS_NAME, out / WORK_FOLDER
     if begun.exists():
         _check_same(out, json.loads(begun.read_text(encoding="utf-8")), settings)
-    elif out.exists() and (not out.is_dir() or any(path.name != WORK_FOLDER for path in out.iterdir())):
+    elif out.exists() and (not out.is_dir() or any(path not in (work, begun) for path in out.iterdir())):
         refuse("--out", out, "neither empty nor begun by this command", "give another folder")
-    (out / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
-    write_atomically(begun, json.dumps(settings, indent=2) + "\n")
+    work.mkdir(parents=True, exist_ok=True)
+    _replace(begun, json.dumps(settings, indent=2) + "\n", work)
+
+
+def _replace(path: Path, text: str, work: Path) -> None:
+    """As ``write_atomically``, also when several parts write the same."""
+    unfinished = work / f".{path.name}.{os.uname().nodename}.{os.getpid()}"
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 def _check_same(out: Path, begun: dict[str, Any], settings: dict[str, Any]) -> None:

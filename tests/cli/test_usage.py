@@ -108,6 +108,8 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["data"], "COMMAND"),
         (["data", "prepare"], "JSON"),
         (["data", "prepare", "nothing.json"], "--out"),
+        (["data", "prepare", "nothing.json", "--out", "out", "--part", "3/2"], "'3/2' is not K/N"),
+        (["data", "merge"], "--out"),
         (["data", "prepare", "nothing.json", "--out", "out"], "nothing.json"),
         (["generate", "--prompt", "what?"], "SOURCE"),
         (["generate", "nowhere", "--prompt", "what?"], "nowhere"),

@@ -124,6 +124,41 @@ def test_workers_and_repetition_change_no_byte(source: Path, prepared: Path, tmp
     assert stamps == {path: path.stat().st_mtime_ns for path in prepared.glob("*.tar")}
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A JSON whose pictures fill three shards and more, and what became of it in one go."""
+    folder = tmp_path_factory.mktemp("large")
+    for number in range(8):
+        Image.effect_noise((640, 640), 100).save(folder / f"{number}.png")
+    entries = [{"id": str(number), "image": f"{number}.png", "conversations": turns(1)} for number in range(8)]
+    source = write_json(folder / "llava.json", [*entries[:3], {"id": "bad", "conversations": []}, *entries[3:]])
+    prepare(source, folder, folder / "whole", shard_size_mb=1, num_workers=1)
+    return source, contents(folder / "whole")
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_parts_make_the_same_dataset(
+    large: tuple[Path, dict[str, bytes]], tmp_path: Path, count: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Byte for byte, whatever their number and order, also with more parts than shards."""
+    source, whole = large
+    out, merging = tmp_path / "out", ["data", "merge", "--out", str(tmp_path / "out"), "--num-workers", "1"]
+    assert main(merging) == 2
+    assert "no part of a dataset was prepared here" in capsys.readouterr().err
+    for number in reversed(range(1, count + 1)):
+        words = ["data", "prepare", str(source), "--out", str(out), "--shard-size-mb", "1", "--num-workers", "1"]
+        assert main([*words, "--part", f"{number}/{count}"]) == 0
+        assert f"part {number} of {count}: " in capsys.readouterr().out
+        if number == count:
+            assert main(merging) == 2
+            told = capsys.readouterr().err
+            assert "shards are not written, the first is shard-0" in told and told.count("\n") == 1
+    assert main(merging) == 0
+    merged = contents(out)
+    assert json.loads(merged.pop(f"{WORK_FOLDER}/plan.json"))["num_shards"] > 2
+    assert merged == whole
+
+
 NUM_SLOW = 48
 
 
