@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
@@ -46,6 +47,14 @@ def batches(run: Resolved, dp_rank: int = 0) -> StageBatches:
     return StageBatches(run, run.stages[0], Place(0, 1, 0, 1, dp_rank, dp_size))
 
 
+def save(stream: StageBatches, folder: Path) -> None:
+    """As a checkpoint has it."""
+    place = stream.place()
+    assert place is not None
+    folder.mkdir()
+    torch.save(place[1], folder / place[0])
+
+
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize("packing", ["pad", "pack"])
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -58,7 +67,7 @@ def test_a_checkpoint_has_the_place_in_the_data(
     fed = []
     for step in range(8):
         if step == cut:
-            whole.save(tmp_path / "data")
+            save(whole, tmp_path / "data")
         fed.append(whole.step(step))
     whole.close()
     resumed = batches(run)
@@ -72,7 +81,7 @@ def test_a_checkpoint_has_the_place_in_the_data(
 def test_another_number_of_ranks_is_refused(shards: Path, tmp_path: Path) -> None:
     one = batches(resolved(shards, "pad"))
     one.step(0)
-    one.save(tmp_path / "data")
+    save(one, tmp_path / "data")
     one.close()
     two = batches(resolved(shards, "pad", dp_size=2), dp_rank=1)
     with pytest.raises(ConfigError, match=r"parallel\.data_parallel_size=2: stage one was saved on 1, .*go on with 1"):
