@@ -276,6 +276,11 @@ class GuardConfig(Section):
     unusable data have a limit of their own, ``data.max_bad_fraction``. Nothing is saved at the stop, and while the row lasts no
     checkpoint from before its first step is deleted.
     """
+    checksum_interval_steps: PositiveInt | None = None
+    """Steps between comparisons, bit for bit, of what ranks must hold alike: weights, and without the distributed optimizer also
+    reduced gradients and fp32 master weights, over data-, context- and tensor-parallel ranks and tied embeddings. Ranks that
+    differ end the run, named, with the tensor. None: never. One all-reduce of some bytes a tensor, and one pass over the memory.
+    """
 
 
 class LoggingConfig(Section):

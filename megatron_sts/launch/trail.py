@@ -18,6 +18,7 @@ PHASES = {
     "forward": "forward pass",
     "backward": "backward pass",
     "reduce": "reducing gradients and totals",
+    "checksums": "comparing checksums between ranks",
     "optimizer": "optimizer step",
     "log": "comparing numbers between ranks",
     "save": "saving a checkpoint",

@@ -48,6 +48,12 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
         (self.layer,) = layers
         self.runs, self.ends_early, self.is_stale = True, False, False
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters are the newest on every rank: no gather is due or under way."""
+        is_gathered = self.ddp_config.use_distributed_optimizer
+        return not is_gathered or (not self.is_stale and self.param_gather_handle is None)
+
     def begin_step(self, mask: SkipMask) -> None:
         """Empties the gradients that the last step left, and looks up what this one does with the layer."""
         if self.runs:

@@ -90,7 +90,7 @@ def _read_shard(stored: WholeWeights, name: str, parameter: torch.nn.Parameter) 
     """This tensor-parallel rank's slice of a stored weight."""
     if name in (_EMBEDDING, _HEAD):
         return _read_vocabulary(stored, name, parameter)
-    dim = _split_dim(parameter)
+    dim = split_dim(parameter)
     if dim is None:
         return stored.read(name)
     return stored.read_ranges(name, dim, _ranges(name, stored.shapes[name][dim]))
@@ -122,7 +122,7 @@ def _ranges(name: str, size: int) -> list[tuple[int, int]]:
     return [(start, start + length) for start in starts]
 
 
-def _split_dim(parameter: torch.nn.Parameter) -> int | None:
+def split_dim(parameter: torch.nn.Parameter) -> int | None:
     """The dimension that tensor-parallel ranks share; None: each holds all of it."""
     is_split = place().tp_size > 1 and getattr(parameter, "tensor_model_parallel", False)
     return parameter.partition_dim if is_split else None  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
 from megatron_sts.model.compression import Compression, build_compression
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.batches import StageBatches
+from megatron_sts.train.replicas import ReplicaCheck
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Stage:
     masks: MaskPlan | None
     fp8: Fp8Modules
     compression: Compression
+    replicas: ReplicaCheck
 
     @property
     def num_layers(self) -> int:
@@ -80,17 +82,19 @@ def build_stage(
     for chunk in map(unwrap, chunks):
         chunk.compression = compression
     wrapped = wrap_data_parallel(resolved, chunks)
+    optimizer = StageOptimizer(resolved, spec, wrapped)
     return Stage(
         resolved=resolved,
         spec=spec,
         place=place,
         chunks=wrapped,
-        optimizer=StageOptimizer(resolved, spec, wrapped),
+        optimizer=optimizer,
         batches=StageBatches(resolved, spec, place),
         gate=gate,
         masks=build_masks(resolved, spec) if spec.config.lds else None,
         fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),
         compression=compression,
+        replicas=ReplicaCheck(spec.name, wrapped, optimizer, resolved.config.guard.checksum_interval_steps),
     )
 
 

@@ -98,6 +98,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.fp8.check_order()
     totals, layer_runs = reduce_totals(stage, reports, batches)
     not_updated = unlearnable(totals)
+    stage.replicas.check(step)
     trail.enter("optimizer")
     grad_norm = stage.optimizer.step(mask, applies=not_updated is None)
     if not_updated is None and not math.isfinite(grad_norm):
