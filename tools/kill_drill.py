@@ -35,7 +35,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from megatron_sts.mcore.reading import as_data
 
 HERE = Path(__file__).resolve().parents[1]
-NUM_RANKS, TIMEOUT_S, POLL_S = 2, 300.0, 0.002
+NUM_RANKS, NUM_STEPS, TIMEOUT_S, POLL_S = 2, 20, 300.0, 0.002
 TIMES = {"step_time_s", "data_wait_s", "tokens_per_s", "tflops_per_device", "mfu", "peak_memory_bytes"}
 SECONDS_OF_TRAINING = 1.5
 """A kill comes at most so long after a start's first step."""
@@ -59,7 +59,7 @@ def config(*, asynchronous: bool) -> dict[str, Any]:
     """Alignment without skipping, then fine-tuning with it."""
     model = {"num_attention_heads": 4, "hidden_size": 32}
     stage = {
-        "steps": 10,
+        "steps": NUM_STEPS,
         "optimizer": {"lr": 1e-3, "warmup_steps": 1},
         "batch": {"global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 104},
     }
@@ -188,10 +188,11 @@ def drill(folder: Path, count: int, num_runs: int, seed: int, *, asynchronous: b
     written = folder / "config.yaml"
     written.write_text(yaml.safe_dump(config(asynchronous=asynchronous)))
     seconds = finish(written, folder / "whole")
-    kills, wrong, num_left = [], [], 0
-    for run in range(num_runs):
-        run_dir = folder / f"run{run}"
-        for number in range(count * run // num_runs, count * (run + 1) // num_runs):
+    kills: list[Kill] = []
+    wrong, num_left, run = [], 0, 0
+    while len(kills) < count:
+        run_dir, first = folder / f"run{run}", len(kills)
+        for number in range(min(-(-count // num_runs), count - first)):
             moment = "save" if number % 2 else "step"
             longest = SECONDS_OF_SAVE if moment == "save" else SECONDS_OF_TRAINING
             planned = Kill(run, numbers.choice(["run", "0", "1"]), moment, round(numbers.uniform(0, longest), 3))
@@ -200,10 +201,11 @@ def drill(folder: Path, count: int, num_runs: int, seed: int, *, asynchronous: b
             kills.append(planned)
         finish(written, run_dir)
         resumed = [line for line in lines(run_dir) if line.get("event") == "resume"]
-        for each, line in zip([each for each in kills if each.run == run][::-1], resumed[::-1], strict=False):
+        for each, line in zip(kills[first:][::-1], resumed[::-1], strict=False):
             each.checkpoint = line["checkpoint"]
         wrong += [f"run{run}: {difference}" for difference in differences(folder / "whole", run_dir)]
         num_left += left_over(run_dir)
+        run += 1
     result = {"seed": seed, "num_kills": len(kills), "num_left_over": num_left, "differences": wrong}
     return {**result, "seconds_of_a_whole_run": round(seconds, 1), "kills": [asdict(each) for each in kills]}
 
@@ -211,7 +213,7 @@ def drill(folder: Path, count: int, num_runs: int, seed: int, *, asynchronous: b
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20, help="kills in all (default: 20)")
-    parser.add_argument("--runs", type=int, default=4, help="runs that share them (default: 4)")
+    parser.add_argument("--runs", type=int, default=4, help="runs that share them, if none is done before (default: 4)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", help="an empty one, which stays (default: a temporary one)")
     parser.add_argument("--asynchronous", action="store_true", help="save while training goes on")

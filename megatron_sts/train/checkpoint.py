@@ -233,14 +233,14 @@ class Checkpointer:
     def _fail(self, saving: Saving, cause: str, *, must: bool) -> None:
         self._num_failures += 1
         whole = on_rank_zero(lambda: [path.name for path in whole_checkpoints(self._folder)])
+        before = f", nor could the {self._num_failures - 1} before it" if self._num_failures > 1 else ""
         left = f"{whole[-1]} is intact" if whole else "there is no earlier one"
-        line = f"checkpoint {saving.name} could not be written ({cause}); {left}"
+        line = f"checkpoint {saving.name} could not be written ({cause}){before}; {left}"
         self._log.event("checkpoint_failed", stage=saving.stage, step=saving.progress.step, cause=cause)
         limit = self._settings.max_failures
         if must or self._num_failures >= limit:
-            row = f", and neither could the {self._num_failures - 1} before" if self._num_failures > 1 else ""
             way = "goes on from there" if whole else "starts from the beginning"
-            raise CheckpointError(f"{line}{row}; the same command {way}")
+            raise CheckpointError(f"{line}, and the same command {way}")
         self._log.warn(
             f"{line}; training goes on, and stops if {limit - self._num_failures} more in a row cannot be written"
         )

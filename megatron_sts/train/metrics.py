@@ -6,7 +6,8 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,13 +99,13 @@ class RunLog:
     """Writes a run's lines. ``enabled=False`` (every rank but 0) turns all of it off."""
 
     def __init__(self, run_dir: Path, *, tensorboard: bool, enabled: bool) -> None:
-        self._enabled, self._run_dir = enabled, run_dir
+        self._enabled, self._run_dir, self._is_losing = enabled, run_dir, False
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._lines, self._unwritten = (run_dir / "metrics.jsonl").open("ab", buffering=0), b""
         if not _ends_whole(run_dir / "metrics.jsonl"):  # a crash in the middle of a line
-            self._lines.write("\n")
+            self._unwritten = b"\n"
         self._board: SummaryWriter | None = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # half a second
@@ -139,9 +140,9 @@ class RunLog:
             skipped=f"{line['layers_skipped']:g}/{len(line['layer_runs'])}",
             rate=f"{line['tokens_per_s']:,.0f}",
         )
-        if self._board:
+        with self._losing():
             for name, value in line.items():
-                if name not in _TENSORBOARD_SKIPS and value is not None:
+                if self._board and name not in _TENSORBOARD_SKIPS and value is not None:
                     self._board.add_scalar(f"{line['stage']}/{name}", float(value), line["step"])
 
     def skipped_samples(self, stage: str, step: int, samples: Iterable[SkippedSample]) -> None:
@@ -175,16 +176,19 @@ class RunLog:
         """Flushes everything."""
         if self._enabled:
             self._progress.stop()
-            self._lines.close()
-            if self._board:
-                self._board.close()
+            with self._losing():
+                self._lines.close()
+            with self._losing():
+                if self._board:
+                    self._board.close()
 
     def end_stage(self, stage: ResolvedStage) -> None:
         """Leaves the stage's progress line as it ended; with LDS, TensorBoard gets the picture of what each layer executed."""
         if self._enabled:
             self._progress.stop()
-            if self._board and stage.config.lds is not None:
-                self._draw_utilisation(self._board, stage.name)
+            with self._losing():
+                if self._board and stage.config.lds is not None:
+                    self._draw_utilisation(self._board, stage.name)
 
     def _draw_utilisation(self, board: SummaryWriter, stage: str) -> None:
         """From the lines on disk, as ``report`` does: they also hold the steps before a restart."""
@@ -196,4 +200,18 @@ class RunLog:
             board.add_image(f"{stage}/utilisation", pixels, run.steps[stage][-1]["step"], dataformats="HWC")
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        self._lines.write(json.dumps(line) + "\n")
+        """What a full disk does not take comes with a later line."""
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        with self._losing():
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._lines.write(self._unwritten) :]
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """What is measured is not worth a run: that it cannot be written is told once."""
+        try:
+            yield
+        except OSError as error:
+            if not self._is_losing:
+                self.warn(f"metrics cannot be written ({error.strerror or error}); training goes on")
+            self._is_losing = True

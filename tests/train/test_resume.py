@@ -126,14 +126,16 @@ def test_a_run_that_diverged_stops_and_keeps_what_was_before(played: Played) -> 
 
 def test_full_disk(played: Played) -> None:
     """One save that cannot be written is a warning; two in a row, if no more are allowed, end the run."""
-    why = "could not be written (rank 1: File too large); 0-alignment-0000002 is intact"
+    why, left = "could not be written (rank 1: File too large)", "; 0-alignment-0000002 is intact"
     line = stagehand.told(played.outputs, f"checkpoint 1-finetune-0000002 {why}")
     assert line.startswith(
-        f"checkpoint 1-finetune-0000002 {why}, and neither could the 1 before; the same command goes on"
+        f"checkpoint 1-finetune-0000002 {why}, nor could the 1 before it{left}, and the same command goes on"
     )
     warnings = [line for line in played.outputs[0].splitlines() if "warning: checkpoint" in line]
     goes_on = "training goes on, and stops if {} more in a row cannot be written"
-    told = [f"megatron-sts: warning: checkpoint 0-alignment-0000004 {why}; {goes_on.format(left)}" for left in (2, 1)]
+    told = [
+        f"megatron-sts: warning: checkpoint 0-alignment-0000004 {why}{left}; {goes_on.format(more)}" for more in (2, 1)
+    ]
     assert warnings == told and not [line for line in played.outputs[1].splitlines() if "warning: checkpoint" in line]
     assert [event["checkpoint"] for event in events(played / "full", "resume")] == ["0-alignment-0000002"]
     for run in ("crowded", "full"):
