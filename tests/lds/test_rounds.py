@@ -55,6 +55,11 @@ CASES = {
     "pairs": (PAIRS, 0.6, {}),
     "uneven, one round without layers": (UNEVEN, 1.3, {}),
     "protected": (((1, 1),) * 6, 1.0, {"depth_profile": "protect", "protect_first": 1, "protect_last": 1}),
+    "protected, one beside the head": (
+        ((1, 1),) * 3,
+        1.0,
+        {"depth_profile": "protect", "protect_first": 2, "alpha": 0.66},
+    ),
     "no yields": (EVEN, 1.23, {"head_yields": "off"}),
     "blocks": (PAIRS, 0.6, {"rounds": 6}),
     "rarely": (PAIRS, 0.6, {"alpha": 0.1}),
@@ -80,7 +85,9 @@ def test_every_layer_is_skipped_as_often_as_its_probability(case: str) -> None:
         map(tuple, drawn[:9])
     )
     p = effective_probabilities(settings, 0, NUM_DRAWS, place)
-    assert not drawn[:, p == 0].any() and ((p > 0).all() or case == "protected")
+    protected = scheduled == 0
+    assert not drawn[:, protected].any() and not p[protected].any()
+    assert (p > 0).all() or "protected" in case
     some = p > 0
     z = (drawn.mean(0) - p)[some] / np.sqrt(p * (1 - p) / NUM_DRAWS)[some]
     assert np.abs(z).max() < LARGEST_Z
@@ -115,7 +122,7 @@ def test_rounds_are_skipped_whole_but_for_the_yields(case: str) -> None:
     # A round that gave up all of its layers counts as skipped too.
     total = sampler.of_rounds.sum()
     assert numbers <= {int(np.floor(total)), int(np.ceil(total)), int(np.ceil(total)) + 1}
-    assert bool(num_yielding_steps) == (settings.head_yields == "auto" and "protected" not in case and head_work > 0.5)
+    assert bool(num_yielding_steps) == (settings.head_yields == "auto" and case != "protected" and head_work > 0.5)
 
 
 def test_values_by_hand() -> None:
