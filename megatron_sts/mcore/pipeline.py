@@ -13,6 +13,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.module import PipelineChunk
+from megatron_sts.mcore.passes import PassClock
 from megatron_sts.mcore.units import schedule_units
 from megatron_sts.runtime.device import current_device
 
@@ -62,32 +63,37 @@ def run_microbatches[T](
     micro_batch_size: int,
     active_rounds: Sequence[int] | None = None,
     forward_only: bool = False,
+    clock: PassClock | None = None,
 ) -> list[Any]:
     """Runs one step's micro-batches through the pipeline, forward and (unless ``forward_only``) backward.
 
     ``forward(batch, unit)`` is called for every unit of the schedule with the same batches: a chunk, or several to be run
     as one. Chunks outside ``active_rounds`` (rising; None: all rounds) have no layer that runs, and are not run themselves
-    unless they hold the embedding or the head. Returns, on the last stage, what the loss function reported for each
+    unless they hold the embedding or the head. ``clock`` times the passes. Returns, on the last stage, what the loss function reported for each
     micro-batch; with ``forward_only`` whatever it returned. Other stages: an empty list.
     """
+    clock = clock or PassClock()
     units = schedule_units(chunks, active_rounds, forward_only=forward_only)
 
     def forward_step(iterator: Any, unit: torch.nn.Module) -> ForwardResult:
-        return forward(next(iterator), unit)
+        batch = next(iterator)
+        with clock.running():
+            return forward(batch, unit)
 
     # Every unit of a rank walks through the same micro-batches at its own pace.
     iterators: list[Any] = list(itertools.tee(batches, len(units)))
     run = get_forward_backward_func(
         parallel_state.get_pipeline_model_parallel_world_size(), len(units) if len(units) > 1 else None
     )
-    results: list[Any] = run(
-        forward_step_func=forward_step,
-        model=units,
-        data_iterator=iterators,
-        num_microbatches=num_microbatches,
-        seq_length=sequence_length,
-        micro_batch_size=micro_batch_size,
-        forward_only=forward_only,
-        collect_non_loss_data=forward_only,
-    )
+    with clock.timing_backward():
+        results: list[Any] = run(
+            forward_step_func=forward_step,
+            model=units,
+            data_iterator=iterators,
+            num_microbatches=num_microbatches,
+            seq_length=sequence_length,
+            micro_batch_size=micro_batch_size,
+            forward_only=forward_only,
+            collect_non_loss_data=forward_only,
+        )
     return results

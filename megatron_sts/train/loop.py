@@ -34,6 +34,7 @@ from megatron_sts.train.same import check_same_code, check_same_config
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import NotUpdated, train_step
 from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_updates, going_on
+from megatron_sts.train.stragglers import RankTimes
 
 
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
@@ -85,7 +86,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
     """Trains one stage from ``progress`` to its end, or until a stop is asked for, and saves it."""
     spec, logging = stage.spec, stage.resolved.config.logging
     progress = going_on(spec, checkpointer.restore(stage, progress), log)
-    costs = StepCosts(stage.resolved, spec)
+    costs, ranks = StepCosts(stage.resolved, spec), RankTimes(stage, log)
     reset_peak_memory()
     log.start_stage(spec, progress.step)
     if stage.masks is not None:
@@ -102,16 +103,17 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         if result.not_updated not in (None, told):
             log.not_updated(spec.name, step, str(result.not_updated))
         told = result.not_updated
-        step_time_s = time.perf_counter() - started
+        own_time_s = time.perf_counter() - started
         trail.enter("log")
         step_time_s, data_wait_s, peak_bytes, stopping, writing = max_over_ranks(
-            [step_time_s, result.data_wait_s, peak_memory_bytes(), stop.received, checkpointer.is_writing]
+            [own_time_s, result.data_wait_s, peak_memory_bytes(), stop.received, checkpointer.is_writing]
         )
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
             log.step(costs.describe(result, step_time_s, data_wait_s, int(peak_bytes)))
         if not writing:
             checkpointer.settle()
+        ranks.step(step, result.pass_s, result.data_wait_s, own_time_s, is_last=bool(is_last))
         check(stage, checkpointer, progress)
         if is_last or checkpointer.is_due(step):
             is_end = stage.is_last and progress.step == spec.num_steps

@@ -18,6 +18,7 @@ from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.lds.rounds import active_rounds
+from megatron_sts.mcore.passes import PassClock
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.device import current_device
@@ -69,6 +70,8 @@ class StepResult:
     """The global batch's samples that could not be used."""
     data_wait_s: float
     """How long this rank waited for its samples to be read."""
+    pass_s: float
+    """How long this rank was at its forward and backward passes."""
 
     @property
     def is_broken(self) -> bool:
@@ -85,7 +88,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.compression.begin_step()
     stage.optimizer.begin_step(mask)
     stage.fp8.begin_step()
-    device = current_device().torch_device
+    device, clock = current_device().torch_device, PassClock()
     reports = run_microbatches(
         stage.chunks,
         partial(forward, stage.gate),
@@ -94,6 +97,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
         sequence_length=batches[0].sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
         active_rounds=active_rounds(mask, stage.resolved.layers_per_chunk),
+        clock=clock,
     )
     stage.fp8.check_order()
     totals, layer_runs = reduce_totals(stage, reports, batches)
@@ -106,7 +110,8 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.gate.clear()
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
     skipped = gather_skipped(stage, batches) if totals.num_skipped_samples else ()
-    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, stage.batches.wait_s)
+    times = stage.batches.wait_s, clock.take()
+    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, *times)
 
 
 def unlearnable(totals: Totals) -> NotUpdated | None:

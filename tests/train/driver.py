@@ -2,6 +2,7 @@
 
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
 ``kill``/``stop``/``nan``/``blank``/``raise``: [stage, step]; ``other``: "code" or "config", of the last rank;
+``slow``: rank whose forward passes take ``SLOW_S`` longer;
 ``full_disk``: rank whose files cannot be written, and in which saves;
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
 ``slow_disk``: for how many seconds writing waits, and in which saves;
@@ -50,6 +51,7 @@ from megatron_sts.train.stage import Stage
 Scene = dict[str, Any]
 RANK = int(os.environ.get("RANK", "0"))
 FEW_BYTES = 2000
+SLOW_S = 0.3
 
 
 def play() -> None:
@@ -119,6 +121,8 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     watch_checkpoints(Path(scene["run_dir"]), patch)
     planted = ("kill", "stop", "nan", "blank", "raise")
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
+    if scene.get("slow") == RANK:
+        watch_forward(patch)
     if scene.get("full_disk", [None])[0] == RANK:
         fill_disk(scene["full_disk"][1:], patch)
     if "kill_in_save" in scene and RANK == 0:
@@ -188,6 +192,17 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
     patch.setattr(StageBatches, "step", some)
     patch.setattr(step, "forward", second)
     patch.setattr(step, "masked_loss", loss)
+
+
+def watch_forward(patch: pytest.MonkeyPatch) -> None:
+    """Every pass of this rank takes longer."""
+    forward = step.forward
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(SLOW_S)
+        return forward(*args)
+
+    patch.setattr(step, "forward", slowly)
 
 
 def fill_disk(numbers: list[int], patch: pytest.MonkeyPatch) -> None:

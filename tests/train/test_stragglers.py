@@ -1,0 +1,44 @@
+"""A rank that is slower than those with the same to do is named, with where its time goes; ranks that differ in their work are not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_sts.train.stragglers import slowest_rank
+from tests.train.driver import SLOW_S
+from tests.train.stagehand import LAYOUTS, act_out, config, events, scene, steps
+
+NUM_STEPS, NUM_MICROBATCHES = 6, 2
+
+
+@pytest.mark.timeout(300)
+def test_a_slow_rank_is_named(tmp_path: Path) -> None:
+    stage = config()["stages"][1] | {"steps": NUM_STEPS}
+    two = {"parallel": LAYOUTS["DP=2"]}, {"parallel": LAYOUTS["PP=2"]}
+    copies, pipeline = (config(stages=[stage], checkpoint={}, **layout) for layout in two)
+    runs = tmp_path / "copies", tmp_path / "pipeline"
+    outputs = act_out(2, scene(runs[0], copies, slow=1), scene(runs[1], pipeline, slow=1))
+
+    (event,) = events(runs[0], "ranks")
+    assert (event["stage"], event["step"], event["steps"]) == ("finetune", NUM_STEPS - 1, NUM_STEPS)
+    assert event["slowest"] == 1 and event["slower_by"] > 0.2
+    slower_s = NUM_MICROBATCHES * SLOW_S
+    assert event["pass_s"][1] > slower_s
+    assert event["other_s"][0] - event["other_s"][1] > slower_s / 2  # rank 0 waits for it
+    warned = [line for line in "".join(outputs).splitlines() if "slower than others that do the same" in line]
+    assert len(warned) == 1 and f"stage finetune, step {NUM_STEPS - 1}: rank 1 is " in warned[0]
+
+    # Ranks of a pipeline have different work: none is called slow. Its waits for the other stage are no passes.
+    (event,) = events(runs[1], "ranks")
+    assert event["slowest"] is None
+    assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
+    assert len(steps(runs[0])) == len(steps(runs[1])) == NUM_STEPS
+
+
+def test_who_is_slowest() -> None:
+    assert slowest_rank([(0, 1.0), (1, 5.0)]) == (None, 0.0)  # nobody does the same
+    assert slowest_rank([(0, 1.0), (0, 1.5)]) == (1, 0.5)
+    # Two pipeline places: rank 3 is slow beside ranks 1 and 5, whatever ranks 0, 2 and 4 take.
+    assert slowest_rank([(0, 9.0), (1, 1.0), (0, 9.0), (1, 2.0), (0, 9.0), (1, 1.0)]) == (3, 1.0)
