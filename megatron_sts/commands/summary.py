@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
@@ -13,12 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_sts.commands.notes import notes
 from megatron_sts.commands.obstacles import obstacles, other_run, unreadable_data
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
-from megatron_sts.lds.rounds import blocks_are_rounds
 from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.resume import is_begun
@@ -59,20 +58,6 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
         "notes": list(notes(resolved)),
         "obstacles": [asdict(obstacle) for obstacle in found],
     }
-
-
-def notes(resolved: Resolved) -> Iterator[str]:
-    """What is allowed, but may not be what was meant."""
-    pp, layout = resolved.config.parallel.pipeline_model_parallel_size, resolved.layers_per_chunk
-    for stage in resolved.stages:
-        lds = stage.config.lds
-        if lds is None or pp == 1 or lds.sampler != "rounds" or lds.rounds == "layout":
-            continue
-        if not blocks_are_rounds(lds.rounds, layout):
-            yield (
-                f"stages.{stage.name}.lds.rounds={lds.rounds}: blocks of layers that are no whole rounds of this layout's "
-                f"{len(layout)}: ranks will wait for each other's layers; set it to layout"
-            )
 
 
 def kernels_here(resolved: Resolved) -> Outline:

@@ -133,8 +133,8 @@ class RoundSampler:
     def _layers(self, skipped: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """The layers skipped with these rounds, yields included: [masks, rounds] to [masks, layers]."""
         layers, runs = skipped[:, self.of_layer], ~skipped & (self.num_layers > 0)
-        last = runs.shape[1] - 1 - np.argmax(runs[:, ::-1], axis=1)
-        return np.asarray(layers | (self.yielding[last] & runs.any(axis=1)[:, None]))
+        last = runs.shape[1] - 1 - np.argmax(runs[:, ::-1], axis=1)  # without any the last round, which yields nothing
+        return np.asarray(layers | self.yielding[last])
 
 
 def _stretches(

@@ -190,7 +190,7 @@ def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_dry_run_notes_blocks_that_no_schedule_can_leave_out(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for rounds, vpp, is_noted in ((4, 1, True), (4, 2, True), (2, 2, False), (1, 2, False)):
+    for rounds, vpp, is_noted in ((4, 1, True), (4, 2, True), (2, 2, False)):
         sizes = ["pipeline_model_parallel_size=2", f"virtual_pipeline_model_parallel_size={vpp if vpp > 1 else 'null'}"]
         words = [f"parallel.{size}" for size in sizes] + [f"stages.only.lds={{sampler: rounds, rounds: {rounds}}}"]
         assert main(["train", str(config), *words, "--dry-run"]) == 0
@@ -198,6 +198,23 @@ def test_dry_run_notes_blocks_that_no_schedule_can_leave_out(config: Path, capsy
             f"Note: stages.only.lds.rounds={rounds}: blocks of layers that are no whole rounds of this layout's {vpp}"
         )
         assert (noted in capsys.readouterr().out) == is_noted
+
+
+def test_dry_run_notes_layers_that_hardly_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parallel = "parallel={pipeline_model_parallel_size: 2, virtual_pipeline_model_parallel_size: 2}"
+    for more, noted in (
+        ("", ["lds.sampler=rounds: skips layer "]),
+        (", head_yields: off", []),
+        (
+            ", residual_scale: inverse_keep, alpha: 0.66",
+            ["lds.sampler=rounds: skips layer ", "inverse_keep: multiplies what layer "],
+        ),
+        (", residual_scale: inverse_keep, alpha: 0.1", []),
+    ):
+        lds = "stages.only.lds={sampler: rounds" + more + "}"
+        assert main(["train", str(config), parallel, lds, "--dry-run", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["notes"]
+        assert len(found) == len(noted) and all(word in line for word, line in zip(noted, found, strict=True)), found
 
 
 def test_dry_run_names_missing_devices(
