@@ -107,6 +107,7 @@ class Checkpointer:
     def _tidy_up(self) -> list[str]:
         """Leaves whole checkpoints only; their names, newest first."""
         for folder in self._folder.glob(f"{PARTIAL_PREFIX}*"):  # a crash in the middle of a save
+            self._log.say(f"removing {folder.name}: saving or deleting it was cut off")
             shutil.rmtree(folder, ignore_errors=True)
         for folder in partial_checkpoints(self._folder):
             self._set_aside(folder, f"it has no {COMPLETE}, so it is not whole")
