@@ -6,7 +6,8 @@ For each layout (one rank; two pipeline ranks; two with three and with six chunk
 skip probability and with the paper's schedule. ideal_saving is 1 - executed / dense FLOPs of the very masks that ran;
 realised_saving is 1 - their time / that of the dense steps between them; efficiency is realised / ideal. Interleaved layouts
 have the faster of two for the dense steps, the same chunks and one chunk a rank; ``bound`` is what no schedule with equal
-chunks can pass, m v / (m v + pp - 1) with m micro-batches, v chunks a rank and pp ranks. Then the cost of a skipped layer,
+chunks can pass, m v / (m v + pp - 1) with m micro-batches, v chunks a rank and pp ranks; dropping_cost is what a step pays
+for masks and schedules, as a share of a dense step. Then the cost of a skipped layer,
 and overlapped against plain gradient reduction on two data-parallel ranks. CPU ranks use one thread each. Seconds never
 leave a run: compare ratios.
 Takes about an hour on two cores, which nothing else may use: two ranks wait for each other, and for who runs beside.
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +39,9 @@ from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
 from megatron_sts.lds.placement import placement
+from megatron_sts.lds.rounds import active_rounds
 from megatron_sts.mcore import groups
+from megatron_sts.mcore.units import schedule_units
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import max_over_ranks, process_group
@@ -180,10 +184,22 @@ def bench_interleaved(args: argparse.Namespace, name: str, num_microbatches: int
     same, contiguous = (Bench(args, num_layers, parallel, num_microbatches) for parallel in layouts)
     pairs = [(same.seconds(same.dense), contiguous.seconds(contiguous.dense)) for _ in range(args.num_masks)]
     ratio = statistics.median(a / b for a, b in pairs)
+    dropping = dropping_seconds(same) / statistics.median(seconds for pair in pairs for seconds in pair)
     units = num_microbatches * case.num_chunks
     for found in bench_samplers(args, name, same, same if ratio <= 1 else contiguous):
         facts = {"num_microbatches": num_microbatches, "dense_over_contiguous": ratio, "bound": units / (units + 1)}
-        yield {**found, **facts}
+        yield {**found, **facts, "dropping_cost": dropping}
+
+
+def dropping_seconds(bench: Bench) -> float:
+    """What a step pays for skipping by rounds besides running its layers: drawing the mask, and the schedule's units."""
+    lds, here, seconds = LdsConfig(sampler="rounds"), placement(bench.resolved, bench.spec), []
+    for step in range(0, bench.spec.num_steps, max(bench.spec.num_steps // 64, 1)):
+        started = time.perf_counter()
+        mask = draw_mask(lds, 1, 0, step, bench.spec.num_steps, here)
+        schedule_units(bench.stage.chunks, active_rounds(mask, bench.resolved.layers_per_chunk))
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def bench_samplers(args: argparse.Namespace, name: str, bench: Bench, dense: Bench) -> Iterator[dict[str, Any]]:
@@ -306,6 +322,12 @@ def print_tables(found: dict[str, Any]) -> None:
         table.add_row(case["layout"], str(case.get("num_microbatches", "")), case["sampler"], fraction, *numbers, *ends)
     console = Console()
     console.print(table)
+    for name, cost in {
+        (c["layout"], c["num_microbatches"]): c["dropping_cost"] for c in found["cases"] if "bound" in c
+    }.items():
+        console.print(
+            f"{name[0]}, {name[1]} micro-batches: masks and schedules of rounds cost {cost:.3%} of a dense step"
+        )
     if "skipped_layer_overhead" in found:
         console.print(f"a skipped layer costs {found['skipped_layer_overhead']:.2%} of one that runs")
     for name, ratio in found.get("overlap_over_plain", {}).items():
