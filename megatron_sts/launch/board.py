@@ -41,6 +41,8 @@ class Board:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Beats, and has what the block raises on record before the process group is left."""
+        trail.at(None, None)
+        trail.enter("start")
         self._heart.start()
         try:
             yield
@@ -92,6 +94,8 @@ class Board:
         is_first = heartbeat.leave_notice(self._folder, self._rank, cause)
         if is_first and lease.is_held_by(self._run_dir, self._token):
             outcome.write(self._run_dir, "failed", cause, requeue=lost == State.SILENT)  # its machine or the network
+        if lost == State.STOPPED and failure.LAUNCHED not in os.environ:  # our own launcher kills all of them
+            missing.end_stopped(self._folder, self._num_ranks, self._rank)
         if is_lost and not is_first:
             line = heartbeat.notice(self._folder) or line
         return Told(line, is_lost, is_first, status)
@@ -110,7 +114,7 @@ class Board:
             if time.monotonic() - self._noticed > heartbeat.GRACE_S:
                 self._heart.dump()
                 failure.leave(1)
-        elif time.time() - trail.newest().time > self._timeout_s + MARGIN_S and trail.where()[1]:
+        elif self._heart.waiting_s > self._timeout_s + MARGIN_S:
             found = missing.who(self._folder, self._num_ranks, self._rank)
             if found is not None and heartbeat.may_tell(self._folder):
                 self._leave(self._tell(found[0], 1, lost=found[1]))

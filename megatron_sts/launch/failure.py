@@ -83,7 +83,7 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
         told = Told(describe(error), is_lost(error), not getattr(error, "is_echo", False), status_of(error))
         leave_words(told)
         if run_dir is not None:
-            claim(run_dir, f"rank {os.environ['RANK']}: {told.line}", requeue=getattr(error, "may_pass", False))
+            claim(run_dir, _about(told) + told.line, requeue=getattr(error, "may_pass", False))
     if not is_users(error) and not told.is_lost:
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(
@@ -107,8 +107,12 @@ def status_of(error: BaseException) -> int:
 def say(told: Told) -> None:
     """The one line, unless our launcher or another rank says it."""
     if LAUNCHED not in os.environ and told.is_first:
-        about = "" if told.is_lost else f"rank {os.environ['RANK']}: "
-        print(f"megatron-sts: error: {about}{told.line}", file=sys.stderr, flush=True)
+        print(f"megatron-sts: error: {_about(told)}{told.line}", file=sys.stderr, flush=True)
+
+
+def _about(told: Told) -> str:
+    """Whose error it is, unless the line says it."""
+    return "" if told.is_lost or told.line.startswith("rank ") else f"rank {os.environ['RANK']}: "
 
 
 def leave(status: int) -> NoReturn:

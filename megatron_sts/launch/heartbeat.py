@@ -142,6 +142,8 @@ class Heartbeat:
         self._folder, self._rank, self._each = folder, rank, each
         self.interval_s = interval_for(num_ranks)
         self._number = 0
+        self._seen: tuple[Mark, str, bool] | None = None
+        self._seen_at = 0.0
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -155,15 +157,22 @@ class Heartbeat:
         self._end.set()
         self._thread.join(self.interval_s)
 
+    @property
+    def waiting_s(self) -> float:
+        """How long beats have found the main thread waiting for other ranks, at one place."""
+        return time.monotonic() - self._seen_at if self._seen is not None and self._seen[2] else 0.0
+
     def write(self) -> None:
         """One beat. A disk that takes nothing must not end a run that could go on."""
         self._number += 1
-        where, is_waiting = trail.where()
+        (where, is_waiting), mark = trail.where(), trail.newest()
+        if self._seen != (mark, where, is_waiting):
+            self._seen, self._seen_at = (mark, where, is_waiting), time.monotonic()
         pid = os.getpid()
         identity = {"rank": self._rank, "host": os.uname().nodename, "machine": machine()}
         identity |= {"pid": pid, "started": start_ticks(pid)}
         now = {"number": self._number, "interval_s": self.interval_s, "time": time.time()}
-        place = {"mark": asdict(trail.newest()), "where": where, "is_waiting": is_waiting}
+        place = {"mark": asdict(mark), "where": where, "is_waiting": is_waiting}
         text = json.dumps({**identity, **now, **place}).ljust(LENGTH) + "\n"
         try:
             file = os.open(self._folder / f"{self._rank}.json", os.O_CREAT | os.O_WRONLY, 0o644)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -41,10 +44,10 @@ class Seen:
         if self.state == State.GONE:
             return f"{beat.name} is gone; it was last in {beat.place}"
         if self.state == State.STOPPED:
-            return f"{beat.name} did not answer for {quiet:.0f} s: its process is stopped (SIGSTOP?), in {beat.place}"
+            return f"{beat.name} did not answer for {quiet:.0f} s: its process is stopped (SIGSTOP?); it was last in {beat.place}"
         if self.state == State.SILENT:
             return f"{beat.name} did not answer for {quiet:.0f} s: not even its heartbeat comes any more; it was last in {beat.place}"
-        return f"{beat.name} did not come for {since:.0f} s: it is in {beat.place}"
+        return f"{beat.name} did not come: for {since:.0f} s it has been in {beat.place}"
 
 
 def who(folder: Path, num_ranks: int, me: int) -> tuple[str, State] | None:
@@ -70,6 +73,15 @@ def look(folder: Path, num_ranks: int, me: int) -> list[Seen]:
     if len(beats) < len(first) or any(beat.machine != machine() for beat in beats):
         time.sleep(1.5 * max((beat.interval_s for beat in beats), default=1.0))
     return [_seen(rank, before, read(folder, rank)) for rank, before in first.items()]
+
+
+def end_stopped(folder: Path, num_ranks: int, me: int) -> None:
+    """Kills the ranks of this machine that are stopped: a launcher's SIGTERM would wait for them."""
+    for rank in range(num_ranks):
+        beat = None if rank == me else read(folder, rank)
+        if beat is not None and beat.machine == machine() and _state_here(beat) == State.STOPPED:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(beat.pid, signal.SIGKILL)
 
 
 def positions(folder: Path, ranks: Sequence[int]) -> str:

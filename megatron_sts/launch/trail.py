@@ -17,6 +17,7 @@ PHASES = {
     "data": "reading data",
     "forward": "forward pass",
     "backward": "backward pass",
+    "between": "between two passes",
     "reduce": "reducing gradients and totals",
     "checksums": "comparing checksums between ranks",
     "optimizer": "optimizer step",

@@ -89,6 +89,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.optimizer.begin_step(mask)
     stage.fp8.begin_step()
     device, clock = current_device().torch_device, PassClock()
+    trail.enter("between")
     reports = run_microbatches(
         stage.chunks,
         partial(forward, stage.gate),
@@ -129,6 +130,7 @@ def forward(gate: SkipGate, numbered: tuple[int, Batch], unit: torch.nn.Module) 
     gate.enter(microbatch)
     trail.enter("forward", microbatch)
     output = unit(batch, batch.labels)
+    trail.enter("between")
     if output.requires_grad:  # the schedule calls the backward pass, which begins with this gradient
         output.register_hook(lambda _: trail.enter("backward", microbatch))
     return output, partial(masked_loss, loss_mask=batch.loss_mask)

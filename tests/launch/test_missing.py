@@ -42,7 +42,10 @@ def beat(rank: int, **changes: object) -> Beat:
 
 def write(folder: Path, *beats: Beat) -> None:
     for each in beats:
-        (folder / f"{each.rank}.json").write_text(json.dumps(asdict(each)).ljust(heartbeat.LENGTH) + "\n")
+        text = json.dumps(asdict(each)).ljust(heartbeat.LENGTH) + "\n"
+        file = os.open(folder / f"{each.rank}.json", os.O_CREAT | os.O_WRONLY)  # as a rank does it
+        os.write(file, text.encode())
+        os.close(file)
 
 
 @pytest.fixture
@@ -70,7 +73,7 @@ def test_a_stopped_process_comes_before_a_busy_one(tmp_path: Path, child: subpro
     assert state == State.BUSY
     assert (
         said.startswith("rank 1 (nodea, pid ")
-        and " did not come for 5 s: it is in stage finetune, step 7, backward" in said
+        and " did not come: for 5 s it has been in stage finetune, step 7, backward" in said
     )
     os.kill(child.pid, signal.SIGSTOP)
     time.sleep(0.1)
@@ -88,7 +91,13 @@ def test_a_process_that_is_gone_or_is_another_one(tmp_path: Path, child: subproc
 
 
 def test_on_another_machine_only_the_number_counts(tmp_path: Path) -> None:
-    far = {"machine": "another", "host": "nodeb", "pid": 1, "time": time.time() + 3600}  # its clock is an hour ahead
+    far = {
+        "machine": "another",
+        "host": "nodeb",
+        "pid": 1,
+        "interval_s": 1.0,
+        "time": time.time() + 3600,
+    }  # its clock is an hour ahead
     write(tmp_path, beat(0), beat(1, **far), beat(2, **far), beat(3, **far))
     end = threading.Event()
 
@@ -136,6 +145,21 @@ def test_a_beat_says_where_the_process_is(tmp_path: Path) -> None:
     heart.dump()
     marks = json.loads((tmp_path / heartbeat.FOLDER / "start" / "5.trail.json").read_text())["marks"]
     assert marks[-1]["phase"] == "forward" and len(marks) <= trail.NUM_KEPT
+
+
+def test_a_long_phase_is_no_long_wait(tmp_path: Path) -> None:
+    """Building a model may take longer than any collective may: only what beats saw of a wait counts."""
+    heart = Heartbeat(heartbeat.prepare(tmp_path, "start"), 0, 2)
+    trail._marks.append(Mark(time.time() - 1000, None, None, "start", None))
+    beats = threading.Thread(target=heart.write)  # as ever: not the thread that it looks at
+    beats.start()
+    beats.join()
+    time.sleep(0.06)
+    assert heart.waiting_s == 0.0
+    waiting = heart._seen
+    assert waiting is not None and not waiting[2]
+    heart._seen = (waiting[0], waiting[1], True)
+    assert 0.05 < heart.waiting_s < 10
 
 
 def test_a_mark_costs_a_few_microseconds() -> None:

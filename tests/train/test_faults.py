@@ -80,7 +80,7 @@ def test_a_stopped_rank_is_named(config: Path, tmp_path: Path) -> None:
     assert status == 1 and not outlived(everything)
     (line,) = errors
     assert line.startswith(f"megatron-sts: error: rank 1 ({os.uname().nodename}, pid {rank}) did not answer for ")
-    assert "its process is stopped (SIGSTOP?), in stage finetune, step " in line and "SIGKILL" not in line
+    assert "its process is stopped (SIGSTOP?); it was last in stage finetune, step " in line and "SIGKILL" not in line
     assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + 10
     found = outcome.read(run)
     assert found and found.outcome == "failed" and found.cause and line.endswith(found.cause)
