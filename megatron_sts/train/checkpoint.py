@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -76,6 +77,8 @@ class Checkpointer:
         """Deletes the last checkpoint that was forgotten."""
         self._num_failures = 0
         """Saves in a row that could not be written."""
+        self.last_save_s = 0.0
+        """How long the last one took, until it was whole; 0 before the first."""
 
     def is_due(self, step: int) -> bool:
         """Whether to save after ``step``."""
@@ -220,6 +223,7 @@ class Checkpointer:
             self._fail(saving, cause, must=must)
             return
         self._num_failures = 0
+        self.last_save_s = time.monotonic() - saving.began
         if is_rank_zero():
             self._forget_old(saving.progress)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these

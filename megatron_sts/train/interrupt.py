@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -19,10 +21,12 @@ class StopRequest:
         """The signal that this rank got; 0: none."""
         self.agreed: signal.Signals | None = None
         """All ranks know of this one, have saved and stop."""
+        self.ends_at = math.inf
+        """When this process is killed, by ``time.monotonic``; known after SLURM's SIGTERM."""
         self._pid = os.getpid()
         signal.signal(signal.SIGUSR1, self._remember)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # held until now
-        terminated.watch(lambda: self._remember(signal.SIGTERM, None))
+        terminated.watch(self._told_to_end)
 
     @contextmanager
     def heeding_term(self) -> Iterator[None]:
@@ -32,6 +36,10 @@ class StopRequest:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+    def _told_to_end(self) -> None:
+        self.ends_at = min(self.ends_at, time.monotonic() + terminated.grace_s())
+        self._remember(signal.SIGTERM, None)
 
     def _remember(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() == self._pid:

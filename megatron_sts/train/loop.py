@@ -115,20 +115,28 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             checkpointer.settle()
         ranks.step(step, result.pass_s, result.data_wait_s, own_time_s, is_last=bool(is_last))
         check(stage, checkpointer, progress)
-        if is_last or checkpointer.is_due(step):
+        is_late = bool(stopping) and is_too_late(stop, checkpointer)
+        if (is_last or checkpointer.is_due(step)) and not is_late:
             is_end = stage.is_last and progress.step == spec.num_steps
             checkpointer.save(stage, progress, must=bool(stopping) or is_end, wait=bool(is_last))
         if stopping:
             stop.agreed = signal.Signals(int(stopping))
-            log.event("stop", stage=spec.name, step=progress.step, signal=stop.agreed.name)
+            log.event("stop", stage=spec.name, step=progress.step, signal=stop.agreed.name, is_saved=not is_late)
+            done = f"{progress.step} of {spec.num_steps} steps of stage {spec.name}"
+            why = f"(the last save took {checkpointer.last_save_s:.1f} s, and SIGKILL comes sooner)"
             log.say(
-                f"asked to stop: saved {progress.step} of {spec.num_steps} steps of stage {spec.name}; the same command goes on"
+                f"asked to stop: {f'did not save {done} {why}' if is_late else f'saved {done}'}; the same command goes on"
             )
             break
     stage.close()
     log.end_stage(spec)
     if cut := progress.num_truncated_samples:
         log.say(f"stage {spec.name}: {cut} of {progress.num_samples} samples were cut to its batch.sequence_length")
+
+
+def is_too_late(stop: StopRequest, checkpointer: Checkpointer) -> bool:
+    """Whether a save that takes as long as the last one would be killed; a collective."""
+    return max_over_ranks([checkpointer.last_save_s - (stop.ends_at - time.monotonic())])[0] > 0
 
 
 def check(stage: Stage, checkpointer: Checkpointer, progress: Progress) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class Saving:
 
     def __init__(self, folder: Path, stage: Stage, progress: Progress, copies: HostCopies | None) -> None:
         """Takes what is to be written, a collective: into ``copies``, or leaves it where it is until ``write``."""
-        self.stage, self.progress = stage.spec.name, progress
+        self.stage, self.progress, self.began = stage.spec.name, progress, time.monotonic()
         self.name = f"{stage.spec.index}-{stage.spec.name}-{progress.step:07d}"
         self._target, self._partial = folder / self.name, folder / f"{PARTIAL_PREFIX}{self.name}"
         self._done = _Done(cause=first_cause(self._make_folders() if is_rank_zero() else None))

@@ -20,6 +20,7 @@ import pytest
 from megatron_sts.cli import main
 from tests import warm
 from tests.train.stagehand import TIMES
+from tools import slurm_acceptance
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -154,7 +155,7 @@ def test_words_arrive_as_written(cluster, stand_in: str, tmp_path: Path, capsys,
         job = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
         config = "config.yaml"
     else:
-        flag = ["--srun-ranks"] if launcher == "srun" else []
+        flag = ["--srun-ranks"] if launcher == "srun" else ["--follow"]
         words = ["--run-dir", str(run), "--python", stand_in, "--env", "NCCL_IB_HCA=a b", "--cpus-per-rank", "2", *flag]
         launch(*words, *NASTY, gpus=2, ranks=2)
         [job] = submitted(capsys)
@@ -229,11 +230,9 @@ def test_numbers_of_an_array_are_filled_in(cluster, stand_in: str, tmp_path: Pat
         assert f"seed={number}" in words and words[-1] == str(tmp_path / f"runs/{number}")
 
 
-@pytest.fixture(scope="module")
-def local_run(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], dict[str, Any]]:
-    """The same run, never interrupted, on local ranks."""
-    run = tmp_path_factory.mktemp("local") / "run"
-    words = [sys.executable, "-m", "megatron_sts", "train", QUICKSTART, *SHORT, "--run-dir", str(run)]
+def local_run(run: Path, config: str, *overrides: str) -> dict[tuple[str, int], dict[str, Any]]:
+    """The numbers of a run that is never interrupted, on local ranks."""
+    words = [sys.executable, "-m", "megatron_sts", "train", config, *overrides, "--run-dir", str(run)]
     warm.run(words, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=300)
     return numbers(run)
 
@@ -264,46 +263,35 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_scancel_saves_and_does_not_requeue(cluster, local_run, tmp_path: Path, capsys) -> None:
-    run = tmp_path / "run"
-    launch("--run-dir", str(run), "--srun-ranks", *ONE_THREAD, *SHORT)
-    [job] = submitted(capsys)
-    wait_for_step(run, 2)
-    tell(job)
-    assert end_of(job) == "CANCELLED"
-    wait_for(lambda: events(run, "stop"), f"not saved: {log_of(run)}", 30)
-    assert json.loads((run / "outcome.json").read_text())["outcome"] == "stopped"
-    launch("--run-dir", str(run), "--srun-ranks", *ONE_THREAD, *SHORT)
-    [job] = submitted(capsys)
-    assert end_of(job) == "COMPLETED", log_of(run)
-    assert len(events(run, "resume")) == 1 and numbers(run) == local_run
+def test_acceptance(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page for owners of clusters: ranks of srun, then torchrun with USR1 and scancel, all with the numbers of local ranks."""
+    out = tmp_path / "out"
+    assert slurm_acceptance.main(["--gpus-per-node", "0", "--out", str(out), *ONE_THREAD]) == 0, capsys.readouterr().out
+    page = (out / "acceptance.md").read_text()
+    print(page)
+    assert "5 checks, 0 failed" in page and "62 of 62 losses equal bit for bit" in page and "not requeued" in page
+    expected = local_run(tmp_path / "local", str(ROOT / "launch/slurm/acceptance.yaml"))
+    assert numbers(out / "reference") == numbers(out / "interrupted") == expected
+    assert json.loads((out / "interrupted/outcome.json").read_text())["outcome"] == "done"
+    assert [line["signal"] for line in events(out / "interrupted", "stop")] == ["SIGUSR1", "SIGTERM"]
 
 
 @pytest.mark.slow
-def test_saved_at_usr1_and_gone_on_from_after_a_dead_node(cluster, local_run, tmp_path: Path, capsys) -> None:
+def test_a_dead_node(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The last test: the cluster has two nodes from then on."""
     run = tmp_path / "a run"
     launch("--run-dir", str(run), "--cpus-per-rank", "4", *ONE_THREAD, "checkpoint.interval_steps=8", *SHORT)
     [job] = submitted(capsys)
-    wait_for_step(run, 2)
-    tell("--batch", "--signal=USR1", job)
-    told = time.monotonic()
-    wait_for(lambda: events(run, "stop"), f"not saved: {log_of(run)}")
-    saved = time.monotonic()
-    wait_for(lambda: len(events(run, "resume")) == 1, f"not resumed: {log_of(run)}")
-    resumed = time.monotonic()
     wait_for_step(run, 9)  # a checkpoint was saved at 8
     cluster("kill", "node2")
     died = time.monotonic()
-    wait_for(lambda: "start 3," in log_of(run), f"not requeued: {log_of(run)}")
+    wait_for(lambda: "start 2," in log_of(run), f"not requeued: {log_of(run)}")
     requeued = time.monotonic()
     assert end_of(job) == "COMPLETED", log_of(run)
-    assert len(events(run, "resume")) == 2
-    assert numbers(run) == local_run
+    [resumed] = events(run, "resume")
+    assert resumed["step"] >= 8 and numbers(run) == local_run(tmp_path / "local", QUICKSTART, *SHORT)
     text = log_of(run)
-    assert "start 3," in text and "Traceback" not in text.split("start 3,")[1]
+    assert "Traceback" not in text.split("start 2,")[1]
     assert ("of the 4 CPUs that were asked for it" in text) == (len(os.sched_getaffinity(0)) < 4)
-    assert sorted(path.name for path in (run / f"logs/{job}.2").iterdir()) == ["rank-00000.log", "rank-00001.log"]
-    print(
-        f"USR1 to saved {saved - told:.1f} s, to resumed {resumed - told:.1f} s; dead node to the next start {requeued - died:.1f} s"
-    )
+    assert sorted(path.name for path in (run / f"logs/{job}.1").iterdir()) == ["rank-00000.log", "rank-00001.log"]
+    print(f"from a dead node to the next start: {requeued - died:.1f} s")

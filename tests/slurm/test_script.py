@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import subprocess
 from pathlib import Path
 
@@ -109,7 +111,31 @@ def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch, capsys: pytest.Ca
     assert json.loads((tmp_path / "run/launch/001/code.json").read_text())["version"]
 
 
+def test_a_port_on_which_somebody_listens_is_left_alone() -> None:
+    text = slurm_script.TEMPLATE.read_text()
+    choice = text[text.index("is_taken()") : text.index("export MASTER_PORT")]
+    with socket.create_server(("127.0.0.1", 20000 + 7 * 5 + 1)):
+        script = f"unset MASTER_PORT; SLURM_JOB_ID=5 restart=1\n{choice}\necho $MASTER_PORT"
+        said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
+    assert said == "20037\n"
+
+
 def test_numbers_of_an_array() -> None:
     assert list(array_numbers("0-8:4,11%2")) == [0, 4, 8, 11]
     with pytest.raises(ConfigError, match=r"^--array=3-: '3-' is neither a number nor a range"):
         list(array_numbers("3-"))
+
+
+COMMANDS = re.findall(
+    r"^megatron-sts launch slurm CONFIG\.yaml (.*)$",
+    (ROOT / "README.md").read_text() + (ROOT / "launch/slurm/README.md").read_text(),
+    re.M,
+)
+
+
+@pytest.mark.parametrize("words", [*COMMANDS, "--nodes 8 --array 0-3 --run-dir runs/seed-{array} seed={array}"])
+def test_documented_commands_fit_the_70b_example(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(ROOT / "examples/llava_llama3_70b")
+    assert len(COMMANDS) == 2
+    assert main(["launch", "slurm", config, "parallel.data_parallel_size=null", *words.split(), "--dry-run"]) == 0
+    assert "#SBATCH --nodes=8\n" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_sts.launch import slurm_task
+from tests import warm
+from tests.cli.conftest import CONFIG
 
 ADDRESSES = {"node7": "127.0.1.1", "10.0.0.7": "10.0.0.7", "node8": "10.0.0.8", "localhost": "127.0.0.1"}
 
@@ -100,3 +103,52 @@ print("ended", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
         os.kill(rank, signal.SIGTERM)
     told = process.communicate(timeout=60)[0]
     assert "ended 143" in told and "told" not in told if from_launcher else told == "told\nended 3\n"
+
+
+HELD = """
+import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR1])
+os.environ["MEGATRON_STS_TERM_IS_HELD"] = "1"
+from megatron_sts.cli import main
+sys.exit(main())
+"""
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return probe.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_no_save_that_sigkill_would_cut_off(tmp_path: Path) -> None:
+    """Saves take milliseconds here, but SLURM, it is said, kills sooner."""
+    run, config = tmp_path / "run", tmp_path / "config.yaml"
+    config.write_text(CONFIG)
+    overrides = [
+        "stages.only.steps=4000",
+        "checkpoint.interval_steps=3",
+        "checkpoint.keep_last=1",
+        "logging.tensorboard=false",
+    ]
+    environment = os.environ | {"STS_GRACE_S": "0.000001", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", HELD, "train", str(config), *overrides, "--run-dir", str(run)]
+    environment |= {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+    }
+    with warm.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 200
+        while not list(run.glob("checkpoints/0-*")):
+            assert time.monotonic() < deadline and process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said
+    assert "asked to stop: did not save" in said and "SIGKILL comes sooner); the same command goes on" in said
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "event" in line]
+    assert [event["is_saved"] for event in events if event["event"] == "stop"] == [False]
+    outcome = json.loads((run / "outcome.json").read_text())
+    assert (outcome["outcome"], outcome["requeue"], outcome["step"] % 3) == ("stopped", False, 0)
