@@ -114,9 +114,12 @@ class Board:
             if time.monotonic() - self._noticed > heartbeat.GRACE_S:
                 self._heart.dump()
                 failure.leave(1)
-        elif self._heart.waiting_s > self._timeout_s + MARGIN_S:
+            return
+        limit, heart = self._timeout_s + MARGIN_S, self._heart
+        if max(heart.waiting_s, heart.computing_s) > limit:
             found = missing.who(self._folder, self._num_ranks, self._rank)
-            if found is not None and heartbeat.may_tell(self._folder):
+            is_sure = found is not None and (found[1] < State.BUSY or heart.waiting_s > limit)
+            if found is not None and is_sure and heartbeat.may_tell(self._folder):
                 self._leave(self._tell(found[0], 1, lost=found[1]))
 
     def _leave(self, told: Told) -> NoReturn:

@@ -160,7 +160,16 @@ class Heartbeat:
     @property
     def waiting_s(self) -> float:
         """How long beats have found the main thread waiting for other ranks, at one place."""
-        return time.monotonic() - self._seen_at if self._seen is not None and self._seen[2] else 0.0
+        return self._still_s if self._seen is not None and self._seen[2] else 0.0
+
+    @property
+    def computing_s(self) -> float:
+        """How long beats have found it at one place of a step. With NCCL a rank waits in any call that reads from the GPU."""
+        return self._still_s if self._seen is not None and self._seen[0].phase in trail.COMPUTING else 0.0
+
+    @property
+    def _still_s(self) -> float:
+        return time.monotonic() - self._seen_at
 
     def write(self) -> None:
         """One beat. A disk that takes nothing must not end a run that could go on."""

@@ -27,6 +27,8 @@ PHASES = {
     "end": "ending",
 }
 """What a rank may be doing, in words."""
+COMPUTING = ("forward", "backward", "between", "reduce", "checksums", "optimizer", "log")
+"""Phases that take a step's time, not that of a disk."""
 
 PACKAGE = "megatron_sts"
 WAITING = (

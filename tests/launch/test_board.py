@@ -1,0 +1,80 @@
+"""A rank that waits in a call that never ends is ended from outside, if it is sure that another one will not come."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from megatron_sts.launch import failure, heartbeat, outcome, trail
+from megatron_sts.launch.board import Board
+from tests.launch.test_missing import beat
+
+
+class Left(BaseException):
+    """Instead of the process's end."""
+
+
+@pytest.fixture
+def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
+    """Of rank 0 of two, whose bound has passed; in a GPU's backward pass, which is no call that is known to wait."""
+
+    def leave(status: int) -> None:
+        raise Left(status)
+
+    monkeypatch.setattr(failure, "leave", leave)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(failure.ERROR_FILE, str(tmp_path / "error.json"))
+    heartbeat.prepare(tmp_path, "start")
+    made = Board(tmp_path, "start", 0, 2, 1.0, None)
+    trail.at("finetune", 7)
+    trail.enter("backward", 1)
+    made._heart._seen = trail.newest(), "train/step.py:1 (train_step)", False
+    made._heart._seen_at = time.monotonic() - 10
+    return made
+
+
+def write_peer(tmp_path: Path, **changes: object) -> None:
+    (tmp_path / heartbeat.FOLDER / "start" / "1.json").write_text(json.dumps(asdict(beat(1, **changes))))
+
+
+def test_a_peer_that_is_gone(board: Board, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_peer(tmp_path, started=1)
+    with pytest.raises(Left):
+        board._look()
+    line = f"rank 1 (nodea, pid {os.getpid()}) is gone; it was last in stage finetune, step 7, backward pass of micro-batch 2"
+    assert capsys.readouterr().err.startswith(f"megatron-sts: error: {line}")
+    assert json.loads((tmp_path / "error.json").read_text())["message"].startswith(line)
+    assert (heartbeat.notice(tmp_path / heartbeat.FOLDER / "start") or "").startswith(line)
+    assert outcome.read(tmp_path) is None  # the folder is not held here
+
+
+def test_a_peer_that_computes(board: Board, tmp_path: Path) -> None:
+    """Both may be at a long kernel."""
+    write_peer(tmp_path, is_waiting=False)
+    board._look()
+    board._heart._seen = trail.newest(), "", True  # this one waits, though
+    with pytest.raises(Left):
+        board._look()
+
+
+def test_long_phases_of_disks_are_left_alone(board: Board, tmp_path: Path) -> None:
+    trail.enter("save")
+    board._heart._seen = trail.newest(), "", False
+    write_peer(tmp_path, started=1)
+    board._look()
+
+
+def test_another_ranks_notice_ends_it_after_a_while(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board._heart._seen_at = time.monotonic()
+    heartbeat.leave_notice(tmp_path / heartbeat.FOLDER / "start", 1, "rank 1: broken")
+    board._look()
+    monkeypatch.setattr(heartbeat, "GRACE_S", 0.0)
+    with pytest.raises(Left):
+        board._look()
