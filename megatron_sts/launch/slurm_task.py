@@ -20,6 +20,7 @@ from megatron_sts.launch.cause import Failure, first, words_in
 from megatron_sts.launch.failure import LAUNCHED
 from megatron_sts.launch.terminated import TERM_IS_HELD
 
+CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
 MEET_S = 600
 """Tasks that have not met by then end the job: a node may be slow to start."""
 
@@ -103,9 +104,15 @@ def become_rank(command: list[str], host: str) -> NoReturn:
 
 def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
     """Starts this node's ranks with torch's elastic agent, and waits for them; the exit status of the one that failed first."""
+    level = os.environ.get(CPP_LOG_LEVEL)
+    os.environ[CPP_LOG_LEVEL] = (
+        level or "ERROR"
+    )  # read at the import; below it are stack frames about a store that is gone
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if level is None:
+        del os.environ[CPP_LOG_LEVEL]  # ranks have their own
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # tens of lines about a rank that failed
     given, port = os.environ, int(os.environ["MASTER_PORT"])
     os.environ[LAUNCHED] = str(os.getpid())  # ranks end with this process, which says why

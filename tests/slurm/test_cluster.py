@@ -263,6 +263,22 @@ def events(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+def test_what_a_rank_refuses_is_a_line_of_each_node(
+    cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of torchrun's or of its store's, and the status of a wrong config."""
+    run = tmp_path / "run"
+    launch("--run-dir", str(run), *ONE_THREAD, *SHORT, "model.language.init=/nowhere")
+    [job] = submitted(capsys)
+    assert end_of(job) == "FAILED"
+    told = [line for line in log_of(run).splitlines() if not line.startswith(("srun: ", "slurmstepd"))]
+    refused = r"megatron-sts: error: node(\d): rank \d \(exit code 2\): model\.language\.init=/nowhere: no such file or folder; .*"
+    assert told[0].startswith("megatron-sts: job ") and told[-1].startswith("megatron-sts: ended as 'failed' (srun: ")
+    assert 1 <= len(told[1:-1]) <= 2 and all(re.fullmatch(refused, line) for line in told[1:-1]), told
+    assert "rank" in json.loads((run / "outcome.json").read_text())["cause"]
+
+
+@pytest.mark.slow
 def test_acceptance(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The page for owners of clusters: ranks of srun, then torchrun with USR1 and scancel, all with the numbers of local ranks."""
     out = tmp_path / "out"
