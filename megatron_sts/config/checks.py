@@ -40,6 +40,7 @@ def check_run(config: RunConfig) -> None:
     check_precision(config)
     check_evaluation(config)
     check_checkpoints(config.checkpoint)
+    check_way_back(config)
     if config.data != DataConfig() and all(stage.data is not None for stage in config.stages):
         refuse("data", f"{{source: {config.data.source}, ...}}", "every stage has data of its own, so nothing reads it",
                "set stages.NAME.data, or leave theirs out")  # fmt: skip
@@ -175,6 +176,22 @@ def check_checkpoints(checkpoint: CheckpointConfig) -> None:
             f"is no multiple of checkpoint.interval_steps={interval}",
             "make it one",
         )
+
+
+def check_way_back(config: RunConfig) -> None:
+    """A run can only go back where it has saved, and skip samples that are counted."""
+    factor = config.guard.spike_factor
+    if factor is None:
+        return
+    if config.checkpoint.interval_steps is None:
+        refuse("guard.spike_factor", factor, "checkpoints are written at the ends of stages only, so there is none to go back to",
+               "set checkpoint.interval_steps, or leave it out")  # fmt: skip
+    for stage in config.stages:
+        data = stage.data or config.data
+        if data.source == "energon" or stage.batch.packing == "pack":
+            what = "data.source=energon" if data.source == "energon" else "batch.packing=pack"
+            refuse("guard.spike_factor", factor, f"stages.{stage.name}.{what} reads on from where it was, and cannot skip a step's samples",
+                   "leave it out, or use other data or packing")  # fmt: skip
 
 
 def check_parts(stage: StageConfig, model: ModelConfig) -> None:

@@ -268,7 +268,7 @@ class CheckpointConfig(Section):
 
 
 class GuardConfig(Section):
-    """When a run that does not learn stops, with exit status 1."""
+    """When a run that does not learn stops, with exit status 1, or goes back."""
 
     max_broken_updates: PositiveInt = 10
     """Steps in a row whose update is not applied because loss or gradient is not finite; a stage's end that finds half of the
@@ -276,6 +276,14 @@ class GuardConfig(Section):
     unusable data have a limit of their own, ``data.max_bad_fraction``. Nothing is saved at the stop, and while the row lasts no
     checkpoint from before its first step is deleted.
     """
+    spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A loss above so many times the median of the last ``spike_window_steps`` sends the run back to its stage's newest checkpoint,
+    and on from there with the samples that follow those of the step with that loss. Only losses whose update was applied count,
+    and the window must be full. Needs ``checkpoint.interval_steps``, and data whose samples follow from a step's number (neither
+    energon nor packed rows). None: never."""
+    spike_window_steps: PositiveInt = 50
+    max_rollbacks: PositiveInt = 3
+    """Ways back in a stage; one more leap stops the run."""
     checksum_interval_steps: PositiveInt | None = None
     """Steps between comparisons, bit for bit, of what ranks must hold alike: weights, and without the distributed optimizer also
     reduced gradients and fp32 master weights, over data-, context- and tensor-parallel ranks and tied embeddings. Ranks that

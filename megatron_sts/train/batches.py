@@ -70,7 +70,7 @@ class StageBatches:
         return f"{self._place.dp_rank}.pt", {"dp_size": self._place.dp_size, **(self._state or {})}
 
     def restore(self, folder: Path, step: int) -> str | None:
-        """Goes on before ``step``, at the ``place`` that was written into ``folder``; what a user should know of it, if anything.
+        """Goes on before the samples of ``step``, at the ``place`` that was written into ``folder``; what a user should know of it, if anything.
 
         Raises:
             ConfigError: the reading depends on the number of data-parallel ranks, and that has changed.

@@ -42,13 +42,14 @@ from megatron_sts.train.stage import Stage
 from megatron_sts.train.step import StepResult
 
 
-def advance(progress: Progress, result: StepResult) -> Progress:
-    """Progress once a step is done."""
+def advance(progress: Progress, result: StepResult, num_losses: int = 0) -> Progress:
+    """Progress once a step is done, with the last ``num_losses`` losses."""
     row, since = progress.num_broken_updates, progress.broken_since
     if result.is_broken:
         row, since = row + 1, progress.step if since is None else since
     elif result.not_updated is None:
         row, since = 0, None
+    losses = [*progress.recent_losses, *([result.loss] if num_losses and result.not_updated is None else [])]
     return replace(
         progress,
         step=progress.step + 1,
@@ -58,6 +59,7 @@ def advance(progress: Progress, result: StepResult) -> Progress:
         num_skipped_updates=progress.num_skipped_updates + (result.not_updated is not None),
         num_broken_updates=row,
         broken_since=since,
+        recent_losses=losses[max(0, len(losses) - num_losses) :],
     )
 
 
@@ -161,7 +163,7 @@ class Checkpointer:
             stage.masks.load_state_dict(common["masks"])
         note = None
         if progress.step < stage.spec.num_steps:  # else there is nothing left to read, whatever the layout
-            note = stage.batches.restore(newest / DATA, progress.step)
+            note = stage.batches.restore(newest / DATA, progress.step + progress.num_left_out)
         self._log.event("resume", stage=stage.spec.name, step=progress.step, checkpoint=newest.name)
         self._log.say(f"going on from checkpoint {newest.name}")
         if note is not None:

@@ -8,7 +8,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.run_folder import CHECKPOINTS
 from megatron_sts.data.records import BadSampleError
 from megatron_sts.launch import outcome, trail
@@ -31,6 +31,7 @@ from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
 from megatron_sts.train.resume import Progress, check_same_content, write_config
 from megatron_sts.train.same import check_same_code, check_same_config
+from megatron_sts.train.spikes import num_losses_kept, way_back
 from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import NotUpdated, train_step
 from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_updates, going_on
@@ -58,8 +59,12 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         with stop.heeding_term():
             for spec in resolved.stages[progress.stage :]:
                 trail.at(spec.name, None)
-                train_stage(build_stage(resolved, spec, place, chunks, gate), checkpointer, progress, log, stop)
-                gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other
+                start: Progress | None = progress
+                while start is not None:
+                    stage = build_stage(resolved, spec, place, chunks, gate)
+                    start = train_stage(stage, checkpointer, start, log, stop)
+                    del stage
+                    gc.collect()  # the stage's gradient buffers, moments and hooks, which refer to each other
                 if stop.agreed:
                     break
                 progress = Progress(stage=spec.index + 1)
@@ -82,9 +87,13 @@ def tell_outcome(run_dir: Path, stop: StopRequest) -> None:
         outcome.write(run_dir, "stopped", stop.agreed.name, requeue=stop.agreed == signal.SIGUSR1)
 
 
-def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog, stop: StopRequest) -> None:
-    """Trains one stage from ``progress`` to its end, or until a stop is asked for, and saves it."""
-    spec, logging = stage.spec, stage.resolved.config.logging
+def train_stage(
+    stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog, stop: StopRequest
+) -> Progress | None:
+    """Trains one stage from ``progress`` to its end, or until a stop is asked for, and saves it; or to a leap of the loss, and tells
+    from where it is to be trained again.
+    """
+    spec, logging, guard = stage.spec, stage.resolved.config.logging, stage.resolved.config.guard
     progress = going_on(spec, checkpointer.restore(stage, progress), log)
     costs, ranks = StepCosts(stage.resolved, spec), RankTimes(stage, log)
     reset_peak_memory()
@@ -98,7 +107,7 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
         started = time.perf_counter()
         result = train_step(stage, step)
         current_device().synchronize()
-        progress = advance(progress, result)
+        progress = advance(progress, result, num_losses_kept(guard))
         log.skipped_samples(spec.name, step, result.skipped)
         if result.not_updated not in (None, told):
             log.not_updated(spec.name, step, str(result.not_updated))
@@ -115,23 +124,40 @@ def train_stage(stage: Stage, checkpointer: Checkpointer, progress: Progress, lo
             checkpointer.settle()
         ranks.step(step, result.pass_s, result.data_wait_s, own_time_s, is_last=bool(is_last))
         check(stage, checkpointer, progress)
+        if result.not_updated is None and (back := way_back(stage, checkpointer, progress, log)) is not None:
+            end(stage, progress, log)
+            return back
         is_late = bool(stopping) and is_too_late(stop, checkpointer)
         if (is_last or checkpointer.is_due(step)) and not is_late:
             is_end = stage.is_last and progress.step == spec.num_steps
             checkpointer.save(stage, progress, must=bool(stopping) or is_end, wait=bool(is_last))
         if stopping:
             stop.agreed = signal.Signals(int(stopping))
-            log.event("stop", stage=spec.name, step=progress.step, signal=stop.agreed.name, is_saved=not is_late)
-            done = f"{progress.step} of {spec.num_steps} steps of stage {spec.name}"
-            why = f"(the last save took {checkpointer.last_save_s:.1f} s, and SIGKILL comes sooner)"
-            log.say(
-                f"asked to stop: {f'did not save {done} {why}' if is_late else f'saved {done}'}; the same command goes on"
-            )
+            tell_stop(stop.agreed, spec, progress, log, would_take_s=checkpointer.last_save_s if is_late else None)
             break
+    end(stage, progress, log)
+    return None
+
+
+def tell_stop(
+    number: signal.Signals, spec: ResolvedStage, progress: Progress, log: RunLog, *, would_take_s: float | None
+) -> None:
+    """That the run ends as it was asked to. ``would_take_s``: seconds that a save would have taken, and did not have."""
+    is_saved = would_take_s is None
+    log.event("stop", stage=spec.name, step=progress.step, signal=number.name, is_saved=is_saved)
+    done = f"{progress.step} of {spec.num_steps} steps of stage {spec.name}"
+    why = "" if is_saved else f" (the last save took {would_take_s:.1f} s, and SIGKILL comes sooner)"
+    log.say(f"asked to stop: {'saved' if is_saved else 'did not save'} {done}{why}; the same command goes on")
+
+
+def end(stage: Stage, progress: Progress, log: RunLog) -> None:
+    """Frees what lives as long as a stage; a collective."""
     stage.close()
-    log.end_stage(spec)
+    log.end_stage(stage.spec)
     if cut := progress.num_truncated_samples:
-        log.say(f"stage {spec.name}: {cut} of {progress.num_samples} samples were cut to its batch.sequence_length")
+        log.say(
+            f"stage {stage.spec.name}: {cut} of {progress.num_samples} samples were cut to its batch.sequence_length"
+        )
 
 
 def is_too_late(stop: StopRequest, checkpointer: Checkpointer) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import field as of
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,12 @@ class Progress:
     """The first of them."""
     stopped_on_bad_samples: bool = False
     """The run stopped here because of the samples counted above."""
+    recent_losses: list[float] = of(default_factory=list)
+    """Of the last updates that were applied, newest last, where leaps are looked for: one more than ``guard.spike_window_steps``."""
+    num_rollbacks: int = 0
+    """How often the stage went back because of a leap."""
+    num_left_out: int = 0
+    """Steps whose samples were left out then: step n takes those of step n + this."""
 
 
 def read_progress(checkpoint: Path) -> Progress:

@@ -2,6 +2,7 @@
 
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
 ``kill``/``stop``/``nan``/``blank``/``raise``: [stage, step]; ``other``: "code" or "config", of the last rank;
+``leap``: [stage, step] whose samples have a thousandfold loss;
 ``slow``: rank whose forward passes take ``SLOW_S`` longer;
 ``full_disk``: rank whose files cannot be written, and in which saves;
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
@@ -121,6 +122,8 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     watch_checkpoints(Path(scene["run_dir"]), patch)
     planted = ("kill", "stop", "nan", "blank", "raise")
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
+    if "leap" in scene:
+        watch_loss(tuple(scene["leap"]), Path(scene["run_dir"]), patch)
     if scene.get("slow") == RANK:
         watch_forward(patch)
     if scene.get("full_disk", [None])[0] == RANK:
@@ -191,6 +194,28 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
 
     patch.setattr(StageBatches, "step", some)
     patch.setattr(step, "forward", second)
+    patch.setattr(step, "masked_loss", loss)
+
+
+def watch_loss(place: tuple[int, int], run_dir: Path, patch: pytest.MonkeyPatch) -> None:
+    """The samples that this step of this stage sees first have a thousandfold loss, whenever they come, in later starts too."""
+    batches, masked_loss = StageBatches.step, step.masked_loss
+    known, is_theirs = run_dir / f"leap.{RANK}", [False]
+
+    def look(self: StageBatches, number: int) -> list[Batch]:
+        found = batches(self, number)
+        labels = hashlib.sha256(b"".join(batch.labels.numpy().tobytes() for batch in found)).hexdigest()
+        if (self._stage.index, number) == place and not known.exists():
+            known.write_text(labels)
+        is_theirs[0] = known.exists() and known.read_text() == labels
+        return found
+
+    def loss(*args: Any, **options: Any) -> Any:
+        loss_sum, num_tokens, report = masked_loss(*args, **options)
+        factor = 1000 if is_theirs[0] else 1
+        return loss_sum * factor, num_tokens, report | {"loss_sum": report["loss_sum"] * factor}
+
+    patch.setattr(StageBatches, "step", look)
     patch.setattr(step, "masked_loss", loss)
 
 

@@ -1,0 +1,66 @@
+"""A loss that leaps: the run goes back to its newest checkpoint, and on from there without the data that led to the leap.
+
+The same on every rank: losses are, and so is what checkpoints say. What is decided follows from the checkpoint alone, so that a run
+that dies on the way back decides the same when it is started again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from statistics import median
+
+from megatron_sts.config.schema import GuardConfig
+from megatron_sts.train.checkpoint import Checkpointer
+from megatron_sts.train.metrics import RunLog
+from megatron_sts.train.resume import Progress
+from megatron_sts.train.stage import Stage
+
+
+class SpikeError(ValueError):
+    """Losses leap again and again."""
+
+
+def num_losses_kept(guard: GuardConfig) -> int:
+    """How many losses a run has to remember: a window, and the one that is compared with it."""
+    return 0 if guard.spike_factor is None else guard.spike_window_steps + 1
+
+
+def usual_loss(guard: GuardConfig, progress: Progress) -> float | None:
+    """What the loss of the step that ``progress`` ends with is compared with, if it is a leap beside it: the median of the losses
+    before. None: it is no leap, or too few losses are known."""
+    *before, loss = progress.recent_losses or [0.0]
+    if guard.spike_factor is None or len(before) < guard.spike_window_steps:
+        return None
+    usual = median(before)
+    return usual if loss > guard.spike_factor * usual else None
+
+
+def way_back(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog) -> Progress | None:
+    """From where the stage is to be trained again, without the samples of the steps up to here; None: it goes on. Called after every
+    update that was applied; a collective if it was a leap.
+
+    Raises:
+        SpikeError: it is one more than ``guard.max_rollbacks``.
+    """
+    spec, guard = stage.spec, stage.resolved.config.guard
+    usual = usual_loss(guard, progress)
+    if usual is None:
+        return None
+    step, loss = progress.step - 1, progress.recent_losses[-1]
+    line = f"stage {spec.name}, step {step}: loss {loss:.4g} is {loss / usual:.3g} times the median {usual:.4g} of the last {guard.spike_window_steps} steps"
+    checkpointer.settle()
+    if progress.num_rollbacks >= guard.max_rollbacks:
+        raise SpikeError(
+            f"{line} (guard.spike_factor={guard.spike_factor:g}), after {progress.num_rollbacks} ways back "
+            f"(guard.max_rollbacks); lower stages.{spec.name}.optimizer.lr, or look at that step's data"
+        )
+    found = checkpointer.find()
+    details = {"stage": spec.name, "step": step, "loss": loss, "usual_loss": usual}
+    if found.stage != spec.index or found.step == 0:
+        log.event("spike", **details, to_step=None, skipped_steps=0)
+        log.warn(f"{line}; it goes on, as the stage has no checkpoint yet to go back to")
+        return None
+    num_skipped = progress.step + progress.num_left_out - found.step
+    log.event("spike", **details, to_step=found.step, skipped_steps=progress.step - found.step)
+    log.warn(f"{line}; back to step {found.step}, and on with the samples that follow")
+    return replace(found, num_rollbacks=progress.num_rollbacks + 1, num_left_out=num_skipped)
