@@ -142,7 +142,7 @@ def train_stage(
 def tell_stop(
     number: signal.Signals, spec: ResolvedStage, progress: Progress, log: RunLog, *, would_take_s: float | None
 ) -> None:
-    """That the run ends as it was asked to. ``would_take_s``: seconds that a save would have taken, and did not have."""
+    """That the run ends as it was asked to. ``would_take_s``: what a save would have taken and did not have; None: it is saved."""
     is_saved = would_take_s is None
     log.event("stop", stage=spec.name, step=progress.step, signal=number.name, is_saved=is_saved)
     done = f"{progress.step} of {spec.num_steps} steps of stage {spec.name}"
