@@ -117,6 +117,26 @@ def test_a_failing_rank_ends_the_others(launch, tmp_path: Path) -> None:
     assert not any(is_running(rank["pid"]) for rank in told(tmp_path, 2))
 
 
+def test_the_rank_that_raises_is_named_not_the_one_that_lost_it(launch) -> None:
+    """Whichever ends first. What they do here has no heartbeat."""
+    work = """
+import torch.distributed as dist
+dist.init_process_group("gloo")
+dist.barrier()
+if rank == 1:
+    dist.destroy_process_group()
+    time.sleep(0.1)
+    raise RuntimeError("layer 3 is broken")
+dist.barrier()
+"""
+    process = launch(2, work)
+    _, err = process.communicate(timeout=200)
+    ours = [line for line in err.splitlines() if line.startswith("megatron-sts")]
+    assert process.returncode == 1
+    assert ours == ["megatron-sts: error: rank 1 (exit code 1): RuntimeError: layer 3 is broken"]
+    assert "[rank 0]" not in err
+
+
 def test_a_rank_that_does_not_listen_is_killed(launch, tmp_path: Path) -> None:
     """With a helper in its group, which would stay."""
     work = """
