@@ -14,7 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
 
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.module import unwrap
@@ -60,6 +60,7 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
         CheckpointError: it cannot be read, or holds more than data.
     """
     with _shared_causes():
+        _look_at(path)
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
     is_same_layout = common["layout"] == _layout()
     state = _sharded_state(chunks, optimizer, is_loading=True)
@@ -87,8 +88,15 @@ def load_model(path: Path, chunks: Sequence[torch.nn.Module]) -> None:
     """
     check_whole(path.parent)
     with _shared_causes():
+        _look_at(path)
+    with _shared_causes():
         loaded = dist_checkpointing.load(_sharded_model(chunks), str(path))
     _load_model(chunks, loaded)
+
+
+def _look_at(path: Path) -> None:
+    """What torch would refuse with a traceback and other words is refused here; no collective."""
+    FileSystemReader(path).read_metadata()
 
 
 def check_whole(checkpoint: Path) -> None:
