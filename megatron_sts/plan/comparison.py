@@ -54,7 +54,7 @@ class Comparison:
     configured_speedup: float
     """The config's own sampler and layout."""
     samplers: dict[str, Planned]
-    """Without ``rounds`` where the run cannot interleave or draws a mask for each micro-batch."""
+    """Without ``rounds`` where the run cannot interleave or all its stages draw a mask for each micro-batch."""
     sampler: str
     """Whose plan counts: the config's, or where that is ``bernoulli`` the fastest of those that follow the layout."""
 
@@ -99,11 +99,16 @@ def compare(resolved: Resolved, step_time: StepTime = schedule_time) -> Comparis
 
 
 def with_sampler(resolved: Resolved, sampler: str | None) -> Resolved:
-    """The same run with another sampler in all stages that draw layers; None: dense, fixed layers included."""
+    """The same run with another sampler in all stages that draw layers; None: dense, fixed layers included.
+
+    ``rounds`` draws no mask for each micro-batch: stages that ask for those keep their sampler.
+    """
 
     def changed(stage: ResolvedStage) -> ResolvedStage:
         lds = stage.config.lds
         if lds is None or (sampler is not None and lds.sampler not in SAMPLERS):
+            return stage
+        if sampler == "rounds" and lds.granularity == "microbatch":
             return stage
         new = None if sampler is None else lds.model_copy(update={"sampler": sampler})
         return stage.model_copy(update={"config": stage.config.model_copy(update={"lds": new})})
@@ -148,7 +153,7 @@ def plan_with(resolved: Resolved, dense_layout: Layout, step_time: StepTime = sc
 
 def _may_drop_rounds(resolved: Resolved) -> bool:
     drawn = [stage.config.lds for stage in resolved.stages if stage.config.lds is not None]
-    return can_interleave(resolved) and all(lds.granularity == "step" for lds in drawn)
+    return can_interleave(resolved) and any(lds.granularity == "step" and lds.sampler in SAMPLERS for lds in drawn)
 
 
 def _bound(num_microbatches: int, layout: Layout) -> float:

@@ -20,7 +20,7 @@ from megatron_sts.plan.candidates import moves, near_even, shapes
 from megatron_sts.plan.expected import ExpectedWork, expected_work
 from megatron_sts.plan.rough import RoughTimes
 from megatron_sts.plan.schedule import schedule_time
-from megatron_sts.plan.steps import StepTime, drawn_steps, grid, layer_flops, step_times
+from megatron_sts.plan.steps import StepTime, dense_step, drawn_steps, grid, layer_flops, step_times
 
 LEAST_GAIN = 1e-4
 """A layer is moved for this relative gain."""
@@ -28,6 +28,8 @@ NEAR_BEST = 0.001
 """Fewer chunks a rank are preferred at this relative loss: each one more means more transfers and more buckets."""
 ROUGHLY_BEST = 0.02
 """Layouts whose rough time is within this of the least are timed with the masks that they will have."""
+LEAST_DRAWN = 1e-9
+"""Layers a step: less is rounding, and the masks of the grid skip nothing."""
 MOST_TIMED = 8
 MOST_MOVES = 4
 SEARCHED_NUMBERS = 2
@@ -66,13 +68,19 @@ def stage_times(
     """Time of one stage, as ``run_times``."""
     place, seed = placement(resolved, stage), resolved.config.seed
     steps = [drawn_steps(seed, stage, place, layout, grid(stage.num_steps)) for layout in layouts]
-    found = step_times(steps, stage.num_microbatches, step_time)
-    # A ratio estimate: how many layers the masks of the grid happen to skip cancels, how they lie on the ranks remains.
-    each = [
-        times.mean() / of_layout.totals.mean() * expected_total(with_layout(resolved, layout), stage)
-        for times, of_layout, layout in zip(found, steps, layouts, strict=True)
-    ]
-    return np.array(each) * stage.num_steps * layer_flops(resolved, stage)
+    dense = [dense_step(place, layout) for layout in layouts]
+    times, dense_times = (
+        np.array([each.mean() for each in step_times(part, stage.num_microbatches, step_time)])
+        for part in (steps, dense)
+    )
+    # A ratio estimate of the time that a skipped layer saves: how many the masks of the grid happen to skip cancels, how
+    # they lie on the ranks remains.
+    dense_totals = np.array([each.totals[0] for each in dense])
+    drawn = dense_totals - [each.totals.mean() for each in steps]
+    expected = dense_totals - [expected_total(with_layout(resolved, layout), stage) for layout in layouts]
+    skips = drawn > LEAST_DRAWN
+    times = dense_times - np.where(skips, (dense_times - times) * expected / np.where(skips, drawn, 1), 0)
+    return times * stage.num_steps * layer_flops(resolved, stage)
 
 
 def expected_total(resolved: Resolved, stage: ResolvedStage) -> float:

@@ -33,7 +33,8 @@ class Savings:
 
 
 def savings(resolved: Resolved, stage: ResolvedStage, lds: LdsConfig) -> Savings:
-    """Of a stage that skips by ``lds``. Only ``skipped_update: freeze`` saves updates and gathers."""
+    """Of a stage that skips by ``lds``. Only ``skipped_update: freeze`` saves updates; gathers, also those that wait for a step
+    that runs the layer (``overlap_param_gather``)."""
     place = placement(resolved, stage)
     trained = np.array([memory.gradients_bytes / GRADIENT_BYTES for memory in memory_per_rank(resolved, stage)])
     of_layer = 0 if "language" in stage.config.freeze else layer_parameters_per_rank(resolved)
@@ -41,11 +42,12 @@ def savings(resolved: Resolved, stage: ResolvedStage, lds: LdsConfig) -> Savings
     idle = layers * of_layer
     share = float(idle.sum() / trained.sum())
     copies, freezes = resolved.data_parallel_size > 1, lds.skipped_update == "freeze"
-    gathers = copies and resolved.config.parallel.use_distributed_optimizer
+    parallel = resolved.config.parallel
+    gathers = copies and parallel.use_distributed_optimizer
     return Savings(
         of_ranks=tuple((idle / np.maximum(trained, 1)).tolist()),
         reduced=share if copies else None,
-        gathered=(share if freezes else 0.0) if gathers else None,
+        gathered=(share if freezes or parallel.overlap_param_gather else 0.0) if gathers else None,
         updated=share if freezes else 0.0,
     )
 

@@ -125,18 +125,27 @@ def drawn_steps(seed: int, stage: ResolvedStage, place: Placement, layout: Layou
     return drawn_outcomes(seed, stage, place.under(layout), steps).under(layout, place)
 
 
+def dense_step(place: Placement, layout: Layout) -> Steps:
+    """One step that skips nothing, under a layout."""
+    return _no_skips(place, 1).under(layout, place)
+
+
 def drawn_outcomes(
     seed: int, stage: ResolvedStage, place: Placement, steps: Sequence[int], most: int = MOST_OUTCOMES
 ) -> Outcomes:
     """The masks that the stage's sampler draws in ``steps``; of ``rounds`` all that it could; one that skips nothing without LDS."""
     lds = stage.config.lds
     if lds is None:
-        return Outcomes(np.zeros((1, 1, place.num_layers), dtype=np.bool_), np.ones((len(steps), 1)))
+        return _no_skips(place, len(steps))
     if lds.sampler == "rounds":
         return _outcomes_of_rounds(lds, stage, place, steps, most)
     num = stage.num_microbatches
     masks = [draw_mask(lds, seed, stage.index, step, stage.num_steps, place, num) for step in steps]
     return Outcomes(np.array([mask.rows for mask in masks]), np.eye(len(steps)))
+
+
+def _no_skips(place: Placement, num_steps: int) -> Outcomes:
+    return Outcomes(np.zeros((1, 1, place.num_layers), dtype=np.bool_), np.ones((num_steps, 1)))
 
 
 def _outcomes_of_rounds(

@@ -11,6 +11,7 @@ import pytest
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump, load
 from megatron_sts.config.resolve import Layout, resolve, with_layout
+from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.placement import placement
 from megatron_sts.lds.quota import equal_work_probabilities
 from megatron_sts.lds.schedule import skip_probabilities
@@ -46,6 +47,24 @@ def test_rounds_are_left_out_where_they_cannot_be_set() -> None:
     for lds, options in (({"granularity": "microbatch"}, {}), ({}, {"num_microbatches": 6})):
         comparison = compare(draft(8, 4, {"sampler": "quota", **lds}, **options))
         assert comparison is not None and set(comparison.samplers) == {"bernoulli", "balanced", "quota"}
+
+
+def test_stages_that_draw_for_each_micro_batch_keep_their_sampler_beside_rounds() -> None:
+    of_each = {"sampler": "balanced", "granularity": "microbatch"}
+    config = written(8, 4, {"sampler": "rounds"}, num_microbatches=8)
+    other = config.stages[0].model_copy(update={"name": "other", "lds": LdsConfig.model_validate(of_each)})
+    for stages in ((*config.stages, other), (other, *config.stages)):
+        run = resolve(config.model_copy(update={"stages": stages}), choose_layout=choose_layout)
+        comparison = compare(run)
+        assert comparison is not None
+        assert comparison.samplers["rounds"].speedup == pytest.approx(comparison.configured_speedup)
+
+
+def test_masks_that_happen_to_skip_nothing_promise_no_saving() -> None:
+    """0.05 layers are skipped in a step: none in the 32 that the plan looks at."""
+    run = draft(8, 4, {"sampler": "bernoulli", "alpha": 0.02}, num_microbatches=8)
+    layout: Layout = ((1,) * 4,) * 2
+    assert run_time(run, layout) == pytest.approx(run_time(with_sampler(run, None), layout))
 
 
 def test_a_run_that_cannot_interleave_has_no_rounds_to_drop() -> None:

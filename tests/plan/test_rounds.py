@@ -183,6 +183,10 @@ def test_idle_layers_save_communication_and_updates() -> None:
     assert len(saved.of_ranks) == 2 and min(saved.of_ranks) < saved.updated < max(saved.of_ranks)
     moving = savings(run, stage, lds.model_copy(update={"skipped_update": "zero_grad"}))
     assert (moving.reduced, moving.gathered, moving.updated) == (saved.reduced, 0, 0)
+    late, stage = small(
+        {"sampler": "rounds", "schedule": "constant"}, **options, overlap_grad_reduce=True, overlap_param_gather=True
+    )
+    assert savings(late, stage, lds.model_copy(update={"skipped_update": "zero_grad"})).gathered == saved.gathered
     alone, stage = small({"sampler": "rounds"}, num_microbatches=4)
     assert savings(alone, stage, lds).reduced is None and savings(alone, stage, lds).gathered is None
     of_step, of_each = (
