@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from fixed_steps import step_seconds
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import LdsConfig, RunConfig
 from megatron_sts.cost.flops import planned_load, step_flops
@@ -137,7 +139,7 @@ def resolved_run(
                 ],
             }
         ),
-        world_size=dist.get_world_size(),
+        world_size=math.prod(parallel.get(size, 1) for size in (PP, "data_parallel_size")),
     )
 
 
@@ -272,8 +274,12 @@ def start_ranks(argv: Sequence[str], name: str, num_ranks: int) -> dict[str, Any
     return found
 
 
+class WithDefaults(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and every option's default."""
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=WithDefaults)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="layouts to time")
     parser.add_argument("--num-layers", type=int, default=8)
@@ -284,7 +290,12 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16], help="the same for VPP3 and VPP6")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="samples a micro-batch")
     parser.add_argument("--num-masks", type=int, default=4, help="masks a case")
-    parser.add_argument("--num-passes", type=int, default=3, help="times that each mask is timed; once on the schedule")
+    parser.add_argument(
+        "--num-passes",
+        type=int,
+        default=3,
+        help="times that each mask is timed; those of the paper's schedule are timed once",
+    )
     parser.add_argument(
         "--num-schedule-masks", type=int, default=24, help="the same for the paper's schedule, whose saving is smallest"
     )
@@ -294,6 +305,7 @@ def main() -> None:
     if args.rank_of:
         run_rank(args)
         return
+    check(parser, args)
     found: dict[str, Any] = {"device": current_device().name, "cases": []}
     for name in args.cases:
         print(f"bench_lds: {name}", file=sys.stderr, flush=True)
@@ -301,6 +313,18 @@ def main() -> None:
         found["cases"] += result.pop("cases", [])
         found.update(result)
     print(json.dumps(found)) if args.json else print_tables(found)
+
+
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with one line for sizes that no rank could run."""
+    for name in args.cases:
+        case = CASES[name]
+        num_layers = args.interleaved_layers if case.num_chunks > 1 else args.num_layers
+        try:
+            for count in args.microbatches if case.num_chunks > 1 else [args.num_microbatches]:
+                resolved_run(args, num_layers, case.parallel, count)
+        except ConfigError as error:
+            parser.error(f"{name}: {error}")
 
 
 def print_tables(found: dict[str, Any]) -> None:

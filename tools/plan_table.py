@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sts.commands.speedups import outline
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.plan.layout import choose_layout
@@ -70,7 +71,10 @@ def main() -> None:
     parser.add_argument("example", type=Path, help="a folder with config.yaml and README.md")
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
     args = parser.parse_args()
-    text = table(outline(resolve(load(args.example), choose_layout=choose_layout)))
+    try:
+        text = table(outline(resolve(load(args.example), choose_layout=choose_layout)))
+    except ConfigError as error:
+        parser.error(str(error))
     if not args.write:
         print(text, end="")
         return

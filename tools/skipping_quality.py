@@ -5,7 +5,7 @@
 One alignment, then for each seed a fine-tuning of one rank from its projector with every one of CASES, asked the families
 that the tiny language model can answer. Writes into DIR the config of the fine-tunings, finetune.yaml; quality.csv, a row a
 run and family, with the case's overrides; and prints a line a case: accuracies, and the loss at the stage's start and end.
-Intervals are 95 %: Wilson's for a run's questions, Student's t over the seeds for a case. Finished runs are not repeated.
+Overrides hold for alignment and fine-tuning alike. Intervals are 95 %: Wilson's for a run's questions, Student's t over the seeds for a case. Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -54,14 +54,21 @@ class Row:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [key.path=value ...] [options]",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/skipping_quality"), help="folder of the runs and the table"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="default: 1 2 3")
+    names = ", ".join(f'"{case}"' for case in CASES)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE", help=f"of {names}")
     parser.add_argument("--jobs", type=int, default=1, help="fine-tunings at a time, a CPU thread each")
     args, overrides = parser.parse_known_args()
+    if unknown := [word for word in overrides if word.startswith("-")]:
+        parser.error(f"unrecognized argument {unknown[0]}")
     args.out.mkdir(parents=True, exist_ok=True)
     train(args.out, "alignment", write_config(args.out, "alignment"), ["evaluation.num_questions=0", *overrides])
     start = f"model.projector.init={args.out / 'alignment'}"
@@ -100,7 +107,8 @@ def train(out: Path, name: str, config: Path, overrides: Sequence[str]) -> Run:
     """One run; does nothing when it is finished."""
     folder = out / name
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), "--run-dir", str(folder)]
-    subprocess.run([*command, *overrides], check=True, stdout=sys.stderr)
+    if status := subprocess.run([*command, *overrides], stdout=sys.stderr).returncode:
+        raise SystemExit(status)  # it has said why
     return read_run(folder)
 
 

@@ -338,7 +338,7 @@ def check_rounds(stage: StageConfig, layers_per_chunk: Sequence[Sequence[int]]) 
     if lds.rounds == "layout" and sum(map(bool, of_rounds)) == 1:
         why = "a pipeline rank has one chunk" if len(of_rounds) == 1 else "one chunk a pipeline rank has all layers"
         refuse(f"{field}.rounds", "layout", f"{why}, so there is one round and nothing to drop",
-               "set sampler=balanced, rounds to a number of blocks, or parallel.virtual_pipeline_model_parallel_size")  # fmt: skip
+               "set parallel.layout=auto or virtual_pipeline_model_parallel_size, or lds.sampler=balanced")  # fmt: skip
     if lds.depth_profile != "protect":
         return
     ends = list(accumulate(of_rounds if lds.rounds == "layout" else [num_layers // lds.rounds] * lds.rounds))

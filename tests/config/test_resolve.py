@@ -182,7 +182,7 @@ REFUSED = [
     (
         "stages.1.lds={sampler: rounds}",
         "stages.finetune.lds.rounds=layout: a pipeline rank has one chunk, so there is one round and nothing to drop; "
-        "set sampler=balanced,",
+        "set parallel.layout=auto or virtual_pipeline_model_parallel_size, or lds.sampler=balanced",
     ),
     (
         "stages.1.lds.sampler=rounds parallel.pipeline_model_parallel_size=4 "
