@@ -286,7 +286,7 @@ class GuardConfig(Section):
     """Ways back in a stage; one more leap stops the run."""
     checksum_interval_steps: PositiveInt | None = None
     """Steps between comparisons, bit for bit, of what ranks must hold alike: weights, and without the distributed optimizer also
-    reduced gradients and fp32 master weights, over data-, context- and tensor-parallel ranks and tied embeddings. Ranks that
+    reduced gradients and fp32 master weights, over data- and tensor-parallel ranks and tied embeddings. Ranks that
     differ end the run, named, with the tensor. None: never. One all-reduce of some bytes a tensor, and one pass over the memory.
     """
 
