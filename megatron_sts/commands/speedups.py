@@ -125,15 +125,25 @@ def print_tables(facts: dict[str, Any]) -> None:
         return
     console.print(f"[bold]Layout planned for {lds['sampler']}[/]: {_words(facts['layout'])}", highlight=False)
     console.print(
-        f"Speed-up of the run over the best dense layout: FLOPs {lds['flops_speedup']:.3f}, naive {lds['naive_speedup']:.3f}, "
-        f"config {lds['configured_speedup']:.3f}, planned {lds['planned_speedup']:.3f}. Of what skips alone: FLOPs "
-        f"{lds['stage_flops_speedup']:.3f}, planned {lds['stage_speedup']:.3f}, an efficiency of {lds['efficiency']:.2f} "
-        f"(equal chunks and no head: {lds['bound']:.2f})",
+        f"Speed-up of the run over the best dense layout: FLOPs {lds['flops_speedup']:.3f}, bernoulli in one chunk a rank "
+        f"{lds['naive_speedup']:.3f}, the config as it stands {lds['configured_speedup']:.3f}, in the planned layout "
+        f"{lds['planned_speedup']:.3f}. Of the stages that skip: FLOPs {lds['stage_flops_speedup']:.3f}, planned "
+        f"{lds['stage_speedup']:.3f}, an efficiency of {lds['efficiency']:.2f} (with equal chunks and no head the bound would be "
+        f"{lds['bound']:.2f})",
         highlight=False,
     )
     if lds["fastest_sampler"] != lds["sampler"]:
-        console.print(f"Faster: sampler {lds['fastest_sampler']} in its own layout.", highlight=False)
-    console.print(_samplers_table("Simulated schedule", lds), _samplers_table("Bottleneck model", lds["bottleneck"]))
+        faster = lds["samplers"][lds["fastest_sampler"]]
+        console.print(
+            f"Faster: lds.sampler={lds['fastest_sampler']}, {faster['speedup']:.3f} in its own layout: {_words(faster['layout'])}",
+            highlight=False,
+        )
+    console.print(
+        _samplers_table("Simulated schedule", lds, "each sampler in its own best layout; p' - p: a layer's skip probability less "
+                        "its schedule's, at the start and over the run"),
+        _samplers_table("Bottleneck model", lds["bottleneck"], "too good: no rank waits for another's chunk, and work may be cut finer "
+                        "than the dense run's layers"),
+    )  # fmt: skip
     for stage, work in lds["rank_work"].items():
         console.print(_work_table(stage, work))
         console.print(_saved_words(stage, lds["saved_besides"][stage]), highlight=False)
@@ -164,11 +174,16 @@ def _words(layout: dict[str, Any]) -> str:
     """Chunks in the order in which data pass, a round of pipeline ranks between bars."""
     pp, chunks = layout["pp"], layout["chunks"]
     rounds = (" ".join(map(str, chunks[start : start + pp])) for start in range(0, len(chunks), pp))
-    return f"{pp} pipeline ranks x {layout['vpp']} chunks, layers {' | '.join(rounds)}"
+    return f"{_number(pp, 'pipeline rank')} x {_number(layout['vpp'], 'chunk')}, layers {' | '.join(rounds)}"
 
 
-def _samplers_table(title: str, speedups: dict[str, Any]) -> Table:
-    table = Table("sampler", "speed-up", "efficiency", "|p'-p| at the start", "largest", "chunks a rank", title=title)
+def _number(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
+
+
+def _samplers_table(title: str, speedups: dict[str, Any], caption: str) -> Table:
+    columns = ("sampler", "speed-up", "efficiency", "|p'-p| at the start", "largest", "chunks a rank")
+    table = Table(*columns, title=title, caption=caption)
     for name, planned in speedups["samplers"].items():
         changes = (f"{planned['largest_change_at_start']:.3f}", f"{planned['largest_change']:.3f}")
         speed = (f"{planned['speedup']:.3f}", f"{planned['efficiency']:.2f}")
@@ -177,7 +192,9 @@ def _samplers_table(title: str, speedups: dict[str, Any]) -> Table:
 
 
 def _work_table(stage: str, work: dict[str, list[float]]) -> Table:
-    table = Table("pipeline rank", *work, title=f"{stage}: expected work a step, in layers")
+    table = Table(
+        "pipeline rank", *work, title=f"{stage}, as planned: expected work a step in layers, tower and head included"
+    )
     for rank, row in enumerate(zip(*work.values(), strict=True)):
         table.add_row(str(rank), *(f"{value:.2f}" for value in row))
     return table

@@ -34,7 +34,8 @@ class ParallelConfig(Section):
     layout: Literal["even", "auto"] | tuple[NonNegativeInt, ...] = "even"
     """Decoder layers of each pipeline chunk, in the order in which data pass (chunk v x pp + p is pipeline rank p's).
 
-    even: as many in each; auto: planned for the run's LDS schedule (``megatron-sts plan`` shows it).
+    even: as many in each; auto: planned for the run's LDS schedule, in as many chunks a rank as are written or, with
+    ``virtual_pipeline_model_parallel_size: null``, as many as are best (``megatron-sts plan`` shows these).
     """
     use_distributed_optimizer: bool = False
     overlap_grad_reduce: bool = False

@@ -12,12 +12,11 @@ from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, can_int
 from megatron_sts.lds.effective import effective_probabilities, largest_change
 from megatron_sts.lds.placement import placement
 from megatron_sts.plan.candidates import near_even
-from megatron_sts.plan.layout import choose_layout, expected_total, run_time, stage_times
+from megatron_sts.plan.layout import NEAR_BEST, choose_layout, expected_total, run_time, stage_times
 from megatron_sts.plan.schedule import schedule_time
 from megatron_sts.plan.steps import StepTime, grid, layer_flops
 
 SAMPLERS = ("bernoulli", "balanced", "quota", "rounds")
-LAYOUT_AWARE = ("balanced", "quota", "rounds")
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ class Comparison:
     samplers: dict[str, Planned]
     """Without ``rounds`` where the run cannot interleave or all its stages draw a mask for each micro-batch."""
     sampler: str
-    """Whose plan counts: the config's, or where that is ``bernoulli`` the fastest of those that follow the layout."""
+    """The config's, whose plan counts: with it ``parallel.layout: auto`` runs."""
 
     @property
     def planned(self) -> Planned:
@@ -65,8 +64,9 @@ class Comparison:
 
     @property
     def fastest(self) -> str:
-        """The sampler with the fastest plan."""
-        return max(self.samplers, key=lambda name: self.samplers[name].speedup)
+        """The sampler with the fastest plan; the config's own if that is as fast, but for what a search leaves open."""
+        best = max(self.samplers, key=lambda name: self.samplers[name].speedup)
+        return self.sampler if self.planned.speedup >= self.samplers[best].speedup * (1 - NEAR_BEST) else best
 
 
 def compare(resolved: Resolved, step_time: StepTime = schedule_time) -> Comparison | None:
@@ -86,7 +86,6 @@ def compare(resolved: Resolved, step_time: StepTime = schedule_time) -> Comparis
     pp, num_layers = resolved.config.parallel.pipeline_model_parallel_size, resolved.config.model.language.num_layers
     dense_time = run_time(dense, dense_layout, step_time)
     naive = run_time(with_sampler(resolved, "bernoulli"), near_even(num_layers, pp, 1), step_time)
-    fastest = max((name for name in LAYOUT_AWARE if name in samplers), key=lambda name: samplers[name].speedup)
     return Comparison(
         dense_layout=dense_layout,
         flops_speedup=_flops(dense) / _flops(resolved),
@@ -94,7 +93,7 @@ def compare(resolved: Resolved, step_time: StepTime = schedule_time) -> Comparis
         naive_speedup=dense_time / naive,
         configured_speedup=dense_time / run_time(configured, configured.layers_per_chunk, step_time),
         samplers=samplers,
-        sampler=fastest if own == "bernoulli" else own,
+        sampler=own,
     )
 
 

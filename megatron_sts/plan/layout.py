@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sts.config.errors import refuse
+from megatron_sts.config.checks import check_rounds
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, can_interleave, with_layout
 from megatron_sts.lds.effective import effective_probabilities
 from megatron_sts.lds.placement import placement
@@ -106,16 +107,27 @@ def _finalists(resolved: Resolved, step_time: StepTime) -> list[Layout]:
     rough = RoughTimes(resolved, step_time)
     layouts = [layout for vpp in numbers for layout in shapes(num_layers, pp, vpp)]
     layouts += [_evened_out(near_even(num_layers, pp, vpp), expected) for vpp in numbers]
+    layouts = [layout for layout in layouts if _has_rounds(resolved, layout)] or layouts
     times = dict(zip(layouts, rough(layouts).tolist(), strict=True))
     for _ in range(MOST_MOVES):
         best = _best_of_each_number(times)[:SEARCHED_NUMBERS]
-        moved = [layout for each in best for layout in moves(each) if layout not in times]
+        moved = [each for layout in best for each in moves(layout) if each not in times and _has_rounds(resolved, each)]
         before = min(times.values())
         times |= zip(moved, rough(moved).tolist(), strict=True) if moved else []
         if min(times.values()) > before * (1 - LEAST_GAIN):
             break
     limit = min(times.values()) * (1 + ROUGHLY_BEST)
     return [layout for layout in _best_of_each_number(times) if times[layout] <= limit][:MOST_TIMED]
+
+
+def _has_rounds(resolved: Resolved, layout: Layout) -> bool:
+    """Whether all stages could run in this layout: those that skip its rounds have some that may be skipped."""
+    try:
+        for stage in resolved.stages:
+            check_rounds(stage.config, layout)
+    except ConfigError:
+        return False
+    return True
 
 
 def _best_of_each_number(times: dict[Layout, float]) -> list[Layout]:

@@ -23,7 +23,7 @@ class Relayout:
 
     stage: str
     step: int
-    """The first step under ``after``; 0: the stage begins with it."""
+    """The first step under ``after``; 0 for a later stage that begins with it."""
     before: Layout
     after: Layout
     gain: float
@@ -43,7 +43,9 @@ def best_relayout(
     times = np.concatenate([_step_times(resolved, stage, layouts, step_time) for stage in resolved.stages], axis=1)
     before = np.pad(np.cumsum(times, axis=1), [(0, 0), (1, 0)])
     after = before[:, -1:] - before
-    split = int(np.argmin((before.min(axis=0) + after.min(axis=0))[:-1]))
+    if len(points) == 1:  # a step has no middle
+        return Relayout(resolved.stages[0].name, 0, layout, layout, 0.0)
+    split = 1 + int(np.argmin((before.min(axis=0) + after.min(axis=0))[1:-1]))  # there is no checkpoint before the run
     stage, step = points[split]
     first, second = int(np.argmin(before[:, split])), int(np.argmin(after[:, split]))
     part = stage.num_steps // (2 * len(grid(stage.num_steps)))  # the grid has the middles of equal parts

@@ -62,8 +62,7 @@ class RoughTimes:
             return self._drawn_once(stage, place, 0).under(layout, place)
         even = near_even(place.num_layers, place.num_ranks, len(layout))
         drawn = self._drawn_once(stage, place.under(even), len(layout)).under(even, place)
-        # A head may take the place of all that its rank has in a round, but not of its neighbours' layers.
-        runs = drawn.work[:, 0, :, :-1].any(axis=2)
+        runs = drawn.work[:, 0].any(axis=2)
         work = np.where(runs[..., None], np.array(layout, dtype=np.float64), 0.0)
         _yield_to_head(work, lds, place)
         return Steps(work[:, None], drawn.weights, drawn.first, drawn.last)
