@@ -27,6 +27,7 @@ from megatron_sts.data.tokenizer import Tokenizer
 from megatron_sts.evaluate.answers import Answer, Request
 from megatron_sts.evaluate.sampling import Sampling, next_tokens
 from megatron_sts.evaluate.scenes import asking_data, inference
+from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.groups import Place, broadcast_from_last_stage
 from megatron_sts.mcore.kv_cache import KeyValueCache, Window, cached_attention
@@ -170,6 +171,7 @@ class Generator:
     def _answer_all(self, round_: Sequence[Asked], sampling: Sampling, cache: KeyValueCache) -> None:
         tokens, step = torch.zeros(0), 0
         while not all(answer.is_done for asked in round_ for answer in asked.answers.values()):
+            trail.enter("evaluation")  # each token is a sign that this rank gets on
             tokens = self._next_tokens(round_, step, tokens, sampling, cache)
             for asked, said in zip(round_, tokens.tolist(), strict=True):
                 for answer, token in zip(asked.answers.values(), said, strict=False):  # behind them: padding

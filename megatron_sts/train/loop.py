@@ -40,6 +40,7 @@ from megatron_sts.train.stragglers import RankTimes
 
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
     """Trains every stage on this rank, going on from the newest checkpoint of ``run_dir`` if there is one."""
+    trail.enter("start")
     kernels = check_usable(resolved.config)
     timeout_s = resolved.config.parallel.timeout_s
     record_collectives(run_dir)
