@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from queue import Empty
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ SAMPLES_PER_SLICE = 100
 WORKERS = "data.num_workers"
 SECONDS_PER_CHECKPOINT = 10.0
 """How often a worker notes its state; resuming reads at most the samples since the last note again."""
+ANSWER_S = 1.0
+"""How often it is looked whether the worker that is waited for is still there."""
 PICTURE_FIELDS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 """Names of a sample's only picture in shards of WebDataset's habit, in either case."""
 
@@ -139,7 +142,7 @@ class EnergonStream:
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is, as strings, numbers and bytes."""
-        self._check_workers()
+        _check_workers(self._loader)
         # Until each of its workers has sent a sample, a restored loader reports a place before the right one.
         settled = self._num_drawn >= max(self._num_workers, 1)
         state = self._loader.save_state_rank() if settled else self._restored
@@ -187,12 +190,6 @@ class EnergonStream:
         # queues' own end, and takes five seconds a worker.
         if (iterator := self._loader._iterator) is not None:
             iterator._shutdown_workers()
-
-    def _check_workers(self) -> None:
-        """Energon asks each worker for its state, and would wait for one that was killed for ever."""
-        iterator = self._loader._iterator if self._num_workers else None
-        if iterator is not None and not all(worker.is_alive() for worker in iterator._workers):
-            raise UnreadableDataError("a worker process that reads data was killed; memory may have run out")
 
     def _dataset_identity(self) -> str:
         """Of shards, their numbers of samples and the blend; not of the place where they lie."""
@@ -251,6 +248,31 @@ def _same(image: np.ndarray) -> np.ndarray:
     return image
 
 
+class _Answers:
+    """A queue of what a worker answers; it ends the wait for one that was killed, for which Energon would wait for ever."""
+
+    def __init__(self, queue: Any, loader: SavableDataLoader) -> None:
+        self._queue, self._loader = queue, loader
+
+    def get(self) -> Any:
+        """The next answer.
+
+        Raises:
+            UnreadableDataError: a worker is gone.
+        """
+        while True:
+            try:
+                return self._queue.get(timeout=ANSWER_S)
+            except Empty:
+                _check_workers(self._loader)
+
+
+def _check_workers(loader: SavableDataLoader) -> None:
+    iterator = loader._iterator if loader.num_workers else None
+    if iterator is not None and not all(worker.is_alive() for worker in iterator._workers):
+        raise UnreadableDataError("a worker process that reads data was killed; memory may have run out")
+
+
 def _loader(
     path: Path,
     seed: int,
@@ -281,7 +303,12 @@ def _loader(
         # In the training process a collection every few samples would walk through the whole model's objects.
         gc_collect_every_n_steps=10 if num_workers else 0,
     )
+    if num_workers:
+        # A list of this process: its workers keep the queues themselves.
+        loader.result_queues = [_Answers(queue, loader) for queue in loader.result_queues]
     loader.pin_memory = False  # records hold numpy arrays, which cannot be pinned
+    # It draws a number when reading begins. From the training's own generator that would be another draw after each resume.
+    loader.generator = torch.Generator()
     loader.worker_init_fn = partial(_start_worker, os.getpid(), loader.worker_init_fn)
     return loader
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -27,7 +28,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.data.energon import EnergonStream
 from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.prepare import prepare
-from megatron_sts.data.records import Record, SkippedSample, Turn
+from megatron_sts.data.records import Record, SkippedSample, Turn, UnreadableDataError
 from megatron_sts.runtime.dist import process_group
 from tests.data.llava_files import NUM_GOOD, good_entries, picture, turns, write_json
 from tests.dist.launch import run_ranks
@@ -300,6 +301,33 @@ def test_sample_that_is_spoilt_later_is_skipped_in_its_place(stream: Open, tmp_p
     skipped = {record.key: record.reason for record in records if isinstance(record, SkippedSample)}
     assert set(skipped) == {"a-2", "000000004"}
     assert "no picture in a known format" in skipped["a-2"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_before_it_answers(stream: Open) -> None:
+    """The question where it is has reached it; nobody may wait for the answer for ever."""
+    opened = stream(num_workers=1)
+    next(opened)
+    assert opened._loader._iterator is not None
+    [worker] = opened._loader._iterator._workers
+    raising = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's, in main threads; training reads in another one
+    os.kill(worker.pid, signal.SIGSTOP)
+    killing = threading.Timer(0.5, os.kill, (worker.pid, signal.SIGKILL))
+    killing.start()
+    try:
+        with pytest.raises(UnreadableDataError, match="a worker process that reads data was killed"):
+            opened.state_dict()
+    finally:
+        killing.join()
+        signal.signal(signal.SIGCHLD, raising)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_reading_draws_nothing_from_the_trainings_random_numbers(stream: Open, num_workers: int) -> None:
+    """Or each resume, which begins to read anew, would shift them."""
+    before = torch.get_rng_state()
+    next(stream(num_workers=num_workers))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_workers_end_with_the_stream(stream: Open) -> None:
