@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from rich.console import Console
@@ -179,7 +180,18 @@ def same_values(one: bytes | None, other: bytes | None) -> bool:
     if one is None or other is None:
         return False
     first, second = (torch.load(io.BytesIO(content), weights_only=True) for content in (one, other))
-    return not isinstance(first, torch.Tensor) and bool(first == second)
+    return not isinstance(first, torch.Tensor) and equal(first, second)
+
+
+def equal(one: Any, other: Any) -> bool:
+    """Also where arrays are among them."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return bool(np.all(one == other))
 
 
 def drill(folder: Path, count: int, num_runs: int, seed: int, *, asynchronous: bool) -> dict[str, Any]:
