@@ -65,8 +65,9 @@ class Board:
         """Once for an error: writes it down, and finds out who is the cause if it is another rank."""
         told = failure.told_of(error)
         if told is None:
-            self._heart.write()
-            self._heart.dump()
+            raised = trail.where_raised(error)
+            self._heart.write(raised)
+            self._heart.dump(raised)
             line, status = failure.describe(error), failure.status_of(error)
             told = self._ask(line, status) if failure.is_lost(error) else self._tell(line, status)
             failure.remember(error, told)

@@ -171,10 +171,11 @@ class Heartbeat:
     def _still_s(self) -> float:
         return time.monotonic() - self._seen_at
 
-    def write(self) -> None:
-        """One beat. A disk that takes nothing must not end a run that could go on."""
+    def write(self, raised: str = "") -> None:
+        """One beat. A disk that takes nothing must not end a run that could go on. ``raised``: the line where the rank failed."""
         self._number += 1
         (where, is_waiting), mark = trail.where(), trail.newest()
+        where = raised or where
         if self._seen != (mark, where, is_waiting):
             self._seen, self._seen_at = (mark, where, is_waiting), time.monotonic()
         pid = os.getpid()
@@ -192,12 +193,12 @@ class Heartbeat:
         except OSError:
             pass
 
-    def dump(self) -> None:
+    def dump(self, raised: str = "") -> None:
         """Leaves where this rank was in its last steps."""
         steps = [{**asdict(mark), "time": round(mark.time, 3)} for mark in trail.marks()]
         try:
             path = self._folder / f"{self._rank}.trail.json"
-            path.write_text(json.dumps({"where": trail.where()[0], "marks": steps}) + "\n", encoding="utf-8")
+            path.write_text(json.dumps({"where": raised or trail.where()[0], "marks": steps}) + "\n", encoding="utf-8")
         except OSError:
             pass
 

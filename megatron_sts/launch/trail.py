@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,22 @@ def where() -> tuple[str, bool]:
     while frame is not None:
         file = frame.f_code.co_filename
         is_waiting |= depth < NUM_INNER and any(part in file for part in WAITING)
-        if f"/{PACKAGE}/" in file and f"/{PACKAGE}/launch/" not in file:
-            inside = Path(*Path(file).parts[Path(file).parts.index(PACKAGE) + 1 :])
-            return f"{inside}:{frame.f_lineno} ({frame.f_code.co_name})", is_waiting
+        if place := _place_in(frame, frame.f_lineno):
+            return place, is_waiting
         frame, depth = frame.f_back, depth + 1
     return "", is_waiting
+
+
+def where_raised(error: BaseException) -> str:
+    """The innermost line of this package that the error came through; empty if it came through none."""
+    places = (_place_in(frame, line) for frame, line in traceback.walk_tb(error.__traceback__))
+    return next(filter(None, reversed(list(places))), "")
+
+
+def _place_in(frame: FrameType, line: int) -> str:
+    """The line of this package, but not of the room that looks; empty elsewhere."""
+    file = frame.f_code.co_filename
+    if f"/{PACKAGE}/" not in file or f"/{PACKAGE}/launch/" in file:
+        return ""
+    inside = Path(*Path(file).parts[Path(file).parts.index(PACKAGE) + 1 :])
+    return f"{inside}:{line} ({frame.f_code.co_name})"

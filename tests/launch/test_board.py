@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.load import load
 from megatron_sts.launch import failure, heartbeat, outcome, trail
 from megatron_sts.launch.board import Board
 from tests.launch.test_missing import beat
@@ -78,3 +80,14 @@ def test_another_ranks_notice_ends_it_after_a_while(
     monkeypatch.setattr(heartbeat, "GRACE_S", 0.0)
     with pytest.raises(Left):
         board._look()
+
+
+def test_a_rank_that_failed_is_where_it_raised(board: Board, tmp_path: Path) -> None:
+    """Not where it tells of that."""
+    write_peer(tmp_path)
+    with pytest.raises(ConfigError), board.open():
+        load(tmp_path / "nowhere.yaml")
+    found = heartbeat.read(tmp_path / heartbeat.FOLDER / "start", 0)
+    assert found is not None and found.where.startswith("config/load.py:")
+    trailed = json.loads((tmp_path / heartbeat.FOLDER / "start" / "0.trail.json").read_text())
+    assert trailed["where"] == found.where

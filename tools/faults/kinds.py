@@ -103,7 +103,7 @@ KINDS = (
     Kind("other-library", "a rank has another megatron-core", r"megatron-core is \S+ on rank 0 \(HOST\), but 0.1 on rank 1 \(HOST\)", plants.other_library, rank=1, status=2),
     Kind("other-config", "a rank has another config", r"seed=2: so it is on rank 1 \(HOST\), but seed=1 on rank 0 \(HOST\)", plants.other_config, rank=1, status=2),
     Kind("other-masks", "a rank draws another skip mask", r"MaskMismatchError: .*ranks? 1", plants.other_masks, rank=1),
-    Kind("other-shapes", "a rank's rows are shorter", "rank ", plants.other_shapes, stalls=True),
+    Kind("other-shapes", "a rank's rows are shorter", r"rank \d was killed by SIGABRT", plants.other_shapes, stalls=True),
     Kind("fewer-micro-batches", "a rank runs two micro-batches less", VAIN, plants.fewer_microbatches, stalls=True),
     Kind("dead-worker", "SIGKILL of a process that reads data", "rank 0 .*(reading failed|a worker process that reads data was killed)", nothing, outside.kill_worker, rank=0, steps=(1, 2, 3, 4), config="prepared"),
     Kind("bad-picture", "a picture is cut off", r"warning: skipped sample \S+: .*truncated", damage=outside.bad_picture, status=0, config="pictures", then="ends"),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,22 @@ HEAD = """# Faults, and what becomes of them
 Written by `tools/fault_drill.py`, which injects faults into small real runs (two ranks on gloo that our launcher starts, mostly two
 pipeline ranks of two chunks each with layers skipped by rounds; {cpus} CPU cores) at moments that a seed decides: {num} faults of
 {kinds} kinds in {minutes} minutes, seed {seed}. **{failed} were not handled as they should be, {hangs} hung, and after {left} a process
-was left.** After each fault but those marked so the same command was started again; it ended with every step's numbers and every
-weight, moment and random state of the last checkpoint as in a run that nobody disturbed, to the last bit. Lost are at most the steps
-since the last checkpoint (here every third step).
+was left.** Where the fault ended the run, the same command was started again; where it did not, the run went on by itself. Either way every
+step's numbers and every weight, moment and random state of the last checkpoint are those of a run that nobody disturbed, to the last
+bit, unless the last column says otherwise. Lost are the steps since the last checkpoint, and nothing else.
 
 What stalls is noticed after `parallel.timeout_s` ({stall_s:g} s here, 600 s by default); its seconds include that. Seconds are from the
 fault to the line that names it; of damage, from the start that finds it; where nobody is left to speak, to the end of the last
-process. "Again": steps that the same command did a second time, at most.
+process. "Again": steps that were done a second time, at most; checkpoints are three steps apart.
+
+Who is named: the rank that died, stopped, failed, differs or does not come. Where a network fails, or ranks with the same code and
+config disagree all the same (a bug, or broken memory), nobody can tell which of them is wrong: the line says where each of them is.
+Rows or micro-batches that differ between ranks of one model copy are such a case, because one rank reads for all of them; gloo
+aborts the process that meets a message of another size. Not injected here: faults of GPUs and NCCL, of shared file systems, and
+whole nodes, for which `tests/slurm` has jobs on a real SLURM.
 """
+LONGEST = 260
+"""Characters of a line that are shown."""
 TABLE = """
 | fault | trials | what is said | s, median | s, largest | exit status | again |
 |---|---|---|---|---|---|---|
@@ -42,11 +50,11 @@ Its own README lists six components; the table of seven rows is the one of NVIDI
 | feature | here |
 |---|---|
 | Fault tolerance: hangs are detected, and the job restarts | Hangs: yes, as above, with any launcher and without a monitor process; rank, node, phase and line are named. Restarts: by SLURM's requeue, of the whole job, after USR1, preemption, a dead node or a rank that fell silent. **No** restart within the allocation, no hot spares; an error of a rank's own is not started again |
-| Straggler detection | Per rank from its waits, compute and data, without GPU events of its own; **not seen on GPUs**. No scores of single kernels |
+| Straggler detection | Each rank's seconds in its passes, waiting for data and in everything else, and the slow rank named (`logging.ranks_interval_steps`); **not seen on GPUs**. No scores of single kernels |
 | Preemption: a clean stop before the time limit | Yes: USR1 and TERM, from SLURM or anybody (`launch/slurm/README.md`) |
 | Asynchronous checkpoints | Yes (`checkpoint.asynchronous`): a copy on the host, written by a thread of the rank. nvidia-resiliency-ext writes in a process; **not seen on GPUs** here |
 | Local checkpoints, on the node and replicated | **No.** Checkpoints are on the file system that all nodes see |
-| Re-run state machine: is a NaN or a spike the data's or the machine's? | **No** step is run again to find out. Updates that are not finite are not applied, a row of them ends the run and names the first; checksums between ranks name one that computes otherwise (`guard.checksum_interval_steps`) |
+| Re-run state machine: is a NaN or a spike the data's or the machine's? | **No** step is run again to find out. Updates that are not finite are not applied, a row of them ends the run and names the first; a loss that leaps can send the run back, and on without the samples that led there (`guard.spike_factor`); checksums between ranks name one that computes otherwise (`guard.checksum_interval_steps`) |
 | In-process restart | **No**; experimental there too |
 
 Of what its README names beside these we have no health checks of GPUs and adapters before a start, and no attribution of faults from logs.
@@ -74,7 +82,7 @@ def write(path: Path, kinds: Sequence[Kind], result: dict[str, Any]) -> None:
         text += "".join(
             f"- {trial['kind']} (seed {trial['seed']}): {plain('; '.join(trial['wrong']))}\n" for trial in failed
         )
-    path.write_text(text + FEATURES + f"\nPython {platform.python_version()}, {platform.system()}.\n", encoding="utf-8")
+    path.write_text(text + FEATURES, encoding="utf-8")
 
 
 def row(kind: Kind, trials: Sequence[dict[str, Any]]) -> str:
@@ -94,4 +102,4 @@ def plain(said: str) -> str:
     """Without what belongs to this machine."""
     said = said.removeprefix("megatron-sts: ").replace(os.uname().nodename, "NODE")
     said = re.sub(r"pid \d+", "pid PID", re.sub(r"(--run-dir=|data\.path=)\S+?(?=[:/ ]|$)\S*", r"\1DIR:", said))
-    return re.sub(r"/\S*/(?=[\w.-]+)", "", said).replace("|", "\\|")
+    return textwrap.shorten(re.sub(r"/\S*/(?=[\w.-]+)", "", said), LONGEST, placeholder=" …").replace("|", "\\|")
