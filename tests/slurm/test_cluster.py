@@ -219,6 +219,19 @@ def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys
     assert len(tasks(run, first)) == len(tasks(run, second)) == 2
 
 
+def test_a_job_that_fails_again_and_again_is_not_requeued_for_ever(
+    cluster, stand_in: str, tmp_path: Path, capsys
+) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints/0-only-0000010").mkdir(parents=True)
+    launch("--run-dir", str(run), "--python", stand_in, "--env", "PLAY=failed,true,3", "--env", "STS_MAX_FAILURES=2")
+    [job] = submitted(capsys)
+    assert end_of(job) == "FAILED"
+    log = (run / f"launch/001/job-{job}.out").read_text()
+    assert "start 2," in log and "start 3," not in log
+    assert "failed 2 times with the same newest checkpoint (0-only-0000010)" in log
+
+
 def test_numbers_of_an_array_are_filled_in(cluster, stand_in: str, tmp_path: Path, capsys) -> None:
     words = ["--array", "3,5", "--run-dir", str(tmp_path / "runs/{array}"), "--python", stand_in, "seed={array}"]
     launch(*words)
