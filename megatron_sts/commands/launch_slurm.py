@@ -226,5 +226,5 @@ def _write(args: argparse.Namespace, job: Job, folder: Path, resolved: Resolved)
     code = snapshot.write(folder)
     script = folder / "job.sbatch"
     script.write_text(render(job), encoding="utf-8")
-    script.chmod(0o755)
+    script.chmod(script.stat().st_mode | 0o100)  # no more readers than the umask lets: --env may hold a secret
     return script, code

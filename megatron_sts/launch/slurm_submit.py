@@ -73,9 +73,12 @@ def _show(log: Path, start: int) -> int:
     return len(found)
 
 
-def _state(job: str) -> str:
+def _state(job: str) -> str | None:
+    """Empty: SLURM has forgotten it. None: it does not answer."""
     command = ["squeue", "--noheader", "--jobs", job, "--states=all", "--format=%T"]
     done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "Invalid job id" not in done.stderr:
+        return None
     return done.stdout.split()[0] if done.stdout.split() else ""
 
 

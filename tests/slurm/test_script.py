@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import socket
+import stat
 import subprocess
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from megatron_sts.cli import main
 from megatron_sts.commands.launch_slurm import PASSED_ON
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.launch import slurm_script
+from megatron_sts.launch import slurm_script, slurm_submit
 from megatron_sts.launch.slurm_submit import array_numbers
 
 ROOT = Path(__file__).parents[2]
@@ -103,7 +105,12 @@ def test_refused_before_it_is_submitted(words: tuple[str, ...], said: str, capsy
 
 def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    status, _, error = launch("--nodes", "2", *ON_CPUS, "--run-dir", str(tmp_path / "run"), capsys=capsys)
+    mask = os.umask(0o077)
+    try:
+        status, _, error = launch("--nodes", "2", *ON_CPUS, "--run-dir", str(tmp_path / "run"), capsys=capsys)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "run/launch/001/job.sbatch").stat().st_mode) == 0o700
     assert status == 2 and "sbatch: no such program here" in error
     status, _, error = launch("--nodes", "2", *ON_CPUS, "--container", "image", capsys=capsys)
     assert status == 2 and "pyxis" in error
@@ -118,6 +125,27 @@ def test_a_port_on_which_somebody_listens_is_left_alone() -> None:
         script = f"unset MASTER_PORT; SLURM_JOB_ID=5 restart=1\n{choice}\necho $MASTER_PORT"
         said = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout
     assert said == "20037\n"
+
+
+def test_a_controller_that_does_not_answer_is_no_end_of_a_job(tmp_path: Path, monkeypatch) -> None:
+    """What squeue of SLURM 22.05 says: nothing for a while, a state, and of a job that is forgotten."""
+    said = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"
+    squeue = tmp_path / "squeue"
+    squeue.write_text(
+        f"""#!/bin/sh
+echo >>{tmp_path}/calls
+case $(wc -l <{tmp_path}/calls) in
+  1 | 3) echo '{said}' >&2; exit 1 ;;
+  2) echo RUNNING ;;
+  *) echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1 ;;
+esac
+"""
+    )
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(slurm_submit, "POLL_S", 0.0)
+    assert slurm_submit.follow("7", tmp_path / "log") == "RUNNING"
+    assert (tmp_path / "calls").read_text() == "\n" * 4
 
 
 def test_numbers_of_an_array() -> None:
