@@ -23,8 +23,8 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
     """Makes ``run_dir`` and holds it while the block runs; the kernel frees it when this process ends, however that ends.
 
     A process whose launcher holds it goes on. The lock is one of POSIX: children do not share it, a second block in the same process is not kept out, and closing
-    ``.lock`` anywhere in the process frees it. On file systems without locks, or with locks of one machine only, nobody is
-    kept out who is not on this machine.
+    ``.lock`` anywhere in the process frees it. It decides on one machine only: some file systems have no locks, others keep that
+    of a machine which is gone. Between machines ``launch.lease`` decides.
 
     Raises:
         ConfigError: another process holds it, or it cannot be written.
@@ -38,7 +38,7 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"--run-dir={run_dir}: {error.strerror}; give a folder that can be written") from None
     with file:
-        if not _take(file):
+        if not _take(file) and not lease.is_held_elsewhere(run_dir):
             holder = lease.read(run_dir)
             raise lease.refused(run_dir, LOCK, holder.name if holder else "on this machine")
         os.environ[HELD] = str(run_dir.resolve())

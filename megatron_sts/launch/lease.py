@@ -120,7 +120,7 @@ class Lease:
 
 
 def take(run_dir: Path, environment: Mapping[str, str]) -> Lease:
-    """Takes the folder for this process, which holds the kernel's lock. May wait some seconds for a holder to move.
+    """Takes the folder for this process, after ``exclusive.sole_writer``. May wait some seconds for a holder to move.
 
     Raises:
         ConfigError: another one holds it.
@@ -150,7 +150,7 @@ def is_held_by(run_dir: Path, token: str) -> bool:
 
 
 def is_held_elsewhere(run_dir: Path) -> bool:
-    """Whether a start on another machine has it, although a launcher here has the kernel's lock."""
+    """Whether a start on another machine has it, or had, whoever has the kernel's lock."""
     found = read(run_dir)
     return found is not None and found.machine.split()[0] != heartbeat.machine().split()[0]
 

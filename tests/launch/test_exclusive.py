@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.launch import lease
 from megatron_sts.launch.exclusive import sole_writer
 
 HOLDER = """
@@ -35,6 +37,13 @@ def test_death_frees_the_folder_though_a_child_lives(tmp_path: Path) -> None:
             pytest.raises(ConfigError, match=f"^--run-dir={run}: another run is writing it \\(on this machine\\); .*"),
             sole_writer(run),
         ):
+            pass
+        other = replace(lease._myself({}), host="nodeb", machine="another-boot pid:[1]")
+        lease._write(run, other)
+        with sole_writer(run):  # a lock that a file system keeps for a machine: whether that lives, its lease tells
+            pass
+        lease._write(run, replace(other, machine=lease._myself({}).machine))
+        with pytest.raises(ConfigError, match=r"another run is writing it \(nodeb, pid "), sole_writer(run):
             pass
         holder.kill()
         holder.wait()
