@@ -39,7 +39,7 @@ class Seen:
         """One line about a rank that others wait for."""
         if self.beat is None:
             return f"rank {self.rank} did not answer, and never said where it is"
-        beat, since = self.beat, now - self.beat.mark.time
+        beat, since = self.beat, self.beat.time - self.beat.mark.time  # both by its own clock
         quiet = max(0.0, now - beat.time)
         if self.state == State.GONE:
             return f"{beat.name} is gone; it was last in {beat.place}"

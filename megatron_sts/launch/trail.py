@@ -31,15 +31,18 @@ PHASES = {
 COMPUTING = ("forward", "backward", "between", "reduce", "checksums", "optimizer", "log")
 """Phases that take a step's time, not that of a disk."""
 
-PACKAGE = "megatron_sts"
+ROOT = Path(__file__).parents[1]
+"""Of this package. A checkout, with torch in its .venv, may have the package's name too."""
 WAITING = (
     "torch/distributed/",
     "p2p_communication.py",
     "param_and_grad_buffer.py",
     "mcore/relay.py",
-    f"{PACKAGE}/launch/",
+    f"{ROOT}/launch/",
 )
 """Parts of the files whose functions wait for other ranks, or tell that one did not come."""
+READING = "torch/distributed/checkpoint/"
+"""Reads and writes files: what waits in there calls torch/distributed/ itself."""
 NUM_INNER = 3
 """A wait is at most so many calls below the function that is known to wait."""
 
@@ -94,7 +97,7 @@ def where() -> tuple[str, bool]:
     is_waiting, depth = False, 0
     while frame is not None:
         file = frame.f_code.co_filename
-        is_waiting |= depth < NUM_INNER and any(part in file for part in WAITING)
+        is_waiting |= depth < NUM_INNER and READING not in file and any(part in file for part in WAITING)
         if place := _place_in(frame, frame.f_lineno):
             return place, is_waiting
         frame, depth = frame.f_back, depth + 1
@@ -110,7 +113,6 @@ def where_raised(error: BaseException) -> str:
 def _place_in(frame: FrameType, line: int) -> str:
     """The line of this package, but not of the room that looks; empty elsewhere."""
     file = frame.f_code.co_filename
-    if f"/{PACKAGE}/" not in file or f"/{PACKAGE}/launch/" in file:
+    if not file.startswith(f"{ROOT}/") or file.startswith(f"{ROOT}/launch/"):
         return ""
-    inside = Path(*Path(file).parts[Path(file).parts.index(PACKAGE) + 1 :])
-    return f"{inside}:{line} ({frame.f_code.co_name})"
+    return f"{file.removeprefix(f'{ROOT}/')}:{line} ({frame.f_code.co_name})"

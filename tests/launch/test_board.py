@@ -69,6 +69,7 @@ def test_long_phases_of_disks_are_left_alone(board: Board, tmp_path: Path) -> No
     board._heart._seen = trail.newest(), "", False
     write_peer(tmp_path, started=1)
     board._look()
+    assert heartbeat.notice(tmp_path / heartbeat.FOLDER / "start") is None
 
 
 def test_another_ranks_notice_ends_it_after_a_while(
