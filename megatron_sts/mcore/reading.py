@@ -6,6 +6,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import PosixPath
 from typing import IO, Any, cast
 
 import numpy as np
@@ -30,6 +31,7 @@ _METADATA: Names = {
     **{(f"{_DCP}.planner", name): None for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")},
     (f"{_DCP}.filesystem", "_StorageInfo"): None,
     ("pathlib", "PosixPath"): None,
+    ("pathlib._local", "PosixPath"): PosixPath,  # as Python 3.13 calls it
     ("torch", "Size"): None,
     ("torch.serialization", "_get_layout"): None,
     **{("torch", name): None for name, value in vars(torch).items() if isinstance(value, torch.dtype)},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,19 @@ def test_random_states_and_tensors_are_read(tmp_path: Path) -> None:
     assert found["w"].tolist() == list(range(6))
     assert found["rng"][0] == python and found["rng"][2] is None
     np.testing.assert_array_equal(found["rng"][1][1], numpy[1])
+
+
+def test_paths_of_another_python_are_read(tmp_path: Path) -> None:
+    """``.metadata`` holds the path that it was written to, whose class Python 3.13 has in another module."""
+    folder = write(tmp_path / "checkpoint", [1])
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    assert isinstance(metadata.storage_meta.checkpoint_id, Path)
+    content = pickle.dumps(metadata, protocol=2)
+    renamed = re.sub(rb"cpathlib(\._local)?\nPosixPath\n", b"cpathlib._local\nPosixPath\n", content)
+    assert b"pathlib._local" in renamed
+    (folder / ".metadata").write_bytes(renamed)
+    with as_data():
+        assert read(folder)["w"].tolist() == list(range(6))
 
 
 def test_only_the_block_reads_so(tmp_path: Path) -> None:
