@@ -32,7 +32,7 @@ def usual_loss(guard: GuardConfig, progress: Progress) -> float | None:
     if guard.spike_factor is None or len(before) < guard.spike_window_steps:
         return None
     usual = median(before)
-    return usual if loss > guard.spike_factor * usual else None
+    return usual if loss > guard.spike_factor * usual > 0 else None  # beside a loss of 0 any other would be a leap
 
 
 def way_back(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: RunLog) -> Progress | None:

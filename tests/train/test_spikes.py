@@ -72,6 +72,7 @@ def test_what_a_leap_is() -> None:
     assert usual_loss(guard, Progress(recent_losses=[1.0, 2.0, 9.0])) is None  # too few
     assert usual_loss(guard, Progress(recent_losses=[1.0, 3.0, 2.0, 4.0])) is None
     assert usual_loss(guard, Progress(recent_losses=[1.0, 9.0, 2.0, 4.1])) == 2.0
+    assert usual_loss(guard, Progress(recent_losses=[0.0, 0.0, 0.0, 1e-6])) is None  # learnt by heart
     assert usual_loss(GuardConfig(), Progress()) is None
 
 
