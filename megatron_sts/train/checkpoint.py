@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -76,7 +76,7 @@ class Checkpointer:
         self._saving: Saving | None = None
         """The one that is written beside the training."""
         self._removal: Thread | None = None
-        """Deletes the last checkpoint that was forgotten."""
+        """Deletes the checkpoints that were forgotten last."""
         self._num_failures = 0
         """Saves in a row that could not be written."""
         self.last_save_s = 0.0
@@ -97,6 +97,7 @@ class Checkpointer:
             CheckpointError: the newest is damaged, and ``strict``; or so is every one.
             ConfigError: a rank does not see it.
         """
+        self._wait_for_removal()
         names = on_rank_zero(self._tidy_up)
         for number, name in enumerate(names, 1):
             checkpoint = self._folder / name
@@ -202,11 +203,10 @@ class Checkpointer:
             self._saving.start()
             return
         self._copies.clear()
-        if self._removal is not None:
-            self._removal.join(self._resolved.config.parallel.timeout_s)
         saving = Saving(self._folder, stage, progress, None)
         saving.write()
         self._finish(saving, must=must)
+        self._wait_for_removal()  # the run may end here
 
     def settle(self) -> None:
         """Ends the save that is under way, if there is one, waiting for it; a collective.
@@ -227,7 +227,7 @@ class Checkpointer:
         self._num_failures = 0
         self.last_save_s = time.monotonic() - saving.began
         if is_rank_zero():
-            self._forget_old(saving.progress)
+            self._forget_old(saving.progress, beside=saving.is_asynchronous)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these
         self._log.event("checkpoint", stage=saving.stage, step=saving.progress.step, checkpoint=saving.name)
 
@@ -252,27 +252,28 @@ class Checkpointer:
             f"{line}; training goes on, and stops if {limit - self._num_failures} more in a row cannot be written"
         )
 
-    def _forget_old(self, progress: Progress) -> None:
+    def _forget_old(self, progress: Progress, *, beside: bool) -> None:
+        """``beside`` the training: large files take a while. What stays because the run fails meanwhile, the next start removes."""
         kept, every = self._before_broken(progress), self._settings.keep_every_steps
-        found = [path for path in whole_checkpoints(self._folder) if path not in kept]
-        for path in found[: -self._settings.keep_last]:
-            if every is None or position(path)[1] % every:
-                self._delete(path)
-
-    def _delete(self, checkpoint: Path) -> None:
-        """A crash in the middle of it leaves nothing that passes for a checkpoint."""
-        try:
-            going = checkpoint.rename(checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}"))
-        except OSError as error:
-            self._log.warn(f"old checkpoint {checkpoint.name} could not be deleted ({error.strerror})")
-            return
-        # Large files take a while. What stays because the run ends meanwhile, the next start removes.
-        remove = partial(shutil.rmtree, going, ignore_errors=True)
-        if self._settings.asynchronous:
-            self._removal = Thread(target=remove, name="removal", daemon=True)
+        found = [path for path in whole_checkpoints(self._folder) if path not in kept][: -self._settings.keep_last]
+        old = [self._hidden(path) for path in found if every is None or position(path)[1] % every]
+        if beside:
+            self._removal = Thread(target=_remove, args=(old,), name="removal", daemon=True)
             self._removal.start()
         else:
-            remove()
+            _remove(old)
+
+    def _hidden(self, checkpoint: Path) -> Path | None:
+        """Its new name, under which it passes for none if a crash comes while it is deleted; None: it stays."""
+        try:
+            return checkpoint.rename(checkpoint.with_name(f"{PARTIAL_PREFIX}{checkpoint.name}"))
+        except OSError as error:
+            self._log.warn(f"old checkpoint {checkpoint.name} could not be deleted ({error.strerror})")
+            return None
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join(self._resolved.config.parallel.timeout_s)
 
     def _before_broken(self, progress: Progress) -> list[Path]:
         """Checkpoints from before the row of broken updates that ``progress`` is in: the newest may be what broke them."""
@@ -285,3 +286,9 @@ class Checkpointer:
         """How to go on from before the broken updates that ``progress`` is in, in words."""
         kept = self._before_broken(progress)
         return f"the newest checkpoint from before is {kept[-1].name}" if kept else "no checkpoint is from before"
+
+
+def _remove(folders: Iterable[Path | None]) -> None:
+    for folder in folders:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -91,6 +91,11 @@ class Saving:
             self._crash = error
 
     @property
+    def is_asynchronous(self) -> bool:
+        """Whether it is, or was, written beside the training."""
+        return self._writer is not None
+
+    @property
     def is_writing(self) -> bool:
         """Whether this rank has not written all yet."""
         return self._writer is not None and self._writer.is_alive()

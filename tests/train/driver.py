@@ -6,6 +6,7 @@ A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are pl
 ``slow``: rank whose forward passes take ``SLOW_S`` longer;
 ``full_disk``: rank whose files cannot be written, and in which saves;
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
+``slow_removal``: for how many seconds deleting a whole checkpoint waits;
 ``slow_disk``: for how many seconds writing waits, and in which saves;
 ``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
@@ -34,6 +35,7 @@ import torch.distributed as dist
 
 from megatron_sts.commands.train import train_here
 from megatron_sts.config.resolve import resolve
+from megatron_sts.config.run_folder import COMPLETE
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.launch import failure
@@ -90,6 +92,18 @@ def slow_down(seconds: float, numbers: list[int], patch: pytest.MonkeyPatch) -> 
     patch.setattr(Snapshot, "write", slow)
 
 
+def slow_removal(seconds: float, patch: pytest.MonkeyPatch) -> None:
+    """As of large files."""
+    remove = shutil.rmtree
+
+    def slowly(path: Any, **options: Any) -> None:
+        if (Path(path) / COMPLETE).exists():
+            time.sleep(seconds)
+        remove(path, **options)
+
+    patch.setattr(shutil, "rmtree", slowly)
+
+
 def kill_in_save(number: int, part: float, patch: pytest.MonkeyPatch) -> None:
     """By the bytes of the save before, which is as large."""
     start, write, sizes = Saving.__init__, DigestedFile.write, [0]
@@ -130,6 +144,8 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
         fill_disk(scene["full_disk"][1:], patch)
     if "kill_in_save" in scene and RANK == 0:
         kill_in_save(*scene["kill_in_save"], patch)
+    if "slow_removal" in scene:
+        slow_removal(scene["slow_removal"], patch)
     if "slow_disk" in scene:
         slow_down(scene["slow_disk"][0], scene["slow_disk"][1:], patch)
 

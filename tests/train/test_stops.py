@@ -87,7 +87,7 @@ def test_what_was_before_is_not_rotated_away(
         folder = tmp_path / f"0-finetune-{number:07d}"
         folder.mkdir()
         (folder / "progress.json").write_text("{}")
-        checkpointer._forget_old(after(*steps[:number]))
+        checkpointer._forget_old(after(*steps[:number]), beside=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"0-finetune-{number:07d}" for number in left]
     assert checkpointer.way_back(after(LOSS)) == "no checkpoint is from before"
 
@@ -100,7 +100,7 @@ def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
         folder = tmp_path / f"0-finetune-{number:07d}"
         folder.mkdir()
         (folder / "progress.json").write_text("{}")
-        checkpointer._forget_old(after(*[UPDATED] * number))
+        checkpointer._forget_old(after(*[UPDATED] * number), beside=False)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"0-finetune-{n:07d}" for n in (3, 6, 7, 8)]
 
 
