@@ -86,7 +86,7 @@ def config(*, asynchronous: bool) -> dict[str, Any]:
 
 
 def start(written: Path, run_dir: Path) -> subprocess.Popen[bytes]:
-    """The command, in a session of its own, from which nobody gets out."""
+    """The command, in a session of its own: SIGKILL of its group takes the launcher, and the kernel then its ranks."""
     words = [sys.executable, "-m", "megatron_sts", "train", str(written), "--run-dir", str(run_dir)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     with (run_dir.parent / f"{run_dir.name}.log").open("ab") as log:
@@ -142,8 +142,10 @@ def children(pid: int) -> list[int]:
 
 
 def left_over(run_dir: Path) -> int:
-    """Processes that still write there."""
-    found = subprocess.run(["pgrep", "-f", f"--run-dir {run_dir}$"], capture_output=True, text=True, check=False).stdout
+    """Processes of its starts that go on: ranks are forked, and keep the launcher's words."""
+    found = subprocess.run(
+        ["pgrep", "-f", "--", f"--run-dir {run_dir}$"], capture_output=True, text=True, check=False
+    ).stdout
     return len(found.split())
 
 
