@@ -23,6 +23,8 @@ from megatron_sts.launch.trail import Mark
 FOLDER = "ranks"
 """In RUN_DIR, with a folder for the newest start: RANK.json (where it is), and of a run that failed RANK.trail.json (where it
 was), NOTICE and NCCL's own dumps. No start ever writes into that of another."""
+ENDED = "ZX"
+"""States of a process that has ended, though it is still in the kernel's list."""
 NOTICE = "cause.json"
 TELLER = ".teller"
 LENGTH = 1024
@@ -75,9 +77,15 @@ def machine() -> str:
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
 
 
+def process(pid: int | str) -> tuple[str, int]:
+    """The kernel's letter for the state of a process of this machine, and when it started; OSError if there is none."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], int(fields[19])
+
+
 def start_ticks(pid: int | str) -> int:
     """When a process of this machine started; OSError if there is none."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return process(pid)[1]
 
 
 def prepare(run_dir: Path, token: str) -> Path:

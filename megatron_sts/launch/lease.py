@@ -61,11 +61,12 @@ class Holder:
         return self.job is not None and self.job == other.job and self.restart > other.restart
 
     def is_alive_here(self) -> bool:
-        """Whether it is a process of this machine that runs."""
+        """Whether it is a process of this machine that runs. One that ended stays as a zombie where nobody waits for it."""
         try:
-            return self.machine == heartbeat.machine() and heartbeat.start_ticks(self.pid) == self.started
+            state, started = heartbeat.process(self.pid)
         except OSError:
             return False
+        return self.machine == heartbeat.machine() and started == self.started and state not in heartbeat.ENDED
 
 
 class Lease:
@@ -127,8 +128,11 @@ def take(run_dir: Path, environment: Mapping[str, str]) -> Lease:
     """
     me = _myself(environment)
     found = read(run_dir)
-    if found is not None and not me.is_on_kernel_of(found) and not me.follows(found) and _moves(run_dir, found):
-        raise refused(run_dir, LEASE, found.name)
+    if found is not None and not me.follows(found):
+        # The kernel's lock has decided here already, but for file systems that have none.
+        is_here = me.is_on_kernel_of(found)
+        if found.is_alive_here() and found.pid != me.pid if is_here else _moves(run_dir, found):
+            raise refused(run_dir, LEASE, found.name)
     _write(run_dir, me)
     if (found := read(run_dir)) is not None and found.token != me.token:  # both saw a dead one at the same moment
         raise refused(run_dir, LEASE, found.name)
@@ -204,5 +208,9 @@ def _myself(environment: Mapping[str, str]) -> Holder:
 
 def _write(run_dir: Path, holder: Holder) -> None:
     partial = run_dir / f"{LEASE}.{holder.token}"
-    partial.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")
-    partial.replace(run_dir / LEASE)
+    try:
+        partial.write_text(json.dumps(asdict(holder)) + "\n", encoding="utf-8")
+        partial.replace(run_dir / LEASE)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 
-from megatron_sts.launch.heartbeat import Beat, machine, read, start_ticks
+from megatron_sts.launch.heartbeat import ENDED, Beat, machine, process, read
 
 NUM_SHOWN = 4
 
@@ -105,9 +105,9 @@ def _seen(rank: int, before: Beat | None, now: Beat | None) -> Seen:
 def _state_here(beat: Beat) -> State | None:
     """Of a process of this machine; None if it runs."""
     try:
-        letter = Path(f"/proc/{beat.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        if letter in "ZX" or start_ticks(beat.pid) != beat.started:
-            return State.GONE
+        letter, started = process(beat.pid)
     except OSError:
+        return State.GONE
+    if letter in ENDED or started != beat.started:
         return State.GONE
     return State.STOPPED if letter in "Tt" else None

@@ -73,5 +73,9 @@ def _written(run_dir: Path, kind: Kind, cause: str | None, requeue: bool) -> Pat
     step, stage = (position(newest[0])[1], stage_of(newest[0])) if newest else (None, None)
     found = Outcome(kind, step, stage, cause, requeue, datetime.now(UTC).isoformat(timespec="seconds"))
     path = run_dir / f".{OUTCOME}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}"
-    path.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+    try:
+        path.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     return path

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -89,6 +91,26 @@ def test_on_this_machine_the_kernels_lock_has_decided(tmp_path: Path, monkeypatc
     (tmp_path / lease.LEASE).write_text(json.dumps(before))
     monkeypatch.setattr(lease, "_moves", None)  # nobody waits
     lease.take(tmp_path, {})
+
+
+def test_where_the_kernel_keeps_no_lock_a_holder_that_lives_is_kept(tmp_path: Path) -> None:
+    """As on some parallel file systems; until it ends, though nobody waits for it."""
+    code = "import sys\nfrom pathlib import Path\nfrom megatron_sts.launch import lease\nlease.take(Path(sys.argv[1]), {})\ninput()"
+    holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while lease.read(tmp_path) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        with pytest.raises(ConfigError, match=rf", pid {holder.pid}\); "):
+            lease.take(tmp_path, {})
+        holder.kill()
+        os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+        assert not lease.may_be_held(tmp_path)
+        lease.take(tmp_path, {}).check()
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def test_a_holder_that_lost_the_folder_stops_and_writes_nothing(tmp_path: Path) -> None:

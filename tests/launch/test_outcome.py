@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
+
 from megatron_sts.config.run_folder import COMPLETE
-from megatron_sts.launch import outcome
+from megatron_sts.launch import lease, outcome
 
 
 def test_the_newest_checkpoint_is_where_it_goes_on(tmp_path: Path) -> None:
@@ -39,6 +42,19 @@ def test_what_cannot_be_written_or_read_is_no_outcome(tmp_path: Path) -> None:
     assert not outcome.claim(tmp_path / "file", "cause") and outcome.read(tmp_path / "file") is None
     (tmp_path / outcome.OUTCOME).write_text('{"outcome": "do')
     assert outcome.read(tmp_path) is None
+
+
+def test_a_full_disk_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_text(path: Path, *_: object, **__: object) -> None:
+        path.touch()  # names still fit
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    outcome.write(tmp_path, "failed", "cause")
+    assert not outcome.claim(tmp_path, "cause")
+    with pytest.raises(OSError, match="No space left"):
+        lease.take(tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 def said(run_dir: Path) -> dict:
