@@ -161,7 +161,6 @@ keep() { # inherits the lock
 
 down() {
   mode=$(cat "$base/mode" 2>/dev/null) || return 0
-  rm -f "$base/mode"
   stop "$base/run/slurmctld.pid"
   local node pid
   for node in $(seq -f 'node%g' $NODES); do
@@ -171,6 +170,7 @@ down() {
   stop "$base/run/munged.pid"
   if [ "$mode" = netns ]; then ip link del $BRIDGE 2>/dev/null || true; fi
   strip_hosts
+  rm -f "$base/mode" # last: the lock is let go, and the next cluster comes
 }
 
 action=${1:?install, up, down or kill}
