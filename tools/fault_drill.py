@@ -27,8 +27,9 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -136,7 +137,7 @@ class Drill:
     def _disturb(self, kind: Kind, folder: Path, moment: Moment, result: Trial) -> None:
         """The start that meets the fault, to its end."""
         timeout_s = STALL_S if kind.stalls else CALM_S
-        plant = (lambda: None) if kind.plant is None else lambda: kind.plant(moment)
+        plant = (lambda: None) if kind.plant is None else partial(kind.plant, moment)
         starts = [self._start(kind.config, folder, timeout_s, "log", plant)]
         start, expected = starts[0], re.compile(pattern_of(kind, moment.rank))
 
@@ -247,20 +248,22 @@ def prepare() -> None:
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def drill(folder: Path, kinds: Sequence[Kind], count: int, seed: int, say: Callable[[str], None]) -> list[Trial]:
-    """``count`` faults, kinds in turn."""
-    trials, runner = [], Drill(folder)
+def drill(folder: Path, kinds: Sequence[Kind], count: int, seed: int) -> Iterator[Trial]:
+    """``count`` faults, kinds in turn. Folders of trials that passed are deleted."""
+    runner = Drill(folder)
     for number in range(count):
         kind = kinds[number % len(kinds)]
         trial = runner.trial(kind, number, seed + number // len(kinds))
-        trials.append(trial)
-        seconds = "-" if trial.seconds is None else f"{trial.seconds:.1f} s"
-        say(
-            f"{number + 1}/{count} {kind.name}, rank {trial.rank}, {trial.place}: {seconds}, took {trial.took_s:g} s: {'; '.join(trial.wrong) or 'ok'}"
-        )
         if not trial.wrong:
             shutil.rmtree(folder / f"{number:03d}-{kind.name}")
-    return trials
+        yield trial
+
+
+def described(trial: Trial) -> str:
+    """A line for who watches."""
+    seconds = "" if trial.seconds is None else f"said after {trial.seconds:.1f} s, "
+    where = f"{trial.kind}, rank {trial.rank}, {trial.place}"
+    return f"{where}: {seconds}took {trial.took_s:g} s: {'; '.join(trial.wrong) or 'ok'}"
 
 
 def main() -> None:
@@ -282,17 +285,18 @@ def main() -> None:
     folder = (arguments.out / time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True)
     began = time.monotonic()
-    trials = drill(
-        folder, kinds, arguments.count, arguments.seed, lambda text: print(text, file=sys.stderr, flush=True)
+    trials, loads, result = (
+        list[Trial](),
+        list[float](),
+        {"seed": arguments.seed, "stall_s": STALL_S, "left_out": left_out},
     )
-    result = {
-        "seed": arguments.seed,
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "stall_s": STALL_S,
-        "left_out": left_out,
-    }
-    result["trials"] = [asdict(trial) for trial in trials]
-    (folder / "trials.json").write_text(json.dumps(result, indent=1) + "\n")
+    for trial in drill(folder, kinds, arguments.count, arguments.seed):
+        trials.append(trial)
+        print(f"{len(trials)}/{arguments.count} {described(trial)}", file=sys.stderr, flush=True)
+        loads.append(os.getloadavg()[0])
+        result |= {"minutes": round((time.monotonic() - began) / 60, 1), "load": round(statistics.median(loads), 1)}
+        result |= {"trials": [asdict(each) for each in trials]}
+        (folder / "trials.json").write_text(json.dumps(result, indent=1) + "\n")
     if arguments.report is not None:
         from faults.report import write
 

@@ -22,7 +22,7 @@ import fault_drill
 
 def drilled(folder, kinds):
     os.makedirs(folder)
-    return [trial.wrong for trial in fault_drill.drill(fault_drill.Path(folder), kinds, len(kinds), 3, lambda text: None)]
+    return [trial.wrong for trial in fault_drill.drill(fault_drill.Path(folder), kinds, len(kinds), 3)]
 
 def orphan(moment):
     def act():

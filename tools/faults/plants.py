@@ -49,7 +49,7 @@ def at(moment: Moment, act: Callable[[], None]) -> None:
                 moment.say()
                 act()
 
-    trail.enter = marked  # type: ignore[assignment]
+    trail.enter = marked
 
 
 def is_here(moment: Moment, number: int | None) -> bool:

@@ -15,7 +15,7 @@ from faults.kinds import Kind
 HEAD = """# Faults, and what becomes of them
 
 Written by `tools/fault_drill.py`, which injects faults into small real runs (two ranks on gloo that our launcher starts, mostly two
-pipeline ranks of two chunks each with layers skipped by rounds; {cpus} CPU cores) at moments that a seed decides: {num} faults of
+pipeline ranks of two chunks each with layers skipped by rounds; {cpus} CPU cores, which others used too: a load of {load}) at moments that a seed decides: {num} faults of
 {kinds} kinds in {minutes} minutes, seed {seed}. **{failed} were not handled as they should be, {hangs} hung, and after {left} a process
 was left.** Where the fault ended the run, the same command was started again; where it did not, the run went on by itself. Either way every
 step's numbers and every weight, moment and random state of the last checkpoint are those of a run that nobody disturbed, to the last
@@ -72,7 +72,7 @@ def write(path: Path, kinds: Sequence[Kind], result: dict[str, Any]) -> None:
         "hangs": sum(trial["is_hang"] for trial in trials),
         "left": sum("left running" in wrong for trial in trials for wrong in trial["wrong"]),
         "cpus": len(os.sched_getaffinity(0)),
-        **{name: result[name] for name in ("minutes", "seed", "stall_s")},
+        **{name: result[name] for name in ("minutes", "seed", "stall_s", "load")},
     }
     text = HEAD.format(**facts) + TABLE + "\n".join(row(kind, mine) for kind, mine in of_kind.items() if mine) + "\n"
     if result["left_out"]:

@@ -66,7 +66,8 @@ class Start:
 
     def __init__(self, written: Path, run_dir: Path, log: Path, plant: Callable[[], None] = lambda: None) -> None:
         assert fork.start_method() == "fork", "threads here: ranks could not be forked"
-        self.log, self.began, self.status = log, time.time(), None
+        self.log, self.began = log, time.time()
+        self.status: int | None = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
         self.pid = os.fork()
         if self.pid == 0:
