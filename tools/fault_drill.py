@@ -285,11 +285,8 @@ def main() -> None:
     folder = (arguments.out / time.strftime("%Y%m%d-%H%M%S")).resolve()
     folder.mkdir(parents=True)
     began = time.monotonic()
-    trials, loads, result = (
-        list[Trial](),
-        list[float](),
-        {"seed": arguments.seed, "stall_s": STALL_S, "left_out": left_out},
-    )
+    result: dict[str, Any] = {"seed": arguments.seed, "stall_s": STALL_S, "left_out": left_out}
+    trials, loads = list[Trial](), list[float]()
     for trial in drill(folder, kinds, arguments.count, arguments.seed):
         trials.append(trial)
         print(f"{len(trials)}/{arguments.count} {described(trial)}", file=sys.stderr, flush=True)
