@@ -63,17 +63,17 @@ RAISED = r"rank RANK \(exit code 1\): "
 VAIN = r"rank \d waited in vain, and so did the others .*; rank 0 \(HOST, pid \d+\) is in .*; rank 1 \(HOST, pid \d+\) is in "
 
 KINDS = (
-    Kind("kill-rank", "SIGKILL of a rank", KILLED + r"KILL \(out of memory\?\); it was last in stage finetune", nothing, send(signal.SIGKILL, to="rank")),
+    Kind("kill-rank", "SIGKILL of a rank", KILLED + r"KILL \(out of memory\?\); it was last in (starting|stage finetune)", nothing, send(signal.SIGKILL, to="rank")),
     Kind("crash", "SIGSEGV of a rank", KILLED + "SEGV", nothing, send(signal.SIGSEGV, to="rank")),
     Kind("exit", "a rank exits without a word", "rank RANK ended with exit code 7", plants.leave),
     Kind("kill-launcher", "SIGKILL of the launcher", "", nothing, send(signal.SIGKILL, to="launcher"), status=-9),
     Kind("kill-all", "SIGKILL of everything, as when a node is lost", "", nothing, send(signal.SIGKILL, to="all"), status=-9),
     Kind("kill-in-save", "SIGKILL of a rank within a save", KILLED + "KILL", nothing, send(signal.SIGKILL, to="rank"), phases=("save",), steps=(2, 5, 8)),
-    Kind("stop", "SIGSTOP of a rank", ME + r" did not answer for \d+ s: its process is stopped \(SIGSTOP\?\), " + PLACE, nothing, send(signal.SIGSTOP, to="rank"), stalls=True),
+    Kind("stop", "SIGSTOP of a rank", ME + r" did not answer for \d+ s: its process is stopped \(SIGSTOP\?\); it was last in (starting|stage finetune)", nothing, send(signal.SIGSTOP, to="rank"), stalls=True),
     Kind("stop-in-save", "SIGSTOP of a rank within a save", ME + r" did not answer for \d+ s: its process is stopped", nothing, send(signal.SIGSTOP, to="rank"), phases=("save",), steps=(2, 5, 8), stalls=True),
     Kind("stop-continue", "SIGSTOP of a rank, SIGCONT too late", ME + " did not answer for .* its process is stopped", nothing, outside.stop_for_a_while, stalls=True),
-    Kind("stall", "a rank computes for ever", ME + r" did not come for \d+ s: it is " + PLACE, plants.stall, stalls=True),
-    Kind("hanging-disk", "writing a checkpoint takes for ever on a rank", ME + r" did not come for \d+ s: it is in stage finetune, step \d+, saving a checkpoint", plants.hanging_disk, stalls=True),
+    Kind("stall", "a rank computes for ever", ME + r" did not come: for \d+ s it has been " + PLACE, plants.stall, stalls=True),
+    Kind("hanging-disk", "writing a checkpoint takes for ever on a rank", ME + r" did not come: for \d+ s it has been in stage finetune, step \d+, saving a checkpoint", plants.hanging_disk, stalls=True),
     Kind("hanging-reader", "reading a step takes for ever", r"rank 0 .*TimeoutError: step \d+ was not read within parallel.timeout_s=", plants.reader(plants.for_ever), rank=0, stalls=True),
     Kind("sigterm", "SIGTERM to the launcher", "stopped by SIGTERM", nothing, send(signal.SIGTERM, to="launcher"), status=143),
     Kind("sigterm-all", "SIGTERM to every process, as by scancel", "stopped by SIGTERM", nothing, send(signal.SIGTERM, to="all"), status=143),
