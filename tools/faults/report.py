@@ -19,11 +19,12 @@ pipeline ranks of two chunks each with layers skipped by rounds; {cpus} CPU core
 {kinds} kinds in {minutes} minutes, seed {seed}. **{failed} were not handled as they should be, {hangs} hung, and after {left} a process
 was left.** Where the fault ended the run, the same command was started again; where it did not, the run went on by itself. Either way every
 step's numbers and every weight, moment and random state of the last checkpoint are those of a run that nobody disturbed, to the last
-bit, unless the last column says otherwise. Lost are the steps since the last checkpoint, and nothing else.
+bit, unless the last column says otherwise. Lost are the steps since the last whole checkpoint, and nothing else.
 
 What stalls is noticed after `parallel.timeout_s` ({stall_s:g} s here, 600 s by default); its seconds include that. Seconds are from the
 fault to the line that names it; of damage, from the start that finds it; where nobody is left to speak, to the end of the last
-process. "Again": steps that were done a second time, at most; checkpoints are three steps apart.
+process. "Again": steps that were done a second time, at most; checkpoints are three steps apart. Where a killed rank "was last" is
+what its last heartbeat said, up to a second before; these runs last two.
 
 Who is named: the rank that died, stopped, failed, differs or does not come. Where a network fails, or ranks with the same code and
 config disagree all the same (a bug, or broken memory), nobody can tell which of them is wrong: the line says where each of them is.
