@@ -90,7 +90,9 @@ def test_on_this_machine_the_kernels_lock_has_decided(tmp_path: Path, monkeypatc
     before = json.loads((tmp_path / lease.LEASE).read_text()) | {"machine": heartbeat.machine()}
     (tmp_path / lease.LEASE).write_text(json.dumps(before))
     monkeypatch.setattr(lease, "_moves", None)  # nobody waits
-    lease.take(tmp_path, {})
+    lease.take(tmp_path, {}).check()
+    found = lease.read(tmp_path)
+    assert found is not None and found.token != before["token"]
 
 
 def test_where_the_kernel_keeps_no_lock_a_holder_that_lives_is_kept(tmp_path: Path) -> None:
