@@ -22,10 +22,20 @@ LARGE_SCALE = 10.0
 
 def notes(resolved: Resolved) -> Iterator[str]:
     """One line each."""
+    yield from never_saved(resolved)
     for stage in resolved.stages:
         if (lds := stage.config.lds) is not None:
             yield from blocks(resolved, stage, lds)
             yield from rarely_run(resolved, stage, lds)
+
+
+def never_saved(resolved: Resolved) -> Iterator[str]:
+    """Numbers of steps after which nothing is saved, because no stage is so long."""
+    checkpoint, longest = resolved.config.checkpoint, max(stage.num_steps for stage in resolved.stages)
+    for name in ("interval_steps", "keep_every_steps"):
+        if (value := getattr(checkpoint, name)) is not None and value > longest:
+            what = "only the ends of stages are saved" if name == "interval_steps" else "it keeps nothing"
+            yield f"checkpoint.{name}={value}: no stage has more than {longest} steps, so that {what}"
 
 
 def blocks(resolved: Resolved, stage: ResolvedStage, lds: LdsConfig) -> Iterator[str]:

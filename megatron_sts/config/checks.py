@@ -16,6 +16,7 @@ from megatron_sts.config.precision_checks import check_precision
 from megatron_sts.config.schema import (
     CheckpointConfig,
     DataConfig,
+    GuardConfig,
     LdsConfig,
     ParallelConfig,
     RunConfig,
@@ -182,6 +183,10 @@ def check_way_back(config: RunConfig) -> None:
     """A run can only go back where it has saved, and skip samples that are counted."""
     factor = config.guard.spike_factor
     if factor is None:
+        for name in ("spike_window_steps", "max_rollbacks"):
+            if (value := getattr(config.guard, name)) != GuardConfig.model_fields[name].default:
+                refuse(f"guard.{name}", value, "guard.spike_factor=null looks for no leaps of the loss",
+                       "set that too, or leave it out")  # fmt: skip
         return
     if config.checkpoint.interval_steps is None:
         refuse("guard.spike_factor", factor, "checkpoints are written at the ends of stages only, so there is none to go back to",
@@ -192,6 +197,20 @@ def check_way_back(config: RunConfig) -> None:
             what = "data.source=energon" if data.source == "energon" else "batch.packing=pack"
             refuse("guard.spike_factor", factor, f"stages.{stage.name}.{what} reads on from where it was, and cannot skip a step's samples",
                    "leave it out, or use other data or packing")  # fmt: skip
+
+
+def check_leaps(config: RunConfig, longest: int) -> None:
+    """A leap can be seen, and there is something to go back to, in a stage of as many steps as the ``longest`` has."""
+    guard, interval = config.guard, config.checkpoint.interval_steps
+    if guard.spike_factor is None:
+        return
+    if guard.spike_window_steps >= longest:
+        refuse("guard.spike_window_steps", guard.spike_window_steps,
+               f"the window is never full before a step, as no stage has more than {longest} steps", f"use at most {longest - 1}")  # fmt: skip
+    if interval is not None and interval >= longest:
+        refuse("guard.spike_factor", guard.spike_factor,
+               f"checkpoint.interval_steps={interval} saves nothing within a stage (the longest has {longest} steps), so there is "
+               "nothing to go back to", "lower that, or leave it out")  # fmt: skip
 
 
 def check_parts(stage: StageConfig, model: ModelConfig) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sts.config.alignment import sequence_multiple, visual_multiple
 from megatron_sts.config.architecture import ModelConfig
-from megatron_sts.config.checks import check_rounds, check_run
+from megatron_sts.config.checks import check_leaps, check_rounds, check_run
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.samples_file import read_entries
@@ -150,6 +150,7 @@ def resolve(
         layer_owner=_layer_owner(layout),
         stages=tuple(_resolve_stage(i, config, dataset_size or count_samples) for i in range(len(config.stages))),
     )
+    check_leaps(config, max(stage.num_steps for stage in resolved.stages))
     if parallel.layout == "auto":
         if choose_layout is None:
             refuse("parallel.layout", "auto", "nothing here plans layouts", "write even or the layers of each chunk")

@@ -24,6 +24,8 @@ MANIFEST = "integrity.json"
 """In a checkpoint, or in its ``state`` if an earlier version wrote it: digests of its files."""
 BROKEN_PREFIX = "broken-"
 """Of the name of a checkpoint that was set aside: it is not whole, or not as it was written."""
+SUSPECT_PREFIX = "suspect-"
+"""Of the name of one that is as it was written, but may hold what went wrong before: ranks that differed, a loss that leapt again."""
 _NAME = re.compile(r"\d+-.+-\d+")
 
 
@@ -44,13 +46,13 @@ def manifest_of(checkpoint: Path) -> Path:
     return earlier if earlier.is_file() and not (checkpoint / MANIFEST).is_file() else checkpoint / MANIFEST
 
 
-def set_aside(checkpoint: Path) -> Path:
+def set_aside(checkpoint: Path, prefix: str = BROKEN_PREFIX) -> Path:
     """Renames a folder so that no run goes on from it or meets it; where it is now.
 
     Raises:
         OSError: it cannot be renamed.
     """
-    name = f"{BROKEN_PREFIX}{checkpoint.name}"
+    name = f"{prefix}{checkpoint.name}"
     names = (checkpoint.with_name(f"{name}.{number}" if number > 1 else name) for number in count(1))
     return checkpoint.rename(next(path for path in names if not path.exists()))
 

@@ -255,8 +255,9 @@ class CheckpointConfig(Section):
     """Checkpoints after every so many steps of their stage stay too, for good. A multiple of ``interval_steps``."""
     asynchronous: bool = False
     """Write while training goes on, from a copy in the host's memory as large as a rank's part of a checkpoint; training waits
-    for that copy. The next save waits for the last one; the end of a stage and a stop are written as without it. What could not
-    be written is told at the step that finds it.
+    for that copy, and with the distributed optimizer for its state to be gathered over data-parallel ranks. The next save waits for
+    the last one; the end of a stage and a stop are written as without it. What could not be written is told at the
+    step that finds it.
     """
     max_failures: PositiveInt = 3
     """Saves in a row that may fail (a full disk): so many stop the run, fewer are a warning. A save that nothing follows, at
@@ -264,7 +265,8 @@ class CheckpointConfig(Section):
     """
     strict: bool = False
     """Whether a damaged newest checkpoint (files missing, cut short, changed) ends a start. Else it is set aside, as
-    ``broken-NAME``, and the run goes on from the one before; without another one the start ends all the same.
+    ``broken-NAME``, and the run goes on from the one before; without another one the start ends all the same. One that a later
+    version of this package wrote is not damaged: a start is refused.
     """
 
 
@@ -279,16 +281,20 @@ class GuardConfig(Section):
     """
     spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A loss above so many times the median of the last ``spike_window_steps`` sends the run back to its stage's newest checkpoint,
-    and on from there with the samples that follow those of the step with that loss. Only losses whose update was applied count,
-    and the window must be full. Needs ``checkpoint.interval_steps``, and data whose samples follow from a step's number (neither
-    energon nor packed rows). None: never."""
+    and on from there with the samples that follow those of the step with that loss. If it leaps again before the next save, that
+    checkpoint is set aside as ``suspect-NAME``, and the run goes back to the one before, if the stage has one (``keep_last``,
+    ``keep_every_steps``); else to the same again. Only losses whose update was applied count, and the window must be full. Needs
+    ``checkpoint.interval_steps``, and data whose samples follow from a step's number (neither energon nor packed rows). None: never."""
     spike_window_steps: PositiveInt = 50
+    """Of one stage: so many losses must be known before one can leap. Less than the longest stage's steps."""
     max_rollbacks: PositiveInt = 3
     """Ways back in a stage; one more leap stops the run."""
     checksum_interval_steps: PositiveInt | None = None
     """Steps between comparisons, bit for bit, of what ranks must hold alike: weights, and without the distributed optimizer also
     reduced gradients and fp32 master weights, over data- and tensor-parallel ranks and tied embeddings. Ranks that
-    differ end the run, named, with the tensor. None: never. One all-reduce of some bytes a tensor, and one pass over the memory.
+    differ end the run, named, with the tensor, and its checkpoints from after they were last the same are set aside as
+    ``suspect-NAME``; the newest from before always stays, whatever ``checkpoint.keep_last`` is. Adam's moments are seen by what they
+    do to weights, in the next comparison. None: never. One all-reduce of some bytes a tensor, and one pass over the memory.
     """
 
 

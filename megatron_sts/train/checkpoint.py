@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ from megatron_sts.train.resume import (
 from megatron_sts.train.saving import Saving
 from megatron_sts.train.stage import Stage
 from megatron_sts.train.step import StepResult
+from megatron_sts.train.suspects import Position, Suspects, set_aside_after
 
 
 def advance(progress: Progress, result: StepResult, num_losses: int = 0) -> Progress:
@@ -79,6 +81,8 @@ class Checkpointer:
         """Deletes the checkpoints that were forgotten last."""
         self._num_failures = 0
         """Saves in a row that could not be written."""
+        self._equal_at: Position | None = None
+        """Where ranks were last found equal before the newest save, if they compare and have since weights were loaded."""
         self.last_save_s = 0.0
         """How long the last one took, until it was whole; 0 before the first."""
 
@@ -141,6 +145,38 @@ class Checkpointer:
         self._log.event("set_aside", checkpoint=folder.name, to=aside.name, reason=reason)
         self._log.warn(f"checkpoint {folder.name}: {reason}; set aside as {aside.name}")
 
+    def has_before(self, progress: Progress) -> bool:
+        """Whether the stage of ``progress`` has a checkpoint from before it; a collective."""
+        before = range(1, progress.step)
+        return on_rank_zero(
+            lambda: any(
+                stage == progress.stage and step in before
+                for stage, step in map(position, whole_checkpoints(self._folder))
+            )
+        )
+
+    def last_equal(self, stage: Stage) -> Position | None:
+        """Where ranks were last found to hold the same since weights were loaded; None: they have not compared since."""
+        equal_at = stage.replicas.equal_at
+        return self._equal_at if equal_at is None else (stage.spec.index, equal_at)
+
+    def distrust(self, last: Position, reason: str) -> Suspects:
+        """Sets aside the checkpoints that stopped later than at ``last``, so that no start goes on from them; a collective. The
+        save that is under way becomes none if it is of later."""
+        if self._saving is not None and self._saving.position > last:
+            self._saving = None  # its thread may write on: the next start, or save of that name, removes what it left
+        with suppress(CheckpointError):  # that it could not be written is not what ends the run
+            self.settle()
+
+        def rename() -> Suspects:
+            self._check()
+            return set_aside_after(self._folder, last)
+
+        found = on_rank_zero(rename)
+        for name, aside in found.aside.items():
+            self._log.event("set_aside", checkpoint=name, to=aside, reason=reason)
+        return found
+
     def restore(self, stage: Stage, progress: Progress) -> Progress:
         """Loads the checkpoint that ``find`` found into ``stage`` if it was saved within it; a collective.
 
@@ -151,6 +187,7 @@ class Checkpointer:
         newest = self._newest
         if newest is None or progress.stage != stage.spec.index or progress.step == 0:
             return progress
+        self._equal_at = None
         try:
             common = mcore_checkpoint.load(newest / STATE, stage.chunks, stage.optimizer)
         except CheckpointError as error:
@@ -198,6 +235,7 @@ class Checkpointer:
         """
         trail.enter("save")
         self.settle()
+        self._equal_at = self.last_equal(stage)
         if self._settings.asynchronous and not (must or wait):
             self._saving = Saving(self._folder, stage, progress, self._copies)
             self._saving.start()
@@ -255,8 +293,13 @@ class Checkpointer:
     def _forget_old(self, progress: Progress, *, beside: bool) -> None:
         """``beside`` the training: large files take a while. What stays because the run fails meanwhile, the next start removes."""
         kept, every = self._before_broken(progress), self._settings.keep_every_steps
-        found = [path for path in whole_checkpoints(self._folder) if path not in kept][: -self._settings.keep_last]
-        old = [self._hidden(path) for path in found if every is None or position(path)[1] % every]
+        whole = whole_checkpoints(self._folder)
+        # If ranks turn out to differ, the run has to go on from there.
+        trusted = [path for path in whole if self._equal_at is not None and position(path) <= self._equal_at][-1:]
+        found = [path for path in whole if path not in kept][: -self._settings.keep_last]
+        old = [
+            self._hidden(path) for path in found if path not in trusted and (every is None or position(path)[1] % every)
+        ]
         if beside:
             self._removal = Thread(target=_remove, args=(old,), name="removal", daemon=True)
             self._removal.start()

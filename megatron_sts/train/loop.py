@@ -29,6 +29,7 @@ from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.hold import holding, record_collectives
 from megatron_sts.train.interrupt import StopRequest
 from megatron_sts.train.metrics import RunLog, StepCosts
+from megatron_sts.train.replicas import DivergedError
 from megatron_sts.train.resume import Progress, check_same_content, write_config
 from megatron_sts.train.same import check_same_code, check_same_config
 from megatron_sts.train.spikes import num_losses_kept, way_back
@@ -106,7 +107,10 @@ def train_stage(
     for step in range(progress.step, spec.num_steps):
         trail.at(spec.name, step)
         started = time.perf_counter()
-        result = train_step(stage, step)
+        try:
+            result = train_step(stage, step)
+        except DivergedError as error:
+            raise without_suspects(stage, checkpointer, error) from None
         current_device().synchronize()
         progress = advance(progress, result, num_losses_kept(guard))
         log.skipped_samples(spec.name, step, result.skipped)
@@ -164,6 +168,17 @@ def end(stage: Stage, progress: Progress, log: RunLog) -> None:
 def is_too_late(stop: StopRequest, checkpointer: Checkpointer) -> bool:
     """Whether a save that takes as long as the last one would be killed; a collective."""
     return max_over_ranks([checkpointer.last_save_s - (stop.ends_at - time.monotonic())])[0] > 0
+
+
+def without_suspects(stage: Stage, checkpointer: Checkpointer, error: DivergedError) -> DivergedError:
+    """The error, and what was done so that no start goes on from a checkpoint of after ranks were last the same; a collective."""
+    last = checkpointer.last_equal(stage)
+    if last is None:
+        # They have just loaded one copy, or drawn the same weights: what differs is not on disk.
+        return DivergedError(f"{error}; they were compared for the first time since they loaded or drew their weights")
+    of = "" if last[0] == stage.spec.index else f"stage {stage.resolved.stages[last[0]].name}, "
+    suspects = checkpointer.distrust(last, f"ranks that differ were last the same at {of}step {last[1]}")
+    return DivergedError(f"{error}; they were last the same at {of}step {last[1]}; {suspects.describe()}")
 
 
 def check(stage: Stage, checkpointer: Checkpointer, progress: Progress) -> None:

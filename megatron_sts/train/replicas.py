@@ -47,13 +47,14 @@ class ReplicaCheck:
         self._stage, self._chunks, self._optimizer, self._interval = stage, chunks, optimizer, interval
         self._places: torch.Tensor | None = None
         self._num_compared = 0
-        self._equal_at: int | None = None
+        self.equal_at: int | None = None
+        """Before the update of which step all that was compared was last the same."""
 
     def check(self, step: int) -> None:
         """Between the backward pass and the update of ``step``; a collective if a comparison is due, and of few bytes: one all-reduce.
 
         Raises:
-            DivergedError: on every rank, naming the ranks, the tensor, and when it was still the same.
+            DivergedError: on every rank, naming the ranks and the tensor.
         """
         if self._interval is None or (self._places is not None and step % self._interval):
             return
@@ -64,7 +65,7 @@ class ReplicaCheck:
         differing = self._differing(mine)
         if differing:
             raise DivergedError(self._describe(step, self._holders(mine, differing)))
-        self._equal_at = step
+        self.equal_at = step
 
     def _agree(self, mine: Sequence[Copy]) -> None:
         """Gives every tensor that two ranks or more hold a place in the vector of checksums, the same on all; a collective."""
@@ -113,13 +114,9 @@ class ReplicaCheck:
         what = found[first]
         layer = "" if what.layer is None else f" (layer {what.layer})"
         others = f", and in {len(found) - 1} more tensors" if len(found) > 1 else ""
-        if self._equal_at is None:
-            since = "they were compared for the first time since this start"
-        else:
-            since = f"they were the same at step {self._equal_at}: checkpoints up to there are from before"
         return (
             f"stage {self._stage}, step {step}: {differing_ranks({r: held[first] for r, held in enumerate(holders) if first in held})} "
-            f"in the {what.kind} {what.copy}{layer}{others}; {since}; memory, device or a library of that rank may be faulty "
+            f"in the {what.kind} {what.copy}{layer}{others}; memory, device or a library of that rank may be faulty "
             f"(guard.checksum_interval_steps={self._interval})"
         )
 

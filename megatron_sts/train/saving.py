@@ -43,6 +43,7 @@ class Saving:
         """Takes what is to be written, a collective: into ``copies``, or leaves it where it is until ``write``."""
         self.stage, self.progress, self.began = stage.spec.name, progress, time.monotonic()
         self.name = f"{stage.spec.index}-{stage.spec.name}-{progress.step:07d}"
+        self.position = stage.spec.index, progress.step
         self._target, self._partial = folder / self.name, folder / f"{PARTIAL_PREFIX}{self.name}"
         self._done = _Done(cause=first_cause(self._make_folders() if is_rank_zero() else None))
         if self._done.cause is None:

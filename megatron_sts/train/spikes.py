@@ -1,7 +1,8 @@
 """A loss that leaps: the run goes back to its newest checkpoint, and on from there without the data that led to the leap.
 
-The same on every rank: losses are, and so is what checkpoints say. What is decided follows from the checkpoint alone, so that a run
-that dies on the way back decides the same when it is started again.
+If it leaps again before it has saved anew, that checkpoint may hold the cause: it is set aside, and the run goes back to the one
+before. The same on every rank: losses are, and so is what checkpoints say. What is decided follows from the checkpoints alone, so
+that a run that dies on the way back decides the same when it is started again.
 """
 
 from __future__ import annotations
@@ -54,13 +55,32 @@ def way_back(stage: Stage, checkpointer: Checkpointer, progress: Progress, log: 
             f"{line} (guard.spike_factor={guard.spike_factor:g}), after {progress.num_rollbacks} ways back "
             f"(guard.max_rollbacks); lower stages.{spec.name}.optimizer.lr, or look at that step's data"
         )
-    found = checkpointer.find()
+    found, suspects = checkpoint_to_trust(stage, checkpointer, progress)
+    aside = "".join(f"; it had gone back to {name} before, which is set aside as {to}" for name, to in suspects.items())
     details = {"stage": spec.name, "step": step, "loss": loss, "usual_loss": usual}
     if found.stage != spec.index or found.step == 0:
         log.event("spike", **details, to_step=None, skipped_steps=0)
-        log.warn(f"{line}; it goes on, as the stage has no checkpoint yet to go back to")
+        log.warn(f"{line}{aside}; it goes on, as the stage has no checkpoint yet to go back to")
         return None
     num_skipped = progress.step + progress.num_left_out - found.step
     log.event("spike", **details, to_step=found.step, skipped_steps=progress.step - found.step)
-    log.warn(f"{line}; back to step {found.step}, and on with the samples that follow")
+    log.warn(f"{line}{aside}; back to step {found.step}, and on with the samples that follow")
     return replace(found, num_rollbacks=progress.num_rollbacks + 1, num_left_out=num_skipped)
+
+
+def checkpoint_to_trust(
+    stage: Stage, checkpointer: Checkpointer, progress: Progress
+) -> tuple[Progress, dict[str, str]]:
+    """The checkpoint to go back to: the newest, or the one before if the run had gone back to the newest already; a collective.
+
+    Returns:
+        Where it stopped, and the new name of the one that was set aside for it, by its old name.
+    """
+    found = checkpointer.find()
+    # A checkpoint that was saved since the last way back knows of that one.
+    has_gone_there = found.stage == stage.spec.index and found.step > 0 and found.num_rollbacks < progress.num_rollbacks
+    if not has_gone_there or not checkpointer.has_before(found):
+        return found, {}
+    why = "the loss leapt again after the run had gone back to it"
+    suspects = checkpointer.distrust((found.stage, found.step - 1), why)
+    return (checkpointer.find() if suspects.aside else found), suspects.aside

@@ -189,6 +189,18 @@ def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str
     assert f"Will not start on this machine: {weights}" in capsys.readouterr().out
 
 
+def test_dry_run_notes_numbers_of_steps_that_no_stage_has(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for interval, every, noted in ((4, 8, [8]), (5, 10, [5, 10])):
+        words = ["stages.only.steps=4", f"checkpoint={{interval_steps: {interval}, keep_every_steps: {every}}}"]
+        assert main(["train", str(config), *words, "--dry-run", "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["notes"]
+        assert [line.partition(": ")[2] for line in found] == [
+            "no stage has more than 4 steps, so that "
+            + ("it keeps nothing" if number == every else "only the ends of stages are saved")
+            for number in noted
+        ]
+
+
 def test_dry_run_notes_blocks_that_no_schedule_can_leave_out(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rounds, vpp, is_noted in ((4, 1, True), (4, 2, True), (2, 2, False)):
         sizes = ["pipeline_model_parallel_size=2", f"virtual_pipeline_model_parallel_size={vpp if vpp > 1 else 'null'}"]

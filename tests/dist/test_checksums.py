@@ -78,6 +78,7 @@ def steps_until_alarm(stage: Stage, kind: str, name: str, within: bool) -> str:
         flip(stage, kind, name)
     with pytest.raises(DivergedError) as raised:
         train_step(stage, NUM_STEPS)
+    assert stage.replicas.equal_at == NUM_STEPS - 1
     return str(raised.value)
 
 
@@ -117,8 +118,8 @@ def test_a_flipped_bit_is_named_on_every_rank(said: list[dict[str, str]], case: 
     layer = re.escape(" (layer 2)") if ".layers.2." in name and not name.startswith(TOWER) else ""
     pattern = (
         rf"^stage skipping, step {NUM_STEPS}: rank 1 \({host}\) differs from rank 0 \({host}\) \(with as many on either side .*\) "
-        rf"in the {kind} {re.escape(name)}[^ ]*{layer}(, and in \d+ more tensors)?; they were the same at step {NUM_STEPS - 1}: "
-        r"checkpoints up to there are from before; .* \(guard\.checksum_interval_steps=1\)$"
+        rf"in the {kind} {re.escape(name)}[^ ]*{layer}(, and in \d+ more tensors)?; "
+        r"memory, device or a library of that rank may be faulty \(guard\.checksum_interval_steps=1\)$"
     )
     (line,) = lines
     assert re.match(pattern, line), line

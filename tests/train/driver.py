@@ -2,7 +2,9 @@
 
 A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are planted in this process:
 ``kill``/``stop``/``nan``/``blank``/``raise``: [stage, step]; ``other``: "code" or "config", of the last rank;
-``leap``: [stage, step] whose samples have a thousandfold loss;
+``kill_again``: [stage, step] that comes the second time; ``shapes``/``fewer``: [stage, step] in which the last rank has shorter
+rows, or runs a micro-batch less; ``flip``: [stage's name, step] after whose comparison a bit of the last rank's weights flips;
+``leap``: [stage, step, ...] whose samples have a thousandfold loss: each of them those that it sees once the samples before are known;
 ``slow``: rank whose forward passes take ``SLOW_S`` longer;
 ``full_disk``: rank whose files cannot be written, and in which saves;
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
@@ -24,6 +26,7 @@ import resource
 import shutil
 import signal
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +50,7 @@ from megatron_sts.runtime.integrity import DigestedFile
 from megatron_sts.train import same, step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
+from megatron_sts.train.replicas import ReplicaCheck
 from megatron_sts.train.resume import Progress
 from megatron_sts.train.saving import Saving
 from megatron_sts.train.stage import Stage
@@ -63,7 +67,7 @@ def play() -> None:
         with pytest.MonkeyPatch.context() as patch:
             started = time.monotonic()
             config = RunConfig.model_validate(scene["config"])
-            is_last = int(os.environ["WORLD_SIZE"]) - 1 == RANK
+            is_last = is_last_rank()
             if scene.get("other") == "config" and is_last:
                 config = config.model_copy(update={"seed": config.seed + 1})
             if scene.get("other") == "code" and is_last:
@@ -134,10 +138,13 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     if "mend" in scene:
         shutil.copy(*scene["mend"])
     watch_checkpoints(Path(scene["run_dir"]), patch)
-    planted = ("kill", "stop", "nan", "blank", "raise")
+    planted = ("kill", "kill_again", "stop", "nan", "blank", "raise", "shapes", "fewer")
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
     if "leap" in scene:
-        watch_loss(tuple(scene["leap"]), Path(scene["run_dir"]), patch)
+        places = zip(scene["leap"][::2], scene["leap"][1::2], strict=True)
+        watch_loss(list(places), Path(scene["run_dir"]), patch)
+    if "flip" in scene and is_last_rank():
+        watch_comparisons(tuple(scene["flip"]), patch)
     if scene.get("slow") == RANK:
         watch_forward(patch)
     if scene.get("full_disk", [None])[0] == RANK:
@@ -154,6 +161,11 @@ def change_sources(patch: pytest.MonkeyPatch) -> None:
     """As if this rank had another checkout."""
     sources = same.sources
     patch.setattr(same, "sources", lambda package: sources(package) | {"train/step.py": b"changed"})
+
+
+def is_last_rank() -> bool:
+    """Whether this process is the last rank."""
+    return int(os.environ["WORLD_SIZE"]) - 1 == RANK
 
 
 def watch_checkpoints(run_dir: Path, patch: pytest.MonkeyPatch) -> None:
@@ -184,18 +196,24 @@ def digest(stage: Stage) -> str:
 def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch) -> None:
     """Mishaps that come in the middle of a step: after its first micro-batch."""
     batches, forward, masked_loss = StageBatches.step, step.forward, step.masked_loss
+    run_microbatches, seen = step.run_microbatches, Counter[tuple[int, int]]()
     now: list[tuple[int, int]] = [(-1, -1)]
-    is_last = int(os.environ["WORLD_SIZE"]) - 1 == RANK
+    is_last = is_last_rank()
 
     def some(self: StageBatches, number: int) -> list[Batch]:
         now[0] = (self._stage.index, number)
+        seen[now[0]] += 1
         found = batches(self, number)
+        if mishaps.get("shapes") == now[0] and is_last:
+            return [replace(batch, tokens=batch.tokens[:, :-8]) for batch in found]
         if mishaps.get("blank") == now[0]:
             return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in found]
         return found
 
     def second(gate: Any, numbered: tuple[int, Batch], chunk: Any) -> Any:
         if numbered[0] == 1 and mishaps.get("kill") == now[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if numbered[0] == 1 and mishaps.get("kill_again") == now[0] and seen[now[0]] == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if numbered[0] == 1 and mishaps.get("stop") == now[0] and is_last:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -208,22 +226,43 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
         is_planted = mishaps.get("nan") == now[0] and is_last
         return (loss_sum * float("nan") if is_planted else loss_sum, *others)
 
+    def fewer(*args: Any, num_microbatches: int, **options: Any) -> Any:
+        is_planted = mishaps.get("fewer") == now[0] and is_last
+        return run_microbatches(*args, num_microbatches=num_microbatches - is_planted, **options)
+
+    patch.setattr(step, "run_microbatches", fewer)
     patch.setattr(StageBatches, "step", some)
     patch.setattr(step, "forward", second)
     patch.setattr(step, "masked_loss", loss)
 
 
-def watch_loss(place: tuple[int, int], run_dir: Path, patch: pytest.MonkeyPatch) -> None:
-    """The samples that this step of this stage sees first have a thousandfold loss, whenever they come, in later starts too."""
+def watch_comparisons(place: tuple[int, int], patch: pytest.MonkeyPatch) -> None:
+    """The lowest bit of a number that learns flips after a comparison."""
+    check = ReplicaCheck.check
+
+    def flip(self: ReplicaCheck, number: int) -> None:
+        check(self, number)
+        if (self._stage, number) == place:
+            weight = next(each for each in self._chunks[0].parameters() if each.requires_grad)
+            weight.detach().view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+
+    patch.setattr(ReplicaCheck, "check", flip)
+
+
+def watch_loss(places: list[tuple[int, int]], run_dir: Path, patch: pytest.MonkeyPatch) -> None:
+    """Samples have a thousandfold loss whenever they come, in later starts too: those that the first step saw first, then those
+    that the second did, which may be the first step again."""
     batches, masked_loss = StageBatches.step, step.masked_loss
     known, is_theirs = run_dir / f"leap.{RANK}", [False]
 
     def look(self: StageBatches, number: int) -> list[Batch]:
         found = batches(self, number)
         labels = hashlib.sha256(b"".join(batch.labels.numpy().tobytes() for batch in found)).hexdigest()
-        if (self._stage.index, number) == place and not known.exists():
-            known.write_text(labels)
-        is_theirs[0] = known.exists() and known.read_text() == labels
+        theirs = known.read_text().split() if known.exists() else []
+        if labels not in theirs and places[len(theirs) :][:1] == [(self._stage.index, number)]:
+            theirs.append(labels)
+            known.write_text("\n".join(theirs))
+        is_theirs[0] = labels in theirs
         return found
 
     def loss(*args: Any, **options: Any) -> Any:

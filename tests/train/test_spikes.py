@@ -67,6 +67,32 @@ def test_samples_that_make_the_loss_leap_are_left_out(tmp_path: Path) -> None:
         assert digests(dying, rank) == digests(back, rank)
 
 
+@pytest.mark.timeout(600)
+def test_a_leap_soon_after_a_way_back_goes_back_further(tmp_path: Path) -> None:
+    """Also if the run dies then, and meets both leaps again."""
+    further, dying = tmp_path / "further", tmp_path / "dying"
+    leap = {"leap": [0, LEAP_AT, 0, LEAP_AT]}  # the second one by other samples
+    act(2, scene(further, written(), **leap), scene(dying, written(), **leap, kill_again=[0, BACK_TO - 1]), killed=True)
+    act(2, scene(dying, written(), **leap))
+
+    newest, before = (f"0-finetune-{step:07d}" for step in (BACK_TO, BACK_TO - 3))
+    back, again = [newest, before], [before, newest, before]
+    assert [event["to_step"] for event in events(further, "spike")] == [BACK_TO, BACK_TO - 3]
+    (aside,) = events(further, "set_aside")
+    assert (aside["checkpoint"], aside["to"]) == (newest, f"suspect-{newest}")
+    trained = [line["step"] for line in lines(further) if "event" not in line]
+    assert trained == [*range(LEAP_AT + 1), *range(BACK_TO, LEAP_AT + 1), *range(BACK_TO - 3, NUM_STEPS)]
+    progress = json.loads((further / "checkpoints" / f"0-finetune-{NUM_STEPS:07d}" / "progress.json").read_text())
+    num_seen = LEAP_AT + 1 + (LEAP_AT + 1 - BACK_TO)
+    assert (progress["num_rollbacks"], progress["num_left_out"]) == (2, num_seen - (BACK_TO - 3))
+
+    assert [event["to_step"] for event in events(dying, "spike")] == [BACK_TO, BACK_TO - 3] * 2
+    assert [event["checkpoint"] for event in events(dying, "resume")] == back + again
+    assert steps(dying) == steps(further)
+    for rank in range(2):
+        assert digests(dying, rank) == digests(further, rank)
+
+
 def test_what_a_leap_is() -> None:
     guard = GuardConfig(spike_factor=2.0, spike_window_steps=3)
     assert usual_loss(guard, Progress(recent_losses=[1.0, 2.0, 9.0])) is None  # too few
@@ -84,7 +110,7 @@ def test_ways_back_are_counted(tmp_path: Path) -> None:
     leapt = Progress(step=8, recent_losses=[1.0, 1.0, 1.0, 9.0], num_rollbacks=2, num_left_out=3)
 
     def checkpoints(newest: Progress) -> Any:
-        return SimpleNamespace(settle=lambda: None, find=lambda: newest)
+        return SimpleNamespace(settle=lambda: None, find=lambda: newest, has_before=lambda _: False)
 
     # The checkpoint may be from before the ways back that came before.
     back = way_back(stage, checkpoints(Progress(step=6, num_samples=48, num_rollbacks=1)), leapt, log)
@@ -101,6 +127,7 @@ def test_ways_back_are_counted(tmp_path: Path) -> None:
     ("changes", "reason"),
     [
         ({"checkpoint": {}}, "so there is none to go back to"),
+        ({"checkpoint": {"interval_steps": 4}}, r"checkpoint\.interval_steps=4 saves nothing within a stage \(the longest has 4"),
         ({"stages": [stagehand.config()["stages"][1] | {"batch": stagehand.config()["stages"][1]["batch"] | {"packing": "pack"}}]},
          "stages.finetune.batch.packing=pack reads on from where it was"),
     ],
@@ -108,3 +135,16 @@ def test_ways_back_are_counted(tmp_path: Path) -> None:
 def test_where_no_way_back_is(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=rf"^guard\.spike_factor=5\.0: .*{reason}"):
         resolve(RunConfig.model_validate(stagehand.config(guard=GUARD, **changes)), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("guard", "reason"),
+    [
+        ({**GUARD, "spike_window_steps": 4}, r"spike_window_steps=4: .* no stage has more than 4 steps; use at most 3"),
+        ({"spike_window_steps": 3}, r"spike_window_steps=3: guard\.spike_factor=null looks for no leaps"),
+        ({"max_rollbacks": 1}, r"max_rollbacks=1: guard\.spike_factor=null looks for no leaps"),
+    ],
+)
+def test_options_that_could_never_act(guard: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^guard\.{reason}"):
+        resolve(RunConfig.model_validate(stagehand.config(guard=guard)), world_size=1)
