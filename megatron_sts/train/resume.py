@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from dataclasses import field as of
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,13 @@ from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.load import DERIVED_KEY, dump, load
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.run_folder import CHECKPOINTS, COMPLETE, CONFIG, whole_checkpoints
+from megatron_sts.config.run_folder import (
+    CHECKPOINTS,
+    COMPLETE,
+    CONFIG,
+    manifest_of,
+    whole_checkpoints,
+)
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
@@ -67,16 +74,41 @@ def read_progress(checkpoint: Path) -> Progress:
     """Where a whole checkpoint stopped."""
     if (damage := damage_of_progress(checkpoint)) is not None:
         raise ConfigError(f"checkpoint {checkpoint.name}: {damage}; {remedy(checkpoint)}")
-    return Progress(**json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
+    if unknown := _unknown_fields(checkpoint):
+        raise ConfigError(
+            f"checkpoint {checkpoint.name}: a later version of megatron-sts wrote it: this one does not know {unknown[0]} in its "
+            f"{COMPLETE}, and would go on otherwise; go on with that version, or give another --run-dir"
+        )
+    return Progress(**_read_progress(checkpoint))
 
 
 def damage_of_progress(checkpoint: Path) -> str | None:
-    """Why nobody can tell where it stopped, if so."""
+    """Why nobody can tell where it stopped, if so. What a later version wrote is not damaged."""
     try:
-        Progress(**json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found, unknown = _read_progress(checkpoint), _unknown_fields(checkpoint)
+        if not unknown or not _is_as_written(checkpoint):
+            Progress(**found)
+    except (OSError, ValueError, TypeError, KeyError) as error:
         return f"{COMPLETE} is damaged ({error})"
     return None
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))
+    return found
+
+
+def _unknown_fields(checkpoint: Path) -> list[str]:
+    """What its progress says that this version knows nothing of."""
+    known = {field.name for field in fields(Progress)}
+    return [name for name in dict(_read_progress(checkpoint)) if name not in known]
+
+
+def _is_as_written(checkpoint: Path) -> bool:
+    """Whether its manifest has the digest of its progress: a bit that flipped also makes an unknown field of a known one."""
+    written = json.loads(manifest_of(checkpoint).read_text(encoding="utf-8"))
+    digest = hashlib.new(written["algorithm"], (checkpoint / COMPLETE).read_bytes()).hexdigest()
+    return bool(digest == dict(written["files"]).get(COMPLETE))
 
 
 def newest(resolved: Resolved, run_dir: Path) -> tuple[Path, Progress] | None:

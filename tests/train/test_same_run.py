@@ -14,12 +14,14 @@ from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
-from megatron_sts.config.run_folder import whole_checkpoints
+from megatron_sts.config.run_folder import MANIFEST, whole_checkpoints
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.runtime.integrity import digest_of
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.resume import (
     Progress,
     check_same_run,
+    damage_of_progress,
     is_finished,
     read_progress,
     write_config,
@@ -126,6 +128,32 @@ def test_damaged_progress(run_dir: Path) -> None:
     assert read_progress(newest) == Progress(stage=0, step=2)
     (newest / "progress.json").write_text("{")
     with pytest.raises(ConfigError, match=r"progress.json is damaged .*; delete .*0-alignment-0000002 to go on"):
+        read_progress(newest)
+
+
+def test_a_later_versions_checkpoint_is_not_lost(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is refused before ranks start; a field whose name a flipped bit changed is damage, as its digest shows."""
+    monkeypatch.setattr("megatron_sts.launch.local.launch_local", lambda *_: pytest.fail("ranks were started"))
+    name = "0-alignment-0000004"
+    checkpoint(run_dir, name, stage=0, step=4, num_thaws=1)
+    newest = run_dir / "checkpoints" / name
+    (newest / MANIFEST).write_text(
+        json.dumps({"algorithm": "sha256", "files": {"progress.json": digest_of(newest / "progress.json")}})
+    )
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(stagehand.config()))
+    assert main(["train", str(run_dir), "--run-dir", str(run_dir)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert (
+        f"checkpoint {name}: a later version of megatron-sts wrote it: this one does not know num_thaws in its" in line
+    )
+    assert damage_of_progress(newest) is None and newest.is_dir()
+
+    (newest / "progress.json").write_text(json.dumps({"stage": 0, "stdp": 4}))
+    assert "is damaged" in (damage_of_progress(newest) or "")
+    check_same_run(resolved(), run_dir)
+    with pytest.raises(ConfigError, match=rf"^checkpoint {name}: progress\.json is damaged"):
         read_progress(newest)
 
 
