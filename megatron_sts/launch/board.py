@@ -69,24 +69,32 @@ class Board:
             self._heart.write(raised)
             self._heart.dump(raised)
             line, status = failure.describe(error), failure.status_of(error)
-            told = self._ask(line, status) if failure.is_lost(error) else self._tell(line, status)
+            is_lost = failure.is_lost(error)
+            is_asked = is_lost or failure.may_be_lost(error)
+            told = self._ask(line, status, is_sure=is_lost) if is_asked else self._tell(line, status)
             failure.remember(error, told)
         return told
 
-    def _ask(self, line: str, status: int) -> Told:
-        """What ended this rank's collective."""
+    def _ask(self, line: str, status: int, *, is_sure: bool) -> Told:
+        """What ended this rank's collective. ``is_sure``: another rank did."""
         cause = heartbeat.notice(self._folder)
         if cause is None and heartbeat.may_tell(self._folder):
             found = missing.who(self._folder, self._num_ranks, self._rank)
-            if found is None:
-                places = missing.positions(self._folder, range(self._num_ranks))
-                found = f"rank {self._rank} waited in vain, and so did the others ({line}); {places}", State.WAITING
+            if found is None or found[1] >= State.BUSY:
+                found = self._among_the_living(line, found if is_sure else (line, State.WAITING))
             return self._tell(found[0], status, lost=found[1])
         deadline = time.monotonic() + TELLER_WAIT_S
         while cause is None and time.monotonic() < deadline:
             time.sleep(0.1)
             cause = heartbeat.notice(self._folder)
         return Told(cause or line, is_lost=True, is_first=cause is None, status=status)
+
+    def _among_the_living(self, line: str, found: tuple[str, State] | None) -> tuple[str, State]:
+        """What is said where every rank is there: that some disagree, if that is seen, else ``found``, else where they all wait."""
+        if differing := missing.disagreement(self._folder, self._num_ranks):
+            return f"{differing} ({line})", State.WAITING
+        places = missing.positions(self._folder, range(self._num_ranks))
+        return found or (f"rank {self._rank} waited in vain, and so did the others ({line}); {places}", State.WAITING)
 
     def _tell(self, line: str, status: int, *, lost: State | None = None) -> Told:
         """``lost``: what is known of the rank that ``line`` is about, if it is another one."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.launch import lease, outcome
+from megatron_sts.launch import lease, outcome, trail
 
 LAUNCHED = "MEGATRON_STS_LAUNCHED"
 """The process id of our own launcher, which prints the one line itself."""
@@ -32,7 +32,9 @@ LOST = (
     "Socket Timeout",
     "failed to recv",
 )
-"""Parts of what torch, gloo and NCCL say when it is another rank that did not come."""
+"""Parts of what gloo and NCCL say, in a bare RuntimeError, when it is another rank that did not come."""
+LOST_CLASS = ("torch.distributed", "DistError")
+"""Module and name of what torch's own errors of backend, store and network are derived from, whatever their text is."""
 _TOLD = "_megatron_sts_told"
 
 
@@ -58,10 +60,18 @@ def is_lost(error: BaseException) -> bool:
     """Whether it only says that another rank did not come."""
     seen: BaseException | None = error
     while seen is not None:
-        if not isinstance(seen, OSError) and any(part in str(seen) for part in LOST):
+        if any((base.__module__, base.__name__) == LOST_CLASS for base in type(seen).__mro__):
+            return True
+        if type(seen) is RuntimeError and any(part in str(seen) for part in LOST):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def may_be_lost(error: BaseException) -> bool:
+    """Whether it came out of a collective, and says nothing that is known: another rank may be gone, or take part in another way,
+    or this rank has called it wrongly."""
+    return type(error) is RuntimeError and not is_lost(error) and trail.has_raised_waiting(error)
 
 
 def told_of(error: BaseException) -> Told | None:
@@ -80,11 +90,12 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
     """Print and record the exception being handled, also as the outcome in ``run_dir``; returns this rank's exit status."""
     told = told_of(error)
     if told is None:  # outside a training run, or before it began
-        told = Told(describe(error), is_lost(error), not getattr(error, "is_echo", False), status_of(error))
+        by_another = is_lost(error) or may_be_lost(error)
+        told = Told(describe(error), by_another, not getattr(error, "is_echo", False), status_of(error))
         leave_words(told)
         if run_dir is not None:
             claim(run_dir, _about(told) + told.line, requeue=getattr(error, "may_pass", False))
-    if not is_users(error) and not told.is_lost:
+    if not is_users(error) and (not told.is_lost or may_be_lost(error)):
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(
             "".join(f"[rank {os.environ['RANK']}] {text}\n" for text in traceback.format_exc().splitlines())
@@ -125,7 +136,10 @@ def leave(status: int) -> NoReturn:
 def describe(error: Exception) -> str:
     """One line; with the exception's type unless the message was written for the user."""
     text = " ".join(str(error).split())
-    return text if is_users(error) else f"{type(error).__name__}: {text}".rstrip(": ")
+    line = text if is_users(error) else f"{type(error).__name__}: {text}".rstrip(": ")
+    if may_be_lost(error):
+        return f"rank {os.environ['RANK']} has lost another rank, or they disagree on what they exchange: {line}"
+    return line
 
 
 def leave_words(told: Told) -> None:

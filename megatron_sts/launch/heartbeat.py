@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sts.launch import trail
-from megatron_sts.launch.trail import Mark
+from megatron_sts.launch.trail import Mark, Work
 
 FOLDER = "ranks"
 """In RUN_DIR, with a folder for the newest start: RANK.json (where it is), and of a run that failed RANK.trail.json (where it
@@ -53,6 +53,8 @@ class Beat:
     """The line of this package that its main thread was in."""
     is_waiting: bool
     """It waited there for other ranks."""
+    work: Work | None = None
+    """What its newest passes are made of."""
 
     @property
     def name(self) -> str:
@@ -100,7 +102,8 @@ def read(folder: Path, rank: int) -> Beat | None:
     """Where a rank said last that it is."""
     try:
         found: dict[str, Any] = json.loads((folder / f"{rank}.json").read_text(encoding="utf-8"))
-        return Beat(**{**found, "mark": Mark(**found["mark"])})
+        work = found["work"] and Work(**found["work"])
+        return Beat(**{**found, "mark": Mark(**found["mark"]), "work": work})
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -184,7 +187,7 @@ class Heartbeat:
     def write(self, raised: str = "") -> None:
         """One beat. A disk that takes nothing must not end a run that could go on. ``raised``: the line where the rank failed."""
         self._number += 1
-        (where, is_waiting), mark = trail.where(), trail.newest()
+        (where, is_waiting), mark, work = trail.where(), trail.newest(), trail.work()
         where = raised or where
         if self._seen != (mark, where, is_waiting):
             self._seen, self._seen_at = (mark, where, is_waiting), time.monotonic()
@@ -193,6 +196,7 @@ class Heartbeat:
         identity |= {"pid": pid, "started": start_ticks(pid)}
         now = {"number": self._number, "interval_s": self.interval_s, "time": time.time()}
         place = {"mark": asdict(mark), "where": where, "is_waiting": is_waiting}
+        place["work"] = work and asdict(work)
         text = json.dumps({**identity, **now, **place}).ljust(LENGTH) + "\n"
         try:
             file = os.open(self._folder / f"{self._rank}.json", os.O_CREAT | os.O_WRONLY, 0o644)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from enum import IntEnum
 from pathlib import Path
 
 from megatron_sts.launch.heartbeat import ENDED, Beat, machine, process, read
+from megatron_sts.launch.trail import Work
 
 NUM_SHOWN = 4
 
@@ -82,6 +84,25 @@ def end_stopped(folder: Path, num_ranks: int, me: int) -> None:
         if beat is not None and beat.machine == machine() and _state_here(beat) == State.STOPPED:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(beat.pid, signal.SIGKILL)
+
+
+def disagreement(folder: Path, num_ranks: int) -> str | None:
+    """Which ranks of one model copy exchange other micro-batches in the same step than the most, in words; None: none is known to."""
+    found: dict[tuple[str | None, int | None, int], list[tuple[Beat, Work]]] = {}
+    for beat in (read(folder, rank) for rank in range(num_ranks)):
+        if beat is not None and (work := beat.work) is not None and work.step is not None:
+            found.setdefault((work.stage, work.step, work.copy), []).append((beat, work))
+    for held in found.values():
+        (usual, _), *others = Counter(work for _, work in held).most_common()
+        if others:
+            most = next(beat for beat, work in held if work == usual)
+            odd = [f"{beat.name} has {work.describe()}" for beat, work in held if work != usual]
+            more = f" and {len(odd) - NUM_SHOWN} more ranks others" if len(odd) > NUM_SHOWN else ""
+            return (
+                f"{', '.join(odd[:NUM_SHOWN])}{more}, but {most.name} {usual.describe()} in stage {usual.stage}, step {usual.step}, "
+                "of the same model copy"
+            )
+    return None
 
 
 def positions(folder: Path, ranks: Sequence[int]) -> str:

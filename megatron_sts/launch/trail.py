@@ -66,7 +66,28 @@ class Mark:
         return ", ".join([*place, PHASES[self.phase] + of])
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a rank hands to the schedule of a step. Ranks of one model copy that hand it different things wait for each other for
+    ever."""
+
+    stage: str | None
+    step: int | None
+    copy: int
+    """The data-parallel rank: other copies have batches of their own."""
+    num_microbatches: int
+    num_rows: int
+    """Of a micro-batch."""
+    num_tokens: int
+    """Of a row."""
+
+    def describe(self) -> str:
+        """As in: 4 micro-batches of 2 x 104 tokens."""
+        return f"{self.num_microbatches} micro-batches of {self.num_rows} x {self.num_tokens} tokens"
+
+
 _place: tuple[str | None, int | None] = (None, None)
+_work: Work | None = None
 _marks: deque[Mark] = deque([Mark(time.time(), None, None, "start", None)], maxlen=NUM_KEPT)
 
 
@@ -79,6 +100,17 @@ def at(stage: str | None, step: int | None) -> None:
 def enter(phase: str, microbatch: int | None = None) -> None:
     """A phase begins."""
     _marks.append(Mark(time.time(), *_place, phase, microbatch))
+
+
+def hand_over(*, copy: int, num_microbatches: int, num_rows: int, num_tokens: int) -> None:
+    """The passes of a step begin: what they are made of."""
+    global _work
+    _work = Work(*_place, copy, num_microbatches, num_rows, num_tokens)
+
+
+def work() -> Work | None:
+    """What this rank handed over last."""
+    return _work
 
 
 def newest() -> Mark:
@@ -97,17 +129,27 @@ def where() -> tuple[str, bool]:
     is_waiting, depth = False, 0
     while frame is not None:
         file = frame.f_code.co_filename
-        is_waiting |= depth < NUM_INNER and READING not in file and any(part in file for part in WAITING)
+        is_waiting |= depth < NUM_INNER and _waits(file)
         if place := _place_in(frame, frame.f_lineno):
             return place, is_waiting
         frame, depth = frame.f_back, depth + 1
     return "", is_waiting
 
 
+def has_raised_waiting(error: BaseException) -> bool:
+    """Whether an error comes right out of a function that waits for other ranks."""
+    files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(files) and _waits(files[-1]) and not files[-1].startswith(f"{ROOT}/launch/")
+
+
 def where_raised(error: BaseException) -> str:
     """The innermost line of this package that the error came through; empty if it came through none."""
     places = (_place_in(frame, line) for frame, line in traceback.walk_tb(error.__traceback__))
     return next(filter(None, reversed(list(places))), "")
+
+
+def _waits(file: str) -> bool:
+    return READING not in file and any(part in file for part in WAITING)
 
 
 def _place_in(frame: FrameType, line: int) -> str:

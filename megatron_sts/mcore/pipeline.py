@@ -12,6 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_sts.config.resolve import Resolved
+from megatron_sts.launch import trail
 from megatron_sts.mcore.module import PipelineChunk
 from megatron_sts.mcore.passes import PassClock
 from megatron_sts.mcore.units import schedule_units
@@ -73,6 +74,12 @@ def run_microbatches[T](
     micro-batch; with ``forward_only`` whatever it returned. Other stages: an empty list.
     """
     clock = clock or PassClock()
+    trail.hand_over(
+        copy=parallel_state.get_data_parallel_rank(),
+        num_microbatches=num_microbatches,
+        num_rows=micro_batch_size,
+        num_tokens=sequence_length,
+    )
     units = schedule_units(chunks, active_rounds, forward_only=forward_only)
 
     def forward_step(iterator: Any, unit: torch.nn.Module) -> ForwardResult:

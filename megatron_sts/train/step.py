@@ -22,6 +22,7 @@ from megatron_sts.mcore.passes import PassClock
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.device import current_device
+from megatron_sts.train.agreement import check_number, check_shapes
 from megatron_sts.train.stage import Stage
 
 
@@ -84,6 +85,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
     trail.enter("data")
     mask, lr = stage.mask(step), stage.optimizer.lr
     batches = stage.batches.step(step)
+    check_shapes(stage.spec, step, batches)
     stage.gate.set(mask, stage.residual_scales(step))
     stage.compression.begin_step()
     stage.optimizer.begin_step(mask)
@@ -101,7 +103,7 @@ def train_step(stage: Stage, step: int) -> StepResult:
         clock=clock,
     )
     stage.fp8.check_order()
-    totals, layer_runs = reduce_totals(stage, reports, batches)
+    totals, layer_runs = reduce_totals(stage, step, reports, batches)
     not_updated = unlearnable(totals)
     stage.replicas.check(step)
     trail.enter("optimizer")
@@ -136,22 +138,31 @@ def forward(gate: SkipGate, numbered: tuple[int, Batch], unit: torch.nn.Module) 
     return output, partial(masked_loss, loss_mask=batch.loss_mask)
 
 
-def reduce_totals(stage: Stage, reports: list[dict[str, Any]], batches: list[Batch]) -> tuple[Totals, tuple[int, ...]]:
-    """Sums over the global batch, and how many micro-batches ran each decoder layer, on every rank. One small all-reduce."""
+def reduce_totals(
+    stage: Stage, step: int, reports: list[dict[str, Any]], batches: list[Batch]
+) -> tuple[Totals, tuple[int, ...]]:
+    """Sums over the global batch, and how many micro-batches ran each decoder layer, on every rank. One small all-reduce.
+
+    Raises:
+        DisagreementError: see ``check_number``.
+    """
     trail.enter("reduce")
     device, speaking = current_device().torch_device, speaks(stage)
     counts = [_counts(batch) for batch in batches]
-    values = torch.zeros(2 + len(counts[0]) + stage.num_layers, dtype=torch.float64, device=device)
+    first_layer = 3 + len(counts[0])
+    values = torch.zeros(first_layer + stage.num_layers, dtype=torch.float64, device=device)
     if speaking:
         for report in reports:
             values[0] += report["loss_sum"]
             values[1] += report["num_tokens"]
-        values[2 : 2 + len(counts[0])] = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
+        values[2] = len(reports)
+        values[3:first_layer] = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
     if stage.place.tp_rank == stage.place.dp_rank == 0:
         for layer, num_runs in stage.gate.num_runs.items():
-            values[2 + len(counts[0]) + layer] = num_runs
+            values[first_layer + layer] = num_runs
     dist.all_reduce(values)
-    loss_sum, num_loss_tokens, *whole = values.tolist()
+    loss_sum, num_loss_tokens, num_reports, *whole = values.tolist()
+    check_number(stage.spec, step, int(num_reports), len(reports) if speaking else None, stage.place.dp_size)
     samples, cut, skipped, tokens, *rest = map(int, whole)
     num_load = len(fields(TokenLoad))
     load, dense = TokenLoad(*rest[:num_load]), TokenLoad(*rest[num_load : 2 * num_load])

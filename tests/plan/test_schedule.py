@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sts.cost.pass_order import Pass, pass_order
-from megatron_sts.plan.schedule import SIMULATED_GROUPS, bottleneck_time, schedule_time
+from megatron_sts.plan.schedule import SIMULATED_GROUPS, Pass, bottleneck_time, pass_order, schedule_time
 
 SHAPES = [(2, 1, 5), (4, 1, 8), (4, 2, 8), (8, 5, 16), (3, 4, 12)]
 ROUNDING = 1e-9

@@ -236,7 +236,7 @@ def fewer_microbatches(moment: Moment) -> None:
     def change(run: Any, *args: Any, num_microbatches: int, **options: Any) -> Any:
         if is_here(moment, trail._place[1]):
             moment.say()
-            num_microbatches -= 2
+            num_microbatches = max(1, num_microbatches - 2)
         return run(*args, num_microbatches=num_microbatches, **options)
 
     wrap(step, "run_microbatches", change)

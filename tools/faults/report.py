@@ -26,10 +26,10 @@ fault to the line that names it; of damage, from the start that finds it; where 
 process. "Again": steps that were done a second time, at most; checkpoints are three steps apart. Where a killed rank "was last" is
 what its last heartbeat said, up to a second before; these runs last two.
 
-Who is named: the rank that died, stopped, failed, differs or does not come. Where a network fails, or ranks with the same code and
-config disagree all the same (a bug, or broken memory), nobody can tell which of them is wrong: the line says where each of them is.
-Rows or micro-batches that differ between ranks of one model copy are such a case, because one rank reads for all of them; gloo
-aborts the process that meets a message of another size. Not injected here: faults of GPUs and NCCL, of shared file systems, and
+Who is named: the rank that died, stopped, failed, differs or does not come. Where a network fails nobody can tell which of them is
+wrong: the line says where each of them is. Ranks with the same code and config that disagree all the same (a bug, or broken memory)
+are named by what they do: rows of another size before they are sent, at which gloo would abort the process that meets them; a
+number of micro-batches by the sum over replicas, or among ranks of one model copy once they have waited in vain. Not injected here: faults of GPUs and NCCL, of shared file systems, and
 whole nodes, for which `tests/slurm` has jobs on a real SLURM.
 """
 LONGEST = 260
