@@ -1,0 +1,125 @@
+"""What a cluster can do: presets beside this file (``NAME.yaml``), or a user's own file of the same form. Torch-free.
+
+Rates are what programs reach for minutes, not what data sheets promise; each preset says where its numbers come from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.section import PositiveInt, Ratio, Section
+
+PRESETS = Path(__file__).parent
+Format = Literal["bf16", "fp8"]
+"""What a matrix product multiplies."""
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+
+
+class Rates(Section):
+    """TFLOP/s of each format."""
+
+    bf16: Positive
+    fp8: Positive | None = None
+    """None: the device has none."""
+
+
+class Attention(Section):
+    """A fused attention kernel: rate(s) = plateau x s/(s + half_length), for heads of 128 channels; causal masks half counted."""
+
+    forward_tflops: Positive
+    backward_tflops: Positive
+    """Of the 2.5 times as many FLOPs that the backward pass computes: it forms the scores anew."""
+    half_length: NonNegative
+    """Tokens at which half of the plateau is reached."""
+    narrow_heads: Ratio = 0.75
+    """What is left of the rate with heads of 64 channels or fewer."""
+
+
+class Device(Section):
+    """One GPU."""
+
+    peak_tflops: Rates
+    """Of the data sheet, dense: what MFU divides by."""
+    sustained_tflops: Rates
+    """Of large matrix products in a long run, at the clock that the power limit leaves."""
+    attention: Attention
+    num_multiprocessors: PositiveInt
+    memory_gib: Positive
+    """What one process can allocate."""
+    memory_gbytes_per_s: Positive
+    memory_efficiency: Ratio
+    """Share of it that elementwise kernels, norms and casts reach."""
+    kernel_gap_us: NonNegative
+    """Between two kernels of a full queue."""
+    speed_spread: Annotated[float, Field(ge=0, lt=0.2)]
+    """Standard deviation of the speed of equal devices, as a share: at a power limit each chip has a clock of its own, and ranks
+    that work together are as fast as the slowest."""
+
+
+class Host(Section):
+    """How fast a CPU core launches what a GPU computes: faster than that no rank gets through its micro-batches."""
+
+    layer_forward_ms: NonNegative
+    """One decoder layer, forward; its backward pass takes as long."""
+    fp8_layer_forward_ms: NonNegative
+    """The same with FP8's casts and scales."""
+    tower_layer_forward_ms: NonNegative
+    """One layer of a vision tower, forward."""
+    step_ms: NonNegative
+    """What a step takes besides: gradient norm, metrics, the optimizer's launches."""
+
+
+class Link(Section):
+    """A network. A collective moves at ``gbytes_per_s`` of bus bandwidth a GPU."""
+
+    gbytes_per_s: Positive
+    """One direction, a GPU, as NCCL reaches it with large messages."""
+    latency_us: NonNegative
+    """Of one hop, software included."""
+
+
+class Hardware(Section):
+    """Equal nodes of equal GPUs."""
+
+    name: str
+    device: Device
+    host: Host
+    gpus_per_node: PositiveInt
+    node_link: Link
+    """Between GPUs of a node."""
+    network: Link
+    """Between nodes, of each GPU's own adapter."""
+
+
+def preset_names() -> list[str]:
+    """Those that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def load_hardware(name_or_path: str) -> Hardware:
+    """A preset by its name, or a file by its path.
+
+    Raises:
+        ConfigError: no such preset or file, no YAML, or a value that is missing, unknown or out of range.
+    """
+    path = PRESETS / f"{name_or_path}.yaml" if name_or_path in preset_names() else Path(name_or_path)
+    if not path.is_file():
+        refuse("--hardware", name_or_path, "neither a preset nor a file", f"use {', '.join(preset_names())} or a path")
+    try:
+        written: Any = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        refuse("--hardware", path, f"is no YAML ({str(error).splitlines()[0]})", "mend the file")
+    try:
+        return Hardware.model_validate(written)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise ConfigError(
+            f"--hardware={path}: {place}={first['input']!r:.60}: {first['msg']}; see {PRESETS}/h100.yaml"
+        ) from None

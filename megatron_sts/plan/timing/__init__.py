@@ -1,0 +1,1 @@
+"""Seconds: what kernels, collectives, passes and steps take on given hardware. Torch-free."""

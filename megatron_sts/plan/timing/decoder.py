@@ -1,0 +1,222 @@
+"""One decoder layer: its kernels and collectives, forward and backward. Torch-free.
+
+The list is of megatron-core's ``TransformerLayer`` on Transformer Engine's modules, in the order in which they run: norm, QKV,
+RoPE, attention, output, residual; norm, first MLP matrix, SwiGLU, second matrix, residual. h is the hidden size, a and g are heads
+and query groups of d channels, f the MLP's width, t the tokens of a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sts.plan.hardware import Format, Hardware
+from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s, send_s
+from megatron_sts.plan.timing.kernels import attention_s, gemm_s, memory_s
+from megatron_sts.plan.timing.passes import Passes, Spent
+from megatron_sts.plan.timing.workload import Workload
+
+SUMMED = 8
+"""Bytes a weight gradient that a product adds to in fp32: read and written."""
+ADDED = 10
+"""Bytes a weight gradient that is added by a kernel of its own: bf16 read, fp32 read and written."""
+
+PIECE_LOSS = 0.5
+"""Of what products lose when they are cut up, to fit the pieces of a gather: pieces run in several streams, which fill each
+other's last waves in part. An estimate."""
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of one tensor-parallel rank."""
+
+    hidden: int
+    heads: float
+    groups: float
+    channels: int
+    ffn: float
+
+    @property
+    def matrices(self) -> tuple[tuple[float, float], ...]:
+        """(in, out) of QKV, output, both MLP matrices."""
+        qkv = (self.heads + 2 * self.groups) * self.channels
+        output = self.heads * self.channels
+        return (self.hidden, qkv), (output, self.hidden), (self.hidden, 2 * self.ffn), (self.ffn, self.hidden)
+
+
+def widths(workload: Workload) -> Widths:
+    """Those of the language model."""
+    language, tp = workload.model.language, workload.tensor_parallel_size
+    heads = language.num_attention_heads
+    groups = language.num_query_groups or heads
+    channels = language.kv_channels or language.hidden_size // heads
+    return Widths(language.hidden_size, heads / tp, max(groups / tp, 1), channels, language.ffn_hidden_size / tp)
+
+
+def decoder_layer(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> Passes:
+    """One layer for one micro-batch."""
+    fmt: Format = "fp8" if is_fp8 else "bf16"
+    launch = (hardware.host.fp8_layer_forward_ms if is_fp8 else hardware.host.layer_forward_ms) * 1e-3
+    products = _products(hardware, workload, fmt)
+    forward = Spent(
+        gemm=sum(products),
+        attention=_attention(hardware, workload),
+        memory=_moves(hardware, workload, is_fp8),
+        tensor=_collectives(hardware, workload, fmt, products),
+        context=_context_exchange(hardware, workload),
+    )
+    if not workload.gradient_passes:
+        return Passes(forward, forward_launch_s=launch)
+    products = _products(hardware, workload, fmt, backward=True)
+    backward = Spent(
+        gemm=sum(products) + _weight_gradients(hardware, workload, fmt),
+        attention=_attention(hardware, workload, backward=True),
+        memory=_moves_backward(hardware, workload, is_fp8),
+        tensor=_collectives_backward(hardware, workload, fmt, products),
+        context=_context_exchange(hardware, workload, backward=True),
+    )
+    again = workload.recompute == "full"
+    if again:
+        backward += forward
+    elif workload.recompute == "selective":
+        backward += Spent(attention=forward.attention)
+    return Passes(forward, backward, launch, launch * (1 + again))
+
+
+def _products(hardware: Hardware, workload: Workload, fmt: Format, *, backward: bool = False) -> list[float]:
+    """Each of the four of a forward pass; backward those for the inputs' gradients. Gathers are beside column-split ones
+    forward and row-split ones backward."""
+    device, tokens, seconds = hardware.device, workload.tokens, []
+    cut = workload.assumptions.tp_comm_overlap and workload.sequence_parallel
+    num_pieces = workload.tensor_parallel_size if cut else 1
+    for number, (inner, columns) in enumerate(widths(workload).matrices):
+        shape = (columns, inner) if backward else (inner, columns)
+        whole = gemm_s(device, tokens, *shape, fmt)
+        if num_pieces > 1 and (number % 2 == 1) == backward:
+            cut_up = gemm_s(device, tokens / num_pieces, *shape, fmt, num=num_pieces)
+            whole = (1 - PIECE_LOSS) * whole + PIECE_LOSS * cut_up
+        seconds.append(whole)
+    return seconds
+
+
+def _weight_gradients(hardware: Hardware, workload: Workload, fmt: Format) -> float:
+    """Products over all tokens, and adding them to the sum of micro-batches."""
+    if not workload.trains("language"):
+        return 0.0
+    device, fused = hardware.device, workload.assumptions.fused_gradient_accumulation
+    seconds = 0.0
+    for inner, columns in widths(workload).matrices:
+        seconds += gemm_s(device, columns, workload.tokens, inner, fmt, output_bytes=SUMMED if fused else 2)
+        seconds += 0 if fused else memory_s(device, [ADDED * inner * columns])
+    return seconds
+
+
+def _attention(hardware: Hardware, workload: Workload, *, backward: bool = False) -> float:
+    """Causal. A ring of cp ranks computes blocks of rows of s/cp tokens and corrects the sum after each."""
+    at, cp, length = widths(workload), workload.context_parallel_size, workload.sequence_length
+    pairs = workload.micro_batch_size * length**2 / 2 / cp
+    seconds = attention_s(hardware.device, pairs, at.heads, at.channels, length / cp, backward=backward)
+    if cp > 1:
+        output = workload.tokens * at.heads * at.channels
+        seconds += memory_s(hardware.device, [10 * output] * cp)
+    return seconds
+
+
+def _moves(hardware: Hardware, workload: Workload, is_fp8: bool) -> float:
+    """Norms (read, write), RoPE, SwiGLU, residual sums (read two, write one); in FP8 the four inputs are cast."""
+    hidden = widths(workload).hidden * workload.tokens_outside
+    kernels = [4 * hidden, 6 * hidden, 4 * hidden, 6 * hidden, *_rope(workload), *_swiglu(workload)]
+    return memory_s(hardware.device, [*kernels, *_casts(workload, is_fp8)])
+
+
+def _moves_backward(hardware: Hardware, workload: Workload, is_fp8: bool) -> float:
+    """The same kernels' backward passes: norms read two and write one, gradients of queries, keys and values are joined, and
+    where a branch leaves the residual stream two gradients are summed. FP8 casts the four outputs' gradients."""
+    at = widths(workload)
+    hidden = at.hidden * workload.tokens_outside
+    joined = 4 * (at.heads + 2 * at.groups) * at.channels * workload.tokens
+    kernels = [*[6 * hidden] * 4, joined, *_rope(workload), *_swiglu(workload, backward=True)]
+    return memory_s(hardware.device, [*kernels, *_casts(workload, is_fp8, backward=True)])
+
+
+def _rope(workload: Workload) -> list[float]:
+    """Bytes of each kernel: read, write; or, of queries and of keys, one product and two updates of each half."""
+    at = widths(workload)
+    rotated = (at.heads + at.groups) * at.channels * workload.tokens
+    return (
+        [4 * rotated]
+        if workload.assumptions.fused_elementwise
+        else [each * rotated / 2 for each in (4, 2, 3, 2, 3)] * 2
+    )
+
+
+def _swiglu(workload: Workload, *, backward: bool = False) -> list[float]:
+    """Bytes of each kernel. One: two halves are read (backward with a gradient), the result or both gradients written."""
+    elements = widths(workload).ffn * workload.tokens
+    if workload.assumptions.fused_elementwise:
+        return [(10 if backward else 6) * elements]
+    return [each * elements for each in ((6, 6, 4, 6) if backward else (4, 6))]
+
+
+def _casts(workload: Workload, is_fp8: bool, *, backward: bool = False) -> list[float]:
+    """Read bf16, write FP8 and its transpose. A scale of the tensor itself (all but ``delayed``) takes one more reading of
+    gradients; the kernels before find that of inputs."""
+    if not is_fp8:
+        return []
+    each = 4 + (2 if backward and workload.fp8 != "delayed" else 0)
+    rows = [columns if backward else inner for inner, columns in widths(workload).matrices]
+    return [each * width * workload.tokens for width in rows]
+
+
+def _collectives(hardware: Hardware, workload: Workload, fmt: Format, products: list[float]) -> float:
+    """Before each column-split matrix a gather, after each row-split one a reduce-scatter; without sequence parallelism an
+    all-reduce after the latter alone."""
+    whole, group = _activations(workload), workload.groups.tensor
+    if not workload.sequence_parallel:
+        return 2 * all_reduce_s(hardware, group, whole)
+    gather = gather_s(hardware, group, whole / 2 if fmt == "fp8" else whole)
+    scatter = gather_s(hardware, group, whole)
+    return sum(_in_pieces(workload, (gather, scatter)[number % 2], each) for number, each in enumerate(products))
+
+
+def _collectives_backward(hardware: Hardware, workload: Workload, fmt: Format, products: list[float]) -> float:
+    """The gradients of the row-split matrices' outputs are gathered first. The column-split ones' inputs are gathered again
+    beside one product, and their gradients scattered beside another of about the same time."""
+    whole, group = _activations(workload), workload.groups.tensor
+    if not workload.sequence_parallel:
+        return sum(_beside(workload, all_reduce_s(hardware, group, whole), each) for each in products[::2])
+    gather = gather_s(hardware, group, whole / 2 if fmt == "fp8" else whole)
+    scatter = gather_s(hardware, group, whole)
+    again = gather if workload.trains("language") else 0.0
+    column = sum(_beside(workload, again, each) + _beside(workload, scatter, each) for each in products[::2])
+    return column + sum(_in_pieces(workload, gather, each) for each in products[1::2])
+
+
+def _in_pieces(workload: Workload, seconds: float, product_s: float) -> float:
+    """What shows of a collective before or after its product. Cut up into tp pieces one of them does, the others run beside."""
+    tp = workload.tensor_parallel_size
+    if not workload.assumptions.tp_comm_overlap or tp == 1:
+        return seconds
+    return seconds / tp + _beside(workload, seconds * (tp - 1) / tp, product_s)
+
+
+def _beside(workload: Workload, seconds: float, product_s: float) -> float:
+    """What shows of communication beside a product: what takes longer than that, and what the product loses by it."""
+    hidden = min(seconds, product_s)
+    return seconds - hidden + workload.assumptions.overlap_interference * hidden
+
+
+def _activations(workload: Workload) -> float:
+    """Bytes of the residual stream of all tensor-parallel ranks together, bf16."""
+    return 2 * workload.tokens * workload.model.language.hidden_size
+
+
+def _context_exchange(hardware: Hardware, workload: Workload, *, backward: bool = False) -> float:
+    """Keys and values (backward: and their gradients) go round the ring while blocks are computed: what takes longer than a
+    block shows."""
+    cp, at = workload.context_parallel_size, widths(workload)
+    if cp == 1:
+        return 0.0
+    message = 2 * 2 * workload.tokens * at.groups * at.channels * (2 if backward else 1)
+    hop = send_s(hardware, workload.groups.context, message)
+    block = _attention(hardware, workload, backward=backward) / cp
+    return (cp - 1) * _beside(workload, hop, block)
