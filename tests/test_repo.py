@@ -16,6 +16,7 @@ DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "launch/slurm/README.md",
     ROOT / "megatron_sts/evaluate/README.md",
+    ROOT / "megatron_sts/plan/README.md",
     *sorted(ROOT.glob("examples/*/README.md")),
 ]
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("examples/*/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])  # fmt: skip

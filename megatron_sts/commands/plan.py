@@ -1,4 +1,4 @@
-"""``megatron-sts plan``: the pipeline layout of a run and what LDS gains with it. Runs nothing."""
+"""``megatron-sts plan``: the pipeline layout of a run, what LDS gains with it, and what it takes on given hardware. Runs nothing."""
 
 from __future__ import annotations
 
@@ -14,22 +14,50 @@ def add(commands: Commands) -> None:
         commands,
         "plan",
         run,
-        help="plan the pipeline layout, and show what layer skipping gains with it",
+        help="plan the pipeline layout, show what layer skipping gains with it, and what a run takes",
         description="Plan the pipeline layout of a run for its layer skipping (what parallel.layout=auto chooses), and show "
-        "the speed-up of each sampler with its best layout. Runs nothing.",
+        "the speed-up of each sampler with its best layout; and seconds a step, throughput and GPU-hours on given "
+        "hardware, dense beside sparse. Runs nothing.",
     )
     add_config(plan)
     add_nproc(plan, "as many as the config needs")
     add_json(plan)
+    plan.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="how long it takes there: h100, h200, a100, or a YAML file of the same form (default: h100 for runs in bf16)",
+    )
+    plan.add_argument(
+        "--assume",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="what no config says and seconds depend on, such as tp_comm_overlap=true (all: megatron_sts/plan/README.md)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan as tables or as one JSON object."""
+    from rich.console import Console
+
+    from megatron_sts.commands.seconds import assumptions_from, outline_seconds, print_seconds
     from megatron_sts.commands.speedups import outline, print_tables
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
+    from megatron_sts.plan.hardware import load_hardware
     from megatron_sts.plan.layout import choose_layout
 
-    facts = outline(resolve(load(args.config, args.overrides), world_size=args.nproc, choose_layout=choose_layout))
-    print(json.dumps(facts)) if args.json else print_tables(facts)
+    assumptions = assumptions_from(args.assume)
+    hardware = None if args.hardware is None else load_hardware(args.hardware)
+    resolved = resolve(load(args.config, args.overrides), world_size=args.nproc, choose_layout=choose_layout)
+    if hardware is None and resolved.config.precision.params == "bf16":
+        hardware = load_hardware("h100")
+    facts = outline(resolved)
+    facts["time"] = None if hardware is None else outline_seconds(hardware, resolved, assumptions, facts["lds"])
+    if args.json:
+        print(json.dumps(facts))
+        return 0
+    print_tables(facts)
+    if facts["time"] is not None:
+        print_seconds(facts["time"], Console())
     return 0

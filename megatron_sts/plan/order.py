@@ -1,42 +1,10 @@
-"""The order in which pipeline ranks run their passes: megatron-core's 1F1B and interleaved 1F1B. Torch-free."""
+"""The order of all passes of a pipeline: each behind what it needs. Torch-free."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass of one micro-batch through one chunk."""
-
-    is_forward: bool
-    chunk: int
-    """0-based among the rank's chunks."""
-    microbatch: int
-
-
-def pass_order(rank: int, pp: int, vpp: int, num_microbatches: int) -> list[Pass]:
-    """The order in which a pipeline rank runs its passes: warm-up, one forward one backward, cool-down.
-
-    Interleaved (vpp > 1), micro-batches go through the rank's chunks in groups of pp.
-    """
-    forward = list(_by_groups(pp, vpp, num_microbatches))
-    backward = [Pass(False, vpp - 1 - each.chunk, each.microbatch) for each in forward]
-    num_warmup = (pp - rank - 1) * 2 + (vpp - 1) * pp if vpp > 1 else pp - rank - 1
-    num_warmup = min(num_warmup, len(forward))
-    order = forward[:num_warmup]
-    for one, other in zip(forward[num_warmup:], backward, strict=False):
-        order += [one, other]
-    return order + backward[len(forward) - num_warmup :]
-
-
-def _by_groups(pp: int, vpp: int, num_microbatches: int) -> Iterator[Pass]:
-    for start in range(0, num_microbatches, pp):
-        for chunk in range(vpp):
-            for microbatch in range(start, min(start + pp, num_microbatches)):
-                yield Pass(True, chunk, microbatch)
+from megatron_sts.cost.pass_order import Pass, pass_order
 
 
 def _needs(rank: int, each: Pass, pp: int, vpp: int) -> tuple[int, Pass] | None:

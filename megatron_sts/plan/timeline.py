@@ -1,6 +1,6 @@
 """A step of the (interleaved) 1F1B schedule, pass by pass: who computes when, who waits. Torch-free; knows only durations.
 
-The order of passes is megatron-core's (``plan.order``). A pass begins when its rank is free and its input has come; a
+The order of passes is megatron-core's (``cost.pass_order``). A pass begins when its rank is free and its input has come; a
 transfer takes time, and without ``overlap_p2p_comm`` its sender waits for it.
 """
 
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sts.plan.order import Pass, causal_order
+from megatron_sts.cost.pass_order import Pass
+from megatron_sts.plan.order import causal_order
 
 Seconds = NDArray[np.float64]
 SIMULATED_GROUPS = 8

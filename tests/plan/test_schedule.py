@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sts.plan.order import Pass, pass_order
+from megatron_sts.cost.pass_order import Pass, pass_order
 from megatron_sts.plan.schedule import FORWARD_SHARE, bottleneck_time, schedule_time
 from megatron_sts.plan.timeline import SIMULATED_GROUPS, Durations, timeline
 

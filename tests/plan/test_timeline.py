@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
-from megatron_sts.plan.order import pass_order
+from megatron_sts.cost.pass_order import pass_order
 from megatron_sts.plan.timeline import Durations, idle_share, step_seconds, timeline
 
 TICKS = 1e-9
@@ -68,4 +70,4 @@ def test_passes_of_a_rank_do_not_overlap() -> None:
     assert len(events) == 2 * 8 * 2 * 4
     for rank in range(4):
         mine = sorted((event.start_s, event.end_s) for event in events if event.rank == rank)
-        assert all(end <= start for (_, end), (start, _) in zip(mine, mine[1:], strict=False))
+        assert all(end <= start for (_, end), (start, _) in pairwise(mine))

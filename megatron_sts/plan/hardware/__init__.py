@@ -88,6 +88,9 @@ class Hardware(Section):
     """Equal nodes of equal GPUs."""
 
     name: str
+    uncertainty: Annotated[float, Field(ge=0, lt=1)]
+    """Relative error within which predicted seconds are meant to be: of the largest error of rows that were not calibrated on, or
+    a guess where nothing was measured."""
     device: Device
     host: Host
     gpus_per_node: PositiveInt

@@ -20,7 +20,7 @@ from megatron_sts.plan.layout import LEAST_DRAWN, expected_totals
 from megatron_sts.plan.savings import savings
 from megatron_sts.plan.steps import Steps, drawn_steps, grid, num_active, scheduled_work
 from megatron_sts.plan.timeline import idle_share, step_seconds
-from megatron_sts.plan.timing.step import durations, lead_s, pieces_of, spent, windows
+from megatron_sts.plan.timing.step import durations, launch_ratio, lead_s, pieces_of, spent, windows
 from megatron_sts.plan.timing.update import Share, Update, update
 from megatron_sts.plan.timing.workload import ASSUMED, Assumptions, Workload, workload_of
 
@@ -39,6 +39,8 @@ class StageTime:
     update: Update
     bubble: float
     """Share of the pipeline's time that its ranks wait."""
+    launch_ratio: float
+    """Of the rank where it is largest, dense: above 1 its host launches more slowly than its GPU computes."""
     spent: dict[str, float]
     """Seconds a step of a rank's GPU by kind, in the mean over ranks."""
     tokens: float
@@ -95,6 +97,7 @@ def stage_time(
             *(mean([getattr(part.update, name) for part in parts]) for name in ("reduce_s", "gather_s", "optimizer_s"))
         ),
         bubble=mean([part.bubble for part in parts]),
+        launch_ratio=mean([part.launch_ratio for part in parts]),
         spent={kind: mean([part.spent[kind] for part in parts]) for kind in parts[0].spent},
         tokens=mean([part.tokens for part in parts]),
         images=mean([part.images for part in parts]),
@@ -110,6 +113,7 @@ class _Part:
     pipeline_s: float
     update: Update
     bubble: float
+    launch_ratio: float
     spent: dict[str, float]
     tokens: float
     images: float
@@ -124,7 +128,8 @@ def _some_steps(
     workload = workload_of(resolved, stage, counts, assumptions)
     drawn = drawn_steps(resolved.config.seed, stage, placement(resolved, stage), resolved.layers_per_chunk, steps)
     pieces, num_layers = pieces_of(hardware, workload), resolved.config.model.language.num_layers
-    dense = durations(hardware, workload, pieces, np.array(workload.layout, dtype=np.float64)[None])
+    every_layer = np.array(workload.layout, dtype=np.float64)[None]
+    dense = durations(hardware, workload, pieces, every_layer)
     dense_s, dense_idle = (
         float(step_seconds(dense, workload.num_microbatches)),
         float(idle_share(dense, workload.num_microbatches)),
@@ -139,6 +144,7 @@ def _some_steps(
         pipeline_s=dense_s - (dense_s - seconds) * ratio + lead_s(pieces),
         update=update(hardware, workload, windows(dense), _share(resolved, stage)),
         bubble=idle if skipped > LEAST_DRAWN else dense_idle,
+        launch_ratio=float(launch_ratio(pieces, every_layer).max()),
         spent=spent(workload, pieces, layers),
         tokens=load.num_tokens,
         images=load.num_images,

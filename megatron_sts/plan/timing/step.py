@@ -30,6 +30,11 @@ class Pieces:
     first: Passes
     last: Passes
 
+    @property
+    def all(self) -> tuple[Passes, Passes, Passes]:
+        """In the order of their names above."""
+        return self.layer, self.first, self.last
+
 
 @dataclass(frozen=True)
 class Step:
@@ -63,19 +68,26 @@ def durations(hardware: Hardware, workload: Workload, pieces: Pieces, layers: ND
 
     A host launches ahead of its GPU. Where it cannot keep up with all passes of a micro-batch, all of them are stretched.
     """
-    pieces_placed = (pieces.layer, pieces.first, pieces.last)
-    gpu, launched = (
-        {name: _placed(layers, *(value(piece, name) for piece in pieces_placed)) for name in ("forward", "backward")}
-        for value in (_seconds, _launched)
-    )
     slowest = slowest_of(hardware, workload.num_ranks)
-    computes, launches = (sum(of.values()).sum(axis=-2, keepdims=True) for of in (gpu, launched))
-    stretch = np.maximum(launches / np.maximum(computes * slowest, TINY_S), 1) * slowest
-    both = [gpu[name] * stretch for name in ("forward", "backward")]
+    stretch = np.maximum(launch_ratio(pieces, layers) / slowest, 1)[..., None, None, :] * slowest
+    forward = _placed(layers, *(piece.forward.total for piece in pieces.all)) * stretch
+    backward = _placed(layers, *(piece.backward.total for piece in pieces.all)) * stretch
     stream = 2 * workload.tokens * workload.model.language.hidden_size
     message = stream / (workload.tensor_parallel_size if workload.sequence_parallel else 1)
     send = send_s(hardware, workload.groups.pipeline, message)
-    return Durations(both[0], both[1], send, not workload.overlap_p2p_comm)
+    return Durations(forward, backward, send, not workload.overlap_p2p_comm)
+
+
+def launch_ratio(pieces: Pieces, layers: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a rank's host takes for all passes of a micro-batch over what its GPU takes, [..., pp]: above 1 the host decides."""
+    computes, launches = (
+        sum_of_passes.mean(axis=-3).sum(axis=-2)
+        for sum_of_passes in (
+            _placed(layers, *(piece.forward.total + piece.backward.total for piece in pieces.all)),
+            _placed(layers, *(piece.forward_launch_s + piece.backward_launch_s for piece in pieces.all)),
+        )
+    )
+    return np.asarray(launches / np.maximum(computes, TINY_S))
 
 
 def slowest_of(hardware: Hardware, num_ranks: int) -> float:
@@ -122,11 +134,3 @@ def _placed(layers: NDArray[np.float64], each: float, first: float, last: float)
     placed[..., 0, 0] += first
     placed[..., -1, -1] += last
     return placed
-
-
-def _seconds(piece: Passes, name: str) -> float:
-    return (piece.forward if name == "forward" else piece.backward).total
-
-
-def _launched(piece: Passes, name: str) -> float:
-    return piece.forward_launch_s if name == "forward" else piece.backward_launch_s

@@ -116,8 +116,8 @@ def _before_decoder(workload: Workload) -> float:
     if vision is None:
         return 0.0
     ffn = vision.ffn_hidden_size or 4 * vision.hidden_size
-    tower = workload.num_vision_layers * vision.hidden_size * (4 * vision.hidden_size + 2 * ffn)
-    tower /= 1 if vision.tower == "hf" else tp
+    layer = vision.hidden_size * (4 * vision.hidden_size + 2 * ffn)
+    tower = workload.num_vision_layers * layer / (1 if vision.tower == "hf" else tp)
     features = (model.qformer or vision).hidden_size
     projector = (features * hidden + hidden**2 * (model.projector.type == "mlp2x_gelu")) / tp
     return tower * workload.trains("vision") + projector * workload.trains("projector")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 from megatron_sts.config.architecture import ModelConfig, Part
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage
@@ -132,7 +132,7 @@ def workload_of(
         sequence_length=load.num_tokens // rows,
         num_images=load.num_images // rows,
         num_projected_tokens=load.num_projected_tokens // rows,
-        fp8=recipe if is_fp8 else None,
+        fp8=cast(Recipe, recipe) if is_fp8 else None,
         num_bf16_layers=min(2 * precision.first_last_layers_bf16, resolved.config.model.language.num_layers),
         recompute=parallel.recompute,
         distributed_optimizer=parallel.use_distributed_optimizer,

@@ -1,0 +1,132 @@
+"""What a run takes on given hardware, for ``plan``: collects and prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from megatron_sts.config.errors import refuse
+from megatron_sts.config.resolve import Layout, Resolved
+from megatron_sts.plan.hardware import Hardware
+from megatron_sts.plan.timing.prediction import StageTime
+from megatron_sts.plan.timing.run import RunTime, run_time
+from megatron_sts.plan.timing.workload import Assumptions
+
+CONVENTIONS = {"half": "causal_half", "full": "causal_full"}
+
+
+def assumptions_from(pairs: list[str]) -> Assumptions:
+    """Of ``--assume KEY=VALUE``."""
+    written: dict[str, str] = {}
+    for pair in pairs:
+        key, found, value = pair.partition("=")
+        if not found or key not in Assumptions.model_fields:
+            refuse(
+                "--assume",
+                pair,
+                "not KEY=VALUE of an assumption",
+                f"KEY is one of {', '.join(Assumptions.model_fields)}",
+            )
+        written[key] = value
+    values = {key: int(value) if value.isdecimal() else value for key, value in written.items()}
+    try:
+        return Assumptions.model_validate(values)
+    except ValueError as error:
+        first = str(error).splitlines()
+        refuse("--assume", " ".join(pairs), first[2].strip() if len(first) > 2 else first[0], "give another value")
+
+
+def outline_seconds(
+    hardware: Hardware, resolved: Resolved, assumptions: Assumptions, lds: dict[str, Any] | None
+) -> dict[str, Any]:
+    """JSON-ready. ``lds``: what ``speedups.outline`` found, for the best dense layout."""
+    layouts = [] if lds is None else [_layout(lds["dense_layout"])]
+    return outline_run(hardware, run_time(hardware, resolved, assumptions, layouts), assumptions)
+
+
+def outline_run(hardware: Hardware, run: RunTime, assumptions: Assumptions) -> dict[str, Any]:
+    """JSON-ready; ``uncertainty``: relative, of seconds."""
+    return {
+        "hardware": hardware.name,
+        "uncertainty": hardware.uncertainty,
+        "assumptions": assumptions.model_dump(),
+        "num_gpus": run.num_gpus,
+        "hours": run.hours,
+        "gpu_hours": run.hours * run.num_gpus,
+        "dense_hours": run.dense_hours,
+        "dense_gpu_hours": run.dense_hours * run.num_gpus,
+        "dense_layout": {"pp": len(run.dense_layout[0]), "vpp": len(run.dense_layout)},
+        "speedup": run.dense_hours / run.hours,
+        "stages": {
+            stage.name: {**_stage(hardware, stage), "dense": _stage(hardware, dense)}
+            for stage, dense in zip(run.stages, run.dense, strict=True)
+        },
+    }
+
+
+def _layout(outlined: dict[str, Any]) -> Layout:
+    pp, chunks = outlined["pp"], outlined["chunks"]
+    return tuple(tuple(chunks[start : start + pp]) for start in range(0, len(chunks), pp))
+
+
+def _stage(hardware: Hardware, stage: StageTime) -> dict[str, Any]:
+    low, high = (stage.step_time_s * (1 + sign * hardware.uncertainty) for sign in (-1, 1))
+    return {
+        "step_time_s": stage.step_time_s,
+        "step_time_s_range": [low, high],
+        "num_steps": stage.num_steps,
+        "hours": stage.hours,
+        "tokens_per_s_per_gpu": stage.tokens / stage.step_time_s / stage.num_gpus,
+        "images_per_s": stage.images / stage.step_time_s,
+        "tflops_per_gpu": {name: stage.tflops(causal) for causal, name in CONVENTIONS.items()},  # type: ignore[arg-type]
+        "mfu": stage.mfu,
+        "bubble": stage.bubble,
+        "launch_ratio": stage.launch_ratio,
+        "split_s": {
+            "pipeline": stage.pipeline_s,
+            "gradient_reduction": stage.update.reduce_s,
+            "parameter_gather": stage.update.gather_s,
+            "optimizer": stage.update.optimizer_s,
+        },
+        "gpu_s": stage.spent,
+    }
+
+
+def print_seconds(facts: dict[str, Any], console: Console) -> None:
+    """A table of the stages, and the run in a line."""
+    table = Table(
+        "",
+        title=f"On {facts['num_gpus']} x {facts['hardware']}, as modelled: seconds ± {facts['uncertainty']:.0%}",
+        caption="A step does not count waiting for data, checkpoints and evaluation. MFU: executed FLOPs, causal attention half "
+        "counted, over the data sheet's peak. Launching over computing: above 1 a rank's CPU is slower than its GPU; larger "
+        "micro-batches help.",
+    )
+    columns = []
+    for name, stage in facts["stages"].items():
+        for label, each in ((name, stage), ("dense", stage["dense"])):
+            table.add_column(label, justify="right")
+            columns.append(_cells(each))
+    for name in columns[0]:
+        table.add_row(name, *(cells[name] for cells in columns))
+    console.print(table)
+    console.print(
+        f"The run: {facts['hours']:.1f} h, {facts['gpu_hours']:,.0f} GPU-hours; dense {facts['dense_hours']:.1f} h, "
+        f"{facts['dense_gpu_hours']:,.0f}: {facts['speedup']:.3f} times as fast as dense.",
+        highlight=False,
+    )
+
+
+def _cells(stage: dict[str, Any]) -> dict[str, str]:
+    return {
+        "step, s": f"{stage['step_time_s']:.3f}",
+        "tokens/s/GPU": f"{stage['tokens_per_s_per_gpu']:,.0f}",
+        "images/s": f"{stage['images_per_s']:,.0f}",
+        "TFLOP/s a GPU, causal half": f"{stage['tflops_per_gpu']['causal_half']:.0f}",
+        "TFLOP/s a GPU, causal full": f"{stage['tflops_per_gpu']['causal_full']:.0f}",
+        "MFU": f"{stage['mfu']:.1%}",
+        "bubble: ranks wait": f"{stage['bubble']:.1%}",
+        "launching over computing": f"{stage['launch_ratio']:.2f}",
+        "hours": f"{stage['hours']:.2f}",
+    }

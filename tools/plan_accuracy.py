@@ -1,0 +1,157 @@
+"""Compares steps that were measured with what ``megatron-sts plan`` predicts: a table to standard output, or with --write into
+megatron_sts/plan/README.md, between <!-- accuracy --> and <!-- /accuracy -->. The rows are in plan_accuracy.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_sts.config.load import load
+from megatron_sts.config.resolve import resolve
+from megatron_sts.plan.hardware import load_hardware
+from megatron_sts.plan.timing.prediction import stage_time
+from megatron_sts.plan.timing.step import step_of
+from megatron_sts.plan.timing.workload import Workload
+
+ROOT = Path(__file__).resolve().parents[1]
+ROWS = Path(__file__).with_suffix(".yaml")
+README = ROOT / "megatron_sts" / "plan" / "README.md"
+BEGIN, END = "<!-- accuracy -->\n", "<!-- /accuracy -->"
+SEQUENCE_LENGTH = 8192
+"""Of all published rows."""
+ONE_GPU = [
+    "parallel.tensor_model_parallel_size=1", "parallel.data_parallel_size=1", "parallel.sequence_parallel=false",
+    "parallel.use_distributed_optimizer=false", "stages.*.epochs=null", "stages.*.steps=1000",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One row."""
+
+    source: str
+    what: str
+    layout: str
+    measured_s: float
+    predicted_s: float
+    calibrated: bool
+
+    @property
+    def error(self) -> float:
+        """Relative."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def compared() -> list[Compared]:
+    """All rows."""
+    written = yaml.safe_load(ROWS.read_text())
+    return [_published(written, row) for row in written["published"]] + [_ours(row) for row in written["measured"]]
+
+
+def workload(written: dict[str, Any], row: dict[str, Any]) -> Workload:
+    """A published row: even chunks, rows of 8,192 tokens, micro-batches of one."""
+    source, language = written["sources"][row["source"]], dict(written["models"][row["model"]])
+    language["num_layers"] = row.get("num_layers", language["num_layers"])
+    tp, pp, vpp, cp = (row.get(name, 1) for name in ("tp", "pp", "vpp", "cp"))
+    dp = row["num_gpus"] // (tp * pp * cp)
+    return Workload.model_validate({
+        "model": {"vision": None, "language": language},
+        "layout": ((language["num_layers"] // (pp * vpp),) * pp,) * vpp,
+        "tensor_parallel_size": tp,
+        "context_parallel_size": cp,
+        "data_parallel_size": dp,
+        "sequence_parallel": tp > 1,
+        "micro_batch_size": 1,
+        "num_microbatches": row["global_batch_size"] // dp,
+        "sequence_length": SEQUENCE_LENGTH,
+        "fp8": source["fp8"] if row.get("fp8") else None,
+        "overlap_p2p_comm": vpp > 1,
+        "assumptions": {
+            "fused_gradient_accumulation": True,
+            "fused_elementwise": True,
+            "tp_comm_overlap": source["tp_comm_overlap"],
+            "gradient_bytes": 2,
+        },
+    })  # fmt: skip
+
+
+def _published(written: dict[str, Any], row: dict[str, Any]) -> Compared:
+    work = workload(written, row)
+    tokens = row["global_batch_size"] * SEQUENCE_LENGTH
+    measured = row.get("step_s") or tokens / row["num_gpus"] / row["tokens_per_s_per_gpu"]
+    layers = f", {row['num_layers']} layers" if "num_layers" in row else ""
+    layout = f"TP{work.tensor_parallel_size} PP{work.pipeline_parallel_size} VPP{work.num_chunks} CP{work.context_parallel_size}"
+    return Compared(
+        row["source"], f"{row['model']}{layers}, {'FP8' if row.get('fp8') else 'bf16'}",
+        f"{row['num_gpus']} GPUs, {row['global_batch_size']} rows, {layout}", measured,
+        step_of(load_hardware("h100"), work).total_s, row.get("calibrated", False),
+    )  # fmt: skip
+
+
+def _ours(row: dict[str, Any]) -> Compared:
+    """A row of the report, as ``tools/bench_gpu.py`` measured it: two micro-batches, 8 of the layers in finetune."""
+    stage, size, skipped = row["stage"], row["micro_batch_size"], row.get("num_skipped", 0)
+    overrides = [
+        *ONE_GPU,
+        f"stages.{stage}.batch.micro_batch_size={size}",
+        f"stages.{stage}.batch.global_batch_size={2 * size}",
+        f"stages.finetune.lds={{sampler: fixed, fixed_layers: {list(range(skipped))}}}",
+    ]
+    other = "finetune" if stage == "alignment" else "alignment"
+    overrides += [f"stages.{other}.batch.{name}=1" for name in ("micro_batch_size", "global_batch_size")]
+    overrides += ["model.language.num_layers=8"] if stage == "finetune" else []
+    overrides += [] if row.get("vtc") else ["stages.alignment.vtc=null"]
+    overrides += ["precision.fp8=tensorwise"] if row.get("fp8") else []
+    run = resolve(load(ROOT / "examples" / "llava15_7b", overrides), world_size=1)
+    sparse = ", VTC" if row.get("vtc") else f", {skipped} of 8 layers skipped" if skipped else ""
+    return Compared(
+        "h200", f"LLaVA-1.5-7B {stage}{sparse}, {'FP8' if row.get('fp8') else 'bf16'}", f"1 GPU, micro-batches of {size}",
+        row["step_s"], stage_time(load_hardware("h200"), run, run.stage(stage)).step_time_s, row.get("calibrated", False),
+    )  # fmt: skip
+
+
+def table(rows: list[Compared]) -> str:
+    """Markdown: a line a row, and how large the errors are of the rows that nothing was set by."""
+    lines = ["| what ran | where | measured | predicted | error | |", "|---|---|---:|---:|---:|---|"]
+    for row in rows:
+        mark = "calibrated on" if row.calibrated else ""
+        lines.append(
+            f"| {row.what} | {row.layout} | {row.measured_s:.3f} s | {row.predicted_s:.3f} s | {row.error:+.1%} | {mark} |"
+        )
+    held = sorted((row for row in rows if not row.calibrated), key=lambda row: abs(row.error))
+    errors = [abs(row.error) for row in held]
+    lines += [
+        "",
+        f"Of the {len(held)} rows that were not calibrated on, the median error is {statistics.median(errors):.1%} and the largest "
+        f"{errors[-1]:.1%} ({held[-1].what}); {sum(error > 0.1 for error in errors)} is above 10 %.",
+        "",
+        *(
+            f"- {source['what']}: {source['assumed'].strip()}."
+            for source in yaml.safe_load(ROWS.read_text())["sources"].values()
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the table in megatron_sts/plan/README.md")
+    text = table(compared())
+    if not parser.parse_args().write:
+        print(text, end="")
+        return
+    written, count = re.subn(f"{BEGIN}.*?{END}", lambda _: BEGIN + text + END, README.read_text(), flags=re.DOTALL)
+    if count != 1:
+        parser.error(f"{README} has not exactly one place for the table: a line {BEGIN.strip()}, and one {END}")
+    README.write_text(written)
+
+
+if __name__ == "__main__":
+    main()
