@@ -1,8 +1,9 @@
 """How long saving holds the training loop: written by the loop itself, and while training goes on (checkpoint.asynchronous).
 
-    python tools/bench_checkpoint.py [--layers 8] [--hidden 512] [--saves 10] [--folder DIR] [--json]
+    python tools/bench_checkpoint.py [--ranks 1] [--layers 8] [--hidden 512] [--saves 10] [--folder DIR] [--json]
 
-Trains a language model with its projector and tower on one rank, saving every second step, each way in turn. The stall of a save is
+Trains a language model with its projector and tower on one rank, or on ``--ranks`` data-parallel ones with the distributed
+optimizer (its first rank is measured), saving every fourth step, each way in turn. The stall of a save is
 the time for which the loop is held: taking it, and, once it is written, putting it in place. Medians over the saves but for the
 first, in which memory is allocated. "Step" is the median step while nothing is written and while something is: the writer needs a
 processor of its own, and on a GPU's host it has one. ``--folder`` decides which disk is measured.
@@ -12,7 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,6 +35,7 @@ from megatron_sts.train.resume import Progress
 from megatron_sts.train.stage import Stage
 
 STEPS_PER_SAVE = 4
+WAYS = ("synchronous", "asynchronous")
 
 
 class Timed(Checkpointer):
@@ -38,8 +43,6 @@ class Timed(Checkpointer):
 
     stalls: list[float] = []  # noqa: RUF012  # of the one run that goes on
     """Seconds by save."""
-    steps_written: set[int] = set()  # noqa: RUF012
-    """Steps during which a save was under way."""
 
     def save(self, stage: Stage, progress: Progress, *, must: bool = False, wait: bool = False) -> None:
         """As it is, timed."""
@@ -55,7 +58,7 @@ class Timed(Checkpointer):
             self.stalls[-1] += time.perf_counter() - began
 
 
-def config(layers: int, hidden: int, saves: int, *, asynchronous: bool) -> dict[str, Any]:
+def config(ranks: int, layers: int, hidden: int, saves: int, *, asynchronous: bool) -> dict[str, Any]:
     """One stage; nothing is measured at its end."""
     heads = {"num_attention_heads": 8}
     return {
@@ -65,13 +68,14 @@ def config(layers: int, hidden: int, saves: int, *, asynchronous: bool) -> dict[
                 **heads, "hidden_size": hidden, "num_layers": layers, "num_query_groups": 8, "ffn_hidden_size": 3 * hidden, "vocab_size": 1024,
             },
         },
+        "parallel": {"data_parallel_size": ranks, "use_distributed_optimizer": ranks > 1},
         "stages": [
             {
                 "name": "only",
                 "data": {"mode": "questions", "num_turns": 1},
                 "steps": STEPS_PER_SAVE * (saves + 1) + 2,
                 "optimizer": {"lr": 1e-4},
-                "batch": {"global_batch_size": 2, "micro_batch_size": 2, "sequence_length": 104},
+                "batch": {"global_batch_size": 2 * ranks, "micro_batch_size": 2, "sequence_length": 104},
             }
         ],
         "checkpoint": {"interval_steps": STEPS_PER_SAVE, "keep_last": 1, "asynchronous": asynchronous},
@@ -79,11 +83,12 @@ def config(layers: int, hidden: int, saves: int, *, asynchronous: bool) -> dict[
     }  # fmt: skip
 
 
-def measure(folder: Path, layers: int, hidden: int, saves: int, *, asynchronous: bool) -> dict[str, float]:
+def measure(folder: Path, ranks: int, layers: int, hidden: int, saves: int, *, asynchronous: bool) -> dict[str, float]:
     """Medians of one way to save."""
     Timed.stalls = []
     run_dir = folder / ("asynchronous" if asynchronous else "synchronous")
-    resolved = resolve(RunConfig.model_validate(config(layers, hidden, saves, asynchronous=asynchronous)), world_size=1)
+    written = config(ranks, layers, hidden, saves, asynchronous=asynchronous)
+    resolved = resolve(RunConfig.model_validate(written), world_size=ranks)
     loop.Checkpointer = Timed
     loop.run(resolved, run_dir, StopRequest())
     groups.destroy()
@@ -99,19 +104,38 @@ def measure(folder: Path, layers: int, hidden: int, saves: int, *, asynchronous:
     }
 
 
+def on_ranks(arguments: argparse.Namespace, folder: Path, way: str) -> dict[str, float]:
+    """``measure`` on fresh local ranks; what the first of them found."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
+    command = [*launcher, __file__, *sys.argv[1:], f"--rank-of={way}", f"--folder={folder}"]
+    subprocess.run(command, check=True, stdout=sys.stderr, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found: dict[str, float] = json.loads((folder / f"{way}.json").read_text())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=1, help="data-parallel ranks (default: 1)")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--saves", type=int, default=10)
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rank-of", choices=WAYS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        sizes = arguments.layers, arguments.hidden, arguments.saves
+    sizes = arguments.ranks, arguments.layers, arguments.hidden, arguments.saves
+    if way := arguments.rank_of:
+        of_rank = measure(arguments.folder, *sizes, asynchronous=way == "asynchronous")
+        if os.environ["RANK"] == "0":
+            (arguments.folder / f"{way}.json").write_text(json.dumps(of_rank))
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        folder, is_alone = Path(name), arguments.ranks == 1
         found = {
-            name: measure(Path(folder), *sizes, asynchronous=name == "asynchronous")
-            for name in ("synchronous", "asynchronous")
+            way: measure(folder, *sizes, asynchronous=way == "asynchronous")
+            if is_alone
+            else on_ranks(arguments, folder, way)
+            for way in WAYS
         }
     ratio = found["asynchronous"]["stall_s"] / found["synchronous"]["stall_s"]
     if arguments.json:

@@ -255,9 +255,8 @@ class CheckpointConfig(Section):
     """Checkpoints after every so many steps of their stage stay too, for good. A multiple of ``interval_steps``."""
     asynchronous: bool = False
     """Write while training goes on, from a copy in the host's memory as large as a rank's part of a checkpoint; training waits
-    for that copy, and with the distributed optimizer for its state to be gathered over data-parallel ranks. The next save waits for
-    the last one; the end of a stage and a stop are written as without it. What could not be written is told at the
-    step that finds it.
+    for that copy. The next save waits for the last one; the end of a stage and a stop are written as without it. What could not
+    be written is told at the step that finds it.
     """
     max_failures: PositiveInt = 3
     """Saves in a row that may fail (a full disk): so many stop the run, fewer are a warning. A save that nothing follows, at

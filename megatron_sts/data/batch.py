@@ -40,6 +40,8 @@ class Batch:
     A sampler that looks at images replaces them in the model; until then they are evenly spaced."""
     num_kept: tuple[int, ...]
     """Visual tokens that each image keeps, [n]."""
+    num_placeholders: int
+    """Of ``is_visual``, counted where no device is waited for."""
     pixels: torch.Tensor | None
     """uint8 [n, 3, h, w], images in reading order."""
     num_samples: int

@@ -80,6 +80,7 @@ def collate(
         packed=packed,
         visual_indices=_flat_indices(rows),
         num_kept=tuple(len(kept) for row in rows for sample in row for kept in sample.visual_indices),
+        num_placeholders=sum(sum(sample.encoded.is_visual) for row in rows for sample in row),
         pixels=_stack_pixels(rows),
         num_samples=sum(map(len, rows)),
         num_truncated=sum(sample.is_truncated for row in rows for sample in row),

@@ -24,6 +24,7 @@ from megatron.core.optimizer.param_layout import (
 from megatron.core.parallel_state import get_data_parallel_world_size
 
 from megatron_sts.lds.mask import SkipMask
+from megatron_sts.mcore.module import unwrap
 
 
 class LayerBucketGroup(_ParamAndGradBucketGroup):
@@ -185,7 +186,7 @@ def layer_layout(module: torch.nn.Module, ddp_config: DistributedDataParallelCon
     Parameters outside the layers get a bucket a part of the model and side of the layers, so that no gradient waits for
     one of another part, and shared embeddings their own, as megatron-core's distributed optimizer asks for.
     """
-    parts = {p: name.split(".", 1)[0] for name, p in module.named_parameters() if p.requires_grad}
+    parts = {p: name.split(".", 1)[0] for name, p in unwrap(module).named_parameters() if p.requires_grad}
     num_ranks = get_data_parallel_world_size(with_context_parallel=True)
     padding = num_ranks if ddp_config.use_distributed_optimizer else None
     layouts = {}

@@ -20,6 +20,7 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer
 from megatron_sts.mcore.reading import as_data
+from megatron_sts.mcore.shards import sharded_param_state
 from megatron_sts.mcore.writing import Snapshot, plan
 from megatron_sts.runtime import integrity
 from megatron_sts.runtime.dist import first_cause
@@ -201,4 +202,22 @@ def _ignore_saved_step() -> None:
     DistributedOptimizer._set_main_param_and_optimizer_states = without_step
 
 
+def _write_shards_as_they_are() -> None:
+    """In place of a gather of all data-parallel ranks' shards and a sweep for garbage, for which training would wait."""
+    original = DistributedOptimizer.sharded_state_dict
+
+    def without_gather(
+        self: DistributedOptimizer, model_state: dict[str, Any], is_loading: bool = False, *, metadata: dict[str, Any]
+    ) -> dict[str, Any]:
+        if is_loading:
+            loading: dict[str, Any] = original(self, model_state, is_loading, metadata=metadata)
+            return loading
+        pieces = {f"piece{i}": piece for i, piece in enumerate(sharded_param_state(self, model_state))}
+        kind = metadata["distrib_optim_sharding_type"]
+        return {**self.state_dict(), "param_state": pieces, "param_state_sharding_type": kind}
+
+    DistributedOptimizer.sharded_state_dict = without_gather
+
+
 _ignore_saved_step()
+_write_shards_as_they_are()

@@ -1,4 +1,4 @@
-"""Lets megatron-core run unchanged on CPU and gloo. Never active when CUDA is available; no other file knows of it.
+"""Lets megatron-core run unchanged on CPU and gloo. Never active when CUDA is available; ``meta.py`` alone builds on it.
 
 megatron-core takes its device from ``torch.cuda.current_device()``, writes ``device="cuda"`` in a few factory calls, moves
 tensors with ``.cuda()`` and asks ``tensor.type()`` for CUDA class names. Each of these gets a CPU answer here. The random
@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
+from megatron_sts.runtime.device import current_device
+
 _FACTORIES = (
     "empty",
     "zeros",
@@ -28,7 +30,6 @@ _FACTORIES = (
     "zeros_like",
     "ones_like",
 )
-_CPU = torch.device("cpu")
 
 
 class _NoStream:
@@ -39,25 +40,25 @@ class _NoStream:
     def wait_event(self, _event: object) -> None: ...
 
 
-def _creates_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _creates_here(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         device = kwargs.get("device")
-        if device is not None and device is not _CPU and torch.device(device).type == "cuda":
-            kwargs["device"] = _CPU
+        if device is not None and torch.device(device).type == "cuda":
+            kwargs["device"] = current_device().torch_device
         return factory(*args, **kwargs)
 
     return create
 
 
 def _install_devices() -> None:
-    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    torch.cuda.current_device = lambda: current_device().torch_device  # type: ignore[assignment,return-value]
     torch.cuda.current_stream = lambda *_a, **_k: _NoStream()  # type: ignore[assignment]
     torch.cuda.synchronize = lambda *_a, **_k: None
     torch.cuda.empty_cache = lambda: None
     _device_constructors()  # caches the real factories now, or `with torch.device("meta")` would no longer know them
     for name in _FACTORIES:
-        setattr(torch, name, _creates_on_cpu(getattr(torch, name)))
+        setattr(torch, name, _creates_here(getattr(torch, name)))
 
 
 def _install_tensor_methods() -> None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sts.config.schema import ParallelConfig
+from megatron_sts.mcore.relay import RELAY
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,30 @@ def place() -> Place:
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def name_of(group: dist.ProcessGroup) -> str:
+    """tp, pp, dp, mp (one copy of the model), embedding (first and last stage), world; else the name it was made with.
+
+    megatron-core has several groups of the same ranks: one that is none of these by itself has the name of the first
+    with its ranks.
+    """
+    known = {
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(with_context_parallel=True),
+        "mp": parallel_state.get_model_parallel_group(),
+        "embedding": parallel_state.get_embedding_group(check_initialized=False),
+        "world": dist.group.WORLD,
+    }
+    for name, one in known.items():
+        if one is group or (one is not None and one.group_name == group.group_name):
+            return name
+    if group.group_desc == RELAY:
+        return RELAY
+    ranks = dist.get_process_group_ranks(group)
+    same = (name for name, one in known.items() if one is not None and dist.get_process_group_ranks(one) == ranks)
+    return next(same, group.group_desc)
 
 
 def tensor_parallel_group() -> dist.ProcessGroup:

@@ -92,7 +92,7 @@ class StageOptimizer:
             ),
             list(chunks),
         )
-        if not current_device().is_cuda:
+        if current_device().torch_device.type == "cpu":
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # torch's fused CPU Adam: one pass over memory instead of one an operation
         self._allocate_moments()
@@ -198,6 +198,13 @@ class StageOptimizer:
         """Pairs (model parameter, the tensor that Adam updates for it on this rank: itself, a master copy or a shard)."""
         for part in self._parts():
             yield from param_pairs(part)
+
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """What Adam keeps for this rank's share of the parameters: moments, and the tensors that it updates."""
+        for part in self._parts():
+            for updated, state in part.optimizer.state.items():
+                yield updated
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
     def _parts(self) -> Iterator[Any]:
         """megatron-core's optimizers of this rank, without those that have no parameters."""

@@ -59,3 +59,29 @@ class PassClock:
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
         self._events, self._seconds = [], 0.0
         return seconds
+
+
+class PassesInFlight:
+    """Within it, counts the forward passes of the schedule's units that wait for their backward passes: ``most`` at once."""
+
+    def __init__(self) -> None:
+        self._now = self.most = 0
+
+    def __enter__(self) -> PassesInFlight:
+        self._plain = schedules.forward_step, schedules.backward_step
+        forward, backward = self._plain
+
+        def one_more(*args: Any, **kwargs: Any) -> Any:
+            self._now += 1
+            self.most = max(self.most, self._now)
+            return forward(*args, **kwargs)
+
+        def one_less(*args: Any, **kwargs: Any) -> Any:
+            self._now -= 1
+            return backward(*args, **kwargs)
+
+        schedules.forward_step, schedules.backward_step = one_more, one_less
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        schedules.forward_step, schedules.backward_step = self._plain

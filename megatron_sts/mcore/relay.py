@@ -8,6 +8,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+RELAY = "relay"
+"""How the groups of relays are called."""
+
 
 class PipelineRelay:
     """One tensor a micro-batch, through host memory and a group of its own.
@@ -22,7 +25,7 @@ class PipelineRelay:
         found: list[list[int]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(found, mine)
         for ranks in sorted(map(list, {tuple(ranks) for ranks in found})):
-            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend="gloo")
+            group = dist.new_group(ranks, timeout=timedelta(seconds=timeout_s), backend="gloo", group_desc=RELAY)
             if ranks == mine:
                 assert isinstance(group, dist.ProcessGroup)
                 self._group, self._ranks = group, ranks

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sts.cost.pass_order import grouped
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.module import unwrap
 
@@ -71,17 +72,6 @@ def schedule_units(
     if not forward_only:
         _connect(config, chunks, units)
     return units
-
-
-def grouped(num_rounds: int, active: Sequence[int]) -> list[list[int]]:
-    """The rounds of each unit. An idle first round joins the first active one, an idle last round the last one, as
-    embedding and head run in every step; idle rounds between are in no unit. Without an active round there is one unit."""
-    groups = [[number] for number in active] or [[]]
-    if 0 not in groups[0]:
-        groups[0].insert(0, 0)
-    if num_rounds - 1 not in groups[-1]:
-        groups[-1].append(num_rounds - 1)
-    return groups
 
 
 def parts_of(chunks: Sequence[torch.nn.Module], group: Sequence[int], active: Sequence[int]) -> list[torch.nn.Module]:

@@ -51,9 +51,8 @@ class Compression:
         elif self._relay is not None:
             self._relay.send(batch.number, chosen)
         # The batch has the positions of evenly spaced tokens; text does not move when others of its image are kept.
-        positions = batch.position_ids.clone()
-        positions[batch.is_visual] += chosen - batch.visual_indices
-        return positions
+        moves = torch.zeros_like(batch.position_ids)
+        return batch.position_ids + moves.masked_scatter(batch.is_visual, chosen - batch.visual_indices)
 
     def _drops(self, batch: Batch) -> bool:
         return len(batch.visual_indices) < len(batch.num_kept) * self._num_tokens_in

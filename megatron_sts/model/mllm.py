@@ -56,7 +56,7 @@ class MultimodalModel(PipelineChunk):
         if self.vision is not None:
             if batch.pixels is not None:
                 visual, chosen = self.see(batch, words)
-                embeddings = merge_visual(words, visual, batch.is_visual)
+                embeddings = merge_visual(words, visual, batch.is_visual, batch.num_placeholders)
             elif self.awaited and torch.is_grad_enabled():
                 embeddings = words + self.see_nothing(batch)
         return self.to_sequence_parallel(embeddings), chosen

@@ -9,13 +9,11 @@ from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LdsConfig
-from megatron_sts.cost.memory import layer_parameters_per_rank, memory_per_rank
+from megatron_sts.cost.memory import GRADIENT_BYTES, layer_parameters_per_rank, memory_per_rank
 from megatron_sts.lds.effective import effective_probabilities
 from megatron_sts.lds.mask import draw_mask
 from megatron_sts.lds.placement import placement
 from megatron_sts.plan.steps import grid
-
-GRADIENT_BYTES = 4
 
 
 @dataclass(frozen=True)

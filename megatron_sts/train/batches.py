@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -119,11 +120,15 @@ def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
     if not place.is_first_stage:
         return list(bare)
     if place.tp_size > 1:
-        pixels = [_share_pixels(number, pixels, shape) for number, shape in enumerate(shapes)]
+        pixels = [share_pixels(number, pixels, shape) for number, shape in enumerate(shapes)]
     return [replace(batch, pixels=image) for batch, image in zip(bare, pixels, strict=True)]
 
 
-def _share_pixels(number: int, pixels: list[torch.Tensor | None], shape: tuple[int, ...] | None) -> torch.Tensor | None:
+def share_pixels(
+    number: int, pixels: Sequence[torch.Tensor | None], shape: tuple[int, ...] | None
+) -> torch.Tensor | None:
+    """Micro-batch ``number``'s pixels of this ``shape`` on all tensor-parallel ranks, from the first one, which has ``pixels``;
+    a collective. None where there are none."""
     if shape is None:
         return None
     mine, device = pixels[number] if pixels else None, current_device().torch_device

@@ -74,9 +74,14 @@ class Stage:
 
 
 def build_stage(
-    resolved: Resolved, spec: ResolvedStage, place: Place, chunks: Sequence[torch.nn.Module], gate: SkipGate
+    resolved: Resolved,
+    spec: ResolvedStage,
+    place: Place,
+    chunks: Sequence[torch.nn.Module],
+    gate: SkipGate,
+    batches: StageBatches | None = None,
 ) -> Stage:
-    """Freezes what the stage freezes, then builds DDP and the optimizer over the rest."""
+    """Freezes what the stage freezes, then builds DDP and the optimizer over the rest. ``batches``: None: the stage's data."""
     set_trainable(chunks, spec.config.freeze)
     compression = build_compression(resolved, spec)
     for chunk in map(unwrap, chunks):
@@ -89,7 +94,7 @@ def build_stage(
         place=place,
         chunks=wrapped,
         optimizer=optimizer,
-        batches=StageBatches(resolved, spec, place),
+        batches=StageBatches(resolved, spec, place) if batches is None else batches,
         gate=gate,
         masks=build_masks(resolved, spec) if spec.config.lds else None,
         fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),

@@ -278,7 +278,7 @@ def test_planned_layout(path: Path) -> None:
 def test_ground_floor_is_torch_free() -> None:
     code = (
         "import sys, megatron_sts.config.resolve, megatron_sts.config.load, megatron_sts.cost.flops, "
-        "megatron_sts.cost.memory, megatron_sts.plan.schedule; sys.exit('torch' in sys.modules)"
+        "megatron_sts.cost.peak, megatron_sts.cost.communication, megatron_sts.plan.schedule; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=Path(__file__).parents[2]).returncode == 0
 

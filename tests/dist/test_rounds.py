@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from megatron_sts.cost.pass_order import grouped
 from megatron_sts.mcore.module import unwrap
-from megatron_sts.mcore.units import grouped, schedule_units
+from megatron_sts.mcore.units import schedule_units
 from tests.dist.ladder import Written, write_inputs, written_run
 from tests.dist.launch import run_ranks
 from tests.dist.rounds import WAYS, train_every_way

@@ -28,6 +28,7 @@ from megatron_sts.cli import main
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.cost.memory import memory_per_rank, parameters
+from megatron_sts.plan.layout import choose_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H100_BYTES = 80 * 10**9
@@ -109,6 +110,7 @@ PRESETS: dict[str, tuple[Callable[[], int], Callable[[], int], int]] = {
     "minigpt4_7b": (eva_clip_g, lambda: llama(32, 4096, 11008, 32, 32, 32064), 6_738_415_616 + 2 * 64 * 4096),
     "llava_qwen2_7b": (siglip_so400m, lambda: qwen2(28, 3584, 18944, 28, 4, 152064, tied=False), 7_615_616_512),
     "llava_qwen25_3b": (siglip_so400m, lambda: qwen2(36, 2048, 11008, 16, 2, 151936, tied=True), 3_085_938_688),
+    "llava_qwen25_72b": (siglip_so400m, lambda: qwen2(80, 8192, 29568, 64, 8, 152064, tied=False), 72_706_203_648),
     "llava_llama31_8b": (siglip_so400m, lambda: llama(32, 4096, 14336, 32, 8, 128256), 8_030_261_248),
     "llava_llama31_70b": (siglip_so400m, lambda: llama(80, 8192, 28672, 64, 8, 128256), 70_553_706_496),
 }
@@ -116,7 +118,7 @@ PRESETS: dict[str, tuple[Callable[[], int], Callable[[], int], int]] = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_hugging_faces(name: str) -> None:
-    resolved = resolve(load(EXAMPLES / name))
+    resolved = resolve(load(EXAMPLES / name), choose_layout=choose_layout)
     tower, decoder, published = PRESETS[name]
     counts = parameters(resolved)
     width = resolved.config.model.language.hidden_size
@@ -139,6 +141,6 @@ def test_dry_run_needs_nothing_else(name: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_state_leaves_an_h100_half_for_activations(name: str) -> None:
-    resolved = resolve(load(EXAMPLES / name))
+    resolved = resolve(load(EXAMPLES / name), choose_layout=choose_layout)
     for stage in resolved.stages:
         assert max(memory.total_bytes for memory in memory_per_rank(resolved, stage)) < H100_BYTES / 2

@@ -27,6 +27,7 @@ PRESETS = {
     ("llava_qwen2_7b", SIGLIP, "Qwen2-7B"),
     ("llava_qwen2_7b", SIGLIP, "Qwen2.5-7B"),
     ("llava_qwen25_3b", SIGLIP, "Qwen2.5-3B"),
+    ("llava_qwen25_72b", SIGLIP, "Qwen2.5-72B-Instruct"),
     ("llava_llama31_8b", SIGLIP, "Llama-3.1-8B"),
     ("llava_llama31_70b", SIGLIP, "Llama-3.1-70B"),
     ("llava_llama3_70b", CLIP, "Meta-Llama-3-70B"),

@@ -1,0 +1,164 @@
+"""What autograd keeps of one micro-batch for its backward pass, from shapes alone. Torch-free; knows no schedule.
+
+Counted are storages: a view keeps all of the tensor that it looks at. Parameters, the batch itself and what lives within one
+pass only are not in it. b rows of s tokens are t = b s tokens; a heads and g groups of d channels, hidden size h, SwiGLU size f,
+e bytes an element; tensor parallelism divides what is split by tp, and with sequence parallelism also t' = t / tp.
+
+One decoder layer (after Korthikanti et al., "Reducing Activation Recomputation", arXiv 2205.05198, for the modules that run here):
+
+=================== ==================================== =============================================================
+norms               2 (e t' h + 4 t')                    inputs, and fp32 inverse deviations
+linear inputs       2 e t' h + e t f / tp                outputs of the norms and of SwiGLU; none if the weights are frozen
+fused QKV           e t (a + 2 g) d / tp                 values are a view of it; all groups' where tp > g
+rotated Q and K     e t (a + g) d / tp, 4 e t d          and the angles' cosines and sines, for either
+attention           e t a d / tp + 4 t a / tp            output (also the next matrix's input) and fp32 log-sum-exp
+SwiGLU              2 e t f / tp                         its input
+=================== ==================================== =============================================================
+
+Transformer Engine's modules keep the same tensors, but in FP8 one byte an element of the inputs of QKV, fc1 and fc2
+(the attention's output is kept in 16 bits for the next matrix, ``save_original_input``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.tokens import TokenCounts
+from megatron_sts.cost.flops import TokenLoad
+from megatron_sts.cost.memory import learning_parts
+from megatron_sts.cost.step import microbatch_load
+from megatron_sts.cost.vision import qformer_bytes, tower_bytes
+from megatron_sts.cost.weights import head_width, num_groups
+
+Kernels = Literal["torch", "engine"]
+"""Whose layers the decoder has: torch's or Transformer Engine's."""
+FP32_BYTES, INDEX_BYTES, MASK_BYTES = 4, 8, 1
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes on one tensor-parallel rank for one micro-batch."""
+
+    before: int
+    """Embedding, merge, and of tower, Q-Former and projector what learns or passes gradients on; on the first rank."""
+    chunk: int
+    """Of each chunk, besides its layers."""
+    layers: tuple[int, ...]
+    """Of each decoder layer, if it runs."""
+    layer_running: int
+    """More while a layer's backward pass runs: with full recomputation all that it would have kept."""
+    after: int
+    """Final norm, head and loss; on the last rank."""
+    after_running: int
+    """More while head and loss run: logits of 16 bits and, in megatron-core's fused cross entropy, a second copy in fp32."""
+
+
+def saved(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, kernels: Kernels) -> Saved:
+    """Bytes that a micro-batch of the stage leaves for its backward pass when rows have these ``counts``."""
+    load, learning = microbatch_load(resolved, stage, counts), learning_parts(resolved, stage)
+    share, language = _share(resolved, stage, load), resolved.config.model.language
+    learns, is_full = "language" in learning, resolved.config.parallel.recompute == "full"
+    layers = [_layer(resolved, share, kernels, learns=learns, number=number) for number in range(language.num_layers)]
+    residual = share.element_bytes * share.own_tokens * language.hidden_size
+    logits = share.tokens * language.vocab_size // share.tp
+    return Saved(
+        before=_embedding(resolved, share, learns=learns) + _before_merge(resolved, stage, share, load),
+        chunk=FP32_BYTES * share.tokens * head_width(language) + MASK_BYTES * share.pairs if is_full else 0,
+        layers=(residual,) * len(layers) if is_full else tuple(layers),
+        layer_running=max(layers) - residual if is_full else 0,
+        after=_after(resolved, share, learns=learns),
+        after_running=(share.element_bytes + FP32_BYTES) * logits if share.element_bytes < FP32_BYTES else 0,
+    )
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What one rank has of a micro-batch."""
+
+    element_bytes: int
+    tp: int
+    tokens: int
+    """Where the sequence is whole."""
+    own_tokens: int
+    """Where sequence parallelism cuts it."""
+    pairs: int
+    """Query-key pairs that a mask tells apart: with packing those of all rows, else 0."""
+
+
+def _share(resolved: Resolved, stage: ResolvedStage, load: TokenLoad) -> _Share:
+    parallel = resolved.config.parallel
+    tp, tokens = parallel.tensor_model_parallel_size, load.num_tokens // parallel.context_parallel_size
+    return _Share(
+        element_bytes=4 if resolved.config.precision.params == "fp32" else 2,
+        tp=tp,
+        tokens=tokens,
+        own_tokens=tokens // tp if parallel.sequence_parallel else tokens,
+        pairs=load.num_pairs if stage.config.batch.packing == "pack" else 0,
+    )
+
+
+def _layer(resolved: Resolved, share: _Share, kernels: Kernels, *, learns: bool, number: int) -> int:
+    """A decoder layer without full recomputation: the table above."""
+    language, precision = resolved.config.model.language, resolved.config.precision
+    heads, groups, channels = language.num_attention_heads, num_groups(language), head_width(language)
+    size, tokens, tp = share.element_bytes, share.tokens, share.tp
+    own_hidden = share.own_tokens * language.hidden_size
+    norms = 2 * (size * own_hidden + FP32_BYTES * share.own_tokens)
+    input_bytes = 1 if kernels == "engine" and multiplies_in_fp8(resolved, share.tokens, number) else size
+    is_emulated = (
+        precision.fp8 == "emulate"
+    )  # torchao's product keeps its operands in any case, and the gathered sequence
+    keeps_inputs, of_norms = learns or is_emulated, language.hidden_size * tokens if is_emulated else own_hidden
+    inputs = input_bytes * (2 * of_norms + tokens * language.ffn_hidden_size // tp) if keeps_inputs else 0
+    qkv = size * tokens * (heads + 2 * groups) * channels // (tp if groups >= tp else 1)
+    rotated = size * tokens * (heads // tp + max(groups // tp, 1)) * channels + 4 * size * tokens * channels
+    output, log_sums = size * tokens * heads * channels // tp, FP32_BYTES * tokens * heads // tp
+    is_recomputed = resolved.config.parallel.recompute == "selective"
+    attention = (output if keeps_inputs else 0) if is_recomputed else output + log_sums
+    mask = size * share.pairs if kernels == "torch" else 0  # what is added to the scores
+    return norms + inputs + qkv + rotated + attention + mask + 2 * size * tokens * language.ffn_hidden_size // tp
+
+
+def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:
+    """Whether Transformer Engine multiplies in FP8 in a decoder layer (0-based) when a micro-batch has so many tokens."""
+    precision, num_layers = resolved.config.precision, resolved.config.model.language.num_layers
+    is_outer = min(layer, num_layers - 1 - layer) < precision.first_last_layers_bf16
+    return precision.engine_recipe is not None and not is_outer and num_tokens >= precision.min_tokens_for_fp8
+
+
+def _after(resolved: Resolved, share: _Share, *, learns: bool) -> int:
+    """Final norm e t' h + 4 t', its output e t' h for the head's weights, fp32 probabilities 4 t v / tp, and the targets."""
+    language, own_hidden = resolved.config.model.language, share.own_tokens * resolved.config.model.language.hidden_size
+    norm = (2 if learns else 1) * share.element_bytes * own_hidden + FP32_BYTES * share.own_tokens
+    return (
+        norm + FP32_BYTES * share.tokens * language.vocab_size // share.tp + (INDEX_BYTES + MASK_BYTES) * share.tokens
+    )
+
+
+def _embedding(resolved: Resolved, share: _Share, *, learns: bool) -> int:
+    """This rank's token ids where the vocabulary is split, and with sequence parallelism the decoder's whole input e t h, of
+    which the first layer's is a view."""
+    ids = (INDEX_BYTES + MASK_BYTES) * share.tokens if learns and share.tp > 1 else 0
+    rest = share.element_bytes * (share.tokens - share.own_tokens) * resolved.config.model.language.hidden_size
+    return ids + rest
+
+
+def _before_merge(resolved: Resolved, stage: ResolvedStage, share: _Share, load: TokenLoad) -> int:
+    """Projector: its input for the first matrix, the GELU's input, and its output for the second; tower and Q-Former."""
+    model, learning = resolved.config.model, learning_parts(resolved, stage)
+    if model.vision is None:
+        return 0
+    size, projected, hidden = share.element_bytes, load.num_projected_tokens, model.language.hidden_size
+    before = 0
+    if "vision" in learning:
+        before += tower_bytes(model.vision, resolved.num_vision_layers, size, share.tp, load.num_images)
+    if model.qformer is not None and ("qformer" in learning or "vision" in learning):
+        before += qformer_bytes(model.qformer, model.vision, size, load.num_images)
+    passes = bool({"vision", "qformer", "projector"} & set(learning))
+    learns = "projector" in learning
+    inputs = size * projected * (model.qformer or model.vision).hidden_size if learns else 0
+    if model.projector.type == "linear":
+        return before + inputs
+    return before + inputs + size * projected * hidden // share.tp * (passes + learns)

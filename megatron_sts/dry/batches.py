@@ -1,0 +1,80 @@
+"""The batches that a dry run trains on: full rows with as many images as the stage plans for, in a step's real shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from megatron_sts.config.checks import IMAGE_MODES
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts, round_up
+from megatron_sts.data.batch import Batch
+from megatron_sts.data.collate import PreparedSample, collate
+from megatron_sts.data.template import EncodedSample
+from megatron_sts.mcore.groups import Place
+from megatron_sts.train.batches import StageBatches, share_pixels
+from megatron_sts.vtc.positions import position_ids
+from megatron_sts.vtc.samplers import UniformSampler, make_sampler
+
+
+class PlannedBatches(StageBatches):
+    """Stands for ``StageBatches``. Reads nothing: text is token 0, pictures are black."""
+
+    def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
+        self.wait_s = 0.0
+        self._stage, self._place, self._vision = stage, place, resolved.config.model.vision
+        vtc = stage.config.vtc
+        self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
+        self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
+        self._positions = vtc.positions if vtc else "original"
+
+    def step(self, step: int) -> list[Batch]:
+        """The step's micro-batches. Those of a tensor-parallel group get their pixels from its first rank, as in training."""
+        batch = self._batch(self._stage.tokens(step))
+        batches = [replace(batch, number=number) for number in range(self._stage.num_microbatches)]
+        if not self._place.is_first_stage:
+            return [replace(one, pixels=None) for one in batches]
+        if self._place.tp_size == 1 or batch.pixels is None:
+            return batches
+        mine = [batch.pixels] * len(batches) if self._place.tp_rank == 0 else []
+        shape = tuple(batch.pixels.shape)
+        return [replace(one, pixels=share_pixels(one.number, mine, shape)) for one in batches]
+
+    def close(self) -> None:
+        """There is nothing to end."""
+
+    def _batch(self, counts: TokenCounts) -> Batch:
+        config = self._stage.config.batch
+        sample = self._sample(counts)
+        return collate(
+            [[sample]] * config.micro_batch_size,
+            sequence_length=round_up(sample.length, self._stage.token_multiple),
+            dense_length=self._stage.uncompressed.sequence_length if config.packing == "pad" else None,
+            pad_id=0,
+            packed=config.packing == "pack",
+            projects_all=self._projects_all,
+        )
+
+    def _sample(self, counts: TokenCounts) -> PreparedSample:
+        """One that fills its row: its images, then words, the first half of them a user's."""
+        num_in, config = self._stage.visual_tokens_in, self._stage.config.batch
+        has_images = self._stage.data.source != "scenes" or self._stage.data.mode in IMAGE_MODES
+        numbers = range(config.max_images if self._vision is not None and has_images else 0)
+        kept = tuple(self._sampler.indices([(0, number)], num_in, counts.of_image(number))[0] for number in numbers)
+        num_visual = sum(map(len, kept))
+        length = counts.sequence_length
+        if config.packing == "none":  # rows are as long as their samples, which VTC makes shorter
+            length -= len(kept) * num_in - num_visual
+        is_visual = [place < num_visual for place in range(length)]
+        is_user = [num_visual <= place < (length + num_visual) // 2 for place in range(length)]
+        is_target = [not (visual or user) for visual, user in zip(is_visual, is_user, strict=True)]
+        encoded = EncodedSample([0] * length, is_target, is_visual, len(kept), is_user)
+        places = position_ids(torch.tensor(is_visual), kept, num_in, self._positions)
+        return PreparedSample(encoded, places, kept, num_in, self._pixels(len(kept)))
+
+    def _pixels(self, num_images: int) -> tuple[np.ndarray, ...] | None:
+        if self._vision is None:
+            return None
+        return (np.zeros((self._vision.image_size, self._vision.image_size, 3), dtype=np.uint8),) * num_images

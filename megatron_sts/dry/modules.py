@@ -1,0 +1,69 @@
+"""Which module is at work: names for what is counted, forward, backward and while a layer is run again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.nn.modules import module as hooks
+
+OUTSIDE = "step"
+"""Work of no module: the loss, gradients, the update."""
+ROOT = "vtc"
+"""Work of the model itself and of none of its parts."""
+
+
+class ModuleNames:
+    """Knows the module that computes. In a backward pass it is the one that saved what was last taken up again."""
+
+    def __init__(self) -> None:
+        self._names: dict[torch.nn.Module, str] = {}
+        self._stack: list[str] = []
+        self._last_saver = OUTSIDE
+
+    def add(self, model: torch.nn.Module) -> None:
+        """The modules of a chunk, by their names without numbers of layers."""
+        for name, module in model.named_modules():
+            self._names[module] = re.sub(r"\.\d+(?=\.|$)", "", name) or ROOT
+
+    @property
+    def current(self) -> str:
+        """Forward: the innermost module that runs."""
+        return self._stack[-1] if self._stack else self._last_saver
+
+    @property
+    def is_recomputing(self) -> bool:
+        """Whether a forward pass runs within a backward pass."""
+        return bool(self._stack) and is_backward()
+
+    def taken_up(self, saver: str) -> None:
+        """The backward pass goes on with what ``saver`` saved."""
+        self._last_saver = saver
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Follows the modules while the block runs."""
+        with ExitStack() as stack:
+            for handle in (
+                hooks.register_module_forward_pre_hook(self._enter),
+                hooks.register_module_forward_hook(self._leave, always_call=True),
+            ):
+                stack.callback(handle.remove)
+            yield
+
+    def _enter(self, module: torch.nn.Module, _inputs: Sequence[Any]) -> None:
+        outer = self._stack[-1] if self._stack else OUTSIDE
+        self._stack.append(self._names.get(module, outer))
+
+    def _leave(self, _module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
+        self._stack.pop()
+        if not self._stack:
+            self._last_saver = OUTSIDE
+
+
+def is_backward() -> bool:
+    """Whether autograd runs."""
+    return bool(torch._C._current_graph_task_id() != -1)
