@@ -9,10 +9,22 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_sts import __version__
-from megatron_sts.commands import convert, data, doctor, evaluate, generate, launch_slurm, plan, report, train, verify
+from megatron_sts.commands import (
+    config,
+    convert,
+    data,
+    doctor,
+    evaluate,
+    generate,
+    launch_slurm,
+    plan,
+    report,
+    train,
+    verify,
+)
 from megatron_sts.config.errors import ConfigError
 
-COMMANDS = (train, launch_slurm, plan, data, generate, evaluate, convert, verify, report, doctor)
+COMMANDS = (train, launch_slurm, plan, data, generate, evaluate, convert, verify, report, config, doctor)
 """In the order of ``--help``. Each declares its arguments (``add``) and imports what it needs when it runs."""
 
 PROGRAM = "megatron-sts"

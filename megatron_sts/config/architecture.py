@@ -27,7 +27,7 @@ HF_SIZES = {
 
 
 class VisionConfig(Section):
-    """A ViT."""
+    """A ViT: the tower that turns pictures into features."""
 
     tower: Literal["clip", "siglip", "hf"] = "clip"
     """clip: class token, a norm before the layers, quick-GELU; siglip: none of these, a biased patch embedding, tanh-GELU;
@@ -35,8 +35,11 @@ class VisionConfig(Section):
     hf_config: dict[str, Any] | None = None
     """hf: the content of the model's config.json. The sizes below are taken from it unless it leaves them out."""
     num_layers: PositiveInt
+    """Transformer layers of the whole tower, those after ``feature_layer`` counted."""
     hidden_size: PositiveInt
+    """Width of its features."""
     num_attention_heads: PositiveInt
+    """Query heads of a layer."""
     ffn_hidden_size: PositiveInt | None = None
     """Defaults to 4 x hidden_size."""
     image_size: PositiveInt
@@ -84,8 +87,11 @@ class QFormerConfig(Section):
     num_query_tokens: PositiveInt = 32
     """Visual tokens of an image."""
     num_layers: PositiveInt = 12
+    """Transformer layers."""
     hidden_size: PositiveInt = 768
+    """Width of its features."""
     num_attention_heads: PositiveInt = 12
+    """Query heads of a layer."""
     ffn_hidden_size: PositiveInt | None = None
     """Defaults to 4 x hidden_size."""
     cross_attention_frequency: PositiveInt = 2
@@ -98,6 +104,7 @@ class ProjectorConfig(Section):
     """Maps visual features to the language model's width."""
 
     type: Literal["linear", "mlp2x_gelu"] = "mlp2x_gelu"
+    """linear: one matrix with a bias (MiniGPT-4); mlp2x_gelu: two with a GELU between them (LLaVA-1.5)."""
     init: str | None = None
     """As ``vision.init``, but none are embedded."""
 
@@ -112,7 +119,7 @@ class RopeScalingConfig(Section):
     high_freq_factor: Annotated[float, Field(gt=0)] = 4.0
     """Wavelengths below original length / this stay; between both it is interpolated."""
     original_max_position_embeddings: PositiveInt = 8192
-    """Tokens."""
+    """Tokens of the longest row before the scaling."""
 
     @model_validator(mode="after")
     def _order(self) -> RopeScalingConfig:
@@ -127,11 +134,15 @@ class LanguageConfig(Section):
     """A Llama-type decoder: RMSNorm, SwiGLU, RoPE, grouped-query attention."""
 
     num_layers: PositiveInt
+    """Decoder layers."""
     hidden_size: PositiveInt
+    """Width of the residual stream."""
     num_attention_heads: PositiveInt
+    """Query heads of a layer."""
     num_query_groups: PositiveInt | None = None
     """Key/value heads. Defaults to num_attention_heads (no grouping)."""
     ffn_hidden_size: PositiveInt
+    """Width between the matrices of a feed-forward block (SwiGLU)."""
     kv_channels: PositiveInt | None = None
     """Width of one attention head. Defaults to hidden_size / num_attention_heads."""
     vocab_size: PositiveInt
@@ -140,9 +151,13 @@ class LanguageConfig(Section):
     add_qkv_bias: bool = False
     """Biases of the query, key and value projections (Qwen2)."""
     rotary_base: PositiveInt = 10000
+    """RoPE's base (Hugging Face: rope_theta)."""
     rope_scaling: RopeScalingConfig | None = None
+    """Scaling of RoPE to longer sequences. None: none."""
     norm_epsilon: Epsilon = 1e-5
+    """RMSNorm's."""
     tie_word_embeddings: bool = False
+    """Whether the output layer is the embedding's matrix."""
     init_std: Deviation = 0.02
     """Standard deviation of the initial weights (output layers of a block: divided by sqrt(2 x num_layers))."""
     embedding_init_std: Deviation | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.config.section import Section
+from megatron_sts.config.section import Section, section_of
 
 CONFIG_NAME = "config.yaml"
 """The file that a run's folder is named by."""
@@ -166,17 +166,10 @@ def _nearest(location: Sequence[str | int]) -> str:
     section: type[Section] = RunConfig
     for key in location[:-1]:
         if isinstance(key, str):
-            section = _section_of(section.model_fields[key].annotation) or section
+            section = section_of(section.model_fields[key].annotation) or section
     known = list(section.model_fields)
     near = difflib.get_close_matches(str(location[-1]), known, n=1)
     return f"did you mean {near[0]}?" if near else f"remove it, or choose from {', '.join(known)}"
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    """The config section inside a field's type: ``X``, ``X | None`` or ``tuple[X, ...]``."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for inner in get_args(annotation) if (found := _section_of(inner))), None)
 
 
 def _short(value: object) -> str:

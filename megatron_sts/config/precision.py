@@ -13,6 +13,7 @@ class PrecisionConfig(Section):
     """Number formats of parameters, and of the matrix products in the decoder's layers."""
 
     params: Literal["fp32", "bf16"] = "fp32"
+    """Of weights and activations. bf16: the optimizer keeps fp32 ones."""
     fp8: Fp8 = "off"
     """tensorwise, delayed, blockwise, mxfp8: Transformer Engine's recipes. tensorwise is the one to take with LDS: it keeps
     nothing from step to step. emulate: rounds to FP8 and multiplies in ``params``; shows what FP8 does to a loss, anywhere.

@@ -24,11 +24,15 @@ class ParallelConfig(Section):
     """How the model is spread over devices. Sizes are numbers of ranks."""
 
     tensor_model_parallel_size: PositiveInt = 1
+    """Ranks that share each layer's matrices."""
     pipeline_model_parallel_size: PositiveInt = 1
+    """Ranks that share the layers, one after the other."""
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
     context_parallel_size: PositiveInt = 1
+    """Ranks that share each row's tokens."""
     sequence_parallel: bool = False
+    """Tensor-parallel ranks also share the tokens of norms and residuals; less activation memory."""
     data_parallel_size: PositiveInt | None = None
     """None: the world size divided by tensor x pipeline x context sizes (1 for a local launch)."""
     layout: Literal["even", "auto"] | tuple[NonNegativeInt, ...] = "even"
@@ -38,6 +42,7 @@ class ParallelConfig(Section):
     ``virtual_pipeline_model_parallel_size: null``, as many as are best (``megatron-sts plan`` shows these).
     """
     use_distributed_optimizer: bool = False
+    """Data-parallel ranks share the optimizer's state (ZeRO-1)."""
     overlap_grad_reduce: bool = False
     """Reduce a layer's gradients while earlier layers still run backward."""
     overlap_param_gather: bool = False
@@ -102,16 +107,23 @@ class OptimizerConfig(Section):
     """Adam(W) with warm-up and decay."""
 
     name: Literal["adam"] = "adam"
+    """AdamW: decay apart from the gradient."""
     lr: Annotated[float, Field(gt=0)]
+    """Largest learning rate, reached after the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
     """cosine, linear: where the learning rate ends; at most ``lr``."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps in which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls to ``min_lr`` at the stage's end; constant: it does not."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's, times the learning rate; biases and norms have none."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
     betas: tuple[Decay, Decay] = (0.9, 0.95)
+    """Adam's averages of gradients and of their squares."""
     eps: Epsilon = 1e-8
+    """Added to the root of Adam's second moment."""
 
 
 class BatchConfig(Section):
@@ -138,6 +150,7 @@ class VtcConfig(Section):
     instruction's words; anchored: an even grid, patches with text, and a relevant and diverse rest; pooled: means of areas.
     """
     keep_ratio: Ratio = 0.5
+    """Share of an image's tokens that stay, rounded to a number that the layout needs."""
     schedule: Literal["constant", "linear", "cosine", "piecewise"] = "constant"
     """How the keep ratio moves over the stage: from ``keep_ratio`` to ``final_keep_ratio``, or along ``schedule_points``."""
     final_keep_ratio: Ratio | None = None
@@ -180,7 +193,9 @@ class LdsConfig(Section):
     """
 
     alpha: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Skip probability at the stage's start, mean over the layers."""
     epsilon: Annotated[float, Field(ge=-1.0, le=1.0)] = 0.5
+    """How much it rises with depth: from alpha (1 - epsilon) to alpha (1 + epsilon)."""
     schedule: Literal["paper", "linear", "cosine", "constant", "piecewise"] = "paper"
     """decay(e) with x = e/E: paper (1-x)^2, linear 1-x, cosine (1+cos(pi x))/2, constant 1, piecewise ``schedule_points``."""
     schedule_points: tuple[tuple[Fraction, Fraction], ...] = ()
@@ -226,14 +241,21 @@ class StageConfig(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")]
     """Addresses the stage in overrides and names its folders."""
     freeze: tuple[Part, ...] = ()
+    """Parts of the model that do not learn."""
     data: DataConfig | None = None
     """None: the run's ``data``."""
     epochs: Annotated[float, Field(gt=0)] | None = None
+    """Length, in passes over the data; either this or ``steps``."""
     steps: PositiveInt | None = None
+    """Length, in optimizer steps."""
     optimizer: OptimizerConfig
+    """How what learns is updated."""
     batch: BatchConfig
+    """Shapes of a step."""
     vtc: VtcConfig | None = None
+    """Visual Token Compressor. None: the language model sees all tokens."""
     lds: LdsConfig | None = None
+    """Layer Dynamic Skipper. None: every layer runs."""
 
     @model_validator(mode="after")
     def _length(self) -> StageConfig:
@@ -308,6 +330,7 @@ class LoggingConfig(Section):
     slow_rank_share: Annotated[float, Field(gt=0)] = 0.2
     """By what share of their median a rank must be slower than those others for a warning on the terminal."""
     tensorboard: bool = True
+    """Write RUN_DIR/tensorboard beside metrics.jsonl."""
     device_peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """Peak of one device, for MFU. None: from the device table; unknown devices (CPU) and fp32 report null."""
 
@@ -318,12 +341,15 @@ class EvaluationConfig(Section):
     num_questions: Annotated[int, Field(ge=0)] = 0
     """Questions a family; 0 turns evaluation off."""
     families: tuple[str, ...] = ("existence", "relation", "counting", "ocr", "choice", "paired")
+    """Question families that are asked."""
     left_out_of_mean: tuple[str, ...] = ()
     """Families that are asked and shown, but not part of a comparison's mean: those the model cannot learn at its size."""
     splits: tuple[Literal["eval", "eval_heldout", "eval_style"], ...] = ("eval",)
+    """eval: other scenes than in training; eval_heldout: objects that were never trained on; eval_style: another art style."""
     words: bool = False
     """Give the scene in words instead of the image (text-only models; the gate of the backbones)."""
     micro_batch_size: PositiveInt = 50
+    """Questions answered at a time."""
 
 
 class RunConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -32,3 +32,10 @@ class Section(BaseModel):
             name: "off" if value is False and name in fields and "off" in get_args(fields[name].annotation) else value
             for name, value in data.items()
         }
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The config section inside a field's type: ``X``, ``X | None`` or ``tuple[X, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := section_of(inner))), None)
