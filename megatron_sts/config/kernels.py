@@ -13,7 +13,7 @@ class KernelsConfig(Section):
     layers: Literal["auto", "transformer-engine", "torch"] = "auto"
     """Linear layers, norms and attention of the decoder."""
     optimizer: Literal["auto", "transformer-engine", "apex", "torch"] = "auto"
-    """Adam."""
+    """Of Adam."""
     gradient_accumulation_fusion: bool | Literal["auto"] = "auto"
     """Add weight gradients to their fp32 buffer within the matrix product; needs apex's extension for it."""
     cuda_graphs: bool = False

@@ -7,14 +7,14 @@ from pathlib import Path
 from megatron_sts.commands.speedups import outline
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
-from megatron_sts.plan.layout import choose_layout
 from tools.plan_table import BEGIN, END, table
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llava_qwen25_72b"
 
 
 def test_the_readme_shows_the_plan() -> None:
-    facts = outline(resolve(load(EXAMPLE), choose_layout=choose_layout))
+    facts = outline(resolve(load(EXAMPLE)))
+    assert facts["layout"] == facts["configured_layout"]
     assert facts["lds"]["sampler"] == facts["lds"]["fastest_sampler"] == "rounds"
     assert f"({facts['layout']['vpp']} chunks a rank)" in (text := (EXAMPLE / "README.md").read_text())
     assert text.count(BEGIN + table(facts) + END) == 1

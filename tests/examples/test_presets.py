@@ -28,7 +28,6 @@ from megatron_sts.cli import main
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.cost.memory import memory_per_rank, parameters
-from megatron_sts.plan.layout import choose_layout
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H100_BYTES = 80 * 10**9
@@ -118,7 +117,7 @@ PRESETS: dict[str, tuple[Callable[[], int], Callable[[], int], int]] = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_parameters_are_hugging_faces(name: str) -> None:
-    resolved = resolve(load(EXAMPLES / name), choose_layout=choose_layout)
+    resolved = resolve(load(EXAMPLES / name))
     tower, decoder, published = PRESETS[name]
     counts = parameters(resolved)
     width = resolved.config.model.language.hidden_size
@@ -141,6 +140,6 @@ def test_dry_run_needs_nothing_else(name: str, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_state_leaves_an_h100_half_for_activations(name: str) -> None:
-    resolved = resolve(load(EXAMPLES / name), choose_layout=choose_layout)
+    resolved = resolve(load(EXAMPLES / name))
     for stage in resolved.stages:
         assert max(memory.total_bytes for memory in memory_per_rank(resolved, stage)) < H100_BYTES / 2
