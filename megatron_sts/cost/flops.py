@@ -9,6 +9,7 @@ Published TFLOP/s use both attention conventions: name yours.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
@@ -160,6 +161,35 @@ def step_flops(
     """``step_work`` of a step in which ``layers_executed`` decoder layers ran, in the mean over micro-batches."""
     work = step_work(resolved, stage, load, causal=causal)
     return work.before + round(layers_executed * work.layer) + work.after
+
+
+def rank_flops(
+    resolved: Resolved,
+    stage: ResolvedStage,
+    load: TokenLoad,
+    layer_runs: Sequence[float],
+    *,
+    pp_rank: int,
+    causal: Causal = "half",
+) -> float:
+    """One rank's share of a step's training FLOPs; over all ranks they come to ``step_flops``.
+
+    Args:
+        resolved: the run.
+        stage: which stage.
+        load: of the rank's copy of the model, all micro-batches.
+        layer_runs: micro-batches in which each decoder layer ran.
+        pp_rank: its pipeline rank. Tensor-parallel ranks share equally.
+        causal: how much of the decoder's score matrix counts.
+    """
+    work, parallel = step_work(resolved, stage, load, causal=causal), resolved.config.parallel
+    own = sum(count for count, owner in zip(layer_runs, resolved.layer_owner, strict=True) if owner == pp_rank)
+    flops = own / stage.num_microbatches * work.layer
+    if pp_rank == 0:
+        flops += work.before
+    if pp_rank + 1 == parallel.pipeline_model_parallel_size:
+        flops += work.after
+    return flops / parallel.tensor_model_parallel_size
 
 
 def planned_load(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) -> TokenLoad:
