@@ -1,6 +1,7 @@
 """The repository keeps its promises: scripts parse, and what README.md names exists and is understood."""
 
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ DOCUMENTS = [
     ROOT / "launch/slurm/README.md",
     ROOT / "megatron_sts/evaluate/README.md",
     ROOT / "megatron_sts/plan/README.md",
+    ROOT / "megatron_sts/report/README.md",
     *sorted(ROOT.glob("examples/*/README.md")),
 ]
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("examples/*/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])  # fmt: skip
@@ -70,6 +72,9 @@ def test_named_command_is_understood(line: str) -> None:
         assert not [word for word in rest if "=" not in word] and args.run
     elif words[0] in ("bash", "sbatch"):
         assert any((ROOT / word).is_file() for word in words[1:])
+    elif words[0] == "python":
+        script = runpy.run_path(str(ROOT / words[1]), run_name="looked at")
+        script["arguments"]().parse_args(words[2:])
     else:
         pytest.fail(f"no check for {words[0]}")
 
