@@ -34,10 +34,10 @@ from rich.table import Table
 from torch.distributed.checkpoint import FileSystemReader
 
 from megatron_sts.mcore.reading import as_data
+from megatron_sts.report.fields import MEASURED
 
 HERE = Path(__file__).resolve().parents[1]
 NUM_RANKS, NUM_STEPS, TIMEOUT_S, POLL_S = 2, 20, 300.0, 0.002
-TIMES = {"step_time_s", "data_wait_s", "tokens_per_s", "tflops_per_device", "mfu", "peak_memory_bytes"}
 SECONDS_OF_TRAINING = 1.5
 """A kill comes at most so long after a start's first step."""
 SECONDS_OF_SAVE = 0.08
@@ -166,7 +166,7 @@ def differences(whole: Path, run_dir: Path) -> list[str]:
     found = []
     here, there = ({(x["stage"], x["step"]): x for x in lines(run) if "loss" in x} for run in (whole, run_dir))
     for key in sorted(here.keys() | there.keys()):
-        one, other = ({k: v for k, v in x.get(key, {}).items() if k not in TIMES} for x in (here, there))
+        one, other = ({k: v for k, v in x.get(key, {}).items() if k not in MEASURED} for x in (here, there))
         if one != other:
             found.append(f"step {key}")
     newest = sorted(path.name for path in (whole / "checkpoints").iterdir())[-1]

@@ -325,8 +325,8 @@ class LoggingConfig(Section):
     interval_steps: PositiveInt = 1
     """Steps between lines of metrics.jsonl. Lines in between are not written."""
     ranks_interval_steps: PositiveInt = 100
-    """Steps between ``ranks`` events of metrics.jsonl, and one at a stage's end: of every rank the median seconds a step in its
-    passes, waiting for its own data, and in everything else; and which is slowest beside others that differ by samples alone."""
+    """Steps between ``ranks`` events of metrics.jsonl, and one at a stage's end: of every rank where the median seconds of a
+    step went (report/README.md) and how fast it was; and which is slowest beside others that differ by samples alone."""
     slow_rank_share: Annotated[float, Field(gt=0)] = 0.2
     """By what share of their median a rank must be slower than those others for a warning on the terminal."""
     tensorboard: bool = True

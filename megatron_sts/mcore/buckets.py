@@ -25,6 +25,7 @@ from megatron.core.parallel_state import get_data_parallel_world_size
 
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.module import unwrap
+from megatron_sts.runtime.clock import StepClock
 
 
 class LayerBucketGroup(_ParamAndGradBucketGroup):
@@ -41,7 +42,8 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
     is_stale: bool
     """With the distributed optimizer: other ranks have moved their shards of the parameters since the last gather."""
 
-    def __init__(self, like: _ParamAndGradBucketGroup) -> None:
+    def __init__(self, like: _ParamAndGradBucketGroup, clock: StepClock) -> None:
+        self._clock = clock
         distributed = like.ddp_config.use_distributed_optimizer
         group = like.intra_distributed_optimizer_instance_group if distributed else like.data_parallel_group
         super().__init__(like.buckets, like.ddp_config, group, group.size())
@@ -81,7 +83,8 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
         is_overlapped = self.ddp_config.overlap_grad_reduce and not self.grad_reduce_finished
         if is_overlapped and self.grad_reduce_handle is None:
             self.start_grad_sync(force_all_reduce)
-        super().finish_grad_sync(force_all_reduce)
+        with self._clock.running("communication"):
+            super().finish_grad_sync(force_all_reduce)
 
     def scale(self, factor: torch.Tensor | float) -> None:
         if self.runs:
@@ -91,12 +94,17 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
     def start_param_sync(self, force_sync: bool = False) -> None:
         if self.param_gather_handle is not None or (self.is_stale and (force_sync or self._is_due())):
             self.is_stale = False
-            super().start_param_sync(force_sync)
+            with self._clock.running("communication"):
+                super().start_param_sync(force_sync)
             return
         self.param_gather_dispatched = True
         following = self.next_param_gather_bucket_group
         if not force_sync and following is not None and not following.param_gather_dispatched:
             following.start_param_sync()  # has its turn now, as this one had nothing to do
+
+    def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
+        with self._clock.running("communication"):
+            super().finish_param_sync(skip_next_bucket_dispatch)
 
     def _is_due(self) -> bool:
         """Overlapped, a gather waits for a step that runs the layer; otherwise it belongs to the optimizer's step."""
@@ -108,9 +116,11 @@ class LayerDataParallel(DistributedDataParallel):
 
     bucket_groups: list[LayerBucketGroup]
 
-    def __init__(self, config: Any, ddp_config: DistributedDataParallelConfig, module: torch.nn.Module) -> None:
+    def __init__(
+        self, config: Any, ddp_config: DistributedDataParallelConfig, module: torch.nn.Module, clock: StepClock
+    ) -> None:
         super().__init__(config, ddp_config, module, full_param_layout=layer_layout(module, ddp_config))
-        self.bucket_groups = [LayerBucketGroup(group) for group in self.bucket_groups]
+        self.bucket_groups = [LayerBucketGroup(group, clock) for group in self.bucket_groups]
         self.param_to_bucket_group = {p: group for group in self.bucket_groups for p in group.params}
         if ddp_config.overlap_param_gather:
             for group, following in zip(self.bucket_groups[1:], self.bucket_groups, strict=False):

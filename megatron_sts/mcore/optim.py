@@ -21,13 +21,16 @@ from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.config import PARAMS_DTYPE
 from megatron_sts.mcore.frozen import leaving_out, param_pairs
 from megatron_sts.mcore.module import unwrap
+from megatron_sts.runtime.clock import StepClock
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.kernels import APEX, ENGINE, TORCH, Library
 from megatron_sts.runtime.probe import kernels_for
 
 
-def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) -> list[LayerDataParallel]:
-    """DDP around each chunk: gradient buffers for what trains now, reduced over data-parallel ranks."""
+def wrap_data_parallel(
+    resolved: Resolved, chunks: Sequence[torch.nn.Module], clock: StepClock
+) -> list[LayerDataParallel]:
+    """DDP around each chunk: gradient buffers for what trains now, reduced over data-parallel ranks; ``clock`` times that."""
     _forget_wrapping(chunks)
     parallel = resolved.config.parallel
     ddp_config = DistributedDataParallelConfig(
@@ -37,7 +40,7 @@ def wrap_data_parallel(resolved: Resolved, chunks: Sequence[torch.nn.Module]) ->
         grad_reduce_in_fp32=True,
         fp8_param_gather=resolved.config.precision.fp8_params,
     )
-    return [LayerDataParallel(unwrap(chunk).config, ddp_config, chunk) for chunk in chunks]
+    return [LayerDataParallel(unwrap(chunk).config, ddp_config, chunk, clock) for chunk in chunks]
 
 
 def _use_adam(library: Library) -> None:
@@ -67,7 +70,9 @@ def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
 class StageOptimizer:
     """Adam over what trains in a stage, with clipping, the learning-rate schedule and frozen skipped layers."""
 
-    def __init__(self, resolved: Resolved, stage: ResolvedStage, chunks: Sequence[LayerDataParallel]) -> None:
+    def __init__(
+        self, resolved: Resolved, stage: ResolvedStage, chunks: Sequence[LayerDataParallel], clock: StepClock
+    ) -> None:
         settings = stage.config.optimizer
         dtype = PARAMS_DTYPE[resolved.config.precision.params]
         self._chunks = chunks
@@ -114,13 +119,13 @@ class StageOptimizer:
         self.num_layer_updates = [0] * resolved.config.model.language.num_layers
         """The same for each decoder layer: lower where ``freeze`` left it alone."""
         self._layer_params = _group_by_layer(self.inner_params())
-        self._connect(chunks)
+        self._connect(chunks, clock)
 
-    def _connect(self, chunks: Sequence[LayerDataParallel]) -> None:
+    def _connect(self, chunks: Sequence[LayerDataParallel], clock: StepClock) -> None:
         """Tells the pipeline schedule, through the chunks' configs, how gradients are finalised and scaled."""
         for chunk in chunks:
             config = unwrap(chunk).config
-            config.finalize_model_grads_func = finalize_model_grads
+            config.finalize_model_grads_func = clock.timed("optimizer", finalize_model_grads)
             config.grad_scale_func = self.optimizer.scale_loss
 
     @property

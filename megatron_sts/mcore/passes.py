@@ -1,64 +1,71 @@
-"""How long this rank's device is at work on forward and backward passes: what is left of a step are waits and the update."""
+"""What megatron-core's pipeline schedules do, timed: backward passes, waits for other stages, gradients that ranks share; and counted."""
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import schedules
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.clock import Kind, StepClock
+
+_FINALIZING = sys.modules[finalize_model_grads.__module__]
+"""Its package gives the function under the module's name."""
+_TIMED: tuple[tuple[Any, str, Kind], ...] = (
+    (schedules, "backward_step", "backward"),
+    (_FINALIZING, "_allreduce_word_embedding_grads", "communication"),
+    (_FINALIZING, "_allreduce_non_tensor_model_parallel_grads", "communication"),
+)
 
 
-class PassClock:
-    """Adds up passes. On a GPU by events of its stream, which then begin when what was received for them is there.
-
-    What waits for other ranks within a pass counts as part of it: tensor-parallel collectives, and overlapped gathers of weights.
-    """
-
-    def __init__(self) -> None:
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        """A pass lasts as long as the block."""
-        if current_device().is_cuda:
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
-            yield
-            events[1].record()
-            self._events.append(events)
-            return
-        started = time.perf_counter()
+@contextmanager
+def timing_schedule(clock: StepClock) -> Iterator[None]:
+    """Times the schedule that runs while the block runs; forward passes are timed by their caller."""
+    with ExitStack() as stack:
+        for owner, name, kind in _TIMED:
+            stack.enter_context(_replaced(owner, name, clock.timed(kind, getattr(owner, name))))
+        stack.enter_context(_replaced(P2PCommunicator, "_communicate", _timed_transfer(clock)))
         yield
-        self._seconds += time.perf_counter() - started
 
-    @contextmanager
-    def timing_backward(self) -> Iterator[None]:
-        """Times the backward passes that megatron-core's schedules run while the block runs."""
-        plain = schedules.backward_step
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            with self.running():
-                return plain(*args, **kwargs)
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    plain = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, plain)
 
-        schedules.backward_step = timed
-        try:
-            yield
-        finally:
-            schedules.backward_step = plain
 
-    def take(self) -> float:
-        """Seconds since the last call, once the device has done all of it."""
-        if self._events:
-            self._events[-1][1].synchronize()
-        seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000
-        self._events, self._seconds = [], 0.0
-        return seconds
+class _Request:
+    """A transfer under way, of which the schedule asks nothing but to be waited for."""
+
+    def __init__(self, work: Any, clock: StepClock) -> None:
+        self._work, self._clock = work, clock
+
+    def wait(self) -> None:
+        """Until it is done."""
+        with self._clock.running("pipeline_wait"):
+            self._work.wait()
+
+
+def _timed_transfer(clock: StepClock) -> Any:
+    """``P2PCommunicator._communicate``, which waits itself or, overlapped, leaves requests by what they send or receive."""
+    plain = P2PCommunicator._communicate
+
+    def communicate(self: P2PCommunicator, **kwargs: Any) -> Any:
+        with clock.running("pipeline_wait"):
+            from_previous, from_next, requests = plain(self, **kwargs)
+        if requests is not None:
+            requests = {name: _Request(work, clock) for name, work in requests.items()}
+        return from_previous, from_next, requests
+
+    return communicate
 
 
 class PassesInFlight:

@@ -14,8 +14,9 @@ from megatron.core.transformer.module import Float16Module
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.launch import trail
 from megatron_sts.mcore.module import PipelineChunk
-from megatron_sts.mcore.passes import PassClock
+from megatron_sts.mcore.passes import timing_schedule
 from megatron_sts.mcore.units import schedule_units
+from megatron_sts.runtime.clock import StepClock
 from megatron_sts.runtime.device import current_device
 
 ForwardResult = tuple[torch.Tensor, Callable[..., Any]]
@@ -64,16 +65,16 @@ def run_microbatches[T](
     micro_batch_size: int,
     active_rounds: Sequence[int] | None = None,
     forward_only: bool = False,
-    clock: PassClock | None = None,
+    clock: StepClock | None = None,
 ) -> list[Any]:
     """Runs one step's micro-batches through the pipeline, forward and (unless ``forward_only``) backward.
 
     ``forward(batch, unit)`` is called for every unit of the schedule with the same batches: a chunk, or several to be run
     as one. Chunks outside ``active_rounds`` (rising; None: all rounds) have no layer that runs, and are not run themselves
-    unless they hold the embedding or the head. ``clock`` times the passes. Returns, on the last stage, what the loss function reported for each
+    unless they hold the embedding or the head. ``clock`` times the passes and the waits between them. Returns, on the last stage, what the loss function reported for each
     micro-batch; with ``forward_only`` whatever it returned. Other stages: an empty list.
     """
-    clock = clock or PassClock()
+    clock = clock or StepClock()
     trail.hand_over(
         copy=parallel_state.get_data_parallel_rank(),
         num_microbatches=num_microbatches,
@@ -84,7 +85,7 @@ def run_microbatches[T](
 
     def forward_step(iterator: Any, unit: torch.nn.Module) -> ForwardResult:
         batch = next(iterator)
-        with clock.running():
+        with clock.running("forward"):
             return forward(batch, unit)
 
     # Every unit of a rank walks through the same micro-batches at its own pace.
@@ -92,7 +93,7 @@ def run_microbatches[T](
     run = get_forward_backward_func(
         parallel_state.get_pipeline_model_parallel_world_size(), len(units) if len(units) > 1 else None
     )
-    with clock.timing_backward():
+    with timing_schedule(clock):
         results: list[Any] = run(
             forward_step_func=forward_step,
             model=units,

@@ -11,9 +11,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from megatron_sts.report.run import Line, Run
+from megatron_sts.report.times import Times
 from megatron_sts.report.utilisation import Utilisation
 
 DENSE, STS = "#7f7f7f", "#1f77b4"
@@ -85,6 +87,44 @@ def utilisation_figure(stages: dict[str, Utilisation]) -> Figure:
         for axes in (layers, ranks):
             axes.set_ylim(0, 1.05)
     return figure
+
+
+def times_figure(stages: dict[str, Times]) -> Figure:
+    """A row a stage. Left: seconds a step of the mean rank; right: of every rank in the stage's last window, where that was told."""
+    figure = Figure(figsize=(11, 1 + 2.2 * len(stages)), layout="constrained")
+    rows = figure.subplots(len(stages), 2, squeeze=False, width_ratios=(2, 3))
+    for (name, found), (mean, ranks) in zip(stages.items(), rows, strict=True):
+        left = 0.0
+        for number, (part, seconds) in enumerate(found.parts.items()):
+            mean.barh(0, seconds, left=left, color=f"C{number}", label=_words(part))
+            left += seconds
+        mean.set_yticks([])
+        mean.set_ylabel(name)
+        mean.set_xlabel("seconds a step, mean rank")
+        _draw_ranks(ranks, found)
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def _draw_ranks(axes: Axes, found: Times) -> None:
+    """Steps of an area: as bars, thousands of ranks would be a picture of megabytes."""
+    if not found.ranks:
+        axes.set_axis_off()
+        return
+    columns = np.array(list(found.ranks.values()))
+    num_ranks = columns.shape[1]
+    padded = np.pad(columns, ((0, 0), (1, 1)), mode="edge")
+    colours = [f"C{number}" for number in range(len(columns))]
+    axes.stackplot(range(-1, num_ranks + 1), padded, colors=colours, step="mid")
+    axes.set_xlim(-0.5, num_ranks - 0.5)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("rank")
+    axes.set_ylabel("seconds a step")
+
+
+def _words(field: str) -> str:
+    return field.removesuffix("_s").replace("_", " ")
 
 
 def _curve(run: Run, label: str, value_of: Any) -> Figure:

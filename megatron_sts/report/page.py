@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_sts.report.figures import as_svg, run_figures, utilisation_figure
+from megatron_sts.report.figures import as_svg, run_figures, times_figure, utilisation_figure
 from megatron_sts.report.run import Line, Run
+from megatron_sts.report.times import times
 from megatron_sts.report.utilisation import utilisation
 
 STYLE = (
@@ -19,13 +20,28 @@ STYLE = (
     "pre{background:#f6f6f6;padding:1rem;overflow:auto}"
 )
 
+SHOWN_RATES = {"images_per_s": ",.1f", "tflops_per_device": ".3g", "mfu": ".1%"}
+"""Fields of a step's line that the page shows, and how."""
+STAGE_COLUMNS = (
+    "stage",
+    "steps",
+    "last loss",
+    "layers executed",
+    "tokens/s",
+    "images/s",
+    "TFLOP/s a device",
+    "MFU",
+    "seconds",
+)
+
 
 def run_page(run: Run) -> str:
     """Stages, curves, accuracy and config of a run."""
     title = html.escape(f"Run {run.folder.resolve().name}")
     sections = [
-        ("Stages", _table(("stage", "steps", "last loss", "layers executed", "tokens/s", "seconds"), _stage_rows(run))),
+        ("Stages", _table(STAGE_COLUMNS, _stage_rows(run))),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
+        *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
         *((("Executed layers", as_svg(utilisation_figure(used))),) if (used := utilisation(run)) else ()),
         *(_accuracy_sections(run.evaluation) if run.evaluation else ()),
         ("Config", f"<pre>{html.escape(OmegaConf.to_yaml(OmegaConf.create(run.config)))}</pre>"),
@@ -43,8 +59,16 @@ def _stage_rows(run: Run) -> Iterable[tuple[str, ...]]:
             "n/a" if loss is None else f"{loss:.3f}",
             f"{_executed(run, lines):.1%}",
             f"{sum(line['tokens'] for line in lines) / seconds:,.0f}",
+            *(_mean_rate(lines, field, form) for field, form in SHOWN_RATES.items()),
             f"{seconds:.1f}",
         )
+
+
+def _mean_rate(lines: list[Line], field: str, form: str) -> str:
+    """Over the seconds of the steps that have it."""
+    known = [line for line in lines if line.get(field) is not None]
+    seconds = sum(line["step_time_s"] for line in known)
+    return format(sum(line[field] * line["step_time_s"] for line in known) / seconds, form) if known else "n/a"
 
 
 def _executed(run: Run, lines: list[Line]) -> float:

@@ -28,6 +28,8 @@ class Run:
     evaluation: dict[str, Any] | None
     skipping: dict[str, Line]
     """For stages with LDS: what was planned, as the event of the stage's last start says."""
+    ranks: dict[str, Line]
+    """The last ``ranks`` event of each stage that has one."""
 
     @property
     def num_layers(self) -> int:
@@ -58,8 +60,13 @@ def read_run(folder: Path) -> Run:
         config={str(key): value for key, value in config.items()},
         steps=_steps(lines),
         evaluation=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None,
-        skipping={line["stage"]: line for line in lines if line.get("event") == "skipping"},
+        skipping=_last_events(lines, "skipping"),
+        ranks=_last_events(lines, "ranks"),
     )
+
+
+def _last_events(lines: Iterable[Line], event: str) -> dict[str, Line]:
+    return {line["stage"]: line for line in lines if line.get("event") == event}
 
 
 def _steps(lines: Iterable[Line]) -> dict[str, list[Line]]:

@@ -96,6 +96,21 @@ def max_over_ranks(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def mean_over_ranks(values: list[float]) -> list[float]:
+    """Element-wise mean over all ranks; a collective."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=current_device().torch_device)
+    dist.all_reduce(tensor)
+    return (tensor / dist.get_world_size()).tolist()
+
+
+def all_gather_numbers(values: dict[str, float]) -> list[dict[str, float]]:
+    """Every rank's numbers, by the same names in the same order; a collective."""
+    mine = torch.tensor(list(values.values()), dtype=torch.float64, device=current_device().torch_device)
+    found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(found, mine)
+    return [dict(zip(values, each.tolist(), strict=True)) for each in found]
+
+
 def broadcast_object(value: Any, group: dist.ProcessGroup) -> Any:
     """What the group's first rank holds, on all of its ranks; a collective."""
     box = [value]

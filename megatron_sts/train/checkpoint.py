@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Checkpointer:
         """Saves in a row that could not be written."""
         self._equal_at: Position | None = None
         """Where ranks were last found equal before the newest save, if they compare and have since weights were loaded."""
+        self._standstill_s = 0.0
         self.last_save_s = 0.0
         """How long the last one took, until it was whole; 0 before the first."""
 
@@ -236,15 +237,16 @@ class Checkpointer:
         trail.enter("save")
         self.settle()
         self._equal_at = self.last_equal(stage)
-        if self._settings.asynchronous and not (must or wait):
-            self._saving = Saving(self._folder, stage, progress, self._copies)
-            self._saving.start()
-            return
-        self._copies.clear()
-        saving = Saving(self._folder, stage, progress, None)
-        saving.write()
-        self._finish(saving, must=must)
-        self._wait_for_removal()  # the run may end here
+        with self._standing_still():
+            if self._settings.asynchronous and not (must or wait):
+                self._saving = Saving(self._folder, stage, progress, self._copies)
+                self._saving.start()
+                return
+            self._copies.clear()
+            saving = Saving(self._folder, stage, progress, None)
+            saving.write()
+            self._finish(saving, must=must)
+            self._wait_for_removal()  # the run may end here
 
     def settle(self) -> None:
         """Ends the save that is under way, if there is one, waiting for it; a collective.
@@ -255,7 +257,19 @@ class Checkpointer:
         if self._saving is not None:
             trail.enter("save")
             saving, self._saving = self._saving, None
-            self._finish(saving, must=False)
+            with self._standing_still():
+                self._finish(saving, must=False)
+
+    @contextmanager
+    def _standing_still(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._standstill_s += time.monotonic() - began
+
+    def take_standstill_s(self) -> float:
+        """How long training has stood still for checkpoints since the last call."""
+        taken, self._standstill_s = self._standstill_s, 0.0
+        return taken
 
     def _finish(self, saving: Saving, *, must: bool) -> None:
         cause = saving.finish(self._make_room, self._resolved.config.parallel.timeout_s)
@@ -267,7 +281,8 @@ class Checkpointer:
         if is_rank_zero():
             self._forget_old(saving.progress, beside=saving.is_asynchronous)
             (self._folder.parent / EVALUATION).unlink(missing_ok=True)  # of other weights than these
-        self._log.event("checkpoint", stage=saving.stage, step=saving.progress.step, checkpoint=saving.name)
+        at = {"stage": saving.stage, "step": saving.progress.step}
+        self._log.event("checkpoint", **at, checkpoint=saving.name, save_s=round(self.last_save_s, 6))
 
     def _make_room(self, target: Path) -> None:
         self._check()

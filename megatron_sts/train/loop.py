@@ -15,26 +15,29 @@ from megatron_sts.launch import outcome, trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
+from megatron_sts.runtime.clock import Kind
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import (
     is_rank_zero,
     max_over_ranks,
+    mean_over_ranks,
     on_rank_zero,
     process_group,
 )
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.checkpoint import Checkpointer, advance
+from megatron_sts.train.costs import StepCosts, StepTimes
 from megatron_sts.train.evaluation import evaluate_once
 from megatron_sts.train.hold import holding, record_collectives
 from megatron_sts.train.interrupt import StopRequest
-from megatron_sts.train.metrics import RunLog, StepCosts
+from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.replicas import DivergedError
 from megatron_sts.train.resume import Progress, check_same_content, write_config
 from megatron_sts.train.same import check_same_code, check_same_config
 from megatron_sts.train.spikes import num_losses_kept, way_back
 from megatron_sts.train.stage import Stage, build_stage
-from megatron_sts.train.step import NotUpdated, train_step
+from megatron_sts.train.step import NotUpdated, StepResult, train_step
 from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_updates, going_on
 from megatron_sts.train.stragglers import RankTimes
 
@@ -124,10 +127,12 @@ def train_stage(
         )
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
-            log.step(costs.describe(result, step_time_s, data_wait_s, int(peak_bytes)))
+            spent_s, mean_s = mean_times(result, own_time_s)
+            times = StepTimes(step_time_s, data_wait_s, spent_s, mean_s, checkpointer.take_standstill_s())
+            log.step(costs.describe(result, times, int(peak_bytes)))
         if not writing:
             checkpointer.settle()
-        ranks.step(step, result.pass_s, result.data_wait_s, own_time_s, is_last=bool(is_last))
+        ranks.step(result, own_time_s, is_last=bool(is_last))
         check(stage, checkpointer, progress)
         if result.not_updated is None and (back := way_back(stage, checkpointer, progress, log)) is not None:
             end(stage, progress, log)
@@ -142,6 +147,12 @@ def train_stage(
             break
     end(stage, progress, log)
     return None
+
+
+def mean_times(result: StepResult, step_s: float) -> tuple[dict[Kind, float], float]:
+    """Where the mean rank's time of a step went, and how long its step took; a collective."""
+    *spent_s, mean_s = mean_over_ranks([*result.spent_s.values(), step_s])
+    return dict(zip(result.spent_s, spent_s, strict=True)), mean_s
 
 
 def tell_stop(

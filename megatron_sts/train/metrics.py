@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,78 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import device_peak_tflops, step_flops
+from megatron_sts.config.resolve import ResolvedStage
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.report.run import read_run
 from megatron_sts.report.utilisation import utilisation
-from megatron_sts.runtime.device import current_device
-from megatron_sts.train.step import StepResult
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs", "not_updated"}
-
-
-class StepCosts:
-    """FLOPs of a step from what was executed: layers that ran, images seen, tokens kept. Whole model, all ranks."""
-
-    def __init__(self, resolved: Resolved, stage: ResolvedStage) -> None:
-        self._resolved, self._stage = resolved, stage
-        precision = resolved.config.precision
-        dtype = precision.params if precision.engine_recipe is None else "fp8"
-        self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(
-            current_device().name, dtype
-        )
-
-    def describe(self, result: StepResult, step_time_s: float, data_wait_s: float, peak_bytes: int) -> dict[str, Any]:
-        """The step's line for metrics.jsonl."""
-        stage, totals = self._stage, result.totals
-        layers_executed = sum(result.layer_runs) / stage.num_microbatches
-        executed = step_flops(self._resolved, stage, totals.load, layers_executed=layers_executed)
-        dense = step_flops(self._resolved, stage, totals.dense_load, layers_executed=len(result.layer_runs))
-        tflops = executed / step_time_s / self._resolved.world_size / 1e12
-        return {
-            "stage": stage.name,
-            "step": result.mask.step,
-            "loss": finite_or_none(result.loss),
-            "grad_norm": finite_or_none(result.grad_norm),
-            "lr": result.lr,
-            "updated": result.not_updated is None,
-            "not_updated": result.not_updated,
-            "samples": totals.num_samples,
-            "tokens": totals.num_tokens,
-            "padded_tokens": totals.load.num_tokens,
-            "loss_tokens": int(totals.num_loss_tokens),
-            "images": totals.load.num_images,
-            "visual_tokens_in": totals.dense_load.num_visual_tokens,
-            "visual_tokens_out": totals.load.num_visual_tokens,
-            "samples_skipped": totals.num_skipped_samples,
-            "samples_truncated": totals.num_truncated_samples,
-            "layers_skipped": whole(len(result.layer_runs) - layers_executed),
-            "layer_runs": result.layer_runs,
-            "num_microbatches": stage.num_microbatches,
-            "skip_digest": result.mask.digest,
-            "flops_dense": dense,
-            "flops_executed": executed,
-            "step_time_s": step_time_s,
-            "data_wait_s": data_wait_s,
-            "tokens_per_s": totals.num_tokens / step_time_s,
-            "tflops_per_device": tflops,
-            "mfu": tflops / self._peak_tflops if self._peak_tflops else None,
-            "peak_memory_bytes": peak_bytes,
-        }
-
-
-def whole(value: float) -> float:
-    """An int where it is one: masks of a whole step skip whole layers, those of micro-batches skip 2.5 in the mean."""
-    return int(value) if value.is_integer() else value
-
-
-def finite_or_none(value: float) -> float | None:
-    """JSON has no NaN."""
-    return value if math.isfinite(value) else None
 
 
 def _ends_whole(path: Path) -> bool:

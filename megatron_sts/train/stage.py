@@ -18,6 +18,7 @@ from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
 from megatron_sts.model.compression import Compression, build_compression
+from megatron_sts.runtime.clock import StepClock
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.replicas import ReplicaCheck
@@ -39,6 +40,7 @@ class Stage:
     fp8: Fp8Modules
     compression: Compression
     replicas: ReplicaCheck
+    clock: StepClock
 
     @property
     def num_layers(self) -> int:
@@ -86,8 +88,9 @@ def build_stage(
     compression = build_compression(resolved, spec)
     for chunk in map(unwrap, chunks):
         chunk.compression = compression
-    wrapped = wrap_data_parallel(resolved, chunks)
-    optimizer = StageOptimizer(resolved, spec, wrapped)
+    clock = StepClock()
+    wrapped = wrap_data_parallel(resolved, chunks, clock)
+    optimizer = StageOptimizer(resolved, spec, wrapped, clock)
     return Stage(
         resolved=resolved,
         spec=spec,
@@ -100,6 +103,7 @@ def build_stage(
         fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),
         compression=compression,
         replicas=ReplicaCheck(spec.name, wrapped, optimizer, resolved.config.guard.checksum_interval_steps),
+        clock=clock,
     )
 
 

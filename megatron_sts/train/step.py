@@ -18,9 +18,9 @@ from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.lds.rounds import active_rounds
-from megatron_sts.mcore.passes import PassClock
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
+from megatron_sts.runtime.clock import Kind
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.agreement import check_number, check_shapes
 from megatron_sts.train.stage import Stage
@@ -54,8 +54,18 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class RankLoad:
+    """One copy of the model's part of the global batch."""
+
+    num_tokens: int
+    """Tokens that are not padding, visual ones included."""
+    load: TokenLoad
+    """What it computed, padding included."""
+
+
+@dataclass(frozen=True)
 class StepResult:
-    """What one step did; the same on every rank."""
+    """What one step did; the same on every rank but for its ``own`` load and times."""
 
     loss: float
     """Mean over the valid tokens of the global batch; NaN when there are none."""
@@ -69,10 +79,17 @@ class StepResult:
     totals: Totals
     skipped: tuple[SkippedSample, ...]
     """The global batch's samples that could not be used."""
+    own: RankLoad
+    """What this rank's copy of the model had to do."""
     data_wait_s: float
     """How long this rank waited for its samples to be read."""
-    pass_s: float
-    """How long this rank was at its forward and backward passes."""
+    spent_s: dict[Kind, float]
+    """Where this rank's time went."""
+
+    @property
+    def pass_s(self) -> float:
+        """How long this rank was at its forward and backward passes."""
+        return self.spent_s["forward"] + self.spent_s["backward"]
 
     @property
     def is_broken(self) -> bool:
@@ -84,13 +101,15 @@ def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
     trail.enter("data")
     mask, lr = stage.mask(step), stage.optimizer.lr
-    batches = stage.batches.step(step)
+    with stage.clock.running("data"):
+        batches = stage.batches.step(step)
     check_shapes(stage.spec, step, batches)
     stage.gate.set(mask, stage.residual_scales(step))
     stage.compression.begin_step()
-    stage.optimizer.begin_step(mask)
+    with stage.clock.running("optimizer"):
+        stage.optimizer.begin_step(mask)
     stage.fp8.begin_step()
-    device, clock = current_device().torch_device, PassClock()
+    device = current_device().torch_device
     trail.enter("between")
     reports = run_microbatches(
         stage.chunks,
@@ -100,21 +119,23 @@ def train_step(stage: Stage, step: int) -> StepResult:
         sequence_length=batches[0].sequence_length,
         micro_batch_size=stage.spec.config.batch.micro_batch_size,
         active_rounds=active_rounds(mask, stage.resolved.layers_per_chunk),
-        clock=clock,
+        clock=stage.clock,
     )
     stage.fp8.check_order()
     totals, layer_runs = reduce_totals(stage, step, reports, batches)
     not_updated = unlearnable(totals)
     stage.replicas.check(step)
     trail.enter("optimizer")
-    grad_norm = stage.optimizer.step(mask, applies=not_updated is None)
+    with stage.clock.running("optimizer"):
+        grad_norm = stage.optimizer.step(mask, applies=not_updated is None)
     if not_updated is None and not math.isfinite(grad_norm):
         not_updated = NotUpdated.GRADIENT
     stage.gate.clear()
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
     skipped = gather_skipped(stage, batches) if totals.num_skipped_samples else ()
-    times = stage.batches.wait_s, clock.take()
-    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, *times)
+    own = RankLoad(sum(batch.num_tokens for batch in batches), sum((batch.load for batch in batches), TokenLoad()))
+    times = stage.batches.wait_s, stage.clock.take()
+    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, own, *times)
 
 
 def unlearnable(totals: Totals) -> NotUpdated | None:
@@ -160,7 +181,8 @@ def reduce_totals(
     if stage.place.tp_rank == stage.place.dp_rank == 0:
         for layer, num_runs in stage.gate.num_runs.items():
             values[first_layer + layer] = num_runs
-    dist.all_reduce(values)
+    with stage.clock.running("pipeline_wait" if stage.place.pp_size > 1 else "communication"):
+        dist.all_reduce(values)  # where ranks that have done their passes wait for the others
     loss_sum, num_loss_tokens, num_reports, *whole = values.tolist()
     check_number(stage.spec, step, int(num_reports), len(reports) if speaking else None, stage.place.dp_size)
     samples, cut, skipped, tokens, *rest = map(int, whole)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from statistics import median
 
-import torch
 from torch import distributed as dist
 
-from megatron_sts.runtime.device import current_device
+from megatron_sts.cost.flops import rank_flops
+from megatron_sts.runtime.clock import KINDS
+from megatron_sts.runtime.dist import all_gather_numbers
+from megatron_sts.train.costs import other_s
 from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.stage import Stage
+from megatron_sts.train.step import StepResult
 
 NUM_STEPS_TO_JUDGE = 5
 """Steps whose median says something of a rank."""
@@ -22,42 +25,58 @@ class RankTimes:
     """
 
     def __init__(self, stage: Stage, log: RunLog) -> None:
-        self._name, self._place, self._log = stage.spec.name, stage.place, log
+        self._stage, self._log = stage, log
         self._settings = stage.resolved.config.logging
-        self._steps: list[tuple[float, float, float]] = []
+        self._steps: list[tuple[StepResult, float]] = []
 
-    def step(self, step: int, pass_s: float, data_wait_s: float, step_time_s: float, *, is_last: bool) -> None:
+    def step(self, result: StepResult, step_s: float, *, is_last: bool) -> None:
         """Adds this rank's step; a collective where a window ends."""
         if dist.get_world_size() == 1:
             return
-        self._steps.append((pass_s, data_wait_s, step_time_s))
+        self._steps.append((result, step_s))
+        step = result.mask.step
         if not is_last and (step + 1) % self._settings.ranks_interval_steps:
             return
-        of_ranks = self._gather()
-        num_steps, self._steps = len(self._steps), []
-        passes, data, waits = ([round(row[column], 6) for row in of_ranks] for column in range(3))
-        slowest, share = slowest_rank([(int(row[3]), row[0] + row[1]) for row in of_ranks])
+        rows, num_steps = all_gather_numbers(self._row()), len(self._steps)
+        self._steps = []
+        slowest, share = slowest_rank([(int(row["place"]), row["pass_s"] + row["data_wait_s"]) for row in rows])
+        columns = {name: [float(f"{row[name]:.6g}") for row in rows] for name in rows[0] if name != "place"}
         self._log.event(
             "ranks",
-            **{"stage": self._name, "step": step, "steps": num_steps, "pass_s": passes, "data_wait_s": data},
-            **{"other_s": waits, "slowest": slowest, "slower_by": None if slowest is None else round(share, 3)},
+            **{"stage": self._stage.spec.name, "step": step, "steps": num_steps, **columns},
+            **{"slowest": slowest, "slower_by": None if slowest is None else round(share, 3)},
         )
         if slowest is not None and num_steps >= NUM_STEPS_TO_JUDGE and share > self._settings.slow_rank_share:
+            row = rows[slowest]
             self._log.warn(
-                f"stage {self._name}, step {step}: rank {slowest} is {share:.0%} slower than others that do the same: {passes[slowest]:.3g} s of "
-                f"passes and {data[slowest]:.3g} s of waiting for data a step (median of {num_steps}); they wait for it"
+                f"stage {self._stage.spec.name}, step {step}: rank {slowest} is {share:.0%} slower than others that do the same: "
+                f"{row['pass_s']:.3g} s of passes and {row['data_wait_s']:.3g} s of waiting for data a step (median of {num_steps}); "
+                "they wait for it"
             )
 
-    def _gather(self) -> list[list[float]]:
-        """Of each rank: medians of seconds a step in passes, waiting for its data, and in everything else, and a number for its
-        place; a collective."""
-        pass_s, data_s, step_s = (median(values) for values in zip(*self._steps, strict=True))
-        place = self._place.pp_rank * self._place.tp_size + self._place.tp_rank
-        mine = torch.tensor([pass_s, data_s, max(0.0, step_s - pass_s - data_s), place], dtype=torch.float64)
-        mine = mine.to(current_device().torch_device)
-        found = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(found, mine)
-        return [each.tolist() for each in found]
+    def _row(self) -> dict[str, float]:
+        """Of this rank: a number for its place, medians of seconds a step, and rates over the whole window.
+
+        ``tflops`` are those that it executed a second of its steps, ``pass_tflops`` a second of its passes.
+        """
+        place, steps = self._stage.place, self._steps
+        total_s, pass_s = sum(step_s for _, step_s in steps), sum(result.pass_s for result, _ in steps)
+        flops = sum(self._flops(result) for result, _ in steps)
+        return {
+            "place": place.pp_rank * place.tp_size + place.tp_rank,
+            "pass_s": median(result.pass_s for result, _ in steps),
+            "data_wait_s": median(result.data_wait_s for result, _ in steps),
+            **{f"{kind}_s": median(result.spent_s[kind] for result, _ in steps) for kind in KINDS},
+            "other_s": median(other_s(result.spent_s, step_s) for result, step_s in steps),
+            "tokens_per_s": sum(result.own.num_tokens for result, _ in steps) / total_s,
+            "images_per_s": sum(result.own.load.num_images for result, _ in steps) / total_s,
+            "tflops": flops / total_s / 1e12,
+            "pass_tflops": flops / pass_s / 1e12 if pass_s else 0.0,
+        }
+
+    def _flops(self, result: StepResult) -> float:
+        stage = self._stage
+        return rank_flops(stage.resolved, stage.spec, result.own.load, result.layer_runs, pp_rank=stage.place.pp_rank)
 
 
 def slowest_rank(ranks: list[tuple[int, float]]) -> tuple[int | None, float]:

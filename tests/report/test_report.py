@@ -15,7 +15,10 @@ from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.report.compare import compare
+from megatron_sts.report.fields import PARTS
+from megatron_sts.report.figures import times_figure
 from megatron_sts.report.run import read_run
+from megatron_sts.report.times import times
 from megatron_sts.report.utilisation import utilisation
 from megatron_sts.report.write import report
 
@@ -146,6 +149,30 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
     ):
         report(runs, None)
     assert not list(runs[0].parent.rglob("report.html"))  # nothing was written
+
+
+def test_where_the_time_goes(tmp_path: Path) -> None:
+    """Means over the steps that tell, one is of an earlier version; of the ranks the last window."""
+    parts = dict(zip(PARTS, (0.1, 0.4, 0.8, 0.2, 0.1, 0.3, 0.1), strict=True))
+    rates = {"images_per_s": 4.0, "tflops_per_device": 2.0, "mfu": None}
+    told = [
+        line("finetune", step, 2.0, 700, **parts, **rates, checkpoint_s=saved) for step, saved in ((1, 0.0), (2, 0.6))
+    ]
+    windows = [{"event": "ranks", "stage": "finetune", "forward_s": [first, 2.0]} for first in (9.0, 1.0)]
+    lines = [line("alignment", 0, 1.0, 1), line("finetune", 0, 1.0, 700), told[0], windows[0], told[1], windows[1]]
+    run = read_run(write_run(tmp_path / "run", 700, 1.0, 0.6, lines))
+    found = times(run)
+    assert list(found) == ["finetune"]
+    assert found["finetune"].parts == pytest.approx({**parts, "checkpoint_s": 0.3})
+    assert found["finetune"].ranks == {"forward_s": [1.0, 2.0]}
+    mean, ranks = times_figure(found).axes
+    assert [bar.get_width() for bar in mean.patches] == pytest.approx([*parts.values(), 0.3])
+    assert ranks.get_xlim() == (-0.5, 1.5) and ranks.get_xlabel() == "rank"
+    assert report([run.folder], None) == 0
+    page = (run.folder / "report.html").read_text()
+    assert "Where the time goes" in page and page.count("<svg") == 4
+    assert "<td>4.0</td><td>2</td><td>n/a</td>" in page  # images/s, TFLOP/s and MFU of finetune
+    assert "<td>n/a</td><td>n/a</td><td>n/a</td>" in page  # of alignment
 
 
 def test_utilisation_is_what_ran(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from megatron_sts.cli import main
+from megatron_sts.report.fields import MEASURED
 from tests import warm
-from tests.train.stagehand import TIMES
 from tools import slurm_acceptance
 
 ROOT = Path(__file__).parents[2]
@@ -260,7 +260,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def numbers(run: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """What each step came to, but for times; the last line of a step counts."""
     steps = (line for line in lines(run) if "event" not in line)
-    return {(line["stage"], line["step"]): {key: line[key] for key in line.keys() - TIMES} for line in steps}
+    return {(line["stage"], line["step"]): {key: line[key] for key in line.keys() - MEASURED} for line in steps}
 
 
 def wait_for_step(run: Path, step: int) -> None:

@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_sts.report.fields import MEASURED
 from tests.dist.launch import RanksFailed, run_ranks
 from tests.train.driver import Scene, play
 
 TIMEOUT_S = 240
-TIMES = {"step_time_s", "data_wait_s", "tokens_per_s", "tflops_per_device", "mfu", "peak_memory_bytes"}
-"""Fields of a step's line that no two runs share."""
 LAYOUTS: dict[str, dict[str, Any]] = {
     "one rank": {},
     "PP=2": {"pipeline_model_parallel_size": 2},
@@ -168,7 +167,7 @@ def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
 def steps(run_dir: Path) -> dict[tuple[str, int], dict[str, Any]]:
     """The last line of each step, without times."""
     return {
-        (line["stage"], line["step"]): {key: value for key, value in line.items() if key not in TIMES}
+        (line["stage"], line["step"]): {key: value for key, value in line.items() if key not in MEASURED}
         for line in lines(run_dir)
         if "event" not in line
     }

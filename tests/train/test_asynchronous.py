@@ -62,6 +62,12 @@ def test_training_goes_on_meanwhile(played: tuple[Path, list[str]]) -> None:
         return names.index(NAMES[0]) < names.index(2)
 
     assert is_before_next_step("whole") and not is_before_next_step("apart")
+    whole, apart = (
+        [line["checkpoint_s"] for line in lines(played[0] / run) if "loss" in line] for run in ("whole", "apart")
+    )
+    assert [seconds > 0 for seconds in whole] == [False, False, True, False, True, False]
+    (saved_s, *_) = (event["save_s"] for event in events(played[0] / "apart", "checkpoint"))
+    assert apart[2] < 0.3 <= saved_s  # the disk was slow, and training did not wait for it
     assert [event["checkpoint"] for event in events(played[0] / "apart", "checkpoint")] == NAMES
 
 

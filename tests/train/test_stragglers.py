@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sts.report.fields import PARTS
 from megatron_sts.train.stragglers import slowest_rank
 from tests.train.driver import SLOW_S
-from tests.train.stagehand import LAYOUTS, act_out, config, events, scene, steps
+from tests.train.stagehand import LAYOUTS, act_out, config, events, lines, scene, steps
 
 NUM_STEPS, NUM_MICROBATCHES = 6, 2
 
@@ -26,7 +27,9 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert event["slowest"] == 1 and event["slower_by"] > 0.2
     slower_s = NUM_MICROBATCHES * SLOW_S
     assert event["pass_s"][1] > slower_s
-    assert event["other_s"][0] - event["other_s"][1] > slower_s / 2  # rank 0 waits for it
+    assert event["communication_s"][0] - event["communication_s"][1] > slower_s / 2  # rank 0 waits for it
+    assert event["forward_s"][1] - event["forward_s"][0] > slower_s / 2
+    assert event["tokens_per_s"][0] > 0 and event["pass_tflops"][0] > event["pass_tflops"][1] > event["tflops"][1] > 0
     warned = [line for line in "".join(outputs).splitlines() if "slower than others that do the same" in line]
     assert len(warned) == 1 and f"stage finetune, step {NUM_STEPS - 1}: rank 1 is " in warned[0]
 
@@ -34,7 +37,26 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     (event,) = events(runs[1], "ranks")
     assert event["slowest"] is None
     assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
+    assert event["pipeline_wait_s"][0] - event["pipeline_wait_s"][1] > slower_s
+    for run in runs:
+        check_parts(run)
     assert len(steps(runs[0])) == len(steps(runs[1])) == NUM_STEPS
+
+
+def check_parts(run: Path) -> None:
+    """A step is the sum of its parts, for the mean rank and for each; and rates go with what was done."""
+    for line in (line for line in lines(run) if "event" not in line):
+        parts = sum(line[part] for part in PARTS)
+        assert 0 < parts <= line["step_time_s"] * (1 + 1e-9) and line["other_s"] < 0.5 * line["step_time_s"]
+        assert min(line[part] for part in PARTS) >= 0
+        assert line["text_tokens_per_s"] * line["step_time_s"] == pytest.approx(
+            line["tokens"] - line["visual_tokens_out"]
+        )
+        assert line["visual_tokens_per_s"] * line["step_time_s"] == pytest.approx(line["visual_tokens_out"])
+        assert line["images_per_s"] * line["step_time_s"] == pytest.approx(line["images"])
+        assert line["tokens_per_s_per_device"] == line["tokens_per_s"] / 2
+        executed = line["tflops_per_device"] / line["dense_tflops_per_device"]
+        assert executed == pytest.approx(line["flops_executed"] / line["flops_dense"])
 
 
 def test_who_is_slowest() -> None:

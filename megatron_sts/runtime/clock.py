@@ -1,0 +1,81 @@
+"""Where the time of a step goes on this rank, by what it does. A timer costs two readings of a clock, microseconds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+
+from megatron_sts.runtime.device import current_device
+
+Kind = Literal["data", "forward", "backward", "pipeline_wait", "communication", "optimizer"]
+"""data: waiting for micro-batches, on the host. forward, backward: passes, with what waits for other ranks within them.
+pipeline_wait: for what other stages send and receive, and for the slowest stage at the end. communication: between
+data-parallel copies and shared weights, as far as nothing else runs meanwhile. optimizer: finishing gradients, their norm, the update.
+"""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+_Mark = float | torch.cuda.Event
+
+
+class StepClock:
+    """Adds up what is timed. On a GPU by events of its stream: a span then begins when the device has come to it.
+
+    A span within another one counts for itself alone.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[Kind] = []
+        self._spans: list[tuple[Kind, Kind | None, _Mark, _Mark]] = []
+        """What, within what, from when, until when."""
+
+    @contextmanager
+    def running(self, kind: Kind) -> Iterator[None]:
+        """The block is of this kind."""
+        outer = self._open[-1] if self._open else None
+        self._open.append(kind)
+        start = _now(kind)
+        try:
+            yield
+        finally:
+            self._spans.append((kind, outer, start, _now(kind)))
+            self._open.pop()
+
+    def timed(self, kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, whose calls are of this kind."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.running(kind):
+                return function(*args, **kwargs)
+
+        return call
+
+    def take(self) -> dict[Kind, float]:
+        """Seconds of each kind since the last call, once the device has done all of it."""
+        spans, self._spans = self._spans, []
+        seconds = dict.fromkeys(KINDS, 0.0)
+        for kind, outer, start, end in spans:
+            elapsed = _elapsed_s(start, end)
+            seconds[kind] += elapsed
+            if outer is not None:
+                seconds[outer] -= elapsed
+        return seconds
+
+
+def _now(kind: Kind) -> _Mark:
+    if kind == "data" or not current_device().is_cuda:  # data are a matter of the host: the device has nothing to do
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _elapsed_s(start: _Mark, end: _Mark) -> float:
+    if isinstance(start, float) or isinstance(end, float):
+        assert isinstance(start, float) and isinstance(end, float)
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
