@@ -11,7 +11,7 @@ norms               2 (e t' h + 4 t')                    inputs, and fp32 invers
 linear inputs       2 e t' h + e t f / tp                outputs of the norms and of SwiGLU; none if the weights are frozen
 fused QKV           e t (a + 2 g) d / tp                 values are a view of it; all groups' where tp > g
 rotated Q and K     e t (a + g) d / tp, 4 e t d          and the angles' cosines and sines, for either
-attention           e t a d / tp + 4 t a / tp            output (also the next matrix's input) and fp32 log-sum-exp
+attention           e t a d / tp + 4 t a / tp            output (also the next matrix's input) and fp32 log-sum-exp; see ``_attention``
 SwiGLU              2 e t f / tp                         its input
 =================== ==================================== =============================================================
 
@@ -65,7 +65,7 @@ def saved(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, kernels
     logits = share.tokens * language.vocab_size // share.tp
     return Saved(
         before=_embedding(resolved, share, learns=learns) + _before_merge(resolved, stage, share, load),
-        chunk=FP32_BYTES * share.tokens * head_width(language) + MASK_BYTES * share.pairs if is_full else 0,
+        chunk=_of_chunk(resolved, share, kernels),
         layers=(residual,) * len(layers) if is_full else tuple(layers),
         layer_running=max(layers) - residual if is_full else 0,
         after=_after(resolved, share, learns=learns),
@@ -101,24 +101,38 @@ def _share(resolved: Resolved, stage: ResolvedStage, load: TokenLoad) -> _Share:
 
 def _layer(resolved: Resolved, share: _Share, kernels: Kernels, *, learns: bool, number: int) -> int:
     """A decoder layer without full recomputation: the table above."""
-    language, precision = resolved.config.model.language, resolved.config.precision
-    heads, groups, channels = language.num_attention_heads, num_groups(language), head_width(language)
-    size, tokens, tp = share.element_bytes, share.tokens, share.tp
+    language, size, tokens, tp = resolved.config.model.language, share.element_bytes, share.tokens, share.tp
     own_hidden = share.own_tokens * language.hidden_size
     norms = 2 * (size * own_hidden + FP32_BYTES * share.own_tokens)
-    input_bytes = 1 if kernels == "engine" and multiplies_in_fp8(resolved, share.tokens, number) else size
-    is_emulated = (
-        precision.fp8 == "emulate"
-    )  # torchao's product keeps its operands in any case, and the gathered sequence
+    # torchao's product keeps its operands in any case, and of a gathered sequence all.
+    is_emulated = resolved.config.precision.fp8 == "emulate"
     keeps_inputs, of_norms = learns or is_emulated, language.hidden_size * tokens if is_emulated else own_hidden
+    input_bytes = 1 if kernels == "engine" and multiplies_in_fp8(resolved, tokens, number) else size
     inputs = input_bytes * (2 * of_norms + tokens * language.ffn_hidden_size // tp) if keeps_inputs else 0
-    qkv = size * tokens * (heads + 2 * groups) * channels // (tp if groups >= tp else 1)
-    rotated = size * tokens * (heads // tp + max(groups // tp, 1)) * channels + 4 * size * tokens * channels
-    output, log_sums = size * tokens * heads * channels // tp, FP32_BYTES * tokens * heads // tp
-    is_recomputed = resolved.config.parallel.recompute == "selective"
-    attention = (output if keeps_inputs else 0) if is_recomputed else output + log_sums
-    mask = size * share.pairs if kernels == "torch" else 0  # what is added to the scores
-    return norms + inputs + qkv + rotated + attention + mask + 2 * size * tokens * language.ffn_hidden_size // tp
+    swiglu = 2 * size * tokens * language.ffn_hidden_size // tp
+    return norms + inputs + _attention(resolved, share, kernels, keeps_output=keeps_inputs) + swiglu
+
+
+def _attention(resolved: Resolved, share: _Share, kernels: Kernels, *, keeps_output: bool) -> int:
+    """QKV, rotated queries and keys, and what the kernel keeps.
+
+    Recomputed, the kernel's output stays only as the next matrix's input. torch's kernel for packed rows adds a mask to the scores, and
+    with grouped queries takes copies of keys and values for every head, which it keeps instead of the groups'.
+    """
+    language, size, tokens, tp = resolved.config.model.language, share.element_bytes, share.tokens, share.tp
+    groups, channels = num_groups(language), head_width(language)
+    heads, own_groups = language.num_attention_heads // tp, max(groups // tp, 1)
+    per_head = size * tokens * channels
+    qkv = per_head * (language.num_attention_heads + 2 * groups) // (tp if groups >= tp else 1)
+    rotated, angles = per_head * (heads + own_groups), 4 * per_head
+    output, log_sums = per_head * heads, FP32_BYTES * tokens * heads
+    if resolved.config.parallel.recompute == "selective":
+        return qkv + rotated + angles + (output if keeps_output else 0)
+    if kernels == "engine" or not share.pairs:
+        return qkv + rotated + angles + output + log_sums
+    if own_groups < heads:
+        qkv, rotated = 0, 3 * per_head * heads
+    return qkv + rotated + angles + output + log_sums + size * share.pairs
 
 
 def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:
@@ -126,6 +140,13 @@ def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:
     precision, num_layers = resolved.config.precision, resolved.config.model.language.num_layers
     is_outer = min(layer, num_layers - 1 - layer) < precision.first_last_layers_bf16
     return precision.engine_recipe is not None and not is_outer and num_tokens >= precision.min_tokens_for_fp8
+
+
+def _of_chunk(resolved: Resolved, share: _Share, kernels: Kernels) -> int:
+    """What recomputation needs again: fp32 angles of positions, and for packed rows the mask."""
+    recompute = resolved.config.parallel.recompute
+    angles = FP32_BYTES * share.tokens * head_width(resolved.config.model.language) if recompute == "full" else 0
+    return angles + (MASK_BYTES * share.pairs if recompute != "none" and kernels == "torch" else 0)
 
 
 def _after(resolved: Resolved, share: _Share, *, learns: bool) -> int:

@@ -11,7 +11,7 @@ tp          a layer: 2 e t h forward and 2 backward, all-reduced, or with sequen
 pp          e t' h a micro-batch and boundary between chunks, forward and backward
 dp          fp32 gradients, all-reduced, or with the distributed optimizer reduce-scattered, and the weights gathered
 embedding   the fp32 gradient of a tied word embedding, between first and last stage
-world       the gradient norm, a step's counts and, with LDS, digests of masks
+mp, world   the batch without its images, the gradient norm, a step's counts and, with LDS, digests of masks
 =========== ============================================================================================================
 
 A layer that a micro-batch skips communicates nothing in its tensor-parallel group; one that a whole step skips nothing at all.
@@ -36,8 +36,10 @@ Group = Literal["tp", "pp", "relay", "dp", "embedding", "mp", "world"]
 embedding (first and last stage); one copy of the model (mp); all."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
 
-MASK_BLOCK_STEPS, MASK_HEADER_FIELDS, NUM_TOTALS = 64, 5, 16
+MASK_BLOCK_STEPS, MASK_HEADER_FIELDS, NUM_TOTALS = 64, 5, 17
 """Of ``lds/sync.py`` and ``train/step.py``: steps a digest exchange covers, its further fields, and numbers beside the layers'."""
+BATCH_BYTES = 34
+"""A token of ``data.batch.Batch``: three int64, an fp32, an int32 and two bool."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def _of_rank(run: _Run) -> Iterator[Traffic]:
     if num_gradient_ranks(run.resolved) > 1:
         yield from _gradients(run)
     if run.resolved.world_size > 1:
-        yield from _world(run)
+        yield from _numbers(run)
 
 
 def _layers(run: _Run) -> Iterator[Traffic]:
@@ -170,6 +172,9 @@ def _images(run: _Run) -> Iterator[Traffic]:
         return
     load, count = microbatch_load(run.resolved, run.stage, run.step.counts), run.stage.num_microbatches
     features = (model.vision.image_size // model.vision.patch_size) ** 2 + (model.vision.tower != "siglip")
+    if load.num_images:
+        pixels = 3 * load.num_images * model.vision.image_size**2
+        yield Traffic("tp", "broadcast", "pixels", count, count * pixels)
     if model.vision.tower != "hf" and load.num_images:
         calls = (4 if "vision" in learning else 2) * run.resolved.num_vision_layers * count
         size = run.element_bytes * load.num_images * features * model.vision.hidden_size
@@ -222,10 +227,20 @@ def _tied_embedding(run: _Run) -> Iterator[Traffic]:
         yield Traffic("embedding", "all_reduce", "gradient", 1, size)
 
 
-def _world(run: _Run) -> Iterator[Traffic]:
-    """Numbers that all ranks share: gradient norm, number of tokens, counts, digests of masks."""
+def _numbers(run: _Run) -> Iterator[Traffic]:
+    """Of the whole step: how many tokens count, the gradient norm, what was done, digests of masks; and the batches themselves."""
+    parallel, stage = run.resolved.config.parallel, run.stage
+    if parallel.pipeline_model_parallel_size > 1:
+        yield Traffic("pp", "broadcast", "number of tokens", 1, FP32_BYTES)
+    if num_gradient_ranks(run.resolved) > 1:
+        yield Traffic("dp", "all_reduce", "number of tokens", 1, FP32_BYTES)
+    yield Traffic("world" if parallel.use_distributed_optimizer else "mp", "all_reduce", "gradient norm", 1, FP32_BYTES)
     totals = INDEX_BYTES * (NUM_TOTALS + run.resolved.config.model.language.num_layers)
-    yield Traffic("world", "all_reduce", "gradient norm, tokens, counts", 3, totals + 2 * FP32_BYTES)
-    if run.stage.config.lds is not None:
+    yield Traffic("world", "all_reduce", "counts", 1, totals)
+    if stage.config.lds is not None:
         digests = INDEX_BYTES * (MASK_HEADER_FIELDS + MASK_BLOCK_STEPS)
         yield Traffic("world", "broadcast", "digests of masks", 1 / MASK_BLOCK_STEPS, digests / MASK_BLOCK_STEPS)
+    if parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size > 1:
+        load = microbatch_load(run.resolved, stage, run.step.counts)
+        size = stage.num_microbatches * BATCH_BYTES * load.num_tokens
+        yield Traffic("mp", "broadcast", "batches", 1, size)

@@ -23,6 +23,7 @@ from megatron_sts.runtime.device import on_meta
 
 READ = 1.0
 _UNPATCHED_SDPA = functional.scaled_dot_product_attention
+_UNPATCHED_RMS_NORM = functional.rms_norm
 _NO_META_KERNEL = (
     "send",
     "recv_",
@@ -60,6 +61,7 @@ def _stand_ins() -> Iterator[tuple[Any, str, Any]]:
     yield dist, "new_group", lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
     yield dist, "batch_isend_irecv", _one_by_one
     yield functional, "scaled_dot_product_attention", _attention
+    yield functional, "rms_norm", _rms_norm
     yield torch, "tensor", _tensor_of(torch.tensor)
     yield tensor, "type", _type_as_cuda(tensor.type)
     yield tensor, "cpu", _on_meta(tensor.cpu, lambda tensor: tensor)
@@ -162,3 +164,28 @@ def _attention(
     bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, bias, True, dropout_p, is_causal, scale=scale)[0]
+
+
+def _rms_norm(
+    x: torch.Tensor, normalized_shape: Sequence[int], weight: torch.Tensor | None = None, eps: float | None = None
+) -> torch.Tensor:
+    """What torch takes on a GPU: the fused norm. Of meta tensors, as on a CPU, torch itself would keep two copies in fp32."""
+    if not x.is_meta:
+        return _UNPATCHED_RMS_NORM(x, normalized_shape, weight, eps)
+    normalised: torch.Tensor = _FusedRmsNorm.apply(x, weight)
+    return normalised
+
+
+class _FusedRmsNorm(torch.autograd.Function):
+    """Shapes of ``aten::_fused_rms_norm`` over the last dimension, and what it keeps: its input and fp32 inverse deviations."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight, x.new_empty((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        x, weight, _ = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        return torch.empty_like(x) if of_x else None, torch.empty_like(weight) if of_weight else None
