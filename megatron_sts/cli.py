@@ -19,12 +19,13 @@ from megatron_sts.commands import (
     launch_slurm,
     plan,
     report,
+    sweep,
     train,
     verify,
 )
 from megatron_sts.config.errors import ConfigError
 
-COMMANDS = (train, launch_slurm, plan, data, generate, evaluate, convert, verify, report, config, doctor)
+COMMANDS = (train, sweep, launch_slurm, plan, data, generate, evaluate, convert, verify, report, config, doctor)
 """In the order of ``--help``. Each declares its arguments (``add``) and imports what it needs when it runs."""
 
 PROGRAM = "megatron-sts"

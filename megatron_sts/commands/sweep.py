@@ -1,0 +1,109 @@
+"""``megatron-sts sweep``: one config with many settings and seeds, and a table of what they came to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_overrides, positive
+from megatron_sts.config.errors import ConfigError, refuse
+
+if TYPE_CHECKING:
+    from megatron_sts.config.sweep import SweepRun
+
+LOG = "sweep.log"
+"""In a run's folder: what its ``train`` printed."""
+
+
+def add(commands: Commands) -> None:
+    """The arguments."""
+    sweep = add_command(
+        commands,
+        "sweep",
+        run,
+        help="train one config with many settings and seeds",
+        description="Train every run of a sweep file (config, overrides, cases, grid, seeds; see README.md) into DIR/NAME, and write "
+        "DIR/results.csv and results.jsonl. Runs that are finished are not repeated, others go on from their checkpoints.",
+    )
+    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="YAML file")
+    add_overrides(sweep, "those of every run")
+    add_folder(sweep, "--out", "where runs and tables are written (default: runs/NAME of the file)")
+    sweep.add_argument("--jobs", type=positive, metavar="N", default=1, help="runs at a time (default: 1)")
+    sweep.add_argument(
+        "--part", metavar="K/N", help="only every N-th run, from the K-th (1 to N) on, as for a job array"
+    )
+    sweep.add_argument("--dry-run", action="store_true", help="check and list the runs; train nothing")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check every run's config before the first one starts; then train, and write the table after each."""
+    from megatron_sts.config.sweep import config_of, read, runs_of
+    from megatron_sts.report.sweep import rows_of, write
+
+    sweep = read(args.sweep)
+    sweep = sweep.model_copy(update={"overrides": (*sweep.overrides, *args.overrides)})
+    config, runs = config_of(sweep, args.sweep), runs_of(sweep)
+    mine = part_of(runs, args.part)
+    check(config, runs)
+    out = args.out or Path("runs") / args.sweep.stem
+    if args.dry_run:
+        for each in mine:
+            print(f"{each.name}: {' '.join(each.overrides)}")
+        print(f"{len(mine)} of {len(runs)} runs, into {out}")
+        return 0
+    out.mkdir(parents=True, exist_ok=True)
+    failed = []
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for each, status in zip(mine, pool.map(lambda one: train(config, one, out), mine), strict=True):
+            failed += [each.name] if status else []
+            write(rows_of(runs, out), out)
+    print(f"megatron-sts: {out}/results.csv has {len(runs)} runs")
+    if failed:
+        print(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def part_of(runs: Sequence[SweepRun], part: str | None) -> Sequence[SweepRun]:
+    """Every N-th run."""
+    if part is None:
+        return runs
+    words = part.split("/")
+    if len(words) != 2 or not all(word.isdecimal() for word in words) or not 1 <= int(words[0]) <= int(words[1]):
+        refuse("--part", part, "not of the form K/N with K from 1 to N", "write for example 1/4")
+    return runs[int(words[0]) - 1 :: int(words[1])]
+
+
+def check(config: Path, runs: Sequence[SweepRun]) -> None:
+    """Refuses a sweep of which a run could not start.
+
+    Raises:
+        ConfigError: naming the run.
+    """
+    from megatron_sts.config.load import load
+    from megatron_sts.config.resolve import resolve
+    from megatron_sts.plan.layout import choose_layout
+
+    for each in runs:
+        try:
+            resolve(load(config, each.overrides), choose_layout=choose_layout)
+        except ConfigError as error:
+            raise ConfigError(f"run {each.name} of the sweep: {error}") from None
+
+
+def train(config: Path, one: SweepRun, out: Path) -> int:
+    """Trains one run in a process of its own; its exit status. What it prints goes into its folder."""
+    folder, began = out / one.name, time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
+    with (folder / LOG).open("a") as log:
+        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ).returncode
+    told = "done" if status == 0 else f"failed (status {status}, see {folder / LOG})"
+    print(f"megatron-sts: {one.name}: {told} after {time.monotonic() - began:.0f} s", flush=True)
+    return status

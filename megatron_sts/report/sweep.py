@@ -1,0 +1,83 @@
+"""A sweep's runs as one table: what each was given, cost, and became."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.sweep import SweepRun
+from megatron_sts.report.compare import stage_costs
+from megatron_sts.report.run import Run, read_run
+
+NUM_LOSSES = 20
+"""Logged steps at a stage's start, and at its end, whose mean loss is told."""
+RESULTS = "results"
+Row = dict[str, Any]
+
+
+def rows_of(runs: Sequence[SweepRun], out: Path) -> list[Row]:
+    """A row a run, finished or not."""
+    return [row_of(run, out / run.name) for run in runs]
+
+
+def row_of(run: SweepRun, folder: Path) -> Row:
+    """``status`` is ``done``, ``missing`` (not begun, or not finished), or ``failed``, with the ``cause`` of its last start."""
+    row: Row = {"run": run.name, "case": run.case, **run.values, "seed": run.seed, "status": "missing", "cause": None}
+    outcome = folder / "outcome.json"
+    if outcome.is_file():
+        told = json.loads(outcome.read_text(encoding="utf-8"))
+        row["status"] = told["outcome"] if told["outcome"] in ("done", "failed") else "missing"
+        row["cause"] = told["cause"]
+    if row["status"] == "done":
+        row |= _found(read_run(folder))
+    return row
+
+
+def write(rows: Sequence[Row], out: Path) -> None:
+    """``results.jsonl`` and ``results.csv`` in ``out``, each in one piece."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    _replace(out / f"{RESULTS}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    partial = out / f".{RESULTS}.{os.getpid()}.csv"
+    with partial.open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    partial.replace(out / f"{RESULTS}.csv")
+
+
+def _found(run: Run) -> Row:
+    row: Row = {}
+    for stage, lines in run.steps.items():
+        losses = [line["loss"] for line in lines if line["loss"] is not None]
+        try:
+            costs = stage_costs(run, stage)
+        except ConfigError:  # not every step was logged, so that there are no sums
+            costs = {}
+        found = {"first_loss": fmean(losses[:NUM_LOSSES]), "last_loss": fmean(losses[-NUM_LOSSES:])} if losses else {}
+        row |= {f"{stage}.{name}": value for name, value in (found | costs).items()}
+    if run.evaluation is not None:
+        left_out = run.config["evaluation"].get("left_out_of_mean", [])
+        for split, families in run.evaluation["splits"].items():
+            shares = {family: found["accuracy"] for family, found in families.items()}
+            row |= {f"{split}.{family}": share for family, share in shares.items()}
+            kept = [share for family, share in shares.items() if family not in left_out]
+            row |= {f"{split}.mean": fmean(kept)} if kept else {}
+    return row
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value if value is None or isinstance(value, str | int) else json.dumps(value)
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

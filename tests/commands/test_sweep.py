@@ -1,0 +1,120 @@
+"""``megatron-sts sweep``: which runs a file means, and that they are trained once, tabled, and failures told."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from megatron_sts.cli import main
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.sweep import Sweep, read, runs_of
+from tests.train.stagehand import config as small_config
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "sweep.yaml"
+
+
+def test_every_combination_is_a_run() -> None:
+    sweep = Sweep(
+        config=".",
+        overrides=("logging.tensorboard=false",),
+        cases={"dense": ("stages.*.lds=null",), "sts": ()},
+        grid={"stages.a.lds.alpha": (0.3, 0.5), "stages.b.lds.alpha": (0.1,), "parallel.layout": ([1, 3],)},
+        seeds=(1, 2),
+    )
+    runs = runs_of(sweep)
+    assert [run.name for run in runs[:3]] == [
+        "dense-a.lds.alpha=0.3-b.lds.alpha=0.1-layout=1_3-seed=1",
+        "dense-a.lds.alpha=0.3-b.lds.alpha=0.1-layout=1_3-seed=2",
+        "dense-a.lds.alpha=0.5-b.lds.alpha=0.1-layout=1_3-seed=1",
+    ]
+    assert len({run.name for run in runs}) == len(runs) == 8
+    assert runs[0].overrides == (
+        "logging.tensorboard=false", "stages.*.lds=null", "stages.a.lds.alpha=0.3", "stages.b.lds.alpha=0.1",
+        "parallel.layout=[1, 3]", "seed=1",
+    )  # fmt: skip
+    assert [run.name for run in runs_of(Sweep(config="."))] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ({"config": ".", "seed": [1]}, "seed: Extra inputs are not permitted; a sweep has the keys config, overrides"),
+        ({"config": ".", "grid": {"seed": []}}, "grid.seed: Tuple should have at least 1 item"),
+        ({"config": ".", "cases": {"a/b": []}}, "cases.a/b"),
+        ({"config": ".", "seeds": [1, 1]}, "sweep=seed=1: two runs of the sweep have this name"),
+    ],
+)
+def test_a_wrong_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], written: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(written))
+    assert main(["sweep", str(path), "--dry-run"]) == 2
+    assert said in (text := capsys.readouterr().err) and text.count("\n") == 1
+
+
+def test_the_quickstarts_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(runs_of(read(QUICKSTART))) == 12
+    assert main(["sweep", str(QUICKSTART), "--dry-run", "--part", "2/5"]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "dense-seed=2", "lds-seed=1", "sts-seed=3", "3 of 12 runs, into runs/sweep",
+    ]  # fmt: skip
+    for wrong in ("0/2", "3/2", "half"):
+        assert main(["sweep", str(QUICKSTART), "--dry-run", "--part", wrong]) == 2
+        assert f"--part={wrong}" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_runs_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = small_config(evaluation={"num_questions": 4, "families": ["existence"]}, checkpoint={})
+    written["stages"] = [written["stages"][1] | {"steps": 3}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    file, out = tmp_path / "sweep.yaml", tmp_path / "out"
+    # The second case's updates are not finite.
+    broken = [
+        "stages.finetune.optimizer.lr=1e30",
+        "stages.finetune.optimizer.warmup_steps=0",
+        "stages.finetune.steps=12",
+    ]
+    sweep = {"config": "config.yaml", "cases": {"good": [], "broken": broken}, "seeds": [1, 2]}
+    file.write_text(yaml.safe_dump(sweep, sort_keys=False))
+    assert main(["sweep", str(file), "--out", str(out), "--jobs", "2"]) == 1
+    said = capsys.readouterr()
+    assert "2 of 4 runs failed: broken-seed=1, broken-seed=2" in said.err and "good-seed=2: done" in said.out
+    rows = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    assert [(row["run"], row["status"]) for row in rows] == [
+        ("good-seed=1", "done"), ("good-seed=2", "done"), ("broken-seed=1", "failed"), ("broken-seed=2", "failed"),
+    ]  # fmt: skip
+    assert "guard.max_broken_updates" in rows[2]["cause"]
+    for row in rows[:2]:
+        lines = [json.loads(line) for line in (out / row["run"] / "metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "event" not in line]
+        assert row["finetune.flops_executed"] == sum(line["flops_executed"] for line in steps)
+        assert row["finetune.last_loss"] == pytest.approx(sum(line["loss"] for line in steps) / 3)
+        evaluation = json.loads((out / row["run"] / "evaluation.json").read_text())
+        assert row["eval.existence"] == row["eval.mean"] == evaluation["splits"]["eval"]["existence"]["accuracy"]
+    with (out / "results.csv").open() as table:
+        assert [row["seed"] for row in csv.DictReader(table)] == ["1", "2", "1", "2"]
+    before = (out / "good-seed=1" / "metrics.jsonl").stat().st_mtime_ns
+    file.write_text(yaml.safe_dump(sweep | {"cases": {"good": []}}))
+    assert main(["sweep", str(file), "--out", str(out)]) == 0
+    assert (out / "good-seed=1" / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run is not repeated"
+
+
+def test_a_run_that_could_not_start_keeps_all_from_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(small_config()))
+    file = tmp_path / "sweep.yaml"
+    file.write_text(yaml.safe_dump({"config": "config.yaml", "grid": {"stages.finetune.lds.alpha": [0.5, 1.5]}}))
+    assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
+    assert "run alpha=1.5 of the sweep: stages.finetune.lds.alpha=1.5" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        read(tmp_path / "none.yaml")
