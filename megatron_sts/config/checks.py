@@ -38,6 +38,7 @@ def check_run(config: RunConfig) -> None:
     check_architecture(config.model)
     check_tensor_parallel(config)
     check_parallel(config)
+    check_context_parallel(config)
     check_precision(config)
     check_evaluation(config)
     check_checkpoints(config.checkpoint)
@@ -83,8 +84,6 @@ def check_parallel(config: RunConfig) -> None:
     """Sizes of the other axes, and combinations that are wrong or not built yet."""
     parallel = config.parallel
     pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
-    if parallel.context_parallel_size > 1:
-        refuse("parallel.context_parallel_size", parallel.context_parallel_size, "not supported yet", "set it to 1")
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         refuse(
             "parallel.sequence_parallel",
@@ -116,6 +115,17 @@ def check_parallel(config: RunConfig) -> None:
             "set use_distributed_optimizer=true and overlap_grad_reduce=true too, or this to false",
         )
     check_layout(config.model.language.num_layers, parallel)
+
+
+def check_context_parallel(config: RunConfig) -> None:
+    """What does not work on rows whose tokens several ranks share."""
+    size = config.parallel.context_parallel_size
+    if size == 1:
+        return
+    for stage in config.stages:
+        if stage.batch.packing == "pack":
+            refuse("parallel.context_parallel_size", size, f"stages.{stage.name}.batch.packing=pack is not split over ranks yet",
+                   "set it to 1, or packing to pad or none")  # fmt: skip
 
 
 def check_layout(num_layers: int, parallel: ParallelConfig) -> None:

@@ -30,7 +30,8 @@ class ParallelConfig(Section):
     virtual_pipeline_model_parallel_size: PositiveInt | None = None
     """Model chunks per pipeline rank (interleaved schedule)."""
     context_parallel_size: PositiveInt = 1
-    """Ranks that share each row's tokens."""
+    """Ranks that share the tokens of each row, for rows too long for one: of 2 x this many equal pieces each has one from either
+    end. They hold the same weights, as data-parallel ranks do."""
     sequence_parallel: bool = False
     """Tensor-parallel ranks also share the tokens of norms and residuals; less activation memory."""
     data_parallel_size: PositiveInt | None = None

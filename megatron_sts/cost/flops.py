@@ -119,16 +119,23 @@ def forward_flops(
 class StepWork:
     """Training FLOPs of one global step, over all ranks, by where they are spent."""
 
-    before: int
-    """Vision tower, Q-Former and projector: on the first pipeline rank."""
+    tower: int
+    """Vision tower and Q-Former: on the first pipeline rank."""
+    projector: int
+    """On the first pipeline rank."""
     layer: int
     """One decoder layer that runs in every micro-batch."""
     after: int
     """The head: on the last pipeline rank."""
 
+    @property
+    def before(self) -> int:
+        """All that the first pipeline rank computes before the decoder."""
+        return self.tower + self.projector
+
 
 def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, causal: Causal = "half") -> StepWork:
-    """Training FLOPs of one global step, over all ranks.
+    """Training FLOPs of one global step, over all ranks. What context-parallel ranks compute alike counts once.
 
     A piece computes its weight gradient if its part trains, and its input gradient if anything that trains lies
     before it: the frozen decoder of alignment passes gradients on, the frozen tower computes none.
@@ -144,15 +151,27 @@ def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, caus
     before_projector = vision or qformer
     before_decoder = before_projector or projector or language  # the word embedding is part of the language model
     return StepWork(
-        before=pieces.patch_embedding.training(trains=vision, gradient_passes=False)
+        tower=pieces.patch_embedding.training(trains=vision, gradient_passes=False)
         + pieces.vision_layers.training(trains=vision, gradient_passes=vision)
         + pieces.qformer_in.training(trains=qformer, gradient_passes=vision)
-        + pieces.qformer.training(trains=qformer, gradient_passes=before_projector)
-        + pieces.projector_in.training(trains=projector, gradient_passes=before_projector)
+        + pieces.qformer.training(trains=qformer, gradient_passes=before_projector),
+        projector=pieces.projector_in.training(trains=projector, gradient_passes=before_projector)
         + pieces.projector_out.training(trains=projector, gradient_passes=before_projector or projector),
         layer=pieces.decoder_layer.training(trains=language, gradient_passes=before_decoder),
         after=pieces.head.training(trains=language, gradient_passes=before_decoder),
     )
+
+
+def work_besides_layers(resolved: Resolved, stage: ResolvedStage, work: StepWork) -> tuple[float, float]:
+    """What a rank of the first and one of the last pipeline stage compute besides decoder layers, in units of their part of one layer.
+
+    Context-parallel ranks share out the tokens of layers and head, the tower by whole images of a micro-batch, and the projector
+    not at all: each has all of its visual tokens.
+    """
+    size, batch = resolved.config.parallel.context_parallel_size, stage.config.batch
+    num_images = batch.micro_batch_size * batch.max_images
+    towers = work.tower * size * -(-num_images // size) // num_images
+    return (towers + size * work.projector) / work.layer, work.after / work.layer
 
 
 def step_flops(

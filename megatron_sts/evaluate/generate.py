@@ -211,8 +211,7 @@ class Generator:
     def _gather(self, said: dict[int, list[int]], num_requests: int) -> list[list[int]]:
         """All answers on every rank; each copy of the model contributes once."""
         found: list[dict[int, list[int]]] = [{} for _ in range(dist.get_world_size())]
-        is_first = self._place.is_first_stage and self._place.tp_rank == 0
-        dist.all_gather_object(found, said if is_first else {})
+        dist.all_gather_object(found, said if self._place.is_first_of_copy else {})
         everything = {number: tokens for part in found for number, tokens in part.items()}
         return [everything[number] for number in range(num_requests)]
 

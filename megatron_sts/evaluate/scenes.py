@@ -23,6 +23,7 @@ from megatron_sts.data.scenes.words import words_prompt
 from megatron_sts.data.template import encode, load_tokenizer
 from megatron_sts.evaluate.metrics import Answered, score
 from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore.context import whole_rows
 from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.mcore.vocab import vocab_parallel_argmax
@@ -141,7 +142,7 @@ class Examiner:
     ) -> list[tuple[int, int]]:
         """Findings of all questions on every rank; each last stage contributes once. One small all-reduce."""
         found = torch.zeros(num_questions, 2, dtype=torch.int64, device=current_device().torch_device)
-        if self._place.is_last_stage and self._place.tp_rank == 0:
+        if self._place.speaks_for_copy:
             for rows, report in zip(rows_of(stage, self._place), reports, strict=True):
                 here = found[rows.start : rows.stop]
                 here.copy_(report[: len(here)])
@@ -198,12 +199,12 @@ def forward(batch: Batch, chunk: torch.nn.Module) -> ForwardResult:
 def check_answers(
     logits: torch.Tensor, labels: torch.Tensor, loss_mask: torch.Tensor, non_loss_data: bool = True
 ) -> torch.Tensor:
-    """``logits`` [b, s, vocab / tp], ``labels`` and ``loss_mask`` [b, s] -> int64 [b, 2].
+    """``logits`` [b, s / cp, vocab / tp] of this rank, ``labels`` and ``loss_mask`` [b, s] -> int64 [b, 2].
 
     For each row: how many answer tokens are right before the first wrong one, and what was predicted there (-1: all
     are right; padding rows too). ``non_loss_data`` is how megatron-core asks for it.
     """
-    predicted, is_answer = vocab_parallel_argmax(logits), loss_mask > 0
+    predicted, is_answer = whole_rows(vocab_parallel_argmax(logits), dim=1), loss_mask > 0
     is_wrong = is_answer & (predicted != labels)
     first_wrong = is_wrong.int().argmax(dim=1, keepdim=True)
     before = torch.arange(labels.shape[1], device=labels.device) < first_wrong

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage
-from megatron_sts.cost.flops import planned_load, step_work
+from megatron_sts.cost.flops import planned_load, step_work, work_besides_layers
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,9 @@ def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
     """The run's layout with a full batch of the stage's typical shape: vision tower and projector on the first rank, head on the last."""
     work = step_work(resolved, stage, planned_load(resolved, stage, stage.typical))
     fixed = [0.0] * resolved.config.parallel.pipeline_model_parallel_size
-    fixed[0] += work.before / work.layer
-    fixed[-1] += work.after / work.layer
+    first, last = work_besides_layers(resolved, stage, work)
+    fixed[0] += first
+    fixed[-1] += last
     rounds = [[number] * sum(counts) for number, counts in enumerate(resolved.layers_per_chunk)]
     return Placement(
         resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed), _head_work(resolved, stage)

@@ -63,7 +63,7 @@ def load(path: Path, chunks: Sequence[torch.nn.Module], optimizer: StageOptimize
     with _shared_causes():
         _look_at(path)
         common: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))["common"]
-    is_same_layout = common["layout"] == _layout()
+    is_same_layout = [*common["layout"], 1][:4] == _layout()  # checkpoints from before context parallelism have three
     state = _sharded_state(chunks, optimizer, is_loading=True)
     if is_same_layout:
         state["rng"] = _sharded_rng()
@@ -168,7 +168,7 @@ def _counters(optimizer: StageOptimizer) -> dict[str, Any]:
 
 def _layout() -> list[int]:
     here = groups.place()
-    return [here.tp_size, here.pp_size, here.dp_size]
+    return [here.tp_size, here.pp_size, here.dp_size, here.cp_size]
 
 
 def _sharded_rng() -> ShardedObject:

@@ -44,7 +44,7 @@ def _common(resolved: Resolved) -> dict[str, Any]:
 
 
 def language_config(resolved: Resolved) -> TransformerConfig:
-    """The decoder: RMSNorm, SwiGLU, no biases but those of QKV, the run's tensor, pipeline and sequence parallelism."""
+    """The decoder: RMSNorm, SwiGLU, no biases but those of QKV, the run's tensor, pipeline, sequence and context parallelism."""
     language, parallel, precision = resolved.config.model.language, resolved.config.parallel, resolved.config.precision
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     settings = _common(resolved) | _kernel_settings(resolved.config) | _fp8_settings(precision)
@@ -72,6 +72,7 @@ def language_config(resolved: Resolved) -> TransformerConfig:
         pipeline_model_parallel_layout=_pipeline_layout(resolved),
         pipeline_dtype=PARAMS_DTYPE[precision.params],
         sequence_parallel=parallel.sequence_parallel,
+        context_parallel_size=parallel.context_parallel_size,
         overlap_p2p_comm=interleaved and parallel.overlap_p2p_comm,
         batch_p2p_comm=not (interleaved and parallel.overlap_p2p_comm),
         deallocate_pipeline_outputs=True,

@@ -36,6 +36,7 @@ def build_decoder(
         scatter_embedding_sequence_parallel=False,
         vp_stage=vp_stage,
     )
+    decoder.rotary_pos_emb.cp_group = None  # or it would take this rank's share of what is its share already
     if language.rope_scaling is not None:
         rotary = decoder.rotary_pos_emb
         rotary.inv_freq = scaled_frequencies(rotary.inv_freq, language.rope_scaling)
@@ -52,6 +53,7 @@ def run_decoder(
 ) -> torch.Tensor:
     """``tokens``, ``position_ids``, ``segments``, ``labels`` [b, s]; ``embeddings`` [s, b, h] on the first stage.
 
+    All of them of this context-parallel rank's s tokens of each row.
     Tokens attend to earlier ones of their own segment; with ``segments`` None to all earlier ones of their row.
     Returns per-token losses [b, s] (with labels) or logits [b, s, vocab / tp] on the last stage, else hidden states [s, b, h].
     """

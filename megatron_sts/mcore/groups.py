@@ -24,6 +24,8 @@ class Place:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int = 0
+    cp_size: int = 1
 
     @property
     def is_first_stage(self) -> bool:
@@ -34,6 +36,16 @@ class Place:
     def is_last_stage(self) -> bool:
         """Holds the output head and computes the loss."""
         return self.pp_rank == self.pp_size - 1
+
+    @property
+    def is_first_of_copy(self) -> bool:
+        """The one rank of its copy of the model that reads samples."""
+        return self.is_first_stage and self.tp_rank == self.cp_rank == 0
+
+    @property
+    def speaks_for_copy(self) -> bool:
+        """Counts for its copy of the model: one of the ranks that compute the loss, and so look at everything."""
+        return self.is_last_stage and self.tp_rank == self.cp_rank == 0
 
 
 def initialize(parallel: ParallelConfig, seed: int) -> Place:
@@ -78,6 +90,8 @@ def place() -> Place:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel_state.get_context_parallel_world_size(),
     )
 
 
@@ -110,8 +124,19 @@ def tensor_parallel_group() -> dist.ProcessGroup:
     return parallel_state.get_tensor_model_parallel_group()
 
 
+def context_parallel_group() -> dist.ProcessGroup:
+    """Ranks that share each row's tokens."""
+    return parallel_state.get_context_parallel_group()
+
+
+def row_group() -> dist.ProcessGroup:
+    """Ranks of one pipeline stage that work on the same rows: its tensor- and context-parallel ones."""
+    return parallel_state.get_tensor_and_context_parallel_group()
+
+
 def model_parallel_group() -> dist.ProcessGroup:
-    """Ranks that share one copy of the model; the first one has the first tensor-parallel shard of the first stage."""
+    """Tensor- and pipeline-parallel ranks, which share one copy of the model but for context parallelism; the first one has the
+    first tensor-parallel shard of the first stage."""
     return parallel_state.get_model_parallel_group()
 
 

@@ -1,4 +1,4 @@
-"""The decoder layer that can be skipped, and the torch-native parts it is built from when Transformer Engine is absent."""
+"""The decoder layer that can be skipped, and the torch-native norm it is built from when Transformer Engine is absent."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.recompute import te_checkpoint
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore.attention import check_spans_context
 from megatron_sts.mcore.fp8 import fp8_unless_few
 
 
@@ -30,6 +29,7 @@ class SkippableTransformerLayer(TransformerLayer):
         self, *args: Any, gate: SkipGate, recompute: bool = False, min_tokens_for_fp8: int = 0, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
+        check_spans_context(self.self_attention.core_attention, self.config)
         self.gate = gate
         self.recompute = recompute
         self.min_tokens_for_fp8 = min_tokens_for_fp8
@@ -80,42 +80,3 @@ class TorchNorm:
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return norm
-
-
-class SdpaCoreAttention(torch.nn.Module):
-    """torch's ``scaled_dot_product_attention`` as megatron-core's core attention."""
-
-    def __init__(
-        self,
-        config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        softmax_scale: float | None = None,
-        **_unused: Any,
-    ) -> None:
-        super().__init__()
-        self.dropout = config.attention_dropout
-        self.softmax_scale = softmax_scale
-        self.is_causal = attn_mask_type == AttnMaskType.causal
-
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        **_unused: Any,
-    ) -> torch.Tensor:
-        """``query`` [s, b, n, d], ``key``/``value`` [s, b, groups, d] -> [s, b, n * d]. A mask is True where hidden."""
-        sequence, batch, heads, _ = query.shape
-        attended = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            key.permute(1, 2, 0, 3),
-            value.permute(1, 2, 0, 3),
-            attn_mask=None if attention_mask is None else attention_mask.logical_not(),
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.is_causal and attention_mask is None,
-            scale=self.softmax_scale,
-            enable_gqa=key.shape[2] != heads,
-        )
-        return attended.permute(2, 0, 1, 3).reshape(sequence, batch, -1)

@@ -23,7 +23,8 @@ from megatron.core.transformer.transformer_layer import (
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
-from megatron_sts.mcore.layer import SdpaCoreAttention, SkippableTransformerLayer, TorchNorm
+from megatron_sts.mcore.attention import AllGatherAttention, SdpaCoreAttention
+from megatron_sts.mcore.layer import SkippableTransformerLayer, TorchNorm
 from megatron_sts.mcore.torch_ops import SwiGlu, TorchSelfAttention
 from megatron_sts.runtime.kernels import ENGINE
 from megatron_sts.runtime.probe import kernels_for
@@ -39,6 +40,7 @@ def torch_layer_spec(
     attention: type[SelfAttention] = SelfAttention,
     activation: type[SwiGlu] | None = None,
     linears: Linears = PLAIN,
+    core_attention: type[SdpaCoreAttention] = SdpaCoreAttention,
 ) -> ModuleSpec:
     """A transformer layer of megatron-core's own parallel linears, torch's norm and torch's attention."""
     column, row = linears
@@ -49,9 +51,7 @@ def torch_layer_spec(
             self_attention=ModuleSpec(
                 module=attention,
                 params={"attn_mask_type": attn_mask_type},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=column, core_attention=SdpaCoreAttention, linear_proj=row
-                ),
+                submodules=SelfAttentionSubmodules(linear_qkv=column, core_attention=core_attention, linear_proj=row),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=TorchNorm,
@@ -75,11 +75,14 @@ def decoder_spec(
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage, get_pipeline_model_parallel_rank())
     emulated = _emulated_linears(resolved) if precision.fp8 == "emulate" else PLAIN
+    core_attention = SdpaCoreAttention if config.context_parallel_size == 1 else AllGatherAttention
     specs = []
     for layer in range(first, first + count):
         is_outer = min(layer, config.num_layers - 1 - layer) < precision.first_last_layers_bf16
         linears = PLAIN if is_outer else emulated
-        spec = torch_layer_spec(AttnMaskType.causal, SkippableTransformerLayer, TorchSelfAttention, SwiGlu, linears)
+        spec = torch_layer_spec(
+            AttnMaskType.causal, SkippableTransformerLayer, TorchSelfAttention, SwiGlu, linears, core_attention
+        )
         spec.params = params
         specs.append(spec)
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)

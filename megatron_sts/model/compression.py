@@ -12,7 +12,7 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import VtcConfig
 from megatron_sts.config.tokens import LOOKING
 from megatron_sts.data.batch import Batch
-from megatron_sts.mcore.groups import tensor_parallel_group
+from megatron_sts.mcore.groups import row_group
 from megatron_sts.mcore.relay import PipelineRelay
 from megatron_sts.vtc.compressor import compress
 from megatron_sts.vtc.looking import LookingSampler, make_looking_sampler
@@ -88,9 +88,9 @@ def build_compression(resolved: Resolved, spec: ResolvedStage) -> Compression:
 
 @torch.no_grad()
 def choose(sampler: LookingSampler, projected: torch.Tensor, batch: Batch, words: torch.Tensor) -> torch.Tensor:
-    """Kept tokens, int64 [v] into the n x t tokens of ``projected`` [n, t, h]; a collective of the tensor-parallel group.
+    """Kept tokens, int64 [v] into the n x t tokens of ``projected`` [n, t, h]; a collective of the tensor- and context-parallel ranks.
 
-    Scores that differ by rounding alone must not let its ranks keep different tokens: the first one decides.
+    Scores that differ by rounding alone must not let these ranks keep different tokens: the first one decides.
     """
     assert batch.pixels is not None
     num_tokens_in = projected.shape[1]
@@ -103,7 +103,7 @@ def choose(sampler: LookingSampler, projected: torch.Tensor, batch: Batch, words
         for number, tokens in zip(which, found, strict=True):
             chosen[number] = tokens + number * num_tokens_in
     indices = torch.cat(chosen)
-    group = tensor_parallel_group()
+    group = row_group()
     dist.broadcast(indices, src=dist.get_global_rank(group, 0), group=group)
     return indices
 

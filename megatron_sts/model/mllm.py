@@ -7,6 +7,7 @@ import torch
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.data.batch import Batch
 from megatron_sts.lds.gate import SkipGate
+from megatron_sts.mcore.context import all_images, own_images, own_tokens
 from megatron_sts.mcore.decoder import build_decoder, run_decoder
 from megatron_sts.mcore.module import PipelineChunk
 from megatron_sts.mcore.vision import build_projector
@@ -43,14 +44,24 @@ class MultimodalModel(PipelineChunk):
             self.vision_multiple = max(stage.visual_multiple for stage in resolved.stages)
 
     def forward(self, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
-        """Per-token losses [b, s] or, without labels, logits [b, s, vocab / tp] on the last stage; else hidden [s, b, h]."""
+        """Per-token losses [b, s] or, without labels, logits [b, s, vocab / tp] on the last stage; else hidden [s, b, h].
+
+        Batch and labels have whole rows; what is returned has this rank's s tokens of each.
+        """
         embeddings, chosen = self.embed(batch) if self.pre_process else (None, None)
         position_ids = self.compression.positions(batch, chosen)
         segments = batch.segments if batch.packed else None
-        return run_decoder(self.language, batch.tokens, position_ids, segments, embeddings, labels)
+        if labels is not None:
+            labels = own_tokens(labels, dim=1)
+        tokens, position_ids = own_tokens(batch.tokens, dim=1), own_tokens(position_ids, dim=1)
+        return run_decoder(self.language, tokens, position_ids, segments, embeddings, labels)
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The decoder's input [s, b, h], text embeddings with the images merged in; and ``see``'s choice."""
+        """The decoder's input [s, b, h], text embeddings with the images merged in; and ``see``'s choice.
+
+        Every context-parallel rank merges whole rows and goes on with its own tokens. So the projector and the embedding have
+        the gradients of these alone, and the sum over the ranks counts none twice.
+        """
         words = self.language.embedding(input_ids=batch.tokens, position_ids=batch.position_ids)
         embeddings, chosen = words, None
         if self.vision is not None:
@@ -59,7 +70,7 @@ class MultimodalModel(PipelineChunk):
                 embeddings = merge_visual(words, visual, batch.is_visual, batch.num_placeholders)
             elif self.awaited and torch.is_grad_enabled():
                 embeddings = words + self.see_nothing(batch)
-        return self.to_sequence_parallel(embeddings), chosen
+        return self.to_sequence_parallel(own_tokens(embeddings, dim=0)), chosen
 
     def see(self, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The micro-batch's visual tokens [v, h], and which a sampler chose; ``words``: embeddings of its tokens [s, b, h]."""
@@ -76,10 +87,15 @@ class MultimodalModel(PipelineChunk):
         return 0.0 * self.project(compress(self.features(blank), few_tokens)).sum()
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``pixels`` [n, 3, h, w] -> the features [n, t, d] of the tower, or of the Q-Former that follows it."""
+        """``pixels`` [n, 3, h, w] -> the features [n, t, d] of the tower, or of the Q-Former that follows it.
+
+        Context-parallel ranks share the images out: the gradients of tower and Q-Former are those of a rank's own images.
+        """
         assert self.vision is not None
-        features = run_part(self.vision, pixels)
-        return features if self.qformer is None else run_part(self.qformer, features)
+        features = run_part(self.vision, own_images(pixels))
+        if self.qformer is not None:
+            features = run_part(self.qformer, features)
+        return all_images(features, len(pixels))
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` [v, d] -> [v, h]."""

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import planned_load, step_work
+from megatron_sts.cost.flops import planned_load, step_work, work_besides_layers
 from megatron_sts.lds.schedule import skip_probabilities
 
 EVENNESS = 0.02
@@ -86,6 +86,5 @@ def expected_work(resolved: Resolved, stage: ResolvedStage, steps: list[int]) ->
     else:
         keep = 1 - np.array([skip_probabilities(lds, step, stage.num_steps, num_layers) for step in steps[::8]])
     equal = lds is not None and lds.sampler == "quota"
-    return ExpectedWork(
-        keep, work.before / work.layer, work.after / work.layer, equal, float(stage.num_steps * work.layer)
-    )
+    first, last = work_besides_layers(resolved, stage, work)
+    return ExpectedWork(keep, first, last, equal, float(stage.num_steps * work.layer))

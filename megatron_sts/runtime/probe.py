@@ -98,6 +98,7 @@ def check_usable(config: RunConfig) -> Kernels:
     check_fp8(config.precision)
     kernels = kernels_for(config)
     _check_packing(config, kernels)
+    _check_context_parallel(config, kernels)
     return kernels
 
 
@@ -111,6 +112,14 @@ def _check_packing(config: RunConfig, kernels: Kernels) -> None:
                 "packing with Transformer Engine takes one row a micro-batch",
                 "set it to 1 and sequence_length that many times as long",
             )
+
+
+def _check_context_parallel(config: RunConfig, kernels: Kernels) -> None:
+    """Transformer Engine's kernels that span context-parallel ranks take no fp32."""
+    size = config.parallel.context_parallel_size
+    if kernels.attention == ENGINE and size > 1 and config.precision.params == "fp32":
+        refuse("parallel.context_parallel_size", size, "Transformer Engine's attention over several ranks takes no fp32",
+               "set precision.params=bf16, or kernels.layers=torch")  # fmt: skip
 
 
 @functools.cache

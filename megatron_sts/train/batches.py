@@ -34,7 +34,7 @@ class StageBatches:
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
         self._stage, self._place, self._timeout_s = stage, place, resolved.config.parallel.timeout_s
-        self._feed = Feed(resolved, stage, place) if place.is_first_stage and place.tp_rank == 0 else None
+        self._feed = Feed(resolved, stage, place) if place.is_first_of_copy else None
         self._reader = None if self._feed is None else Ahead(self._feed.step, "feed")
         self._next: tuple[int, Future[Fed]] | None = None
         self._state: dict[str, Any] | None = None
@@ -107,7 +107,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
     """The first rank's micro-batches on every rank of the model copy, pixels on those of the first stage; a collective."""
-    if place.tp_size * place.pp_size == 1:
+    if place.tp_size * place.cp_size * place.pp_size == 1:
         assert batches is not None
         return batches
     pixels = [batch.pixels for batch in batches or []]
@@ -115,11 +115,12 @@ def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
     if batches is not None:
         shapes = [None if image is None else tuple(image.shape) for image in pixels]
         header = [replace(batch, pixels=None) for batch in batches], shapes
-    group = groups.model_parallel_group()
-    bare, shapes = broadcast_object(header, group)
+    if place.cp_size > 1 and place.is_first_stage and place.tp_rank == 0:
+        header = broadcast_object(header, groups.context_parallel_group())
+    bare, shapes = broadcast_object(header, groups.model_parallel_group())
     if not place.is_first_stage:
         return list(bare)
-    if place.tp_size > 1:
+    if place.tp_size * place.cp_size > 1:
         pixels = [share_pixels(number, pixels, shape) for number, shape in enumerate(shapes)]
     return [replace(batch, pixels=image) for batch, image in zip(bare, pixels, strict=True)]
 
@@ -127,12 +128,12 @@ def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
 def share_pixels(
     number: int, pixels: Sequence[torch.Tensor | None], shape: tuple[int, ...] | None
 ) -> torch.Tensor | None:
-    """Micro-batch ``number``'s pixels of this ``shape`` on all tensor-parallel ranks, from the first one, which has ``pixels``;
+    """Micro-batch ``number``'s pixels of this ``shape`` on all tensor- and context-parallel ranks, from the first one, which has ``pixels``;
     a collective. None where there are none."""
     if shape is None:
         return None
     mine, device = pixels[number] if pixels else None, current_device().torch_device
     tensor = torch.empty(shape, dtype=torch.uint8, device=device) if mine is None else mine.to(device)
-    group = groups.tensor_parallel_group()
+    group = groups.row_group()
     dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
     return tensor

@@ -18,6 +18,7 @@ from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.lds.rounds import active_rounds
+from megatron_sts.mcore.context import own_tokens
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.clock import Kind
@@ -156,7 +157,7 @@ def forward(gate: SkipGate, numbered: tuple[int, Batch], unit: torch.nn.Module) 
     trail.enter("between")
     if output.requires_grad:  # the schedule calls the backward pass, which begins with this gradient
         output.register_hook(lambda _: trail.enter("backward", microbatch))
-    return output, partial(masked_loss, loss_mask=batch.loss_mask)
+    return output, partial(masked_loss, loss_mask=own_tokens(batch.loss_mask, dim=1))
 
 
 def reduce_totals(
@@ -168,23 +169,24 @@ def reduce_totals(
         DisagreementError: see ``check_number``.
     """
     trail.enter("reduce")
-    device, speaking = current_device().torch_device, speaks(stage)
+    device, place = current_device().torch_device, stage.place
     counts = [_counts(batch) for batch in batches]
     first_layer = 3 + len(counts[0])
     values = torch.zeros(first_layer + stage.num_layers, dtype=torch.float64, device=device)
-    if speaking:
+    if place.is_last_stage and place.tp_rank == 0:  # of each context-parallel rank those of its own tokens
         for report in reports:
             values[0] += report["loss_sum"]
             values[1] += report["num_tokens"]
+    if place.speaks_for_copy:
         values[2] = len(reports)
         values[3:first_layer] = torch.tensor(counts, dtype=torch.float64).sum(dim=0)
-    if stage.place.tp_rank == stage.place.dp_rank == 0:
+    if place.tp_rank == place.cp_rank == place.dp_rank == 0:
         for layer, num_runs in stage.gate.num_runs.items():
             values[first_layer + layer] = num_runs
     with stage.clock.running("pipeline_wait" if stage.place.pp_size > 1 else "communication"):
         dist.all_reduce(values)  # where ranks that have done their passes wait for the others
     loss_sum, num_loss_tokens, num_reports, *whole = values.tolist()
-    check_number(stage.spec, step, int(num_reports), len(reports) if speaking else None, stage.place.dp_size)
+    check_number(stage.spec, step, int(num_reports), len(reports) if place.speaks_for_copy else None, place.dp_size)
     samples, cut, skipped, tokens, *rest = map(int, whole)
     num_load = len(fields(TokenLoad))
     load, dense = TokenLoad(*rest[:num_load]), TokenLoad(*rest[num_load : 2 * num_load])
@@ -200,10 +202,7 @@ def _counts(batch: Batch) -> tuple[int, ...]:
 def gather_skipped(stage: Stage, batches: list[Batch]) -> tuple[SkippedSample, ...]:
     """What could not be used in the global batch, on every rank; a collective, only for steps that have any."""
     found: list[list[SkippedSample]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(found, [one for batch in batches for one in batch.skipped] if speaks(stage) else [])
+    dist.all_gather_object(
+        found, [one for batch in batches for one in batch.skipped] if stage.place.speaks_for_copy else []
+    )
     return tuple(sample for samples in found for sample in samples)
-
-
-def speaks(stage: Stage) -> bool:
-    """Whether this rank counts for its data-parallel rank: one of those that compute the loss, and so look at everything."""
-    return stage.place.is_last_stage and stage.place.tp_rank == 0

@@ -128,7 +128,10 @@ REFUSED = [
     ("model.vision.feature_layer=0", "model.vision.feature_layer=0: the tower has 6 layers; use -1 (last) to -6"),
     ("model.vision.feature_layer=-7", "model.vision.feature_layer=-7"),
     ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true: it splits"),
-    ("parallel.context_parallel_size=2", "parallel.context_parallel_size=2: not supported yet"),
+    (
+        "parallel.context_parallel_size=2 stages.1.batch.packing=pack",
+        "parallel.context_parallel_size=2: stages.finetune.batch.packing=pack is not split over ranks yet",
+    ),
     ("parallel.pipeline_model_parallel_size=5", "model.language.num_layers=12: cannot be dealt evenly to 5"),
     ("parallel.layout=auto", "parallel.layout=auto: nothing here plans layouts"),
     (

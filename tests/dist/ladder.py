@@ -255,10 +255,15 @@ def train_alone(written: Written) -> Trained:
 
 def train_layouts() -> None:
     """On each rank: trains every config in JOBS (JSON: name -> config) and leaves the results beside it."""
-    jobs = Path(os.environ["JOBS"])
     with process_group(60.0):
-        for name, written in json.loads(jobs.read_text()).items():
-            trained = train(resolved_run(written, dist.get_world_size()))
-            gc.collect()  # frees the gloo groups that the last model refers to, with their threads
-            if dist.get_rank() == 0:
-                torch.save(asdict(trained), jobs.with_name(f"{name}.pt"))
+        train_jobs()
+
+
+def train_jobs() -> None:
+    """As ``train_layouts``, in an initialised process group."""
+    jobs = Path(os.environ["JOBS"])
+    for name, written in json.loads(jobs.read_text()).items():
+        trained = train(resolved_run(written, dist.get_world_size()))
+        gc.collect()  # frees the gloo groups that the last model refers to, with their threads
+        if dist.get_rank() == 0:
+            torch.save(asdict(trained), jobs.with_name(f"{name}.pt"))

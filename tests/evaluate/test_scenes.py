@@ -17,6 +17,7 @@ LAYOUTS = {
     "pp2": {"pipeline_model_parallel_size": 2},
     "tp2": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
     "dp2": {"data_parallel_size": 2},
+    "cp2": {"context_parallel_size": 2},
     "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
 }
 

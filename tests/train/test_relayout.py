@@ -17,10 +17,13 @@ LOSS_RTOL, NORM_RTOL = 5 * 1.3e-7, 5 * 1.8e-6
 PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 VPP2: dict[str, Any] = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 COPIES: dict[str, Any] = {"data_parallel_size": 2, "use_distributed_optimizer": True}
+CP2: dict[str, Any] = {"context_parallel_size": 2, "use_distributed_optimizer": True}
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 # The first is trained in one piece; its checkpoint within fine-tuning is what the others go on from.
 LAYOUTS: dict[str, tuple[int, list[dict[str, Any]]]] = {
     "two ranks": (2, [PP2, VPP2, {**PP2, "layout": [1, 3]}, {**VPP2, "layout": [2, 0, 1, 1]}]),
+    # The distributed optimizer's shards lie on data- times context-parallel ranks.
+    "context": (2, [CP2, PP2 | {"use_distributed_optimizer": True}]),
     # In alignment the second pipeline rank has nothing to train, and no optimizer state to save.
     "four ranks": (4, [PP2 | COPIES, VPP2 | COPIES, VPP2 | COPIES | {"layout": [2, 0, 1, 1]}]),
     # Tower and Q-Former are whole on tensor-parallel ranks, the rest is split.

@@ -62,8 +62,9 @@ def _embedding(hardware: Hardware, workload: Workload) -> Passes:
 
 
 def _vision(hardware: Hardware, workload: Workload) -> Passes:
-    """The tower's layers, and a Q-Former by its FLOPs."""
-    vision, num_images = workload.model.vision, workload.micro_batch_size * workload.num_images
+    """The tower's layers, and a Q-Former by its FLOPs. Context-parallel ranks deal out whole images."""
+    vision = workload.model.vision
+    num_images = -(-workload.micro_batch_size * workload.num_images // workload.context_parallel_size)
     if vision is None or not num_images:
         return Passes()
     layer = _vision_layer(hardware, workload, vision, num_images)
