@@ -31,14 +31,14 @@ class PlannedBatches(StageBatches):
         self._positions = vtc.positions if vtc else "original"
 
     def step(self, step: int) -> list[Batch]:
-        """The step's micro-batches. Those of a tensor-parallel group get their pixels from its first rank, as in training."""
+        """The step's micro-batches. Tensor- and context-parallel ranks get their pixels from the first of them, as in training."""
         batch = self._batch(self._stage.tokens(step))
         batches = [replace(batch, number=number) for number in range(self._stage.num_microbatches)]
         if not self._place.is_first_stage:
             return [replace(one, pixels=None) for one in batches]
-        if self._place.tp_size == 1 or batch.pixels is None:
+        if self._place.tp_size * self._place.cp_size == 1 or batch.pixels is None:
             return batches
-        mine = [batch.pixels] * len(batches) if self._place.tp_rank == 0 else []
+        mine = [batch.pixels] * len(batches) if self._place.is_first_of_copy else []
         shape = tuple(batch.pixels.shape)
         return [replace(one, pixels=share_pixels(one.number, mine, shape)) for one in batches]
 

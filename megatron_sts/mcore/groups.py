@@ -96,7 +96,8 @@ def place() -> Place:
 
 
 def name_of(group: dist.ProcessGroup) -> str:
-    """tp, pp, dp, mp (one copy of the model), embedding (first and last stage), world; else the name it was made with.
+    """tp, pp, dp (with cp, over which gradients are summed), cp, tp-cp (one row), mp (tp and pp), embedding (first and last stage),
+    world; else the name it was made with.
 
     megatron-core has several groups of the same ranks: one that is none of these by itself has the name of the first
     with its ranks.
@@ -109,6 +110,8 @@ def name_of(group: dist.ProcessGroup) -> str:
         "embedding": parallel_state.get_embedding_group(check_initialized=False),
         "world": dist.group.WORLD,
     }
+    if place().cp_size > 1:
+        known |= {"cp": context_parallel_group(), "tp-cp": row_group()}
     for name, one in known.items():
         if one is group or (one is not None and one.group_name == group.group_name):
             return name
