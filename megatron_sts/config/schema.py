@@ -312,7 +312,8 @@ class GuardConfig(Section):
     max_rollbacks: PositiveInt = 3
     """Ways back in a stage; one more leap stops the run."""
     checksum_interval_steps: PositiveInt | None = None
-    """Steps between comparisons, bit for bit, of what ranks must hold alike: weights, and without the distributed optimizer also
+    """Steps between comparisons, bit for bit, of what ranks must hold alike, besides one in the first step of a start and in the
+    last of a stage: weights, and without the distributed optimizer also
     reduced gradients and fp32 master weights, over data- and tensor-parallel ranks and tied embeddings. Ranks that
     differ end the run, named, with the tensor, and its checkpoints from after they were last the same are set aside as
     ``suspect-NAME``; the newest from before always stays, whatever ``checkpoint.keep_last`` is. Adam's moments are seen by what they

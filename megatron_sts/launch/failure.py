@@ -95,7 +95,7 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
         leave_words(told)
         if run_dir is not None:
             claim(run_dir, _about(told) + told.line, requeue=getattr(error, "may_pass", False))
-    if not is_users(error) and (not told.is_lost or may_be_lost(error)):
+    if not is_users(error) and (not told.is_lost or (told.is_first and may_be_lost(error))):
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(
             "".join(f"[rank {os.environ['RANK']}] {text}\n" for text in traceback.format_exc().splitlines())

@@ -39,12 +39,19 @@ class _Held:
 
 
 class ReplicaCheck:
-    """Compares the tensors of a stage every ``interval`` steps, and in the first step after a start; None: never."""
+    """Compares the tensors of a stage every ``interval`` steps, in the first step after a start and in the last of the stage;
+    None: never."""
 
     def __init__(
-        self, stage: str, chunks: Sequence[LayerDataParallel], optimizer: StageOptimizer, interval: int | None
+        self,
+        stage: str,
+        num_steps: int,
+        chunks: Sequence[LayerDataParallel],
+        optimizer: StageOptimizer,
+        interval: int | None,
     ) -> None:
-        self._stage, self._chunks, self._optimizer, self._interval = stage, chunks, optimizer, interval
+        self._stage, self._num_steps, self._interval = stage, num_steps, interval
+        self._chunks, self._optimizer = chunks, optimizer
         self._places: torch.Tensor | None = None
         self._num_compared = 0
         self.equal_at: int | None = None
@@ -56,7 +63,9 @@ class ReplicaCheck:
         Raises:
             DivergedError: on every rank, naming the ranks and the tensor.
         """
-        if self._interval is None or (self._places is not None and step % self._interval):
+        if self._interval is None:
+            return
+        if self._places is not None and step % self._interval and step + 1 < self._num_steps:
             return
         trail.enter("checksums")
         mine = list(copies(self._chunks, self._optimizer))

@@ -102,7 +102,9 @@ def build_stage(
         masks=build_masks(resolved, spec) if spec.config.lds else None,
         fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),
         compression=compression,
-        replicas=ReplicaCheck(spec.name, wrapped, optimizer, resolved.config.guard.checksum_interval_steps),
+        replicas=ReplicaCheck(
+            spec.name, spec.num_steps, wrapped, optimizer, resolved.config.guard.checksum_interval_steps
+        ),
         clock=clock,
     )
 

@@ -19,7 +19,7 @@ FIRST, SECOND = "0-alignment", "1-finetune"
 
 
 def written(**checkpoint: Any) -> dict[str, Any]:
-    """Saves after every step, keeps one checkpoint, compares in every second step."""
+    """Saves after every step, keeps one checkpoint, compares in every second step and a stage's last one."""
     found = config(parallel={"timeout_s": 100, "data_parallel_size": 2}, guard={"checksum_interval_steps": 2})
     found["stages"][1]["steps"] = NUM_STEPS
     return found | {"checkpoint": {"interval_steps": 1, "keep_last": 1, **checkpoint}}
@@ -31,10 +31,10 @@ def names(run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """A bit flips after a comparison: within a stage whose saves are asynchronous, and where a stage's last steps are not compared."""
+    """A bit flips after a comparison: within a stage whose saves are asynchronous, and of a stage's last one."""
     folder = tmp_path_factory.mktemp("suspects")
     within, over = folder / "within", folder / "over"
-    flips = {within: ("finetune", 2), over: ("alignment", 2)}
+    flips = {within: ("finetune", 2), over: ("alignment", 3)}
     outputs = act_out(
         2,
         scene(folder / "whole", written()),
@@ -59,7 +59,7 @@ def found_after(folder: Path, name: str) -> list[str]:
     [
         # The save of step 4 was under way.
         ("within", "stage finetune, step 4", "step 2", f"{SECOND}-0000002", f"{SECOND}-0000003"),
-        ("over", "stage finetune, step 0", "stage alignment, step 2", f"{FIRST}-0000002", f"{FIRST}-0000004"),
+        ("over", "stage finetune, step 0", "stage alignment, step 3", f"{FIRST}-0000003", f"{FIRST}-0000004"),
     ],
 )
 def test_a_run_goes_on_from_before_ranks_differed(
