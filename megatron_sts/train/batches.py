@@ -20,6 +20,7 @@ from megatron_sts.mcore.groups import Place
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import broadcast_object
 from megatron_sts.runtime.plain import PlainDataError
+from megatron_sts.train.agreement import check_shapes
 from megatron_sts.train.ahead import Ahead
 from megatron_sts.train.feed import Fed, Feed
 from megatron_sts.train.resume import check_same_copies
@@ -42,12 +43,18 @@ class StageBatches:
         """How long this rank's last step waited for its samples to be read; what others wait for it is not in it."""
 
     def step(self, step: int) -> list[Batch]:
-        """The step's micro-batches for this model copy, on the host; a collective of its ranks."""
+        """The step's micro-batches for this model copy, on the host; a collective of its ranks.
+
+        Raises:
+            DisagreementError: this rank has others than the step should have.
+        """
         batches = None
         if self._reader is not None:
             fed = self._take(step, self._reader)
             self._state, batches = fed.state, fed.batches
-        return share(batches, self._place)
+        shared = share(batches, self._place)
+        check_shapes(self._stage, step, shared)
+        return shared
 
     def _take(self, step: int, reader: Ahead[Fed]) -> Fed:
         planned, future = self._next or (step, reader.submit(step))

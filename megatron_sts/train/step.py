@@ -23,7 +23,7 @@ from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.clock import Kind
 from megatron_sts.runtime.device import current_device
-from megatron_sts.train.agreement import check_number, check_shapes
+from megatron_sts.train.agreement import check_number
 from megatron_sts.train.stage import Stage
 
 
@@ -104,7 +104,6 @@ def train_step(stage: Stage, step: int) -> StepResult:
     mask, lr = stage.mask(step), stage.optimizer.lr
     with stage.clock.running("data"):
         batches = stage.batches.step(step)
-    check_shapes(stage.spec, step, batches)
     stage.gate.set(mask, stage.residual_scales(step))
     stage.compression.begin_step()
     with stage.clock.running("optimizer"):

@@ -47,6 +47,7 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
 from megatron_sts.runtime import meeting
 from megatron_sts.runtime.integrity import DigestedFile
+from megatron_sts.train import batches as reading
 from megatron_sts.train import same, step
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
@@ -195,7 +196,7 @@ def digest(stage: Stage) -> str:
 
 def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch) -> None:
     """Mishaps that come in the middle of a step: after its first micro-batch."""
-    batches, forward, masked_loss = StageBatches.step, step.forward, step.masked_loss
+    batches, forward, masked_loss, share = StageBatches.step, step.forward, step.masked_loss, reading.share
     run_microbatches, seen = step.run_microbatches, Counter[tuple[int, int]]()
     now: list[tuple[int, int]] = [(-1, -1)]
     is_last = is_last_rank()
@@ -204,8 +205,6 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
         now[0] = (self._stage.index, number)
         seen[now[0]] += 1
         found = batches(self, number)
-        if mishaps.get("shapes") == now[0] and is_last:
-            return [replace(batch, tokens=batch.tokens[:, :-8]) for batch in found]
         if mishaps.get("blank") == now[0]:
             return [replace(batch, loss_mask=torch.zeros_like(batch.loss_mask)) for batch in found]
         return found
@@ -226,10 +225,16 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
         is_planted = mishaps.get("nan") == now[0] and is_last
         return (loss_sum * float("nan") if is_planted else loss_sum, *others)
 
+    def shorter(*args: Any) -> list[Batch]:
+        cut = 8 if mishaps.get("shapes") == now[0] and is_last else 0
+        found = share(*args)
+        return [replace(batch, tokens=batch.tokens[:, : batch.sequence_length - cut]) for batch in found]
+
     def fewer(*args: Any, num_microbatches: int, **options: Any) -> Any:
         is_planted = mishaps.get("fewer") == now[0] and is_last
         return run_microbatches(*args, num_microbatches=num_microbatches - is_planted, **options)
 
+    patch.setattr(reading, "share", shorter)
     patch.setattr(step, "run_microbatches", fewer)
     patch.setattr(StageBatches, "step", some)
     patch.setattr(step, "forward", second)

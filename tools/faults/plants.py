@@ -23,8 +23,7 @@ from megatron_sts.launch import trail
 from megatron_sts.lds import sync
 from megatron_sts.mcore.writing import Snapshot
 from megatron_sts.runtime import meeting
-from megatron_sts.train import loop, same, step
-from megatron_sts.train.batches import StageBatches
+from megatron_sts.train import batches, loop, same, step
 from megatron_sts.train.feed import Feed
 from megatron_sts.train.replicas import ReplicaCheck
 
@@ -222,14 +221,14 @@ def other_masks(moment: Moment) -> None:
 def other_shapes(moment: Moment) -> None:
     """Rows that are eight tokens shorter."""
 
-    def change(batches: Any, self: StageBatches, number: int) -> Any:
-        found = batches(self, number)
-        if not is_here(moment, number):
+    def change(share: Any, *args: Any) -> Any:
+        found = share(*args)
+        if not is_here(moment, trail._place[1]):
             return found
         moment.say()
         return [replace(batch, **{name: getattr(batch, name)[:, :-8] for name in ROWS}) for batch in found]
 
-    wrap_method(StageBatches, "step", change)
+    wrap(batches, "share", change)
 
 
 def fewer_microbatches(moment: Moment) -> None:
