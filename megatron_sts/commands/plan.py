@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from megatron_sts.commands.arguments import Commands, add_command, add_config, add_json, add_nproc
 
@@ -34,13 +35,20 @@ def add(commands: Commands) -> None:
         default=[],
         help="what no config says and seconds depend on, such as tp_comm_overlap=true (all: megatron_sts/plan/README.md)",
     )
+    plan.add_argument(
+        "--trace",
+        metavar="FILE",
+        type=Path,
+        help="write each stage's middle step as a trace (Perfetto, chrome://tracing)",
+    )
+    plan.add_argument("--timeline", metavar="PNG", type=Path, help="draw the same steps")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan as tables or as one JSON object."""
     from rich.console import Console
 
-    from megatron_sts.commands.seconds import assumptions_from, outline_seconds, print_seconds
+    from megatron_sts.commands.seconds import assumptions_from, outline_seconds, print_seconds, write_timelines
     from megatron_sts.commands.speedups import outline, print_tables
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
@@ -52,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     resolved = resolve(load(args.config, args.overrides), world_size=args.nproc, choose_layout=choose_layout)
     if hardware is None and resolved.config.precision.params == "bf16":
         hardware = load_hardware("h100")
+    if args.trace or args.timeline:
+        write_timelines(hardware, resolved, assumptions, args.trace, args.timeline)
     facts = outline(resolved)
     facts["time"] = None if hardware is None else outline_seconds(hardware, resolved, assumptions, facts["lds"])
     if args.json:

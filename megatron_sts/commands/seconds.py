@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -10,9 +11,11 @@ from rich.table import Table
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.resolve import Layout, Resolved
 from megatron_sts.plan.hardware import Hardware
+from megatron_sts.plan.timing.example_step import example_step
 from megatron_sts.plan.timing.prediction import StageTime
-from megatron_sts.plan.timing.run import RunTime, run_time
+from megatron_sts.plan.timing.run import RunTime, refuse_fp32, run_time
 from megatron_sts.plan.timing.workload import Assumptions
+from megatron_sts.plan.trace import draw_timeline, write_trace
 
 CONVENTIONS = {"half": "causal_half", "full": "causal_full"}
 
@@ -44,6 +47,24 @@ def outline_seconds(
     """JSON-ready. ``lds``: what ``speedups.outline`` found, for the best dense layout."""
     layouts = [] if lds is None else [_layout(lds["dense_layout"])]
     return outline_run(hardware, run_time(hardware, resolved, assumptions, layouts), assumptions)
+
+
+def write_timelines(
+    hardware: Hardware | None, resolved: Resolved, assumptions: Assumptions, trace: Path | None, picture: Path | None
+) -> None:
+    """Of each stage's middle step, as files."""
+    if hardware is None:
+        refuse("--hardware", "none", "a timeline is in seconds", "name hardware")
+    refuse_fp32(resolved)
+    steps = [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]
+    for path, write in ((trace, write_trace), (picture, draw_timeline)):
+        if path is not None:
+            try:
+                write(path, steps)
+            except (OSError, ValueError) as error:  # matplotlib's for endings that it does not know
+                refuse(
+                    "--trace" if path is trace else "--timeline", path, str(error).splitlines()[0], "name another file"
+                )
 
 
 def outline_run(hardware: Hardware, run: RunTime, assumptions: Assumptions) -> dict[str, Any]:

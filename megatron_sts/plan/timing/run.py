@@ -41,8 +41,7 @@ def run_time(
     Raises:
         ConfigError: the run computes in fp32, of which no rates are known.
     """
-    if resolved.config.precision.params == "fp32":
-        refuse("precision.params", "fp32", "no rates of fp32 are known", "use bf16, or plan without --hardware")
+    refuse_fp32(resolved)
     without = dense(resolved)
     timed = {
         layout: tuple(
@@ -53,6 +52,12 @@ def run_time(
     best = min(timed, key=lambda layout: sum(stage.hours for stage in timed[layout]))
     stages = tuple(stage_time(hardware, resolved, stage, assumptions) for stage in resolved.stages)
     return RunTime(stages, timed[best], best, resolved.world_size)
+
+
+def refuse_fp32(resolved: Resolved) -> None:
+    """No hardware file has rates of fp32."""
+    if resolved.config.precision.params == "fp32":
+        refuse("precision.params", "fp32", "no rates of fp32 are known", "use bf16, or plan without --hardware")
 
 
 def dense(resolved: Resolved) -> Resolved:
