@@ -36,6 +36,12 @@ def add(commands: Commands) -> None:
         help="what no config says and seconds depend on, such as tp_comm_overlap=true (all: megatron_sts/plan/README.md)",
     )
     plan.add_argument(
+        "--search",
+        action="store_true",
+        help="also look for the fastest tensor- and pipeline-parallel sizes, chunks, layout, micro-batches and recomputation that "
+        "fit the memory, on as many GPUs",
+    )
+    plan.add_argument(
         "--trace",
         metavar="FILE",
         type=Path,
@@ -50,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
     from megatron_sts.commands.seconds import assumptions_from, outline_seconds, print_seconds, write_timelines
     from megatron_sts.commands.speedups import outline, print_tables
+    from megatron_sts.commands.ways import outline_search, print_search
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
     from megatron_sts.plan.hardware import load_hardware
@@ -64,10 +71,14 @@ def run(args: argparse.Namespace) -> int:
         write_timelines(hardware, resolved, assumptions, args.trace, args.timeline)
     facts = outline(resolved)
     facts["time"] = None if hardware is None else outline_seconds(hardware, resolved, assumptions, facts["lds"])
+    if args.search:
+        facts["search"] = outline_search(hardware, resolved, assumptions)
     if args.json:
         print(json.dumps(facts))
         return 0
     print_tables(facts)
     if facts["time"] is not None:
         print_seconds(facts["time"], Console())
+    if args.search:
+        print_search(facts["search"], facts["time"]["hours"], Console())
     return 0

@@ -46,6 +46,33 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert "H200" in said and "times as fast as dense" in said and "MFU" in said
 
 
+def test_search(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", EXAMPLE, *SHORT, "--hardware", "h100", "--search"]) == 0
+    said = capsys.readouterr().out
+    assert "The fastest ways that fit" in said and "parallel.tensor_model_parallel_size=" in said
+    found = planned(capsys, "--search")["search"]["found"]
+    assert found[0]["overrides"] == said.strip().splitlines()[-1].split()
+
+
+def test_a_trace_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On two pipeline ranks: as many slices as passes, in time order on each rank, within what the plan says of the step."""
+    trace, picture = tmp_path / "trace.json", tmp_path / "step.png"
+    words = [
+        "parallel.pipeline_model_parallel_size=2",
+        "parallel.use_distributed_optimizer=false",
+        "parallel.data_parallel_size=4",
+    ]
+    facts = planned(capsys, *words, "stages.*.lds=null", "--trace", str(trace), "--timeline", str(picture))
+    events = [event for event in json.loads(trace.read_text())["traceEvents"] if event["ph"] == "X"]
+    for number, stage in enumerate(facts["time"]["stages"].values()):
+        passes = [event for event in events if event["pid"] == number and event["cat"] in ("forward", "backward")]
+        assert len([event for event in passes if event["tid"] == 0 and event["cat"] == "forward"]) * 4 == len(passes)
+        ends = max(event["ts"] + event["dur"] for event in passes)
+        assert ends <= stage["dense"]["split_s"]["pipeline"] * 1e6 * (1 + 1e-9)
+        assert any(event["cat"] == "optimizer" for event in events if event["pid"] == number)
+    assert picture.read_bytes()[1:4] == b"PNG"
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -53,6 +80,8 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
         (["--assume", "speed=fast"], "KEY is one of"),
         (["--assume", "gradient_bytes=3"], "gradient_bytes"),
         (["--hardware", "h100", "precision.params=fp32"], "no rates of fp32"),
+        (["--search", "precision.params=fp32"], "name --hardware"),
+        (["--trace", "/nowhere/trace.json"], "--trace=/nowhere/trace.json"),
     ],
 )
 def test_refusals_are_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
