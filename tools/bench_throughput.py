@@ -153,23 +153,22 @@ def command_run(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
 
 def command_submit(args: argparse.Namespace) -> None:
     """Gives SLURM a run for each number of nodes."""
+    from megatron_sts.cli import main as megatron_sts
+
     smallest = min(args.nodes)
     batches = {stage.name: stage.batch.global_batch_size for stage in load(args.config, args.overrides).stages}
     for nodes in sorted(args.nodes):
-        words = [sys.executable, "-m", "megatron_sts", "launch", "slurm", str(args.config), "--nodes", str(nodes)]
-        words += ["--run-dir", str(args.out / f"{args.scaling}-{nodes:04d}"), *args.options]
+        words = ["launch", "slurm", str(args.config), "--nodes", str(nodes), *args.options]
+        words += ["--run-dir", str(args.out / f"{args.scaling}-{nodes:04d}")]
         words += [*steady_settings(args.steps), "parallel.data_parallel_size=null", *args.overrides]
         if args.scaling == "weak":
             if any(size * nodes % smallest for size in batches.values()):
-                raise ConfigError(
-                    f"--nodes={nodes}: the global batches of {smallest} nodes do not grow to a whole number"
-                )
+                raise ConfigError(f"--nodes={nodes}: no whole number of the samples that {smallest} nodes have a step")
             words += [
                 f"stages.{name}.batch.global_batch_size={size * nodes // smallest}" for name, size in batches.items()
             ]
-        done = subprocess.run(words)
-        if done.returncode:
-            raise SystemExit(done.returncode)
+        if status := megatron_sts(words):
+            raise SystemExit(status)
     print(f"when they have ended: python tools/bench_throughput.py read {args.out}/{args.scaling}-*")
 
 

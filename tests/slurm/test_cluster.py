@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_sts.cli import main
 from megatron_sts.report.fields import MEASURED
 from tests import warm
-from tools import slurm_acceptance
+from tests.train import stagehand
+from tools import bench_throughput, slurm_acceptance
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -303,6 +305,27 @@ def test_acceptance(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert numbers(out / "reference") == numbers(out / "interrupted") == expected
     assert json.loads((out / "interrupted/outcome.json").read_text())["outcome"] == "done"
     assert [line["signal"] for line in events(out / "interrupted", "stop")] == ["SIGUSR1", "SIGTERM"]
+
+
+@pytest.mark.slow
+def test_weak_scaling(cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """Two nodes have twice the samples of one, and a table beside it."""
+    config, out = tmp_path / "config.yaml", tmp_path / "runs"
+    config.write_text(yaml.safe_dump(stagehand.config()))
+    words = ["bench", "submit", str(config), "seed=2", "--nodes", "2", "1", "--scaling", "weak", "--steps", "8"]
+    place = ["--gpus-per-node", "0", "--ranks-per-node", "1", *ONE_THREAD]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(out), "--options", *place])
+    bench_throughput.main()
+    runs = [out / "weak-0001", out / "weak-0002"]
+    wait_for(lambda: all((run / "outcome.json").exists() for run in runs), f"they do not end: {log_of(runs[0])}")
+    monkeypatch.setattr(sys, "argv", ["bench", "read", *map(str, runs), "--json"])
+    capsys.readouterr()
+    bench_throughput.main()
+    found = {(each["stage"], each["num_ranks"]): each for each in json.loads(capsys.readouterr().out)["stages"]}
+    assert found.keys() == {(stage, ranks) for stage in ("alignment", "finetune") for ranks in (1, 2)}
+    for (_, ranks), each in found.items():
+        assert each["global_batch_size"] == 8 * ranks and each["rates"]["tokens_per_s"]["median"] > 0
+        assert (each["efficiency"] == 1) == (ranks == 1)
 
 
 @pytest.mark.slow
