@@ -54,6 +54,20 @@ def add_max_new_tokens(parser: argparse.ArgumentParser, default: int) -> None:
     )
 
 
+def add_hardware(parser: argparse.ArgumentParser, what: str, default: str = "") -> None:
+    """What seconds are predicted on."""
+    parser.add_argument(
+        "--hardware", metavar="NAME", help=f"{what}: h100, h200, a100, or a YAML file of the same form{default}"
+    )
+    parser.add_argument(
+        "--assume",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="what no config says and seconds depend on, such as tp_comm_overlap=true (all: megatron_sts/plan/README.md)",
+    )
+
+
 def add_json(parser: argparse.ArgumentParser, when: str = "") -> None:
     """For programs instead of people."""
     parser.add_argument("--json", action="store_true", help=f"{when}one JSON object on stdout")

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from megatron_sts.commands.arguments import Commands, add_command, add_config, add_json, add_nproc
+from megatron_sts.commands.arguments import Commands, add_command, add_config, add_hardware, add_json, add_nproc
 
 
 def add(commands: Commands) -> None:
@@ -23,18 +23,7 @@ def add(commands: Commands) -> None:
     add_config(plan)
     add_nproc(plan, "as many as the config needs")
     add_json(plan)
-    plan.add_argument(
-        "--hardware",
-        metavar="NAME",
-        help="how long it takes there: h100, h200, a100, or a YAML file of the same form (default: h100 for runs in bf16)",
-    )
-    plan.add_argument(
-        "--assume",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="what no config says and seconds depend on, such as tp_comm_overlap=true (all: megatron_sts/plan/README.md)",
-    )
+    add_hardware(plan, "how long it takes there", " (default: h100 for runs in bf16)")
     plan.add_argument(
         "--search",
         action="store_true",

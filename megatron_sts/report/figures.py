@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
+from megatron_sts.report.planned import Beside
 from megatron_sts.report.run import Line, Run
 from megatron_sts.report.times import Times
 from megatron_sts.report.utilisation import Utilisation
@@ -104,6 +105,29 @@ def times_figure(stages: dict[str, Times]) -> Figure:
         _draw_ranks(ranks, found)
     handles, labels = rows[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
+    return figure
+
+
+def planned_figure(stages: dict[str, Beside]) -> Figure:
+    """Two bars a stage: where its steps' seconds went, and where ``plan`` says they go, with its uncertainty."""
+    figure = Figure(figsize=(8, 1.2 + 1.1 * len(stages)), layout="constrained")
+    axes, labels = figure.subplots(), []
+    for row, (name, found) in enumerate(stages.items()):
+        for offset, (what, parts) in enumerate(
+            (("measured", found.measured_parts_s), ("planned", found.planned_parts_s))
+        ):
+            left = 0.0
+            for number, (part, seconds) in enumerate(parts.items()):
+                label = part if row == offset == 0 else None
+                axes.barh(2.4 * row + offset, seconds, left=left, color=f"C{number}", label=label)
+                left += seconds
+            labels.append((2.4 * row + offset, f"{name}: {what}"))
+        low, high = found.planned_range_s
+        axes.errorbar((low + high) / 2, 2.4 * row + 1, xerr=(high - low) / 2, color="black", capsize=4)
+    axes.set_yticks([place for place, _ in labels], [text for _, text in labels])
+    axes.invert_yaxis()
+    axes.set_xlabel("seconds a step, mean rank")
+    figure.legend(loc="outside upper center", ncols=5)
     return figure
 
 

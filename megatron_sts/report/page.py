@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from megatron_sts.report.figures import as_svg, run_figures, times_figure, utilisation_figure
+from megatron_sts.report.figures import as_svg, planned_figure, run_figures, times_figure, utilisation_figure
+from megatron_sts.report.planned import Planned, beside_plan
 from megatron_sts.report.run import Line, Run
 from megatron_sts.report.times import times
 from megatron_sts.report.utilisation import utilisation
@@ -35,13 +36,14 @@ STAGE_COLUMNS = (
 )
 
 
-def run_page(run: Run) -> str:
-    """Stages, curves, accuracy and config of a run."""
+def run_page(run: Run, planned: Planned | None = None) -> str:
+    """Stages, curves, accuracy and config of a run; and what ``plan`` says of its steps, if that is given."""
     title = html.escape(f"Run {run.folder.resolve().name}")
     sections = [
         ("Stages", _table(STAGE_COLUMNS, _stage_rows(run))),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
         *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
+        *_planned_sections(run, planned or {}),
         *((("Executed layers", as_svg(utilisation_figure(used))),) if (used := utilisation(run)) else ()),
         *(_accuracy_sections(run.evaluation) if run.evaluation else ()),
         ("Config", f"<pre>{html.escape(OmegaConf.to_yaml(OmegaConf.create(run.config)))}</pre>"),
@@ -73,6 +75,27 @@ def _mean_rate(lines: list[Line], field: str, form: str) -> str:
 
 def _executed(run: Run, lines: list[Line]) -> float:
     return 1 - sum(line["layers_skipped"] for line in lines) / (run.num_layers * len(lines))
+
+
+def _planned_sections(run: Run, planned: Planned) -> Iterable[tuple[str, str]]:
+    found = beside_plan(run, planned)
+    if not found:
+        return
+    rows = [
+        (f"{stage}: {name}", *_measured_beside(beside.measured[name], predicted))
+        for stage, beside in found.items()
+        for name, predicted in beside.planned.items()
+    ]
+    yield (
+        "Measured beside planned",
+        _table(("", "measured", "planned", "ratio"), rows) + as_svg(planned_figure(found)),
+    )
+
+
+def _measured_beside(measured: float | None, planned: float) -> tuple[str, str, str]:
+    if measured is None:
+        return "n/a", f"{planned:.4g}", "n/a"
+    return f"{measured:.4g}", f"{planned:.4g}", f"{measured / planned:.3f}" if planned else "n/a"
 
 
 def _accuracy_sections(evaluation: dict[str, Any]) -> Iterable[tuple[str, str]]:

@@ -14,17 +14,19 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.compare import Comparison, compare, markdown, table_rows
 from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
 from megatron_sts.report.page import run_page
+from megatron_sts.report.planned import Planned
 from megatron_sts.report.run import read_run
 from megatron_sts.report.utilisation import utilisation
 
 
-def report(run_dirs: Sequence[Path], out: Path | None) -> int:
-    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two folders, dense then STS, are also compared. Returns the exit status."""
+def report(run_dirs: Sequence[Path], out: Path | None, planned: Sequence[Planned | None] = (None, None)) -> int:
+    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two folders, dense then STS, are also compared. ``planned``: of each, what its page is to have beside
+    what was measured. Returns the exit status."""
     if len(run_dirs) > 2:
         raise ConfigError(f"report: {len(run_dirs)} run folders; give one, or two to compare (dense, then STS)")
     runs = [read_run(folder) for folder in run_dirs]
     comparison = compare(*run_dirs) if len(run_dirs) == 2 else None  # refused before anything is written
-    pages = {run.folder / "report.html": run_page(run) for run in runs}
+    pages = {run.folder / "report.html": run_page(run, plan) for run, plan in zip(runs, planned, strict=False)}
     for path, page in pages.items():
         path.write_text(page, encoding="utf-8")
         print(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megatron_sts.config.schema import RunConfig
 from megatron_sts.report.compare import compare
 from megatron_sts.report.fields import PARTS
 from megatron_sts.report.figures import times_figure
+from megatron_sts.report.planned import beside_plan
 from megatron_sts.report.run import read_run
 from megatron_sts.report.times import times
 from megatron_sts.report.utilisation import utilisation
@@ -41,6 +43,17 @@ CONFIG = {
     "data": {"mode": "words"},
     "stages": [{"name": "alignment", **STAGE}, {"name": "finetune", **STAGE}],
 }
+PLAN = {
+    "step_time_s": 1.7,
+    "step_time_s_range": [1.5, 1.9],
+    "tokens_per_s_per_gpu": 1.0,
+    "images_per_s": 1.0,
+    "tflops_per_gpu": {"causal_half": 1.0},
+    "mfu": 0.4,
+    "bubble": 0.25,
+    "split_s": {"pipeline": 1.0, "gradient_reduction": 0.1, "parameter_gather": 0.2, "optimizer": 0.4},
+}
+"""A stage of ``plan --json``."""
 FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "paired")
 
 
@@ -173,6 +186,40 @@ def test_where_the_time_goes(tmp_path: Path) -> None:
     assert "Where the time goes" in page and page.count("<svg") == 4
     assert "<td>4.0</td><td>2</td><td>n/a</td>" in page  # images/s, TFLOP/s and MFU of finetune
     assert "<td>n/a</td><td>n/a</td><td>n/a</td>" in page  # of alignment
+
+
+def test_measured_beside_planned(tmp_path: Path) -> None:
+    """Of the stage whose lines tell, without its first step; ``plan`` is asked for as many steps as the run has."""
+    parts = dict(zip(PARTS, (0.1, 0.4, 0.8, 0.2, 0.1, 0.3, 0.1), strict=True))
+    rates = {"images_per_s": 4.0, "tflops_per_device": 2.0, "mfu": 0.5, "padded_tokens": 256, "images": 8}
+    times_s = (9.0, 2.0, 4.0)
+    told = [
+        line("finetune", step, time_s, 7 * 10**12, **parts, **rates, checkpoint_s=0.0)
+        for step, time_s in enumerate(times_s)
+    ]
+    folder = write_run(tmp_path / "run", 700, 1.0, 0.6, [line("alignment", 0, 1.0, 1), *told])
+    config = {**CONFIG, "precision": {"params": "bf16"}, "parallel": {"pipeline_model_parallel_size": 2}}
+    dump(resolve(RunConfig.model_validate(config)), folder / "config.resolved.yaml")
+    assert main(["report", str(folder), "--hardware", "h200"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "Measured beside planned" in page and page.count("<svg") == 5 and "alignment: seconds a step" not in page
+    cells = re.findall(r"<td>finetune: ([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td>", page)
+    measured = {name: value for name, value, *_ in cells}
+    assert measured == {
+        "seconds a step": "3",
+        "tokens/s a device, padding included": f"{512 / 6 / 2:.4g}",
+        "images/s": f"{16 / 6:.4g}",
+        "TFLOP/s a device": f"{14 / 6 / 2:.4g}",
+        "MFU": "0.5",
+        "share of waiting for the pipeline": f"{0.4 / 6:.4g}",
+    }
+    (seconds, *_) = cells
+    assert float(seconds[3]) == pytest.approx(3 / float(seconds[2]), rel=1e-3)
+
+    (beside,) = beside_plan(read_run(folder), {"finetune": PLAN}).values()
+    assert list(beside.measured_parts_s.values()) == pytest.approx([1.2, 0.2, 0.1, 0.3, 0.2])
+    assert list(beside.planned_parts_s.values()) == pytest.approx([0.75, 0.25, 0.3, 0.4, 0.0])
+    assert sum(beside.planned_parts_s.values()) == pytest.approx(PLAN["step_time_s"])
 
 
 def test_utilisation_is_what_ran(tmp_path: Path) -> None:
