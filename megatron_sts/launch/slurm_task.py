@@ -1,7 +1,8 @@
 """``python -m megatron_sts.launch.slurm_task WORDS``: what the batch script's srun starts; WORDS are megatron-sts's own.
 
-With STS_LAUNCHER=torchrun it is the one task of its node, keeps the node's ranks as torchrun does, and says in one line why
-they ended; with STS_LAUNCHER=srun it becomes a rank. Must not know torch until ranks start, nor what a rank does.
+With STS_LAUNCHER=torchrun it is the one task of its node, meets those of the others, keeps the node's ranks as torchrun does,
+and says in one line why they ended; with STS_LAUNCHER=srun it becomes a rank. WORDS end with the run's folder. Must not know
+torch until ranks start, nor what a rank does.
 """
 
 from __future__ import annotations
@@ -14,15 +15,19 @@ import socket
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_sts.launch.cause import Failure, first, words_in
-from megatron_sts.launch.failure import LAUNCHED
+from megatron_sts.launch.failure import LAUNCHED, claim
 from megatron_sts.launch.terminated import TERM_IS_HELD
 
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
+
 CPP_LOG_LEVEL = "TORCH_CPP_LOG_LEVEL"
-MEET_S = 600
-"""Tasks that have not met by then end the job: a node may be slow to start."""
+MEET_S = "STS_MEET_S"
+"""The environment variable with the seconds within which all nodes come: one that has to fetch an image is slow to start."""
 
 
 def main() -> int:
@@ -103,22 +108,57 @@ def become_rank(command: list[str], host: str) -> NoReturn:
 
 
 def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
-    """Starts this node's ranks with torch's elastic agent, and waits for them; the exit status of the one that failed first."""
+    """Starts this node's ranks with torch's elastic agent once all nodes have come, and waits for them; the exit status of the
+    one that failed first."""
     level = os.environ.get(CPP_LOG_LEVEL)
     os.environ[CPP_LOG_LEVEL] = (
         level or "ERROR"
     )  # read at the import; below it are stack frames about a store that is gone
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
+
+    from megatron_sts.launch import meeting
 
     if level is None:
         del os.environ[CPP_LOG_LEVEL]  # ranks have their own
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # tens of lines about a rank that failed
-    given, port = os.environ, int(os.environ["MASTER_PORT"])
     os.environ[LAUNCHED] = str(os.getpid())  # ranks end with this process, which says why
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")
+    port, meet_s, run_dir = int(os.environ["MASTER_PORT"]), meet_within_s(os.environ), Path(command[-1])
+    try:
+        # Kept until the end: the first node's is the server on which torch's agents meet, and where they see who is there.
+        store = meeting.meet(meeting.node_member(os.environ, host, port, MEET_S), meet_s)
+        elastic_launch(_agent(host, port, meet_s, is_head=is_head), command[0])(*command[1:])
+        del store
+    except meeting.MeetingError as error:
+        if error.is_echo:  # the first node says it
+            return 1
+        return _give_up(run_dir, str(error))
+    except ChildFailedError as error:
+        cause = first([_failure(rank, found) for rank, found in error.failures.items()])
+        if cause.words.get("is_first", True):  # else the task of another node says it
+            print(f"megatron-sts: error: {_node()}: {cause.describe()}", file=sys.stderr, flush=True)
+        return 2 if cause.status == 2 else 1
+    except Exception as error:  # of the agents' own meeting: it has many, and their tracebacks say no more
+        told = " ".join(f"{type(error).__name__}: {error}".split())
+        return _give_up(run_dir, f"{_node()}: torch's agents on the nodes lost each other at {host}:{port}: {told}")
+    return 0
+
+
+def meet_within_s(environment: Mapping[str, str]) -> int:
+    """Seconds within which all nodes have to come."""
+    given = environment.get(MEET_S, "600")
+    if not given.isdecimal() or given == "0":
+        raise SystemExit(f"megatron-sts: error: {MEET_S}={given}: not a number of seconds; give a whole one above 0")
+    return int(given)
+
+
+def _agent(host: str, port: int, meet_s: int, *, is_head: bool) -> LaunchConfig:
+    from torch.distributed.launcher.api import LaunchConfig
+
+    given = os.environ
     num_nodes = int(given["SLURM_NNODES"])
-    config = LaunchConfig(
+    return LaunchConfig(
         min_nodes=num_nodes,
         max_nodes=num_nodes,
         nproc_per_node=int(given["STS_RANKS_PER_NODE"]),
@@ -126,24 +166,22 @@ def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
         rdzv_backend="c10d",
         rdzv_endpoint=f"{host}:{port}",
         # Who hosts the store is known: torch would compare names, which nodes with several interfaces confuse.
-        rdzv_configs={"is_host": is_head, "timeout": MEET_S, "join_timeout": MEET_S},
+        rdzv_configs={"is_host": is_head, "timeout": meet_s, "join_timeout": meet_s},
         max_restarts=0,
         monitor_interval=0.1,
         local_addr=agent_address(host, int(given["SLURM_NODEID"])),
     )
-    try:
-        elastic_launch(config, command[0])(*command[1:])
-    except ChildFailedError as error:
-        cause = first([_failure(rank, found) for rank, found in error.failures.items()])
-        node = given.get("SLURMD_NODENAME") or socket.gethostname()
-        if cause.words.get("is_first", True):  # else the task of another node says it
-            print(f"megatron-sts: error: {node}: {cause.describe()}", file=sys.stderr, flush=True)
-        return 2 if cause.status == 2 else 1
-    except Exception as error:  # of the meeting: it has many, and their tracebacks say no more
-        told = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"megatron-sts: error: nodes did not meet at {host}:{port}: {told}", file=sys.stderr, flush=True)
-        return 1
-    return 0
+
+
+def _give_up(run_dir: Path, told: str) -> int:
+    """Says why there are no ranks, also in the run's outcome: another start may find all nodes. The exit status."""
+    print(f"megatron-sts: error: {told}", file=sys.stderr, flush=True)
+    claim(run_dir, told, requeue=True)
+    return 1
+
+
+def _node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _failure(rank: int, found: Any) -> Failure:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.runtime import meeting
+from megatron_sts.launch import meeting
 from megatron_sts.runtime.device import current_device
 
 
@@ -29,10 +29,10 @@ def process_group(timeout_s: float) -> Iterator[None]:
     """
     timeout = timedelta(seconds=timeout_s)
     backend = current_device().backend
-    if "RANK" in os.environ:
-        rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        store = meeting.meet(timeout_s, os.environ)
-        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=num_ranks)
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        me = meeting.rank_member(os.environ)
+        store = meeting.meet(me, timeout_s)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=me.number, world_size=me.total)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sts.launch import slurm_task
+from megatron_sts.launch import outcome, slurm_task
 from tests import warm
 from tests.cli.conftest import CONFIG
 
@@ -103,6 +103,61 @@ print("ended", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
         os.kill(rank, signal.SIGTERM)
     told = process.communicate(timeout=60)[0]
     assert "ended 143" in told and "told" not in told if from_launcher else told == "told\nended 3\n"
+
+
+KEEP = """
+import os, sys
+from megatron_sts.launch import meeting, slurm_task
+meeting.NOTICE_S = 0.5
+rank = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)"
+command = [sys.executable, "-c", rank, sys.argv[1]]
+sys.exit(slurm_task.keep_ranks(command, "127.0.0.1", is_head=os.environ["SLURM_NODEID"] == "0"))
+"""
+
+
+def tasks_of_nodes(run: Path, numbers: list[int], total: int, meet_s: int) -> list[tuple[int, str]]:
+    """Status and output of the tasks of those nodes, of ``total``, two ranks each."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": str(total), "SLURM_JOB_NODELIST": f"node[1-{total}]"}
+    job |= {"STS_RANKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "STS_MEET_S": str(meet_s)}
+    tasks = [
+        warm.Popen(
+            [sys.executable, "-c", KEEP, str(run)],
+            env=os.environ | job | {"SLURM_NODEID": str(number), "SLURMD_NODENAME": f"node{number + 1}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in numbers
+    ]
+    said = [task.communicate(timeout=100)[0] for task in tasks]
+    return [(task.returncode, text) for task, text in zip(tasks, said, strict=True)]
+
+
+def test_nodes_meet_and_keep_their_ranks(tmp_path: Path) -> None:
+    """torch's agents meet on the server on which the nodes have signed in, and ranks stand in the order of nodes."""
+    first, second = tasks_of_nodes(tmp_path, [0, 1], total=2, meet_s=60)
+    assert (first[0], sorted(first[1].splitlines())) == (0, ["rank 0 of 4", "rank 1 of 4"]), first
+    assert (second[0], sorted(second[1].splitlines())) == (0, ["rank 2 of 4", "rank 3 of 4"]), second
+
+
+def test_a_node_that_does_not_come(tmp_path: Path) -> None:
+    """Of three, the last: the first says it, as the outcome does, which asks for another start."""
+    first, second = tasks_of_nodes(tmp_path, [0, 1], total=3, meet_s=3)
+    told = "node 2 of 3 (node3) did not come within STS_MEET_S=3; sinfo --Node --long says how SLURM finds them"
+    *notices, error = first[1].splitlines()
+    assert first[0] == second[0] == 1 and error == f"megatron-sts: error: {told}" and second[1] == ""
+    assert notices[-1] == "megatron-sts: waiting for node 2 of 3 (node3)"
+    found = outcome.read(tmp_path)
+    assert found and (found.outcome, found.cause, found.requeue) == ("failed", told, True)
+
+
+def test_the_first_node_does_not_come(tmp_path: Path) -> None:
+    [(status, said)] = tasks_of_nodes(tmp_path, [1], total=2, meet_s=1)
+    error = said.splitlines()[-1]
+    assert status == 1 and "error: node 1 (node2): nobody answered at 127.0.0.1:" in error
+    assert "for 1 s (Connection refused): node 0 did not start there" in error
+    found = outcome.read(tmp_path)
+    assert found and found.requeue and found.cause and error.endswith(found.cause)
 
 
 HELD = """

@@ -41,11 +41,10 @@ from megatron_sts.config.resolve import resolve
 from megatron_sts.config.run_folder import COMPLETE
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
-from megatron_sts.launch import failure
+from megatron_sts.launch import failure, meeting
 from megatron_sts.launch.rank import attempt
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
-from megatron_sts.runtime import meeting
 from megatron_sts.runtime.integrity import DigestedFile
 from megatron_sts.train import batches as reading
 from megatron_sts.train import same, step

@@ -19,9 +19,9 @@ from megatron_sts.commands.obstacles import obstacles
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import parse
 from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.launch import meeting
 from megatron_sts.mcore import groups
 from megatron_sts.plan.layout import choose_layout
-from megatron_sts.runtime import meeting
 from megatron_sts.train import loop
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.interrupt import StopRequest

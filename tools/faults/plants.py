@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from faults.moments import Moment
 
-from megatron_sts.launch import trail
+from megatron_sts.launch import meeting, trail
 from megatron_sts.lds import sync
 from megatron_sts.mcore.writing import Snapshot
-from megatron_sts.runtime import meeting
 from megatron_sts.train import batches, loop, same, step
 from megatron_sts.train.feed import Feed
 from megatron_sts.train.replicas import ReplicaCheck

@@ -1,4 +1,4 @@
-"""Ranks that do not come are named, with their nodes, and nobody waits for ever."""
+"""Ranks and nodes that do not come are named, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import time
 
 import pytest
 
-from megatron_sts.runtime import meeting
+from megatron_sts.launch import meeting
+from megatron_sts.launch.meeting import MeetingError, expand, node_member, rank_member
 from megatron_sts.runtime.dist import process_group
-from megatron_sts.runtime.meeting import MeetingError, describe, expand
 from tests.dist.launch import run_ranks
 
 
 def test_names_of_missing_ranks() -> None:
-    environment = {"LOCAL_WORLD_SIZE": "8", "SLURM_JOB_NODELIST": "gpu[1,3-04],head"}
-    assert describe([0, 8, 9, 10, 15], 32, environment) == "ranks 0, 8-10, 15 of 32 (node 0: gpu1, 1: gpu3)"
-    assert describe([3], 4, {"LOCAL_WORLD_SIZE": "4"}) == "rank 3 of 4"
-    assert describe([7], 16, {"LOCAL_WORLD_SIZE": "4"}) == "rank 7 of 16 (node 1)"
+    place = {"RANK": "0", "WORLD_SIZE": "32", "MASTER_ADDR": "gpu1", "LOCAL_WORLD_SIZE": "8"}
+    known = rank_member(place | {"SLURM_JOB_NODELIST": "gpu[1,3-04],head"})
+    assert known.describe([0, 8, 9, 10, 15]) == "ranks 0, 8-10, 15 of 32 (node 0: gpu1, 1: gpu3)"
+    assert rank_member(place).describe([7]) == "rank 7 of 32 (node 0)"
+    assert rank_member(place | {"WORLD_SIZE": "8"}).describe([3]) == "rank 3 of 8"
+
+
+def test_names_of_missing_nodes() -> None:
+    place = {"SLURM_NODEID": "0", "SLURM_NNODES": "4", "SLURM_JOB_NODELIST": "gpu[1,3-04],head"}
+    assert node_member(place, "gpu1", 1, "S").describe([1, 2, 3]) == "nodes 1-3 of 4 (gpu3, gpu4, head)"
+    assert node_member(place | {"SLURM_JOB_NODELIST": "?"}, "gpu1", 1, "S").describe([2]) == "node 2 of 4"
 
 
 @pytest.mark.parametrize(
@@ -42,7 +49,7 @@ def test_nobody_keeps_the_store() -> None:
         place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started = time.monotonic()
         with pytest.raises(MeetingError) as said:
-            meeting.meet(1.0, place)
+            meeting.meet(rank_member(place), 1.0)
     assert time.monotonic() - started < 10
     assert f"rank 1 ({socket.gethostname()}): nobody answered at 127.0.0.1:{port} for 1 s (Connection refused)" in str(
         said.value

@@ -1,0 +1,228 @@
+"""Ranks, and before them nodes, find each other: within a bound, and with the names of those that did not come.
+
+torch's own ways to meet say nothing for minutes, and nobody's name. Ranks sign in here before there is a process group, in a
+store that rank 0 keeps or the launcher; the tasks of torchrun's nodes before torch's elastic agents meet, on the same server.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import groupby
+
+import torch.distributed as dist
+
+from megatron_sts.launch.environment import DEFAULT_PORT, rank_from
+
+POLL_S = 0.2
+NOTICE_S = 30.0
+"""Number 0 says whom it waits for after so long, and as often."""
+MARGIN_S = 15.0
+"""Others wait so much longer for number 0's word than number 0 for them: they started at another moment."""
+MET = "met"
+
+
+class MeetingError(ValueError):
+    """Not all came."""
+
+    is_echo = False
+    """Number 0 says it."""
+    may_pass = True
+    """Another start may do better."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of those that are to meet, and where."""
+
+    noun: str
+    """What each of them is."""
+    number: int
+    total: int
+    host: str
+    port: int
+    is_keeper: bool
+    """The store is kept in this process; else in number 0's, or in the launcher's."""
+    bound: str
+    """What the user calls the bound."""
+    remedy: str
+    """What to look at if some do not come."""
+    nodes: tuple[str, ...] = ()
+    """Their names in the order of ranks; empty if unknown."""
+    per_node: int = 1
+    """How many of them are on a node; 0 if unknown."""
+
+    @property
+    def name(self) -> str:
+        """As in: rank 3 (gpu1)."""
+        return f"{self.noun} {self.number} ({os.environ.get('SLURMD_NODENAME') or socket.gethostname()})"
+
+    @property
+    def first(self) -> str:
+        """Whom the others look for."""
+        return f"{self.noun} 0"
+
+    def describe(self, missing: Sequence[int]) -> str:
+        """As in: ranks 8-15 of 16 (node 1: gpu2); nodes 1, 3 of 4 (gpu2, gpu4)."""
+        runs = []
+        for _, group in groupby(enumerate(missing), lambda pair: pair[1] - pair[0]):
+            numbers = [number for _, number in group]
+            runs.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
+        where = ""
+        if 0 < self.per_node < self.total:
+            is_known = len(self.nodes) * self.per_node == self.total
+            nodes = sorted({number // self.per_node for number in missing})
+            if self.noun == "node":
+                where = f" ({', '.join(self.nodes[node] for node in nodes)})" if is_known else ""
+            else:
+                where = (
+                    f" (node {', '.join(f'{node}: {self.nodes[node]}' if is_known else str(node) for node in nodes)})"
+                )
+        return f"{self.noun}{'s' if len(missing) > 1 else ''} {', '.join(runs)} of {self.total}{where}"
+
+
+def rank_member(environment: Mapping[str, str]) -> Member:
+    """The rank that this process is.
+
+    Raises:
+        ConfigError: the environment does not say who it is, or where ranks meet.
+    """
+    rank = rank_from(environment)
+    assert rank is not None, "only ranks meet"
+    return Member(
+        noun="rank",
+        number=rank.rank,
+        total=rank.world_size,
+        host=environment["MASTER_ADDR"],
+        port=int(environment.get("MASTER_PORT", DEFAULT_PORT)),
+        is_keeper=rank.rank == 0 and environment.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+        bound="parallel.timeout_s",
+        remedy="look whether they started, and at their logs",
+        nodes=tuple(expand(environment.get("SLURM_JOB_NODELIST", ""))),
+        per_node=int(environment.get("LOCAL_WORLD_SIZE", "0")),
+    )
+
+
+def node_member(environment: Mapping[str, str], host: str, port: int, bound: str) -> Member:
+    """The node whose task this process is, of a job of SLURM."""
+    number = int(environment["SLURM_NODEID"])
+    return Member(
+        noun="node",
+        number=number,
+        total=int(environment["SLURM_NNODES"]),
+        host=host,
+        port=port,
+        is_keeper=number == 0,
+        bound=bound,
+        remedy="sinfo --Node --long says how SLURM finds them",
+        nodes=tuple(expand(environment["SLURM_JOB_NODELIST"])),
+    )
+
+
+def meet(member: Member, timeout_s: float) -> dist.Store:
+    """The store of all members, once all have come.
+
+    Raises:
+        MeetingError: naming the members, and nodes as far as they are known, that did not come within ``timeout_s``.
+    """
+    store = _open(member, timeout_s)
+    try:
+        store.set(f"{member.noun}/{member.number}", "here")
+        missing = _wait_for_all(store, member, timeout_s) if member.number == 0 else _wait_for_word(store, timeout_s)
+    except dist.DistError as error:
+        raise MeetingError(
+            f"{member.name}: {member.first} went away before all {member.noun}s had come ({_line(error)})"
+        ) from None
+    if missing:
+        refusal = MeetingError(missing)
+        refusal.is_echo = member.number != 0
+        raise refusal
+    store.set_timeout(timedelta(seconds=timeout_s))
+    return store
+
+
+def _open(member: Member, timeout_s: float) -> dist.Store:
+    at = f"{member.host}:{member.port}"
+    if not member.is_keeper:
+        _wait_for_port(member, timeout_s)
+    timeout = timedelta(seconds=timeout_s)
+    try:  # multi-tenant: what this process opens at the same port later is the same server
+        return dist.TCPStore(
+            member.host, member.port, member.total, member.is_keeper, timeout, wait_for_workers=False, multi_tenant=True
+        )
+    except dist.DistError as error:
+        where = f"{member.first} cannot keep the store" if member.is_keeper else f"{member.name} finds no store"
+        raise MeetingError(
+            f"{where} at {at} ({_line(error)}); is MASTER_PORT free, and MASTER_ADDR the first node?"
+        ) from None
+
+
+def _wait_for_port(member: Member, timeout_s: float) -> None:
+    """Quietly: torch would print C++ stacks with every attempt."""
+    deadline, said = time.monotonic() + timeout_s, time.monotonic()
+    at = f"{member.host}:{member.port}"
+    while True:
+        try:
+            socket.create_connection((member.host, member.port), timeout=5).close()
+            return
+        except OSError as error:
+            why = error.strerror or str(error) or type(error).__name__
+        if time.monotonic() > deadline:
+            raise MeetingError(
+                f"{member.name}: nobody answered at {at} for {timeout_s:g} s ({why}): {member.first} did not start there, or no way "
+                "leads there from this node; look at MASTER_ADDR and MASTER_PORT, and at the first node"
+            )
+        if time.monotonic() - said > NOTICE_S:
+            said = time.monotonic()
+            _say(f"{member.name}: waiting for {member.first} at {at} ({why})")
+        time.sleep(POLL_S)
+
+
+def _wait_for_all(store: dist.Store, member: Member, timeout_s: float) -> str:
+    """Number 0: until all have signed in, or it is told who did not. The word for all: empty if all came."""
+    deadline, said = time.monotonic() + timeout_s, time.monotonic()
+    missing = list(range(member.total))
+    while missing := [number for number in missing if not store.check([f"{member.noun}/{number}"])]:
+        who = member.describe(missing)
+        if time.monotonic() > deadline:
+            word = f"{who} did not come within {member.bound}={timeout_s:g}; {member.remedy}"
+            store.set(MET, word)
+            time.sleep(1)  # those that came read it before the store ends with this process
+            return word
+        if time.monotonic() - said > NOTICE_S:
+            said = time.monotonic()
+            _say(f"waiting for {who}")
+        time.sleep(POLL_S)
+    store.set(MET, "")
+    return ""
+
+
+def _wait_for_word(store: dist.Store, timeout_s: float) -> str:
+    store.wait([MET], timedelta(seconds=timeout_s + MARGIN_S))
+    return store.get(MET).decode()
+
+
+def expand(nodes: str) -> list[str]:
+    """The names in a node list of SLURM, as in a[1-3,07],b."""
+    names: list[str] = []
+    for prefix, ranges, suffix in re.findall(r"([^,\[\]]+)(?:\[([^\]]*)\])?([^,\[\]]*)", nodes):
+        for part in ranges.split(",") if ranges else [""]:
+            first, _, last = part.partition("-")
+            numbers = range(int(first), int(last or first) + 1) if first else [None]
+            names += [prefix + ("" if number is None else f"{number:0{len(first)}d}") + suffix for number in numbers]
+    return names
+
+
+def _say(text: str) -> None:
+    print(f"megatron-sts: {text}", file=sys.stderr, flush=True)
+
+
+def _line(error: Exception) -> str:
+    """The first line: C++ stacks follow."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
