@@ -66,7 +66,9 @@ def add(commands: Commands) -> None:
     )
     add_folder(slurm, "--run-dir", "where the run is written (default: runs/NAME)")
     slurm.add_argument("--extend", action="store_true", help="as for train")
-    slurm.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    slurm.add_argument(
+        "--dry-run", action="store_true", help="print the script, and what was checked; write and submit nothing"
+    )
     slurm.add_argument("--untested", action="store_true", help="submit also what SLURM could not start now")
     slurm.add_argument("--follow", action="store_true", help="print the log until the job ends")
 
@@ -82,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     job = _job(args, run_dir, folder)
     if args.dry_run:
         print(render(job), end="")
+        print(f"megatron-sts: {_told_of_dry_run(args, resolved, folder)}", file=sys.stderr)
         return 0
     if args.container and not slurm_submit.has_pyxis():
         refuse("--container", args.container, "srun has no --container-image here (the pyxis plugin of enroot)",
@@ -140,6 +143,28 @@ def _check(args: argparse.Namespace) -> Resolved:
         checked = checked or resolved
     assert checked is not None
     return checked
+
+
+def _told_of_dry_run(args: argparse.Namespace, resolved: Resolved, folder: Path) -> str:
+    from megatron_sts.launch.slurm_submit import array_numbers
+
+    parallel = resolved.config.parallel
+    sizes = {
+        "tensor": parallel.tensor_model_parallel_size,
+        "context": parallel.context_parallel_size,
+        "pipeline": parallel.pipeline_model_parallel_size,
+        "data": resolved.data_parallel_size,
+    }
+    shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    jobs = "a job"
+    if args.chain > 1:
+        jobs = f"{args.chain} jobs, each going on from the one before,"
+    if args.array:
+        jobs += f" array of {len(list(array_numbers(args.array)))}"
+    return (
+        f"the config fits {args.nodes} nodes x {resolved.world_size // args.nodes} ranks = {shape}; without --dry-run "
+        f"{jobs} would be submitted as {folder / 'job.sbatch'}; nothing was written or submitted, and SLURM was not asked"
+    )
 
 
 def _run_dir(args: argparse.Namespace) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
+from megatron_sts.config.errors import refuse
+
 DEFAULT_PORT = "29500"
 
 
@@ -21,14 +23,25 @@ def rank_from(environment: Mapping[str, str]) -> Rank | None:
     """The rank that torchrun (RANK, WORLD_SIZE) or srun (SLURM_PROCID, SLURM_NTASKS, MASTER_ADDR) made this process.
 
     A batch script has SLURM_PROCID too: only a MASTER_ADDR says that its tasks are meant to be ranks.
+
+    Raises:
+        ConfigError: it is a rank, and where ranks meet is not said, or a number is none.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
-        rank, world_size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-        return Rank(rank, int(environment.get("LOCAL_RANK", "0")), world_size)
-    num_tasks = int(environment.get("SLURM_NTASKS", "1"))
-    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment and num_tasks > 1:
-        return Rank(int(environment["SLURM_PROCID"]), int(environment.get("SLURM_LOCALID", "0")), num_tasks)
+        if "MASTER_ADDR" not in environment:
+            refuse("RANK", environment["RANK"], "with WORLD_SIZE it makes this process a rank, but there is no MASTER_ADDR",
+                   "set that too, as torchrun does, or unset both if something left them behind")  # fmt: skip
+        return Rank(*(_number(environment, name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    if "SLURM_PROCID" in environment and "MASTER_ADDR" in environment and _number(environment, "SLURM_NTASKS", "1") > 1:
+        return Rank(*(_number(environment, name) for name in ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS")))
     return None
+
+
+def _number(environment: Mapping[str, str], name: str, default: str = "0") -> int:
+    given = environment.get(name, default)
+    if not given.isdecimal():
+        refuse(name, given, "not a number, and it says which rank this process is", "correct it, or unset it")
+    return int(given)
 
 
 def join(rank: Rank, environment: MutableMapping[str, str]) -> None:

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from megatron_sts.commands.train import default_run_dir
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.launch import outcome
 from megatron_sts.launch.cause import Failure
 from megatron_sts.launch.environment import Rank, rank_from
@@ -105,6 +108,7 @@ def test_a_wrong_config_on_a_rank_is_left_to_its_launcher(run, config: Path, tmp
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
         "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json"),
     }
     result = run("train", config, "stages.only.steps=-1", "--run-dir", "out", **torchrun)
@@ -119,8 +123,17 @@ def test_a_wrong_config_on_a_rank_is_left_to_its_launcher(run, config: Path, tmp
 def test_rank_from() -> None:
     assert rank_from({}) is None
     assert rank_from({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) is None  # a batch script, not a task
-    assert rank_from({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Rank(3, 1, 8)
-    assert rank_from({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}) == Rank(0, 0, 1)
+    tasks = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "node1"}
+    assert rank_from(tasks) == Rank(1, 0, 2)
+    assert rank_from(tasks | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Rank(3, 1, 8)
+
+
+def test_what_something_left_behind_makes_no_rank(run, config: Path) -> None:
+    result = run("train", config, "--run-dir", "out", RANK="0", WORLD_SIZE="1")
+    line = "RANK=0: with WORLD_SIZE it makes this process a rank, but there is no MASTER_ADDR; set that too, as torchrun does, "
+    assert result.returncode == 2 and result.stderr.startswith(f"megatron-sts: error: {line}")
+    with pytest.raises(ConfigError, match=r"^WORLD_SIZE=two: not a number"):
+        rank_from({"RANK": "0", "WORLD_SIZE": "two", "MASTER_ADDR": "node1"})
 
 
 def test_default_run_dir(tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ run = pathlib.Path(sys.argv[-1])
 own = {{key: value for key, value in os.environ.items() if key.startswith(("STS_", "SLURM_", "MASTER_", "OMP_", "NCCL_"))}}
 (run / f"task-{{own['SLURM_JOB_ID']}}-{{own['SLURM_PROCID']}}.json").write_text(json.dumps([sys.argv[1:], own]))
 kind, requeue, status = os.environ.get("PLAY", "done,false,0").split(",")
+if kind == "chain":
+    kind = "done" if "STS_CHAINED" in own else "stopped"
 if kind == "save":
     kind = "done"
     if own.get("SLURM_RESTART_COUNT", "0") == "0":
@@ -213,12 +215,13 @@ def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys
         "the job before this one ended as 'failed': the chain ends here"
         in (run / f"launch/001/job-{second}.out").read_text()
     )
-    # A link whose time was up hands over to the next one.
+    # A link whose time was up hands over to the next one; after the last step there is nothing left to start.
     run = tmp_path / "other"
-    launch("--run-dir", str(run), "--python", stand_in, "--chain", "2", "--env", "PLAY=stopped,true,0")
-    first, second = submitted(capsys)
-    assert (end_of(first), end_of(second)) == ("COMPLETED", "COMPLETED")
-    assert len(tasks(run, first)) == len(tasks(run, second)) == 2
+    launch("--run-dir", str(run), "--python", stand_in, "--chain", "3", "--env", "PLAY=chain,true,0")
+    first, second, third = submitted(capsys)
+    assert {end_of(job) for job in (first, second, third)} == {"COMPLETED"}
+    assert len(tasks(run, first)) == len(tasks(run, second)) == 2 and not tasks(run, third)
+    assert "has done the whole run: nothing is left to do" in (run / f"launch/001/job-{third}.out").read_text()
 
 
 def test_a_job_that_fails_again_and_again_is_not_requeued_for_ever(

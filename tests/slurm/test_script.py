@@ -64,7 +64,11 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: py
     )
     words = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-rank", "12", "--srun-ranks", "--container", "a#b:1")
     status, script, error = launch(*words, "--dry-run", "--run-dir", str(run), *options, *more, "seed=7", capsys=capsys)
-    assert (status, error) == (0, "") and not run.exists()
+    assert status == 0 and not run.exists()
+    assert error == (
+        "megatron-sts: the config fits 2 nodes x 1 ranks = tensor 1 x context 1 x pipeline 2 x data 1; without --dry-run a job would "
+        f"be submitted as {run}/launch/001/job.sbatch; nothing was written or submitted, and SLURM was not asked\n"
+    )
     lines = script.splitlines()
     expected = [
         "nodes=2",
