@@ -17,7 +17,7 @@ from megatron_sts.launch import failure, heartbeat, lease, missing, outcome, tra
 from megatron_sts.launch.failure import Told
 from megatron_sts.launch.heartbeat import Heartbeat
 from megatron_sts.launch.lease import Lease, LeaseLostError
-from megatron_sts.launch.missing import State
+from megatron_sts.launch.missing import Absent, State
 
 TELLER_WAIT_S = 12.0
 """How long a rank waits for the one that looks who did not come."""
@@ -80,30 +80,34 @@ class Board:
         cause = heartbeat.notice(self._folder)
         if cause is None and heartbeat.may_tell(self._folder):
             found = missing.who(self._folder, self._num_ranks, self._rank)
-            if found is None or found[1] >= State.BUSY:
-                found = self._among_the_living(line, found if is_sure else (line, State.WAITING))
-            return self._tell(found[0], status, lost=found[1])
+            if found is None or found.state >= State.BUSY:
+                found = self._among_the_living(line, found if is_sure else Absent(line, State.WAITING))
+            return self._tell(found.told, status, lost=found)
         deadline = time.monotonic() + TELLER_WAIT_S
         while cause is None and time.monotonic() < deadline:
             time.sleep(0.1)
             cause = heartbeat.notice(self._folder)
         return Told(cause or line, is_lost=True, is_first=cause is None, status=status)
 
-    def _among_the_living(self, line: str, found: tuple[str, State] | None) -> tuple[str, State]:
+    def _among_the_living(self, line: str, found: Absent | None) -> Absent:
         """What is said where every rank is there: that some disagree, if that is seen, else ``found``, else where they all wait."""
         if differing := missing.disagreement(self._folder, self._num_ranks):
-            return f"{differing} ({line})", State.WAITING
+            return Absent(f"{differing} ({line})", State.WAITING)
         places = missing.positions(self._folder, range(self._num_ranks))
-        return found or (f"rank {self._rank} waited in vain, and so did the others ({line}); {places}", State.WAITING)
+        told = f"rank {self._rank} waited in vain, and so did the others ({line}); {places}"
+        return found or Absent(told, State.WAITING)
 
-    def _tell(self, line: str, status: int, *, lost: State | None = None) -> Told:
-        """``lost``: what is known of the rank that ``line`` is about, if it is another one."""
+    def _tell(self, line: str, status: int, *, lost: Absent | None = None) -> Told:
+        """``lost``: whom ``line`` is about, if it is another rank."""
         is_lost = lost is not None
         cause = line if is_lost else f"rank {self._rank} ({os.uname().nodename}): {line}"
         is_first = heartbeat.leave_notice(self._folder, self._rank, cause)
         if is_first and lease.is_held_by(self._run_dir, self._token):
-            outcome.write(self._run_dir, "failed", cause, requeue=lost == State.SILENT)  # its machine or the network
-        if lost == State.STOPPED and failure.LAUNCHED not in os.environ:  # our own launcher kills all of them
+            is_silent = lost is not None and lost.state == State.SILENT  # its machine or the network
+            nodes = lost.nodes if lost is not None and is_silent else ()
+            outcome.write(self._run_dir, "failed", cause, requeue=is_silent, nodes=nodes)
+        is_stopped = lost is not None and lost.state == State.STOPPED
+        if is_stopped and failure.LAUNCHED not in os.environ:  # our own launcher kills all of them
             missing.end_stopped(self._folder, self._num_ranks, self._rank)
         if is_lost and not is_first:
             line = heartbeat.notice(self._folder) or line
@@ -127,9 +131,9 @@ class Board:
         limit, heart = self._timeout_s + MARGIN_S, self._heart
         if max(heart.waiting_s, heart.computing_s) > limit:
             found = missing.who(self._folder, self._num_ranks, self._rank)
-            is_sure = found is not None and (found[1] < State.BUSY or heart.waiting_s > limit)
+            is_sure = found is not None and (found.state < State.BUSY or heart.waiting_s > limit)
             if found is not None and is_sure and heartbeat.may_tell(self._folder):
-                self._leave(self._tell(found[0], 1, lost=found[1]))
+                self._leave(self._tell(found.told, 1, lost=found))
 
     def _leave(self, told: Told) -> NoReturn:
         """Ends this rank from outside of what it does."""

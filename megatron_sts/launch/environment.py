@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
@@ -42,6 +43,11 @@ def _number(environment: Mapping[str, str], name: str, default: str = "0") -> in
     if not given.isdecimal():
         refuse(name, given, "not a number, and it says which rank this process is", "correct it, or unset it")
     return int(given)
+
+
+def node_name() -> str:
+    """This machine's name: SLURM's, where there is one, which knows it by no other."""
+    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
 
 
 def join(rank: Rank, environment: MutableMapping[str, str]) -> None:

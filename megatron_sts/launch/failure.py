@@ -7,6 +7,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -94,7 +95,8 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
         told = Told(describe(error), by_another, not getattr(error, "is_echo", False), status_of(error))
         leave_words(told)
         if run_dir is not None:
-            claim(run_dir, _about(told) + told.line, requeue=getattr(error, "may_pass", False))
+            may_pass, nodes = getattr(error, "may_pass", False), getattr(error, "nodes", ())
+            claim(run_dir, _about(told) + told.line, requeue=may_pass, nodes=nodes)
     if not is_users(error) and (not told.is_lost or (told.is_first and may_be_lost(error))):
         # One write, so that the tracebacks of several ranks do not interleave.
         sys.stderr.write(
@@ -104,10 +106,10 @@ def report(error: Exception, run_dir: Path | None = None) -> int:
     return told.status
 
 
-def claim(run_dir: Path, cause: str, *, requeue: bool = False) -> None:
+def claim(run_dir: Path, cause: str, *, requeue: bool = False, nodes: Sequence[str] = ()) -> None:
     """Leaves the failure of a run that does not hold its folder yet, unless another one does."""
     if not lease.may_be_held(run_dir):
-        outcome.claim(run_dir, cause, requeue=requeue)
+        outcome.claim(run_dir, cause, requeue=requeue, nodes=nodes)
 
 
 def status_of(error: BaseException) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sts.launch import trail
+from megatron_sts.launch.environment import node_name
 from megatron_sts.launch.trail import Mark, Work
 
 FOLDER = "ranks"
@@ -192,7 +193,7 @@ class Heartbeat:
         if self._seen != (mark, where, is_waiting):
             self._seen, self._seen_at = (mark, where, is_waiting), time.monotonic()
         pid = os.getpid()
-        identity = {"rank": self._rank, "host": os.uname().nodename, "machine": machine()}
+        identity = {"rank": self._rank, "host": node_name(), "machine": machine()}
         identity |= {"pid": pid, "started": start_ticks(pid)}
         now = {"number": self._number, "interval_s": self.interval_s, "time": time.time()}
         place = {"mark": asdict(mark), "where": where, "is_waiting": is_waiting}

@@ -6,7 +6,6 @@ store that rank 0 keeps or the launcher; the tasks of torchrun's nodes before to
 
 from __future__ import annotations
 
-import os
 import re
 import socket
 import sys
@@ -18,14 +17,13 @@ from itertools import groupby
 
 import torch.distributed as dist
 
-from megatron_sts.launch.environment import DEFAULT_PORT, rank_from
+from megatron_sts.launch.environment import DEFAULT_PORT, node_name, rank_from
 
 POLL_S = 0.2
 NOTICE_S = 30.0
 """Number 0 says whom it waits for after so long, and as often."""
 MARGIN_S = 15.0
 """Others wait so much longer for number 0's word than number 0 for them: they started at another moment."""
-MET = "met"
 
 
 class MeetingError(ValueError):
@@ -35,6 +33,8 @@ class MeetingError(ValueError):
     """Number 0 says it."""
     may_pass = True
     """Another start may do better."""
+    nodes: tuple[str, ...] = ()
+    """On which those are that did not come, as far as that is known."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,16 @@ class Member:
     @property
     def name(self) -> str:
         """As in: rank 3 (gpu1)."""
-        return f"{self.noun} {self.number} ({os.environ.get('SLURMD_NODENAME') or socket.gethostname()})"
+        return f"{self.noun} {self.number} ({node_name()})"
+
+    @property
+    def word(self) -> str:
+        """Under which number 0 leaves its word in the store."""
+        return f"{self.noun}s/met"
+
+    def key(self, number: int) -> str:
+        """Under which one signs in."""
+        return f"{self.noun}s/{number}"
 
     @property
     def first(self) -> str:
@@ -76,15 +85,20 @@ class Member:
             runs.append(str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}")
         where = ""
         if 0 < self.per_node < self.total:
-            is_known = len(self.nodes) * self.per_node == self.total
-            nodes = sorted({number // self.per_node for number in missing})
+            numbers, names = sorted({number // self.per_node for number in missing}), self.nodes_of(missing)
             if self.noun == "node":
-                where = f" ({', '.join(self.nodes[node] for node in nodes)})" if is_known else ""
+                where = f" ({', '.join(names)})" if names else ""
+            elif names:
+                where = f" (node {', '.join(f'{node}: {name}' for node, name in zip(numbers, names, strict=True))})"
             else:
-                where = (
-                    f" (node {', '.join(f'{node}: {self.nodes[node]}' if is_known else str(node) for node in nodes)})"
-                )
+                where = f" (node {', '.join(map(str, numbers))})"
         return f"{self.noun}{'s' if len(missing) > 1 else ''} {', '.join(runs)} of {self.total}{where}"
+
+    def nodes_of(self, members: Sequence[int]) -> tuple[str, ...]:
+        """The names of the nodes that these are on; empty if unknown."""
+        if self.per_node == 0 or len(self.nodes) * self.per_node != self.total:
+            return ()
+        return tuple(self.nodes[node] for node in sorted({member // self.per_node for member in members}))
 
 
 def rank_member(environment: Mapping[str, str]) -> Member:
@@ -133,16 +147,15 @@ def meet(member: Member, timeout_s: float) -> dist.Store:
     """
     store = _open(member, timeout_s)
     try:
-        store.set(f"{member.noun}/{member.number}", "here")
-        missing = _wait_for_all(store, member, timeout_s) if member.number == 0 else _wait_for_word(store, timeout_s)
+        store.set(member.key(member.number), "here")
+        if member.number == 0:
+            _wait_for_all(store, member, timeout_s)
+        else:
+            _wait_for_word(store, member, timeout_s)
     except dist.DistError as error:
         raise MeetingError(
             f"{member.name}: {member.first} went away before all {member.noun}s had come ({_line(error)})"
         ) from None
-    if missing:
-        refusal = MeetingError(missing)
-        refusal.is_echo = member.number != 0
-        raise refusal
     store.set_timeout(timedelta(seconds=timeout_s))
     return store
 
@@ -184,28 +197,32 @@ def _wait_for_port(member: Member, timeout_s: float) -> None:
         time.sleep(POLL_S)
 
 
-def _wait_for_all(store: dist.Store, member: Member, timeout_s: float) -> str:
-    """Number 0: until all have signed in, or it is told who did not. The word for all: empty if all came."""
+def _wait_for_all(store: dist.Store, member: Member, timeout_s: float) -> None:
+    """Number 0: until all have signed in, or it is time to say who did not; leaves the word for the others: empty if all came."""
     deadline, said = time.monotonic() + timeout_s, time.monotonic()
     missing = list(range(member.total))
-    while missing := [number for number in missing if not store.check([f"{member.noun}/{number}"])]:
+    while missing := [number for number in missing if not store.check([member.key(number)])]:
         who = member.describe(missing)
         if time.monotonic() > deadline:
             word = f"{who} did not come within {member.bound}={timeout_s:g}; {member.remedy}"
-            store.set(MET, word)
+            store.set(member.word, word)
             time.sleep(1)  # those that came read it before the store ends with this process
-            return word
+            refusal = MeetingError(word)
+            refusal.nodes = member.nodes_of(missing)
+            raise refusal
         if time.monotonic() - said > NOTICE_S:
             said = time.monotonic()
             _say(f"waiting for {who}")
         time.sleep(POLL_S)
-    store.set(MET, "")
-    return ""
+    store.set(member.word, "")
 
 
-def _wait_for_word(store: dist.Store, timeout_s: float) -> str:
-    store.wait([MET], timedelta(seconds=timeout_s + MARGIN_S))
-    return store.get(MET).decode()
+def _wait_for_word(store: dist.Store, member: Member, timeout_s: float) -> None:
+    store.wait([member.word], timedelta(seconds=timeout_s + MARGIN_S))
+    if word := store.get(member.word).decode():
+        refusal = MeetingError(word)
+        refusal.is_echo = True
+        raise refusal
 
 
 def expand(nodes: str) -> list[str]:

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_sts.launch.heartbeat import ENDED, Beat, machine, process, read
 from megatron_sts.launch.trail import Work
@@ -52,9 +53,18 @@ class Seen:
         return f"{beat.name} did not come: for {since:.0f} s it has been in {beat.place}"
 
 
-def who(folder: Path, num_ranks: int, me: int) -> tuple[str, State] | None:
-    """One line naming the rank that did not come, where and for how long, and what is known of it; None if all of them only wait
-    for each other."""
+class Absent(NamedTuple):
+    """Those that others wait for."""
+
+    told: str
+    """One line naming a rank, where it is and for how long."""
+    state: State
+    nodes: tuple[str, ...] = ()
+    """On which they are, as far as that is known."""
+
+
+def who(folder: Path, num_ranks: int, me: int) -> Absent | None:
+    """The ranks of which the worst is known; None if all of them only wait for each other."""
     seen = look(folder, num_ranks, me)
     worst = min((each.state for each in seen), default=State.WAITING)
     if worst == State.WAITING:
@@ -64,7 +74,8 @@ def who(folder: Path, num_ranks: int, me: int) -> tuple[str, State] | None:
     others = [str(each.rank) for each in found[1:]] if worst < State.BUSY else []
     more = f", … ({len(others)} ranks)" if len(others) > NUM_SHOWN else ""
     also = f"; so did rank {', '.join(others[:NUM_SHOWN])}{more}" if others else ""
-    return found[0].describe(time.time()) + also, worst
+    nodes = tuple(sorted({each.beat.host for each in found if each.beat is not None}))
+    return Absent(found[0].describe(time.time()) + also, worst, nodes)
 
 
 def look(folder: Path, num_ranks: int, me: int) -> list[Seen]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -31,18 +32,22 @@ class Outcome:
     """Whether the same command should be started again, without anybody looking."""
     time: str
     """ISO 8601, UTC."""
+    nodes: Sequence[str] = ()
+    """Those, as SLURM names them, from which nothing came: a start without them may do better."""
 
 
-def write(run_dir: Path, kind: Kind, cause: str | None = None, *, requeue: bool = False) -> None:
+def write(
+    run_dir: Path, kind: Kind, cause: str | None = None, *, requeue: bool = False, nodes: Sequence[str] = ()
+) -> None:
     """Replaces the outcome, in one piece. A disk that takes no more keeps what is there: the run's own end is what counts."""
     with suppress(OSError, ValueError):
-        _written(run_dir, kind, cause, requeue).replace(run_dir / OUTCOME)
+        _written(run_dir, kind, cause, requeue, nodes).replace(run_dir / OUTCOME)
 
 
-def claim(run_dir: Path, cause: str, *, requeue: bool = False) -> bool:
+def claim(run_dir: Path, cause: str, *, requeue: bool = False, nodes: Sequence[str] = ()) -> bool:
     """Writes a failure unless an outcome is there; returns whether it did. Of ranks that fail together the first one tells."""
     try:
-        written = _written(run_dir, "failed", cause, requeue)
+        written = _written(run_dir, "failed", cause, requeue, nodes)
     except (OSError, ValueError):
         return False
     try:
@@ -67,11 +72,12 @@ def read(run_dir: Path) -> Outcome | None:
         return None
 
 
-def _written(run_dir: Path, kind: Kind, cause: str | None, requeue: bool) -> Path:
+def _written(run_dir: Path, kind: Kind, cause: str | None, requeue: bool, nodes: Sequence[str]) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     newest = whole_checkpoints(run_dir / CHECKPOINTS)[-1:]
     step, stage = (position(newest[0])[1], stage_of(newest[0])) if newest else (None, None)
-    found = Outcome(kind, step, stage, cause, requeue, datetime.now(UTC).isoformat(timespec="seconds"))
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    found = Outcome(kind, step, stage, cause, requeue, now, list(nodes))
     path = run_dir / f".{OUTCOME}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}"
     try:
         path.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from megatron_sts.launch.cause import Failure, first, words_in
+from megatron_sts.launch.environment import node_name
 from megatron_sts.launch.failure import LAUNCHED, claim
 from megatron_sts.launch.terminated import TERM_IS_HELD
 
@@ -87,7 +88,7 @@ def unlike_asked(environment: Mapping[str, str], num_cpus: int) -> str:
         return ""
     threads = environment.get("OMP_NUM_THREADS", "1")
     return (
-        f"task {environment['SLURM_PROCID']} on {environment.get('SLURMD_NODENAME') or socket.gethostname()} may use "
+        f"task {environment['SLURM_PROCID']} on {environment.get('SLURMD_NODENAME') or node_name()} may use "
         f"{num_cpus} of the {asked} CPUs that were asked for it; its ranks have {threads} threads each: they will wait for each "
         "other (see --cpus-per-task, and your site's TaskPlugin)"
     )
@@ -133,15 +134,15 @@ def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
     except meeting.MeetingError as error:
         if error.is_echo:  # the first node says it
             return 1
-        return _give_up(run_dir, str(error))
+        return _give_up(run_dir, str(error), error.nodes)
     except ChildFailedError as error:
         cause = first([_failure(rank, found) for rank, found in error.failures.items()])
         if cause.words.get("is_first", True):  # else the task of another node says it
-            print(f"megatron-sts: error: {_node()}: {cause.describe()}", file=sys.stderr, flush=True)
+            print(f"megatron-sts: error: {node_name()}: {cause.describe()}", file=sys.stderr, flush=True)
         return 2 if cause.status == 2 else 1
     except Exception as error:  # of the agents' own meeting: it has many, and their tracebacks say no more
         told = " ".join(f"{type(error).__name__}: {error}".split())
-        return _give_up(run_dir, f"{_node()}: torch's agents on the nodes lost each other at {host}:{port}: {told}")
+        return _give_up(run_dir, f"{node_name()}: torch's agents on the nodes lost each other at {host}:{port}: {told}")
     return 0
 
 
@@ -173,15 +174,11 @@ def _agent(host: str, port: int, meet_s: int, *, is_head: bool) -> LaunchConfig:
     )
 
 
-def _give_up(run_dir: Path, told: str) -> int:
+def _give_up(run_dir: Path, told: str, nodes: Sequence[str] = ()) -> int:
     """Says why there are no ranks, also in the run's outcome: another start may find all nodes. The exit status."""
     print(f"megatron-sts: error: {told}", file=sys.stderr, flush=True)
-    claim(run_dir, told, requeue=True)
+    claim(run_dir, told, requeue=True, nodes=nodes)
     return 1
-
-
-def _node() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _failure(rank: int, found: Any) -> Failure:

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.launch import failure, heartbeat, outcome, trail
+from megatron_sts.launch import failure, heartbeat, lease, outcome, trail
 from megatron_sts.launch.board import Board
 from tests.launch.test_missing import beat
 
@@ -53,6 +53,18 @@ def test_a_peer_that_is_gone(board: Board, tmp_path: Path, capsys: pytest.Captur
     assert json.loads((tmp_path / "error.json").read_text())["message"].startswith(line)
     assert (heartbeat.notice(tmp_path / heartbeat.FOLDER / "start") or "").startswith(line)
     assert outcome.read(tmp_path) is None  # the folder is not held here
+
+
+def test_a_node_that_fell_silent_is_in_the_outcome(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next start can do without it."""
+    write_peer(tmp_path, machine="another", host="nodeb", interval_s=0.05)
+    monkeypatch.setattr(lease, "is_held_by", lambda *_: True)
+    with pytest.raises(Left):
+        board._look()
+    found = outcome.read(tmp_path)
+    assert found and (found.outcome, found.requeue, found.nodes) == ("failed", True, ["nodeb"])
 
 
 def test_a_peer_that_computes(board: Board, tmp_path: Path) -> None:

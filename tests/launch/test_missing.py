@@ -69,7 +69,7 @@ def test_all_wait(tmp_path: Path) -> None:
 
 def test_a_stopped_process_comes_before_a_busy_one(tmp_path: Path, child: subprocess.Popen[bytes]) -> None:
     write(tmp_path, beat(0), beat(1, is_waiting=False), of(child, 2))
-    said, state = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
+    said, state, _ = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
     assert state == State.BUSY
     assert (
         said.startswith("rank 1 (nodea, pid ")
@@ -77,7 +77,7 @@ def test_a_stopped_process_comes_before_a_busy_one(tmp_path: Path, child: subpro
     )
     os.kill(child.pid, signal.SIGSTOP)
     os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
-    said, state = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
+    said, state, _ = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
     assert state == State.STOPPED
     assert said.startswith(f"rank 2 (nodea, pid {child.pid}) did not answer for ") and "is stopped (SIGSTOP?)" in said
 
@@ -86,7 +86,7 @@ def test_a_process_that_is_gone_or_is_another_one(tmp_path: Path, child: subproc
     write(tmp_path, beat(0), beat(1, started=1), replace(of(child, 2), is_waiting=False))
     child.kill()
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # a zombie: it is still to be waited for
-    said, state = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
+    said, state, _ = missing.who(tmp_path, 3, 0)  # type: ignore[misc]
     assert state == State.GONE and said.startswith("rank 1 (nodea, ") and said.endswith("; so did rank 2")
 
 
@@ -110,16 +110,17 @@ def test_on_another_machine_only_the_number_counts(tmp_path: Path) -> None:
     thread = threading.Thread(target=live)
     thread.start()
     try:
-        said, state = missing.who(tmp_path, 4, 0)  # type: ignore[misc]
+        said, state, nodes = missing.who(tmp_path, 4, 0)  # type: ignore[misc]
     finally:
         end.set()
         thread.join()
     assert state == State.SILENT and said.startswith("rank 2 (nodeb, pid 1) did not answer for ")
+    assert nodes == ("nodeb",)
 
 
 def test_a_rank_without_a_sign(tmp_path: Path) -> None:
     write(tmp_path, beat(0))
-    assert missing.who(tmp_path, 2, 0) == ("rank 1 did not answer, and never said where it is", State.SILENT)
+    assert missing.who(tmp_path, 2, 0) == ("rank 1 did not answer, and never said where it is", State.SILENT, ())
 
 
 def test_of_ranks_that_lost_another_one_tells(tmp_path: Path) -> None:
@@ -141,7 +142,7 @@ def test_where_no_notice_can_be_left_everybody_speaks(tmp_path: Path, monkeypatc
 def test_a_busy_ranks_time_is_by_its_own_clock(tmp_path: Path) -> None:
     ahead = beat(1, is_waiting=False, time=time.time() + 3600)
     write(tmp_path, beat(0), replace(ahead, mark=replace(ahead.mark, time=ahead.time - 7)))
-    said, _ = missing.who(tmp_path, 2, 0)  # type: ignore[misc]
+    said, *_ = missing.who(tmp_path, 2, 0)  # type: ignore[misc]
     assert " did not come: for 7 s it has been in " in said
 
 

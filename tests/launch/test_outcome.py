@@ -15,13 +15,13 @@ from megatron_sts.launch import lease, outcome
 
 def test_the_newest_checkpoint_is_where_it_goes_on(tmp_path: Path) -> None:
     outcome.write(tmp_path, "stopped", "SIGINT")
-    assert outcome.read(tmp_path) == outcome.Outcome("stopped", None, None, "SIGINT", False, said(tmp_path)["time"])
+    assert outcome.read(tmp_path) == outcome.Outcome("stopped", None, None, "SIGINT", False, said(tmp_path)["time"], [])
     for name in ("0-two-parts-0000004", "1-fine-0000012", "1-fine-0000003"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / COMPLETE).write_text("{}")
     outcome.write(tmp_path, "stopped", "SIGUSR1", requeue=True)
     assert {**said(tmp_path), "time": ""} == {
-        "outcome": "stopped", "step": 12, "stage": "fine", "cause": "SIGUSR1", "requeue": True, "time": ""
+        "outcome": "stopped", "step": 12, "stage": "fine", "cause": "SIGUSR1", "requeue": True, "time": "", "nodes": []
     }  # fmt: skip
     outcome.clear(tmp_path)
     outcome.clear(tmp_path)

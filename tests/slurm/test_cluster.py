@@ -36,13 +36,21 @@ SHORT = [
 ]
 ONE_THREAD = ["--env", "OMP_NUM_THREADS=1"]
 STAND_IN = """#!{python}
-import json, os, pathlib, signal, sys
+import json, os, pathlib, signal, sys, time
 run = pathlib.Path(sys.argv[-1])
 own = {{key: value for key, value in os.environ.items() if key.startswith(("STS_", "SLURM_", "MASTER_", "OMP_", "NCCL_"))}}
 (run / f"task-{{own['SLURM_JOB_ID']}}-{{own['SLURM_PROCID']}}.json").write_text(json.dumps([sys.argv[1:], own]))
 kind, requeue, status = os.environ.get("PLAY", "done,false,0").split(",")
 if kind == "chain":
     kind = "done" if "STS_CHAINED" in own else "stopped"
+if kind == "lost":  # its node, then the time limit came, then it went well
+    kind = {{"0": "lost", "1": "stopped"}}.get(own.get("SLURM_RESTART_COUNT", "0"), "done")
+if kind == "hangs":  # the second node's task, in the first start
+    kind = "done"
+    if own.get("SLURM_RESTART_COUNT", "0") == "0":
+        if own["SLURM_NODEID"] == "0":
+            os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+        time.sleep(20)
 if kind == "save":
     kind = "done"
     if own.get("SLURM_RESTART_COUNT", "0") == "0":
@@ -51,7 +59,10 @@ if kind == "save":
         signal.sigwait([signal.SIGUSR1])
         kind, requeue = "stopped", "true"
 if own["SLURM_PROCID"] == "0":
-    (run / "outcome.json").write_text(json.dumps({{"outcome": kind, "requeue": requeue == "true"}}))
+    told = {{"outcome": kind, "requeue": requeue == "true", "time": ""}}
+    if kind == "lost":
+        told |= {{"outcome": "failed", "nodes": [os.environ["SLURMD_NODENAME"]]}}
+    (run / "outcome.json").write_text(json.dumps(told))
 sys.exit(int(status))
 """
 NASTY = [
@@ -194,15 +205,21 @@ def test_a_job_that_can_never_start_is_refused(cluster, tmp_path: Path, capsys) 
 
 
 def test_usr1_puts_the_job_back_into_the_queue(cluster, stand_in: str, tmp_path: Path, capsys, monkeypatch) -> None:
-    run = tmp_path / "run"
-    launch("--run-dir", str(run), "--python", stand_in, "--env", "PLAY=save,true,0")
+    """Of an array the task that it is sent to, also the one whose number among jobs is the whole array's."""
+    run = tmp_path / "run-{array}"
+    launch("--array", "0-1", "--run-dir", str(run), "--python", stand_in, "--env", "PLAY=save,true,0")
     [job] = submitted(capsys)
-    wait_for((run / "ready").exists, "the stand-in does not start")
-    tell("--batch", "--signal=USR1", job)
-    assert end_of(job) == "COMPLETED"
-    log = (run / f"launch/001/job-{job}.out").read_text()
+    runs = [tmp_path / f"run-{number}" for number in (0, 1)]
+    wait_for(lambda: all((run / "ready").exists() for run in runs), "the stand-ins do not start")
+    told, other = sorted(runs, key=lambda run: not list(run.glob(f"task-{job}-*")))
+    number, others = f"{job}_{told.name[-1]}", f"{job}_{other.name[-1]}"
+    tell("--batch", "--signal=USR1", number)
+    assert end_of(number) == "COMPLETED" and state(others) == "RUNNING"
+    log = (tmp_path / f"launch/001/job-{number}.out").read_text()
     assert "the time limit is near: saving" in log and "ended as 'stopped'" in log and "start 2," in log
-    assert tasks(run, job)[0][1]["SLURM_RESTART_COUNT"] == "1"
+    assert tasks(told, job)[0][1]["SLURM_RESTART_COUNT"] == "1"
+    assert "start 2," not in (tmp_path / f"launch/001/job-{others}.out").read_text()
+    tell(others)
 
 
 def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys) -> None:
@@ -235,6 +252,41 @@ def test_a_job_that_fails_again_and_again_is_not_requeued_for_ever(
     log = (run / f"launch/001/job-{job}.out").read_text()
     assert "start 2," in log and "start 3," not in log
     assert "failed 2 times with the same newest checkpoint (0-only-0000010)" in log
+
+
+def homes(run: Path) -> list[str]:
+    """Where each start was."""
+    return re.findall(r"start \d+, .* on (\S+), ", log_of(run))
+
+
+def excluded(job: str) -> str:
+    shown = subprocess.run(["scontrol", "--oneliner", "show", "job", job], capture_output=True, text=True).stdout
+    return re.search(r" ExcNodeList=(\S*)", shown)[1]  # type: ignore[index]
+
+
+def test_the_next_start_does_without_a_node_that_was_lost(cluster, stand_in: str, tmp_path: Path, capsys) -> None:
+    """SLURM knows nothing against it. What the user excludes stays excluded, and at a time limit all is forgiven."""
+    python, jobs = ["--python", stand_in], dict[str, str]()
+    for name, nodes, exclude, play in [
+        ("hangs", 2, [], "hangs,true,0"),
+        ("excluded", 1, ["--exclude", "node3"], "lost,true,0"),
+        ("no other", 1, ["--exclude", "node2,node3"], "lost,true,0"),
+    ]:
+        words = ["--run-dir", str(tmp_path / name), *python, *exclude, "--env", f"PLAY={play}", "--env", "STS_MEET_S=3"]
+        launch(*words, "parallel.pipeline_model_parallel_size=1", nodes=nodes)
+        [jobs[name]] = submitted(capsys)
+    assert {end_of(job) for job in jobs.values()} == {"COMPLETED"}
+    logs = {name: log_of(tmp_path / name) for name in jobs}
+    hung = [
+        name
+        for _, name in re.findall(r"error: (node 1 of 2 \((node\d)\) did not come within STS_MEET_S=3)", logs["hangs"])
+    ]
+    assert len(hung) == 1 and f"lost {hung[0]}: the next start gets other nodes" in logs["hangs"]
+    assert excluded(jobs["hangs"]) == hung[0]
+    [first, second, _] = homes(tmp_path / "excluded")
+    assert {first, second} == {"node1", "node2"} and excluded(jobs["excluded"]) == "node3"
+    assert homes(tmp_path / "no other") == ["node1"] * 3 and excluded(jobs["no other"]) == "node[2-3]"
+    assert "lost node1; there are not enough other nodes of this kind" in logs["no other"]
 
 
 def test_numbers_of_an_array_are_filled_in(cluster, stand_in: str, tmp_path: Path, capsys) -> None:

@@ -131,6 +131,39 @@ def test_a_port_on_which_somebody_listens_is_left_alone() -> None:
     assert said == "20037\n"
 
 
+FAKES = {
+    "sinfo": """case $* in
+  *%c*) printf '%s\\n' 'a1|8|100|gpu:8|ib|mixed' 'a2|8|100|gpu:8|ib|idle' 'a3|8|100|gpu:8|ib|idle*' 'a4|8|100|gpu:8|ib|down' \\
+    'b1|8|100|gpu:4|ib|idle' 'a5|8|100|gpu:8|ib|idle~' ;;
+  *) printf '%s\\n' 'a1 mixed' 'a2 mixed' 'a3 mixed*' ;;
+esac""",
+    "scontrol": """case $* in
+  *'show config') echo 'SlurmdPort              = {port}' ;;
+  *'show node'*) echo 'NodeName=a1 Arch=x NodeAddr=127.0.0.1 NodeHostName=a1 Port={port} CPUs=8'
+    echo 'NodeName=a2 NodeAddr=127.0.0.1 NodeHostName=a2 Port={closed} CPUs=8'
+    echo 'NodeName=a3 NodeAddr=127.0.0.1 NodeHostName=a3' ;;
+esac""",
+}
+
+
+def test_nodes_that_slurm_has_not_missed_yet(tmp_path: Path) -> None:
+    """Nobody answers at a2's port; SLURM knows of a3. Of the others only a1 and a5, which can be woken, are like them and free."""
+    text = slurm_script.TEMPLATE.read_text()
+    functions = "".join(re.findall(r"^(?:lost_nodes|slurmd_ports|num_others)\(\) \{.*?^\}\n", text, re.M | re.S))
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # but nobody listens
+        for name, body in FAKES.items():
+            body = body.replace("{port}", str(listener.getsockname()[1])).replace(
+                "{closed}", str(closed.getsockname()[1])
+            )
+            (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+            (tmp_path / name).chmod(0o755)
+        script = f"set -euo pipefail\nSLURM_JOB_NODELIST=a SLURM_JOB_PARTITION=p nodes=$'a1\\na2\\na3'\n{functions}\nlost_nodes\nnum_others a2"
+        environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("a2\na3\n2\n", "")
+
+
 def test_a_controller_that_does_not_answer_is_no_end_of_a_job(tmp_path: Path, monkeypatch) -> None:
     """What squeue of SLURM 22.05 says: nothing for a while, a state, and of a job that is forgotten."""
     said = "slurm_load_jobs error: Unable to contact slurm controller (connect failure)"

@@ -50,7 +50,7 @@ Its own README lists six components; the table of seven rows is the one of NVIDI
 
 | feature | here |
 |---|---|
-| Fault tolerance: hangs are detected, and the job restarts | Hangs: yes, as above, with any launcher and without a monitor process; rank, node, phase and line are named. Restarts: by SLURM's requeue, of the whole job, after USR1, preemption, a dead node or a rank that fell silent. **No** restart within the allocation, no hot spares; an error of a rank's own is not started again |
+| Fault tolerance: hangs are detected, and the job restarts | Hangs: yes, as above, with any launcher and without a monitor process; rank, node, phase and line are named. Restarts: by SLURM's requeue, of the whole job, after USR1, preemption, a dead node, or a rank that did not come or fell silent, then on other nodes if there are some. **No** restart within the allocation, no hot spares; an error of a rank's own is not started again |
 | Straggler detection | Each rank's seconds in its passes, waiting for data and in everything else, and the slow rank named (`logging.ranks_interval_steps`); **not seen on GPUs**. No scores of single kernels |
 | Preemption: a clean stop before the time limit | Yes: USR1 and TERM, from SLURM or anybody (`launch/slurm/README.md`) |
 | Asynchronous checkpoints | Yes (`checkpoint.asynchronous`): a copy on the host, written by a thread of the rank. nvidia-resiliency-ext writes in a process; **not seen on GPUs** here |
