@@ -28,6 +28,11 @@ def sequence_multiple(parallel: ParallelConfig, precision: PrecisionConfig) -> i
     return shards * math.lcm(2 if context > 1 else 1, fp8_alignment(precision.fp8))
 
 
+def sample_multiple(parallel: ParallelConfig) -> int:
+    """Tokens that a sample takes a multiple of in a packed row: each context rank gets two equal pieces of every sample."""
+    return 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
+
+
 def visual_multiple(precision: PrecisionConfig) -> int:
     """Kept tokens of an image are a multiple of this, or all: they are the projector's rows."""
     return fp8_alignment(precision.fp8)

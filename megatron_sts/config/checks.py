@@ -38,7 +38,6 @@ def check_run(config: RunConfig) -> None:
     check_architecture(config.model)
     check_tensor_parallel(config)
     check_parallel(config)
-    check_context_parallel(config)
     check_precision(config)
     check_evaluation(config)
     check_checkpoints(config.checkpoint)
@@ -115,17 +114,6 @@ def check_parallel(config: RunConfig) -> None:
             "set use_distributed_optimizer=true and overlap_grad_reduce=true too, or this to false",
         )
     check_layout(config.model.language.num_layers, parallel)
-
-
-def check_context_parallel(config: RunConfig) -> None:
-    """What does not work on rows whose tokens several ranks share."""
-    size = config.parallel.context_parallel_size
-    if size == 1:
-        return
-    for stage in config.stages:
-        if stage.batch.packing == "pack":
-            refuse("parallel.context_parallel_size", size, f"stages.{stage.name}.batch.packing=pack is not split over ranks yet",
-                   "set it to 1, or packing to pad or none")  # fmt: skip
 
 
 def check_layout(num_layers: int, parallel: ParallelConfig) -> None:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sts.config.alignment import sequence_multiple, visual_multiple
+from megatron_sts.config.alignment import sample_multiple, sequence_multiple, visual_multiple
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.checks import check_leaps, check_rounds, check_run
 from megatron_sts.config.errors import ConfigError, refuse
@@ -56,6 +56,8 @@ class ResolvedStage(Section):
     """The shape of a step without VTC."""
     token_multiple: int
     """Rows are a multiple of this long: what FP8, sequence and context parallelism need."""
+    sample_multiple: int
+    """A sample takes a multiple of so many tokens in a packed row: what context parallelism needs."""
     visual_multiple: int
     """Kept tokens of an image are a multiple of this, or all: what FP8 needs of the projector's rows."""
 
@@ -263,6 +265,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         visual_tokens_in=tokens_in,
         uncompressed=TokenCounts(visual_tokens_out=(tokens_in,), sequence_length=round_up(uncompressed, multiple)),
         token_multiple=multiple,
+        sample_multiple=sample_multiple(config.parallel),
         visual_multiple=of_visual,
     )
 

@@ -31,7 +31,7 @@ class Batch:
     is_instruction: torch.Tensor
     """bool [b, s]: words of a user, which guide samplers that look."""
     segments: torch.Tensor
-    """int32 [b, s]: which of the row's samples a token belongs to, from 1; 0 is padding."""
+    """int32 [b, s]: which of the row's samples a token belongs to, from 1, its padding too; 0 is what follows the last."""
     packed: bool
     """Whether rows may hold several samples, which attend to themselves alone."""
     visual_indices: torch.Tensor
@@ -58,6 +58,11 @@ class Batch:
     """Of the micro-batch in its step."""
     skipped: tuple[SkippedSample, ...] = ()
     """Samples that could not be used; without packing their rows are padding."""
+
+    @property
+    def segments_if_packed(self) -> torch.Tensor | None:
+        """``segments``, where attention and context parallelism tell them apart."""
+        return self.segments if self.packed else None
 
     @property
     def sequence_length(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_sts.config.tokens import round_up
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.template import EncodedSample
@@ -56,6 +57,7 @@ def collate(
     dense_length: int | None,
     pad_id: int,
     packed: bool,
+    sample_multiple: int = 1,
     projects_all: bool = False,
 ) -> Batch:
     """Right-pads rows to [b, sequence_length]. All tensors on the CPU.
@@ -66,9 +68,10 @@ def collate(
         dense_length: what rows would be padded to without VTC; None: longer by what VTC drops from each.
         pad_id: token id of padding.
         packed: several samples share a row, and each attends to itself alone.
+        sample_multiple: tokens that a packed sample takes a multiple of, the last ones of its segment padding.
         projects_all: the projector computes dropped tokens too.
     """
-    shape = (len(rows), sequence_length)
+    shape, multiple = (len(rows), sequence_length), sample_multiple if packed else None
     batch = Batch(
         tokens=torch.full(shape, pad_id, dtype=torch.int64),
         labels=torch.full(shape, pad_id, dtype=torch.int64),
@@ -85,20 +88,22 @@ def collate(
         num_samples=sum(map(len, rows)),
         num_truncated=sum(sample.is_truncated for row in rows for sample in row),
         num_tokens=sum(sample.length for row in rows for sample in row),
-        load=_load(rows, [sequence_length] * len(rows), packed=packed, dense=False, projects_all=projects_all),
+        load=_load(rows, [sequence_length] * len(rows), multiple, dense=False, projects_all=projects_all),
         dense_load=_load(
-            rows, _dense_lengths(rows, sequence_length, dense_length), packed=packed, dense=True, projects_all=True
+            rows, _dense_lengths(rows, sequence_length, dense_length), multiple, dense=True, projects_all=True
         ),
     )
     for number, row in enumerate(rows):
         start = 0
         for segment, sample in enumerate(row, start=1):
-            _write(batch, number, start, segment, sample)
-            start += sample.length
+            end = start + round_up(sample.length, multiple or 1)
+            _write(batch, number, start, sample)
+            batch.segments[number, start:end] = segment
+            start = end
     return batch
 
 
-def _write(batch: Batch, row: int, start: int, segment: int, sample: PreparedSample) -> None:
+def _write(batch: Batch, row: int, start: int, sample: PreparedSample) -> None:
     here, inner = slice(start, start + sample.length), slice(start, start + sample.length - 1)
     ids = torch.tensor(sample.encoded.tokens, dtype=torch.int64)
     batch.tokens[row, here] = ids
@@ -107,7 +112,6 @@ def _write(batch: Batch, row: int, start: int, segment: int, sample: PreparedSam
     batch.position_ids[row, here] = sample.position_ids
     batch.is_visual[row, here] = torch.tensor(sample.encoded.is_visual)
     batch.is_instruction[row, here] = torch.tensor(sample.encoded.is_instruction)
-    batch.segments[row, here] = segment
 
 
 def _flat_indices(rows: Sequence[Row]) -> torch.Tensor:
@@ -124,13 +128,16 @@ def _dense_lengths(rows: Sequence[Row], sequence_length: int, dense_length: int 
     return [sequence_length + sum(sample.num_dropped for sample in row) for row in rows]
 
 
-def _load(rows: Sequence[Row], lengths: Sequence[int], *, packed: bool, dense: bool, projects_all: bool) -> TokenLoad:
+def _load(
+    rows: Sequence[Row], lengths: Sequence[int], multiple: int | None, *, dense: bool, projects_all: bool
+) -> TokenLoad:
+    """``multiple``: of a packed sample's tokens; None: a row attends to itself as a whole."""
     samples = [sample for row in rows for sample in row]
     pairs = sum(length**2 for length in lengths)
-    if packed:
+    if multiple is not None:
         pairs = 0
         for row, length in zip(rows, lengths, strict=True):
-            parts = [sample.length + (sample.num_dropped if dense else 0) for sample in row]
+            parts = [round_up(sample.length, multiple) + (sample.num_dropped if dense else 0) for sample in row]
             pairs += sum(part**2 for part in [*parts, length - sum(parts)])
     kept, dropped = (sum(counts) for counts in ((s.num_kept for s in samples), (s.num_dropped for s in samples)))
     return TokenLoad(

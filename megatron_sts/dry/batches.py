@@ -54,6 +54,7 @@ class PlannedBatches(StageBatches):
             dense_length=self._stage.uncompressed.sequence_length if config.packing == "pad" else None,
             pad_id=0,
             packed=config.packing == "pack",
+            sample_multiple=self._stage.sample_multiple,
             projects_all=self._projects_all,
         )
 

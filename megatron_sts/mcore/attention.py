@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_sts.mcore.context import gathered
+from megatron_sts.mcore.context import gathered, in_order
 
 
 class SdpaCoreAttention(torch.nn.Module):
@@ -83,8 +83,16 @@ class AllGatherAttention(SdpaCoreAttention):
         attention_mask: torch.Tensor | None = None,
         **_unused: Any,
     ) -> torch.Tensor:
-        """``query`` [s / cp, b, n, d], ``key``/``value`` [s / cp, b, groups, d] of this rank -> [s / cp, b, n * d]."""
-        keys, values = gathered(torch.cat([key, value], dim=2), self.cp_group).chunk(2, dim=2)
+        """``query`` [s / cp, b, n, d], ``key``/``value`` [s / cp, b, groups, d] of this rank -> [s / cp, b, n * d].
+
+        Without a mask rows are not packed. One is bool [b, 1, s / cp, s], True where hidden, its keys those of rank after rank.
+        """
+        both = gathered(torch.cat([key, value], dim=2), self.cp_group)
+        if attention_mask is None:
+            both = in_order(both, self.cp_group.size(), dim=0)
+        keys, values = both.chunk(2, dim=2)
+        if attention_mask is not None:
+            return super().forward(query, keys, values, attention_mask)
         rank, num_pieces, length = self.cp_group.rank(), 2 * self.cp_group.size(), len(query) // 2
         attended = []
         for queries, piece in zip(query.chunk(2), (rank, num_pieces - 1 - rank), strict=True):

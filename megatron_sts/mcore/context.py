@@ -2,6 +2,7 @@
 
 A row is cut into 2 x cp equal pieces; rank r computes piece r and piece 2 cp - 1 - r, in this order. Under a causal mask all
 ranks then attend to equally many tokens (arXiv 2407.21783, section 3.3.2), and it is what Transformer Engine's attention expects.
+In a packed row each of its segments, runs of equal numbers, is cut so, padding too.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron_sts.mcore.groups import context_parallel_group, place
 
 
-def own_tokens(rows: torch.Tensor, dim: int) -> torch.Tensor:
+def own_tokens(rows: torch.Tensor, dim: int, segments: torch.Tensor | None) -> torch.Tensor:
     """This rank's tokens of whole rows, whose tokens lie along ``dim``: 1 / cp of them.
 
-    The gradient of what other ranks compute is zero here: summed over context-parallel ranks, as parameters' are, it is whole.
+    ``rows`` [b, s] (``dim`` 1) or [s, b, h] (``dim`` 0), ``segments`` int [b, s] of packed ones, else None. The gradient of what other ranks compute is zero here: summed over context-parallel ranks, as parameters' are, it is whole.
     """
     here = place()
     if here.cp_size == 1:
         return rows
+    if segments is not None:
+        own = rank_after_rank(segments, here.cp_size).chunk(here.cp_size, dim=1)[here.cp_rank]
+        return rows.take_along_dim(own if dim == 1 else own.T.unsqueeze(-1), dim)
     pieces = rows.chunk(2 * here.cp_size, dim)
     return torch.cat([pieces[here.cp_rank], pieces[-1 - here.cp_rank]], dim)
 
 
 def whole_rows(own: torch.Tensor, dim: int) -> torch.Tensor:
-    """The inverse of ``own_tokens``: all ranks' tokens in their order, on every rank, without gradients; a collective."""
+    """The inverse of ``own_tokens`` of rows that are not packed: all ranks' tokens in their order, on every rank, without
+    gradients; a collective."""
     here = place()
     if here.cp_size == 1:
         return own
@@ -59,15 +64,30 @@ def all_images(own: torch.Tensor, num_images: int) -> torch.Tensor:
 
 
 def gathered(own: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """[s / cp, ...] of this rank -> [s, ...] of all ranks of ``group``, in the order of the row; a collective.
+    """[s / cp, ...] of this rank -> [s, ...] of all ranks of ``group``, rank after rank; a collective.
 
     So is its backward pass, which sums the gradients that the ranks have for each token.
     """
     ranks_in_turn: torch.Tensor = gather_from_sequence_parallel_region(own, group=group)
-    return in_order(ranks_in_turn, group.size(), 0)
+    return ranks_in_turn
 
 
 def in_order(ranks_in_turn: torch.Tensor, num_ranks: int, dim: int) -> torch.Tensor:
-    """Rank after rank -> token after token."""
+    """Rank after rank -> token after token, of rows that are not packed."""
     pieces = ranks_in_turn.chunk(2 * num_ranks, dim)
     return torch.cat([*pieces[::2], *reversed(pieces[1::2])], dim)
+
+
+def rank_after_rank(segments: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Which tokens of packed rows the ranks compute, int64 [b, s]: the first rank's s / cp, the second's, and so on.
+
+    ``segments`` int [b, s]; each is a multiple of 2 cp tokens long.
+    """
+    length = segments.shape[1]
+    places = torch.arange(length, device=segments.device)
+    is_first = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
+    is_last = is_first.roll(-1, dims=1)
+    starts = torch.where(is_first, places, 0).cummax(dim=1).values
+    ends = torch.where(is_last, places + 1, length).flip(1).cummin(dim=1).values.flip(1)
+    piece = (places - starts) * 2 * num_ranks // (ends - starts)
+    return torch.minimum(piece, 2 * num_ranks - 1 - piece).argsort(dim=1, stable=True)

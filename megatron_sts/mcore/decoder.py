@@ -51,9 +51,9 @@ def run_decoder(
     embeddings: torch.Tensor | None,
     labels: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``tokens``, ``position_ids``, ``segments``, ``labels`` [b, s]; ``embeddings`` [s, b, h] on the first stage.
+    """``tokens``, ``position_ids``, ``labels`` [b, s] and, on the first stage, ``embeddings`` [s, b, h] of this context-parallel
+    rank's s tokens of each row; ``segments`` [b, s x cp] of whole rows.
 
-    All of them of this context-parallel rank's s tokens of each row.
     Tokens attend to earlier ones of their own segment; with ``segments`` None to all earlier ones of their row.
     Returns per-token losses [b, s] (with labels) or logits [b, s, vocab / tp] on the last stage, else hidden states [s, b, h].
     """

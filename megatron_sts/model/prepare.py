@@ -83,6 +83,7 @@ class BatchPreparer:
             dense_length=uncompressed if batch.packing == "pad" else None,
             pad_id=self.tokenizer.pad_id,
             packed=batch.packing == "pack",
+            sample_multiple=self._stage.sample_multiple,
             projects_all=self._projects_all,
         )
 

@@ -207,8 +207,9 @@ class Feed:
             sample = self._pending.pop(0) if self._pending else next(self._stream)
             if (prepared := self._prepared(sample, counts, skipped)) is not None:
                 read.append((sample, prepared))
-                room -= prepared.length
-        rows, left = pack([prepared.length for _, prepared in read], num_rows, counts.sequence_length)
+                room -= round_up(prepared.length, self._stage.sample_multiple)
+        lengths = [round_up(prepared.length, self._stage.sample_multiple) for _, prepared in read]
+        rows, left = pack(lengths, num_rows, counts.sequence_length)
         self._pending = [*(read[number][0] for number in left), *self._pending]
         return [[read[number][1] for number in row] for row in rows]
 

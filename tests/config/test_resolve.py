@@ -45,6 +45,16 @@ def test_derived_values(path: Path) -> None:
         resolved.stage("tune")
 
 
+def test_context_parallel_ranks_belong_to_one_copy(path: Path) -> None:
+    overrides = ["context_parallel_size=2", "tensor_model_parallel_size=2", "pipeline_model_parallel_size=3"]
+    resolved = resolve(load(path, [f"parallel.{override}" for override in overrides]), world_size=24)
+    assert (resolved.world_size, resolved.data_parallel_size) == (24, 2)
+    assert {(stage.token_multiple, stage.sample_multiple) for stage in resolved.stages} == {(4, 4)}
+    assert {stage.sample_multiple for stage in resolve(load(path, [])).stages} == {1}
+    with pytest.raises(ConfigError, match="not a multiple of tensor x pipeline x context = 12"):
+        resolve(load(path, [f"parallel.{override}" for override in overrides]), world_size=6)
+
+
 def test_interleaved_chunks_alternate_owners(path: Path) -> None:
     overrides = ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=3"]
     resolved = resolve(load(path, [f"parallel.{override}" for override in overrides]))
@@ -128,10 +138,6 @@ REFUSED = [
     ("model.vision.feature_layer=0", "model.vision.feature_layer=0: the tower has 6 layers; use -1 (last) to -6"),
     ("model.vision.feature_layer=-7", "model.vision.feature_layer=-7"),
     ("parallel.sequence_parallel=true", "parallel.sequence_parallel=true: it splits"),
-    (
-        "parallel.context_parallel_size=2 stages.1.batch.packing=pack",
-        "parallel.context_parallel_size=2: stages.finetune.batch.packing=pack is not split over ranks yet",
-    ),
     ("parallel.pipeline_model_parallel_size=5", "model.language.num_layers=12: cannot be dealt evenly to 5"),
     ("parallel.layout=auto", "parallel.layout=auto: nothing here plans layouts"),
     (

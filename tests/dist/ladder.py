@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -247,10 +247,10 @@ def join(name: str, shards: list[torch.Tensor], dim: int | None) -> torch.Tensor
     return torch.cat(shards, dim=dim)
 
 
-def train_alone(written: Written) -> Trained:
+def train_alone(written: Written, resolve_run: Callable[[Written, int], Resolved] = resolved_run) -> Trained:
     """On one rank, in this process."""
     with process_group(60.0):
-        return train(resolved_run(written))
+        return train(resolve_run(written, 1))
 
 
 def train_layouts() -> None:
@@ -259,11 +259,11 @@ def train_layouts() -> None:
         train_jobs()
 
 
-def train_jobs() -> None:
+def train_jobs(resolve_run: Callable[[Written, int], Resolved] = resolved_run) -> None:
     """As ``train_layouts``, in an initialised process group."""
     jobs = Path(os.environ["JOBS"])
     for name, written in json.loads(jobs.read_text()).items():
-        trained = train(resolved_run(written, dist.get_world_size()))
+        trained = train(resolve_run(written, dist.get_world_size()))
         gc.collect()  # frees the gloo groups that the last model refers to, with their threads
         if dist.get_rank() == 0:
             torch.save(asdict(trained), jobs.with_name(f"{name}.pt"))

@@ -2,7 +2,7 @@
 
 The stages follow each other: samplers that choose before and after the projector, with positions that follow the choice to
 other stages and without; layers that are skipped, by themselves and by rounds; rows as long as the step's longest; a tower
-that learns. Samples have no, one or two images, so that some rows end in padding and some pieces of a row hold no text.
+that learns; packed rows, in which each sample is cut by itself. Samples have no, one or two images, so that some rows end in padding and some pieces of a row hold no text.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 
+from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.schema import ParallelConfig
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups, specs
@@ -54,6 +55,9 @@ STAGES: tuple[Written, ...] = (
     {"name": "anchored", "freeze": ["vision"], "steps": 2, "lds": ROUNDS, "vtc": {"sampler": "anchored", "keep_ratio": 0.25}},
     {"name": "pooled", "steps": 2, "vtc": {"sampler": "pooled", "keep_ratio": 0.25}},
 )  # fmt: skip
+PACKED: Written = {"name": "packed", "freeze": ["vision"], "steps": 2, "vtc": {"sampler": "guided", "keep_ratio": 0.5},
+                   "batch": {**BATCH, "sequence_length": 96, "packing": "pack"}}  # fmt: skip
+"""Last, as two data-parallel ranks pack other samples than one does."""
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {"CP2": {CP: 2}},
     4: {
@@ -77,7 +81,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> Trained:
-    return train_alone(written_run(folder, *STAGES))
+    return train_alone(written_run(folder, *STAGES, PACKED), with_room)
+
+
+def with_room(written: Written, world_size: int) -> Resolved:
+    """With the same padding behind packed samples for any number of context-parallel ranks up to four."""
+    resolved = resolved_run(written, world_size)
+    stages = tuple(stage.model_copy(update={"sample_multiple": 8}) for stage in resolved.stages)
+    return resolved.model_copy(update={"stages": stages})
+
+
+def stages_of(name: str) -> tuple[Written, ...]:
+    return STAGES if "DP2" in name else (*STAGES, PACKED)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +100,8 @@ def trained(folder: Path) -> dict[str, Trained]:
     found = {}
     for num_ranks, layouts in LAYOUTS.items():
         jobs = folder / f"jobs{num_ranks}.json"
-        jobs.write_text(json.dumps({name: written_run(folder, *STAGES, **layout) for name, layout in layouts.items()}))
+        written = {name: written_run(folder, *stages_of(name), **layout) for name, layout in layouts.items()}
+        jobs.write_text(json.dumps(written))
         run_ranks(on_ranks, num_ranks, 300, JOBS=jobs)
         found |= {name: Trained(**torch.load(folder / f"{name}.pt")) for name in layouts}
     return found
@@ -95,7 +111,9 @@ def trained(folder: Path) -> dict[str, Trained]:
 def test_context_parallel_ranks_train_as_one(
     trained: dict[str, Trained], one_rank: Trained, num_ranks: int, name: str
 ) -> None:
-    check_same(trained[name], one_rank)
+    num_steps, num_stages = sum(stage["steps"] for stage in stages_of(name)), len(stages_of(name))
+    one = [getattr(one_rank, each)[:num_steps] for each in ("losses", "grad_norms", "lrs", "masks")]
+    check_same(trained[name], Trained(*one, weights=one_rank.weights[: num_stages + 1]))
 
 
 def on_ranks() -> None:
@@ -108,15 +126,20 @@ def on_ranks() -> None:
         groups.destroy()
         if size == 2:
             check_refusal()
-        train_jobs()
+        train_jobs(with_room)
 
 
 def check_order(size: int) -> None:
     rows = torch.arange(2 * 8 * size).view(2, -1)
-    own, rank = own_tokens(rows, dim=1), dist.get_rank()
+    own, rank = own_tokens(rows, 1, None), dist.get_rank()
     assert own[0].tolist() == [*range(4 * rank, 4 * rank + 4), *range(8 * size - 4 * rank - 4, 8 * size - 4 * rank)]
     assert torch.equal(whole_rows(own, dim=1), rows)
     assert torch.equal(whole_rows(own.T, dim=0), rows.T)
+    if size == 2:
+        segments = torch.tensor([[1] * 8 + [2] * 4 + [0] * 4, [3] * 16])
+        expected = [[0, 1, 6, 7, 8, 11, 12, 15], [0, 1, 2, 3, 12, 13, 14, 15]]
+        others = [[2, 3, 4, 5, 9, 10, 13, 14], [4, 5, 6, 7, 8, 9, 10, 11]]
+        assert own_tokens(torch.arange(16).expand(2, 16), 1, segments).tolist() == (others if rank else expected)
 
 
 def check_attention(size: int) -> None:
@@ -130,13 +153,13 @@ def check_attention(size: int) -> None:
     weight = torch.randn(32, 2, 32, generator=generator)
     expected = alone(*whole)
     (expected * weight).sum().backward()
-    own = [own_tokens(tensor.detach(), dim=0).requires_grad_() for tensor in whole]
+    own = [own_tokens(tensor.detach(), 0, None).requires_grad_() for tensor in whole]
     found = across(*own)
-    (found * own_tokens(weight, dim=0)).sum().backward()
+    (found * own_tokens(weight, 0, None)).sum().backward()
     pairs = [(found, expected), *((mine.grad, of_all.grad) for mine, of_all in zip(own, whole, strict=True))]
     for mine, of_all in pairs:
         assert mine is not None and of_all is not None
-        difference = (mine - own_tokens(of_all, dim=0)).abs().max() / of_all.abs().max()
+        difference = (mine - own_tokens(of_all, 0, None)).abs().max() / of_all.abs().max()
         print(f"attention over {size} ranks: {difference:.1e}")
         assert difference < ATTENTION_RTOL
 

@@ -44,9 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def resolved(folder: Path, packing: str, **vtc: Any) -> Resolved:
+def resolved(folder: Path, packing: str, context_parallel_size: int = 1, **vtc: Any) -> Resolved:
     stage: Written = {"name": "one", "steps": 6, "batch": {**BATCH, "sequence_length": 96, "packing": packing}}
-    return resolved_run(written_run(folder, {**stage, "vtc": vtc or None}), 1)
+    layout = {"context_parallel_size": context_parallel_size}
+    return resolved_run(written_run(folder, {**stage, "vtc": vtc or None}, **layout), context_parallel_size)
 
 
 def place(dp_rank: int = 0, dp_size: int = 1) -> Place:
@@ -84,6 +85,22 @@ def test_packing_loses_and_repeats_no_sample(folder: Path) -> None:
     in_order = islice((text for step in count() for text in texts(one_a_row.step(step).batches)), num_read)
     numbered = dict(enumerate(in_order))
     assert in_rows + Counter(numbered[number] for number in pending) == Counter(numbered.values())
+
+
+def test_packed_samples_can_be_cut_into_the_pieces_of_context_parallel_ranks(folder: Path) -> None:
+    batches = feed(resolved(folder, "pack", context_parallel_size=2)).step(0).batches
+    num_pairs, num_padded = 0, 0
+    for batch in batches:
+        for row, loss_mask in zip(batch.segments, batch.loss_mask, strict=True):
+            lengths = row.bincount().tolist()
+            assert sum(lengths) == 96 and not any(length % 4 for length in lengths)
+            assert row.tolist() == [*sorted(row[row > 0].tolist()), *[0] * lengths[0]]
+            ends = [int((row == number).nonzero()[-1]) for number in range(1, len(lengths))]
+            assert not loss_mask[ends].any()
+            num_pairs += sum(length**2 for length in lengths)
+        num_padded += int((batch.segments > 0).sum()) - batch.num_tokens
+    assert sum(batch.load.num_pairs for batch in batches) == num_pairs
+    assert num_padded > 0
 
 
 @pytest.mark.parametrize("packing", ["none", "pad", "pack"])
