@@ -112,6 +112,8 @@ def _weight_gradients(hardware: Hardware, workload: Workload, fmt: Format) -> fl
 
 def _attention(hardware: Hardware, workload: Workload, *, backward: bool = False) -> float:
     """Causal. A ring of cp ranks computes blocks of rows of s/cp tokens and corrects the sum after each."""
+    if not workload.assumptions.fused_attention:
+        return _unfused_attention(hardware, workload, backward=backward)
     at, cp, length = widths(workload), workload.context_parallel_size, workload.sequence_length
     pairs = workload.micro_batch_size * length**2 / 2 / cp
     seconds = attention_s(hardware.device, pairs, at.heads, at.channels, length / cp, backward=backward)
@@ -119,6 +121,17 @@ def _attention(hardware: Hardware, workload: Workload, *, backward: bool = False
         output = workload.tokens * at.heads * at.channels
         seconds += memory_s(hardware.device, [10 * output] * cp)
     return seconds
+
+
+def _unfused_attention(hardware: Hardware, workload: Workload, *, backward: bool) -> float:
+    """Scores, softmax (read, write), dropout (read, write, a byte of mask), values; all of the square, causal or not."""
+    at, length = widths(workload), workload.sequence_length
+    rows = workload.tokens * at.heads
+    scores = gemm_s(hardware.device, rows, at.channels, length, "bf16")
+    values = gemm_s(hardware.device, rows, length, at.channels, "bf16")
+    moved = [6, 5] if backward else [4, 5]  # softmax backward reads its output too
+    passes = 2 if backward else 1
+    return passes * (scores + values) + memory_s(hardware.device, [each * rows * length for each in moved])
 
 
 def _moves(hardware: Hardware, workload: Workload, is_fp8: bool) -> float:

@@ -16,7 +16,7 @@ QFORMER_SHARE = 0.5
 
 
 def first_rank(hardware: Hardware, workload: Workload) -> Passes:
-    """Everything before the decoder, for one micro-batch. Under context parallelism every rank computes all of a row's images."""
+    """Everything before the decoder, for one micro-batch. Context-parallel ranks share out the tower by whole images; each projects all."""
     return _embedding(hardware, workload) + _vision(hardware, workload) + _projector(hardware, workload)
 
 

@@ -21,6 +21,8 @@ class Assumptions(Section):
     """Weight gradients are summed up by the matrix products themselves (``kernels.gradient_accumulation_fusion``)."""
     fused_elementwise: bool = False
     """RoPE and SwiGLU are single kernels (megatron-core's fusions); ours are several each (``mcore/torch_ops.py``)."""
+    fused_attention: bool = True
+    """A kernel that keeps scores on the chip (cuDNN, FlashAttention); false: products, softmax and dropout of whole score matrices."""
     tp_comm_overlap: bool = False
     """Transformer Engine's user buffers: tensor-parallel collectives run in pieces beside the products that need them."""
     gradient_bytes: Literal[2, 4] = 4
