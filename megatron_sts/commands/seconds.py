@@ -126,22 +126,23 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
     )
     columns = []
     for name, stage in facts["stages"].items():
-        for label, each in ((name, stage), ("dense", stage["dense"])):
+        # A stage that is dense anyhow, in the layout in which dense steps take least, is shown once.
+        both = ((name, stage), ("dense", stage["dense"]))
+        for label, each in both if stage["dense"]["step_time_s"] != stage["step_time_s"] else both[:1]:
             table.add_column(label, justify="right")
-            columns.append(_cells(each))
+            columns.append(_cells(each, facts["uncertainty"]))
     for name in columns[0]:
         table.add_row(name, *(cells[name] for cells in columns))
     console.print(table)
-    console.print(
-        f"The run: {facts['hours']:.1f} h, {facts['gpu_hours']:,.0f} GPU-hours; dense {facts['dense_hours']:.1f} h, "
-        f"{facts['dense_gpu_hours']:,.0f}: {facts['speedup']:.3f} times as fast as dense.",
-        highlight=False,
-    )
+    said = f"The run: {facts['hours']:.1f} h, {facts['gpu_hours']:,.0f} GPU-hours"
+    if facts["speedup"] != 1:
+        said += f"; dense {facts['dense_hours']:.1f} h, {facts['dense_gpu_hours']:,.0f}: {facts['speedup']:.3f} times as fast as dense"
+    console.print(f"{said}.", highlight=False)
 
 
-def _cells(stage: dict[str, Any]) -> dict[str, str]:
+def _cells(stage: dict[str, Any], uncertainty: float) -> dict[str, str]:
     return {
-        "step, s": f"{stage['step_time_s']:.3f}",
+        "step, s": f"{stage['step_time_s']:.3f} ± {stage['step_time_s'] * uncertainty:.2f}",
         "tokens/s/GPU": f"{stage['tokens_per_s_per_gpu']:,.0f}",
         "images/s": f"{stage['images_per_s']:,.0f}",
         "TFLOP/s a GPU, causal half": f"{stage['tflops_per_gpu']['causal_half']:.0f}",

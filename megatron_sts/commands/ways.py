@@ -14,6 +14,8 @@ from megatron_sts.plan.search import search
 from megatron_sts.plan.timing.run import refuse_fp32
 from megatron_sts.plan.timing.workload import Assumptions
 
+MOST_SHOWN = 6
+
 
 def outline_search(hardware: Hardware | None, resolved: Resolved, assumptions: Assumptions) -> dict[str, Any]:
     """JSON-ready, the fastest way first."""
@@ -33,6 +35,7 @@ def outline_search(hardware: Hardware | None, resolved: Resolved, assumptions: A
                 "tensor": found.resolved.config.parallel.tensor_model_parallel_size,
                 "pipeline": found.resolved.config.parallel.pipeline_model_parallel_size,
                 "chunks": len(found.resolved.layers_per_chunk),
+                "context": found.resolved.config.parallel.context_parallel_size,
                 "data": found.resolved.data_parallel_size,
                 "recompute": found.resolved.config.parallel.recompute,
                 "micro_batch_sizes": {
@@ -64,9 +67,9 @@ def print_search(facts: dict[str, Any], hours: float, console: Console) -> None:
         "peak, GiB",
         title="The fastest ways that fit",
     )
-    for found in facts["found"]:
+    for found in facts["found"][:MOST_SHOWN]:
         sizes = ", ".join(f"{name} {size}" for name, size in found["micro_batch_sizes"].items())
-        parallel = (str(found[key]) for key in ("tensor", "pipeline", "chunks", "data"))
+        parallel = (str(found[key]) for key in ("tensor", "context", "pipeline", "chunks", "data"))
         table.add_row(f"{found['hours']:.2f}", *parallel, sizes, found["recompute"], f"{found['peak_gib']:.1f}")
     console.print(table)
     best = facts["found"][0]

@@ -34,10 +34,12 @@ from megatron_sts.plan.timing.workload import ASSUMED, Assumptions, workload_of
 MOST_CHUNKS = 12
 """A rank: more mean more transfers and hardly less waiting."""
 MOST_MICRO_BATCH = 64
-MOST_TIMED = 8
+MOST_TIMED = 12
 """Ways whose layouts are simulated, the roughly fastest."""
 Recompute = Literal["none", "selective", "full"]
 RECOMPUTATION: tuple[Recompute, ...] = ("none", "selective", "full")
+Sizes = tuple[int, int, int, int]
+"""Tensor-, context- and pipeline-parallel size, chunks a rank."""
 
 
 @dataclass(frozen=True, order=True)
@@ -45,9 +47,15 @@ class Way:
     """How to run, apart from micro-batches and the layout's details."""
 
     tp: int
+    cp: int
     pp: int
     vpp: int
     recompute: Recompute
+
+    @property
+    def sizes(self) -> Sizes:
+        """What the run is resolved for."""
+        return self.tp, self.cp, self.pp, self.vpp
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,7 @@ class Found:
             f"parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size}",
             f"parallel.pipeline_model_parallel_size={parallel.pipeline_model_parallel_size}",
             f"parallel.virtual_pipeline_model_parallel_size={len(layout) if len(layout) > 1 else 'null'}",
+            f"parallel.context_parallel_size={parallel.context_parallel_size}",
             f"parallel.data_parallel_size={self.resolved.data_parallel_size}",
             f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
             f"parallel.layout=[{chunks}]",
@@ -89,7 +98,7 @@ class Searched:
 
 
 def search(hardware: Hardware, resolved: Resolved, assumptions: Assumptions = ASSUMED) -> Searched:
-    """The fastest ways on ``resolved.world_size`` GPUs; context parallelism, precision and overlaps stay as the config has them.
+    """The fastest ways on ``resolved.world_size`` GPUs; precision and overlaps stay as the config has them.
 
     Micro-batches are chosen for each stage apart: the roughly fastest that fit.
     """
@@ -97,14 +106,14 @@ def search(hardware: Hardware, resolved: Resolved, assumptions: Assumptions = AS
     queue = [looked.bound(way, (0,) * len(resolved.stages)) for way in looked.ways()]
     heapq.heapify(queue)
     num_ways, num_too_large, found = len(queue), 0, list[Found]()
-    timed: set[tuple[int, int, int]] = set()
+    timed: set[Sizes] = set()
     while queue and len(found) < MOST_TIMED:
         _, way, places = heapq.heappop(queue)
-        if (way.tp, way.pp, way.vpp) in timed:
+        if way.sizes in timed:
             continue
         number = looked.first_too_large(way, places)
         if number is None:
-            timed.add((way.tp, way.pp, way.vpp))
+            timed.add(way.sizes)
             found.append(looked.timed(way, places))
             continue
         num_too_large += 1
@@ -121,40 +130,41 @@ class _Search:
         self.hardware, self.start, self.assumptions = hardware, resolved, assumptions
         self.memory_bytes = hardware.device.memory_gib * 2**30
         self.num_layers = resolved.config.model.language.num_layers
-        self.runs: dict[tuple[int, int, int], Resolved] = {}
-        self.pieces: dict[tuple[int, Recompute, int, int], Pieces] = {}
+        self.runs: dict[Sizes, Resolved] = {}
+        self.pieces: dict[tuple[int, int, Recompute, int, int], Pieces] = {}
         self.ordered: dict[tuple[Way, int], list[tuple[float, int]]] = {}
-        self.longest: dict[tuple[int, int], TokenCounts] = {}
-        self.too_large: dict[tuple[int, int, Recompute, int], list[tuple[int, int]]] = {}
+        self.longest: dict[tuple[int, int, int], TokenCounts] = {}
+        self.too_large: dict[tuple[int, int, int, Recompute, int], list[tuple[int, int]]] = {}
 
     def ways(self) -> Iterator[Way]:
-        """All for which the config's checks let pass some micro-batches of each stage."""
-        world = self.start.world_size // self.start.config.parallel.context_parallel_size
-        for tp, pp in itertools.product(_powers_of_two(self.hardware.gpus_per_node), range(1, self.num_layers + 1)):
-            if world % (tp * pp):
+        """All for which the config's checks let pass some micro-batches of each stage. Tensor- and context-parallel ranks share a node."""
+        most = self.hardware.gpus_per_node
+        for tp, cp, pp in itertools.product(_powers_of_two(most), _powers_of_two(most), range(1, self.num_layers + 1)):
+            if tp * cp > most or self.start.world_size % (tp * cp * pp):
                 continue
             for vpp in range(1, min(self.num_layers // pp, MOST_CHUNKS if pp > 1 else 1) + 1):
-                run = self.run(tp, pp, vpp)
+                run = self.run(tp, cp, pp, vpp)
                 if run is None:
                     continue
-                self.runs[tp, pp, vpp] = run
-                if self._needs_too_much(tp, pp, vpp):
+                self.runs[tp, cp, pp, vpp] = run
+                if self._needs_too_much(tp, cp, pp, vpp):
                     break
-                ways = [Way(tp, pp, vpp, recompute) for recompute in RECOMPUTATION]
+                ways = [Way(tp, cp, pp, vpp, recompute) for recompute in RECOMPUTATION]
                 if all(self.sizes(ways[0], number) for number in range(len(run.stages))):
                     yield from ways
 
-    def _needs_too_much(self, tp: int, pp: int, vpp: int) -> bool:
+    def _needs_too_much(self, tp: int, cp: int, pp: int, vpp: int) -> bool:
         """Whether a stage does not fit even so small and with everything recomputed; more chunks would need more."""
-        run = _done(self.runs[tp, pp, vpp], Way(tp, pp, vpp, "full"), {})
+        run = _done(self.runs[tp, cp, pp, vpp], Way(tp, cp, pp, vpp, "full"), {})
         return any(self.peak_bytes(run, stage.index) > self.memory_bytes for stage in run.stages)
 
-    def run(self, tp: int, pp: int, vpp: int) -> Resolved | None:
+    def run(self, tp: int, cp: int, pp: int, vpp: int) -> Resolved | None:
         """With near-even chunks and micro-batches of one row; None if a check refuses it."""
         layout = near_even(self.num_layers, pp, vpp)
         written = self.start.config.model_dump()
         written["parallel"] |= {
             "tensor_model_parallel_size": tp,
+            "context_parallel_size": cp,
             "pipeline_model_parallel_size": pp,
             "virtual_pipeline_model_parallel_size": vpp if vpp > 1 else None,
             "data_parallel_size": None,
@@ -171,7 +181,7 @@ class _Search:
     def sizes(self, way: Way, number: int) -> list[tuple[float, int]]:
         """(rough hours, rows of a micro-batch) of a stage, the fastest first."""
         if (way, number) not in self.ordered:
-            run = self.runs[way.tp, way.pp, way.vpp]
+            run = self.runs[way.sizes]
             rows = run.stages[number].num_microbatches
             sizes = [size for size in _powers_of_two(min(rows, MOST_MICRO_BATCH)) if rows % size == 0]
             sizes = [size for size in sizes if way.vpp == 1 or rows // size % way.pp == 0]
@@ -180,10 +190,10 @@ class _Search:
 
     def _rough_hours(self, way: Way, number: int, size: int) -> float:
         """Dense, in the schedule in which ranks never wait for each other's chunks."""
-        run = _done(self.runs[way.tp, way.pp, way.vpp], way, {number: size})
+        run = _done(self.runs[way.sizes], way, {number: size})
         stage = run.stages[number]
         workload = workload_of(run, stage, assumptions=self.assumptions)
-        key = (way.tp, way.recompute, number, size)
+        key = (way.tp, way.cp, way.recompute, number, size)
         if key not in self.pieces:
             self.pieces[key] = pieces_of(self.hardware, workload)
         layers = np.array(run.layers_per_chunk, dtype=np.float64)[None]
@@ -200,26 +210,26 @@ class _Search:
         """The first stage that does not fit the memory. Neither does one with more chunks or larger micro-batches."""
         for number, place in enumerate(places):
             size = self.sizes(way, number)[place][1]
-            known = self.too_large.setdefault((way.tp, way.pp, way.recompute, number), [])
+            known = self.too_large.setdefault((way.tp, way.cp, way.pp, way.recompute, number), [])
             if any(way.vpp >= vpp and size >= least for vpp, least in known):
                 return number
-            run = _done(self.runs[way.tp, way.pp, way.vpp], way, {number: size})
+            run = _done(self.runs[way.sizes], way, {number: size})
             if self.peak_bytes(run, number) > self.memory_bytes:
                 # Without recomputation it would need still more.
                 for recompute in RECOMPUTATION[: RECOMPUTATION.index(way.recompute) + 1]:
-                    self.too_large.setdefault((way.tp, way.pp, recompute, number), []).append((way.vpp, size))
+                    self.too_large.setdefault((way.tp, way.cp, way.pp, recompute, number), []).append((way.vpp, size))
                 return number
         return None
 
     def timed(self, way: Way, places: tuple[int, ...]) -> Found:
         """With the layout in which dense steps take least."""
         sizes = {number: self.sizes(way, number)[place][1] for number, place in enumerate(places)}
-        run = _done(self.runs[way.tp, way.pp, way.vpp], way, sizes)
+        run = _done(self.runs[way.sizes], way, sizes)
         layouts = shapes(self.num_layers, way.pp, way.vpp)
         hours = np.zeros(len(layouts))
         for stage in run.stages:
             workload = workload_of(run, stage, assumptions=self.assumptions)
-            pieces = self.pieces[way.tp, way.recompute, stage.index, sizes[stage.index]]
+            pieces = self.pieces[way.tp, way.cp, way.recompute, stage.index, sizes[stage.index]]
             passes = durations(self.hardware, workload, pieces, np.array(layouts, dtype=np.float64)[:, None])
             hours += stage.num_steps * step_seconds(passes, stage.num_microbatches)
         best = min(zip(hours, layouts, strict=True), key=lambda each: (not self._is_possible(run, each[1]), each[0]))[1]
@@ -240,10 +250,11 @@ class _Search:
 
     def peak_bytes(self, run: Resolved, number: int) -> int:
         """Of the rank that needs most, in the stage's longest rows: looking through all its steps for these takes a while."""
-        stage, tp = run.stages[number], run.config.parallel.tensor_model_parallel_size
-        if (tp, number) not in self.longest:
-            self.longest[tp, number] = longest(stage)
-        peaks = peak_memory(run, stage, "engine", counts=self.longest[tp, number])
+        stage, parallel = run.stages[number], run.config.parallel
+        key = (parallel.tensor_model_parallel_size, parallel.context_parallel_size, number)
+        if key not in self.longest:
+            self.longest[key] = longest(stage)
+        peaks = peak_memory(run, stage, "engine", counts=self.longest[key])
         return max(rank.total_bytes for rank in peaks)
 
 

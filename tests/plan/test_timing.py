@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.plan.hardware import load_hardware
 from megatron_sts.plan.timing.collectives import Group, gather_s, groups_of, send_s
 from megatron_sts.plan.timing.kernels import FILL_S, attention_s, gemm_s
@@ -110,6 +111,26 @@ def test_stages_are_timed_with_what_they_skip() -> None:
     assert whole.dense[0].step_time_s == pytest.approx(dense.step_time_s, rel=ROUNDING)
     assert whole.dense_hours / whole.hours == pytest.approx(dense.step_time_s / half.step_time_s, rel=ROUNDING)
     assert half.tflops("half") < half.tflops("full") < H100.device.peak_tflops.bf16
+
+
+def test_a_config_is_timed_as_its_shape() -> None:
+    """The published 70B on 64 GPUs, context parallelism included, written as a config of text alone."""
+    shape = row(4)
+    parallel = {
+        "tensor_model_parallel_size": 4, "pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 5,
+        "context_parallel_size": 2, "data_parallel_size": 2, "sequence_parallel": True, "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True, "overlap_param_gather": True,
+    }  # fmt: skip
+    batch = {"global_batch_size": 128, "micro_batch_size": 1, "sequence_length": 8192}
+    stage = {"name": "only", "steps": 10, "optimizer": {"lr": 1e-4}, "batch": batch}
+    config = RunConfig.model_validate(
+        {"model": shape.model.model_dump(), "parallel": parallel, "precision": {"params": "bf16"}, "data": {"mode": "words"}, "stages": [stage]}
+    )  # fmt: skip
+    run = resolve(config)
+    assert run.world_size == 64
+    assert workload_of(run, run.stages[0], assumptions=shape.assumptions) == shape
+    timed = stage_time(H100, run, run.stages[0], shape.assumptions)
+    assert timed.step_time_s == pytest.approx(step_of(H100, shape).total_s, rel=ROUNDING)
 
 
 def resolved_bf16(lds: dict[str, object] | None) -> Resolved:
