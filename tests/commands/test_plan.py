@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from megatron_sts.cli import main
+from megatron_sts.commands.ways import print_search
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = str(ROOT / "examples" / "llava15_7b")
@@ -47,11 +49,13 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_search(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", EXAMPLE, *SHORT, "--hardware", "h100", "--search"]) == 0
+    found = planned(capsys, "--search", "model.language.num_layers=4")["search"]
+    print_search(found, 1.0, Console(width=200))
     said = capsys.readouterr().out
-    assert "The fastest ways that fit" in said and "parallel.tensor_model_parallel_size=" in said
-    found = planned(capsys, "--search")["search"]["found"]
-    assert found[0]["overrides"] == said.strip().splitlines()[-1].split()
+    assert "The fastest ways that fit" in said
+    assert said.strip().splitlines()[-1].split() == found["found"][0]["overrides"]
+    print_search({**found, "found": []}, 1.0, Console())
+    assert "nothing fits 79 GiB" in capsys.readouterr().out
 
 
 def test_a_trace_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
