@@ -42,6 +42,13 @@ class PlannedBatches(StageBatches):
         shape = tuple(batch.pixels.shape)
         return [replace(one, pixels=share_pixels(one.number, mine, shape)) for one in batches]
 
+    @property
+    def resident_bytes(self) -> int:
+        """What each micro-batch holds on the device for the whole step: pixels that tensor-parallel ranks share."""
+        pixels = self._batch(self._stage.uncompressed).pixels
+        is_shared = self._place.is_first_stage and self._place.tp_size > 1
+        return pixels.nbytes if is_shared and pixels is not None else 0
+
     def close(self) -> None:
         """There is nothing to end."""
 

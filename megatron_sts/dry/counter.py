@@ -15,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 
 from megatron_sts.dry.account import Traffic, Work
 from megatron_sts.dry.modules import ModuleNames, is_backward
+from megatron_sts.dry.shapes import KnownShapes
 from megatron_sts.dry.storages import Ledger, Saved
 
 REPEATED_SHARE = {
@@ -44,7 +45,7 @@ class Counter(TorchDispatchMode):
     def __init__(self, modules: ModuleNames, name_of: Callable[[dist.ProcessGroup], str]) -> None:
         super().__init__()
         self.modules, self.ledger = modules, Ledger()
-        self._name_of = cache(name_of)
+        self._name_of, self._shapes = cache(name_of), KnownShapes()
         self._work: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         self._traffic: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
 
@@ -75,7 +76,7 @@ class Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs the operation and counts it."""
-        out = func(*args, **(kwargs or {}))
+        out = self._shapes.run(func, args, kwargs or {})
         packet = func._overloadpacket
         if packet in flop_registry:
             self._count_work(func, args, kwargs or {}, out)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 
 from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import ParallelConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.dry.account import Account, Memory
 from megatron_sts.dry.batches import PlannedBatches
 from megatron_sts.dry.counter import Counter
+from megatron_sts.dry.extend import Counted, extended
 from megatron_sts.dry.modules import ModuleNames
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
@@ -29,39 +32,32 @@ from megatron_sts.train.stage import Stage, build_stage
 
 
 def run(
-    resolved: Resolved,
-    rank: int = 0,
-    stage: str | int = 0,
-    *,
-    step: int | None = None,
-    num_microbatches: int | None = None,
+    resolved: Resolved, rank: int = 0, stage: str | int = 0, *, step: int | None = None, run_all: bool = False
 ) -> Account:
-    """What one training step of ``rank`` does.
+    """What one training step of ``rank`` does. In a process without CUDA devices that is in no process group.
 
     Args:
         resolved: the run.
         rank: of its ``world_size`` ranks.
         stage: its name or 0-based index.
-        step: 0-based; None: the last of the stage's longest steps.
-        num_microbatches: None: all that the config says.
+        step: 0-based; None: ``fullest_step``.
+        run_all: run every micro-batch, instead of twice as many as pipeline ranks and what follows from them.
     """
-    spec = resolved.stage(stage)
+    spec, started = resolved.stage(stage), time.process_time()
     step = fullest_step(spec) if step is None else step
-    executed = spec.model_copy(update={"num_microbatches": num_microbatches or spec.num_microbatches})
-    resolved = without_kernels(resolved)
-    started, counter = time.process_time(), Counter(ModuleNames(), groups.name_of)
-    with meta_rank(rank, resolved.world_size), counter.counting():
+    counter = Counter(ModuleNames(), groups.name_of)
+    with meta_rank(rank, resolved.world_size), counter.counting(), _without_values():
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
-        gate = SkipGate()
-        built = _build(resolved, executed, place, gate, counter)
-        counter.ledger.persist(_persistent(built))
-        with _without_values(), PassesInFlight() as passes:
-            built.mask(step)  # agreed on for a block of steps: not part of most
-            _as_after_a_step(built)
-            counter.begin()
-            training.train_step(built, step)
-            counter.ledger.end()
-        account = Account(
+        built = _build(without_kernels(resolved), spec, place, counter)
+        counted = [
+            _count(built, step, number, counter)
+            for number in _numbers_to_run(resolved.config.parallel, spec, run_all=run_all)
+        ]
+        whole = counted[-1]
+        if whole.num_microbatches < spec.num_microbatches:
+            assert isinstance(built.batches, PlannedBatches)
+            whole = extended(*counted, spec.num_microbatches, built.batches.resident_bytes)
+        return Account(
             rank=rank,
             world_size=resolved.world_size,
             tp_rank=place.tp_rank,
@@ -70,18 +66,40 @@ def run(
             stage=spec.name,
             step=step,
             num_microbatches=spec.num_microbatches,
-            num_executed=executed.num_microbatches,
+            num_executed=sum(one.num_microbatches for one in counted),
             sequence_length=spec.tokens(step).sequence_length,
-            layer_runs=dict(sorted(gate.num_runs.items())),
+            layer_runs=dict(whole.layer_runs),
             parameters=sum(p.numel() for p in _parameters(built)),
             trained_parameters=sum(p.numel() for p in _parameters(built) if p.requires_grad),
-            work=counter.work,
-            traffic=counter.traffic,
-            memory=_memory(built, counter),
-            max_passes_in_flight=passes.most,
+            work=dict(whole.work),
+            traffic=whole.traffic,
+            memory=whole.memory,
+            max_passes_in_flight=whole.max_passes_in_flight,
             seconds=time.process_time() - started,
         )
-    return account
+
+
+def _numbers_to_run(parallel: ParallelConfig, spec: ResolvedStage, *, run_all: bool) -> list[int]:
+    """Of micro-batches: those of one step, or of two from which the whole follows. In the second the pipeline is full."""
+    few = parallel.pipeline_model_parallel_size
+    differ = spec.config.lds is not None and spec.config.lds.granularity == "microbatch"
+    if run_all or differ or spec.num_microbatches <= 3 * few:
+        return [spec.num_microbatches]
+    return [few, 2 * few]
+
+
+def _count(stage: Stage, step: int, num_microbatches: int, counter: Counter) -> Counted:
+    """Runs the step with so many micro-batches."""
+    spec = stage.spec.model_copy(update={"num_microbatches": num_microbatches})
+    stage = replace(stage, spec=spec, batches=PlannedBatches(stage.resolved, spec, stage.place))
+    with PassesInFlight() as passes:
+        stage.mask(step)  # agreed on for a block of steps: not part of most
+        _as_after_a_step(stage)
+        counter.begin()
+        training.train_step(stage, step)
+        counter.ledger.end()
+    runs = dict(sorted(stage.gate.num_runs.items()))
+    return Counted(num_microbatches, runs, counter.work, counter.traffic, _memory(stage, counter), passes.most)
 
 
 def rank_of_stage(resolved: Resolved, pp_rank: int) -> int:
@@ -105,12 +123,15 @@ def without_kernels(resolved: Resolved) -> Resolved:
     return resolved.model_copy(update={"config": config.model_copy(update=off)})
 
 
-def _build(resolved: Resolved, spec: ResolvedStage, place: Place, gate: SkipGate, counter: Counter) -> Stage:
+def _build(resolved: Resolved, spec: ResolvedStage, place: Place, counter: Counter) -> Stage:
+    gate = SkipGate()
     with torch.device("meta"):
         chunks = build_model(resolved, gate, load_init=False)
     for chunk in map(unwrap, chunks):
         counter.modules.add(chunk)
-    return build_stage(resolved, spec, place, chunks, gate, PlannedBatches(resolved, spec, place))
+    stage = build_stage(resolved, spec, place, chunks, gate, PlannedBatches(resolved, spec, place))
+    counter.ledger.persist(_persistent(stage))
+    return stage
 
 
 def _as_after_a_step(stage: Stage) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -88,8 +88,7 @@ def run_microbatches[T](
         with clock.running("forward"):
             return forward(batch, unit)
 
-    # Every unit of a rank walks through the same micro-batches at its own pace.
-    iterators: list[Any] = list(itertools.tee(batches, len(units)))
+    iterators: list[Any] = at_own_pace(batches, len(units))
     run = get_forward_backward_func(
         parallel_state.get_pipeline_model_parallel_world_size(), len(units) if len(units) > 1 else None
     )
@@ -105,3 +104,25 @@ def run_microbatches[T](
             collect_non_loss_data=forward_only,
         )
     return results
+
+
+def at_own_pace[T](items: Iterable[T], count: int) -> list[Iterator[T]]:
+    """So many iterators over the same items: every unit of a rank walks through the micro-batches for itself.
+
+    An item is let go of when all have taken it. ``itertools.tee`` keeps up to 57 that all have taken, on a GPU with their pixels.
+    """
+    source, waiting = iter(items), [deque[T]() for _ in range(count)]
+
+    def walk(mine: deque[T]) -> Iterator[T]:
+        while True:
+            if not mine:
+                try:
+                    item = next(source)
+                except StopIteration:
+                    return
+                for each in waiting:
+                    each.append(item)
+                del item
+            yield mine.popleft()
+
+    return [walk(mine) for mine in waiting]
