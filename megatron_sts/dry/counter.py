@@ -1,4 +1,4 @@
-"""Counts what a block of code executes on meta tensors: FLOPs, communicated bytes, memory. Knows neither model nor config."""
+"""Counts what a block of code executes: FLOPs, communicated bytes, memory. Knows neither model nor config."""
 
 from __future__ import annotations
 
@@ -40,11 +40,13 @@ KINDS = {
 
 
 class Counter(TorchDispatchMode):
-    """While it is entered, sees every operation. ``name_of`` names process groups."""
+    """While it is entered, sees every operation. ``name_of`` names process groups; memory is that of tensors on ``device_type``."""
 
-    def __init__(self, modules: ModuleNames, name_of: Callable[[dist.ProcessGroup], str]) -> None:
+    def __init__(
+        self, modules: ModuleNames, name_of: Callable[[dist.ProcessGroup], str], device_type: str = "meta"
+    ) -> None:
         super().__init__()
-        self.modules, self.ledger = modules, Ledger()
+        self.modules, self.ledger = modules, Ledger(device_type)
         self._name_of, self._shapes = cache(name_of), KnownShapes()
         self._work: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         self._traffic: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
@@ -83,8 +85,7 @@ class Counter(TorchDispatchMode):
         elif func.namespace == "c10d":
             self._count_traffic(packet.__name__, args)
         for tensor in (out,) if isinstance(out, torch.Tensor) else _tensors(out):
-            if tensor.is_meta:
-                self.ledger.made(tensor)
+            self.ledger.made(tensor)
         return out
 
     def _pack(self, tensor: torch.Tensor) -> Saved:

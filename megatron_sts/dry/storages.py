@@ -12,7 +12,8 @@ import torch
 class Ledger:
     """Every storage from the operation that made it to its end, and which of them autograd saved, by module."""
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str) -> None:
+        self._device_type = device_type
         self._sizes: dict[int, int] = {}
         self._ends: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._saved: dict[int, list[int]] = {}
@@ -25,7 +26,9 @@ class Ledger:
         self.peak_by_module: dict[str, int] = {}
 
     def made(self, tensor: torch.Tensor) -> None:
-        """An operation returned ``tensor``; of those without memory of their own nothing is counted."""
+        """An operation returned ``tensor``; of those without memory of their own nothing is counted, nor of other devices'."""
+        if tensor.device.type != self._device_type:
+            return
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
@@ -44,7 +47,7 @@ class Ledger:
     def save(self, tensor: torch.Tensor, saver: str) -> Saved:
         """Autograd keeps ``tensor`` until the result is let go of."""
         key = tensor.untyped_storage()._cdata
-        if not tensor.is_meta or key in self._persistent:
+        if tensor.device.type != self._device_type or key in self._persistent:
             return Saved(tensor, saver, None)
         self.made(tensor)
         if key in self._saved:
