@@ -14,6 +14,7 @@ from megatron_sts.commands import (
     convert,
     data,
     doctor,
+    dryrun,
     evaluate,
     generate,
     launch_slurm,
@@ -25,7 +26,7 @@ from megatron_sts.commands import (
 )
 from megatron_sts.config.errors import ConfigError
 
-COMMANDS = (train, sweep, launch_slurm, plan, data, generate, evaluate, convert, verify, report, config, doctor)
+COMMANDS = (train, sweep, launch_slurm, plan, dryrun, data, generate, evaluate, convert, verify, report, config, doctor)
 """In the order of ``--help``. Each declares its arguments (``add``) and imports what it needs when it runs."""
 
 PROGRAM = "megatron-sts"

@@ -108,6 +108,8 @@ class Account:
     memory: Memory
     max_passes_in_flight: int
     """Forward passes of this rank's chunks that wait for their backward passes; with one chunk a rank, micro-batches in flight."""
+    notes: tuple[str, ...]
+    """In what the cluster would do otherwise."""
     seconds: float
     """Processor time that the dry run itself took."""
 

@@ -9,7 +9,9 @@ from dataclasses import replace
 
 import torch
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import ParallelConfig
 from megatron_sts.data.batch import Batch
@@ -18,6 +20,8 @@ from megatron_sts.dry.batches import PlannedBatches
 from megatron_sts.dry.counter import Counter
 from megatron_sts.dry.extend import Counted, extended
 from megatron_sts.dry.modules import ModuleNames
+from megatron_sts.dry.verdict import failure
+from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.buckets import LayerDataParallel
@@ -42,13 +46,27 @@ def run(
         stage: its name or 0-based index.
         step: 0-based; None: ``fullest_step``.
         run_all: run every micro-batch, instead of twice as many as pipeline ranks and what follows from them.
+
+    Raises:
+        DryRunError: the step fails.
     """
-    spec, started = resolved.stage(stage), time.process_time()
+    spec = resolved.stage(stage)
     step = fullest_step(spec) if step is None else step
-    counter = Counter(ModuleNames(), groups.name_of)
+    try:
+        account = _account(without_kernels(resolved), spec, rank, step, run_all=run_all)
+        return replace(account, notes=tuple(_notes(resolved.config.precision)))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise failure(error, rank, spec.name) from error
+
+
+def _account(resolved: Resolved, spec: ResolvedStage, rank: int, step: int, *, run_all: bool) -> Account:
+    started, counter = time.process_time(), Counter(ModuleNames(), groups.name_of)
+    trail.enter("start")
     with meta_rank(rank, resolved.world_size), counter.counting(), _without_values():
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
-        built = _build(without_kernels(resolved), spec, place, counter)
+        built = _build(resolved, spec, place, counter)
         counted = [
             _count(built, step, number, counter)
             for number in _numbers_to_run(resolved.config.parallel, spec, run_all=run_all)
@@ -75,6 +93,7 @@ def run(
             traffic=whole.traffic,
             memory=whole.memory,
             max_passes_in_flight=whole.max_passes_in_flight,
+            notes=(),
             seconds=time.process_time() - started,
         )
 
@@ -121,6 +140,12 @@ def without_kernels(resolved: Resolved) -> Resolved:
         "guard": config.guard.model_copy(update={"checksum_interval_steps": None}),
     }
     return resolved.model_copy(update={"config": config.model_copy(update=off)})
+
+
+def _notes(precision: PrecisionConfig) -> Iterator[str]:
+    yield "torch's layers were run: Transformer Engine's save other tensors, and fuse some communication with their products"
+    if precision.fp8 != "off":
+        yield f"precision.fp8={precision.fp8} was run in {precision.params}: FP8 copies of weights and activations are not counted"
 
 
 def _build(resolved: Resolved, spec: ResolvedStage, place: Place, counter: Counter) -> Stage:

@@ -142,10 +142,11 @@ def has_raised_waiting(error: BaseException) -> bool:
     return bool(files) and _waits(files[-1]) and not files[-1].startswith(f"{ROOT}/launch/")
 
 
-def where_raised(error: BaseException) -> str:
-    """The innermost line of this package that the error came through; empty if it came through none."""
-    places = (_place_in(frame, line) for frame, line in traceback.walk_tb(error.__traceback__))
-    return next(filter(None, reversed(list(places))), "")
+def where_raised(error: BaseException, *, beside: str | None = None) -> str:
+    """The innermost line of this package that the error came through, not counting the room ``beside``; empty if it came
+    through none."""
+    places = [_place_in(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    return next((place for place in reversed(places) if place and not (beside and place.startswith(f"{beside}/"))), "")
 
 
 def _waits(file: str) -> bool:

@@ -9,6 +9,8 @@ from megatron_sts.runtime.device import current_device
 warnings.filterwarnings("ignore", module=r"megatron\.")
 # It passes these on from torch at every load, which a user can do nothing about.
 warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint")
+# torch's next names of what megatron-core calls by its old ones.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
 # The distributed optimizer's fp32 shards are views, and Adam looks for gradients of those that a step skips.
 warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 logging.getLogger("megatron").setLevel(logging.ERROR)

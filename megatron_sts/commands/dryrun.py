@@ -1,0 +1,90 @@
+"""``megatron-sts dryrun``: ranks of a run that is not there, one training step each. Must not know how a step works."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from megatron_sts.commands.arguments import Commands, add_command, add_config, add_json
+from megatron_sts.config.errors import ConfigError, refuse
+
+if TYPE_CHECKING:
+    from megatron_sts.config.resolve import Resolved
+    from megatron_sts.dry.account import Account
+
+
+def add(commands: Commands) -> None:
+    """The arguments."""
+    dryrun = add_command(
+        commands,
+        "dryrun",
+        run,
+        help="run a training step of any rank of any world without its devices, and count what it does",
+        description="Run a training step of any rank of the config's world: the real code, on tensors without memory and with "
+        "nobody to talk to. Counts FLOPs, bytes of memory and of communication, and says in one line what would fail.",
+    )
+    add_config(dryrun)
+    ranks = dryrun.add_mutually_exclusive_group()
+    ranks.add_argument("--rank", type=int, default=0, metavar="R", help="which rank (default: 0)")
+    ranks.add_argument("--stages", action="store_true", help="the first rank of each pipeline stage")
+    dryrun.add_argument("--stage", metavar="NAME", help="which training stage (default: the last)")
+    dryrun.add_argument(
+        "--step", type=int, metavar="N", help="which of its steps, from 0 (default: the last of its longest)"
+    )
+    dryrun.add_argument(
+        "--all", action="store_true", help="run every micro-batch, instead of a few from which the others follow"
+    )
+    dryrun.add_argument("--memory-gib", type=float, metavar="GIB", help="of a device: say if a rank needs more")
+    add_json(dryrun)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print tables, or one JSON object; 1 if a rank would fail or needs more memory than there is."""
+    from megatron_sts.config.load import load
+    from megatron_sts.config.resolve import resolve
+    from megatron_sts.plan.layout import choose_layout
+
+    resolved = resolve(load(args.config, args.overrides), choose_layout=choose_layout)
+    stage = resolved.stages[-1] if args.stage is None else resolved.stage(args.stage)
+    if args.step is not None and not 0 <= args.step < stage.num_steps:
+        refuse("--step", args.step, f"stage {stage.name} has {stage.num_steps} steps", "count from 0")
+    if not 0 <= args.rank < resolved.world_size:
+        refuse("--rank", args.rank, f"the run has {resolved.world_size} ranks", "count from 0")
+    if args.memory_gib is not None and args.memory_gib <= 0:
+        refuse("--memory-gib", args.memory_gib, "no device has that", "give what one has")
+    accounts, problems = _accounts(resolved, stage.name, args)
+    if args.json:
+        found = {"stage": stage.name, "ranks": [account.as_json() for account in accounts], "problems": problems}
+        print(json.dumps(found))
+    else:
+        from megatron_sts.commands.accounts import print_accounts
+
+        print_accounts(accounts)
+    for problem in problems:
+        print(f"megatron-sts: {problem}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def _accounts(resolved: Resolved, stage: str, args: argparse.Namespace) -> tuple[list[Account], list[str]]:
+    """Of each rank asked for, and what is wrong with them."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a dry run is the same with and without
+    from megatron_sts.dry import run as dry
+    from megatron_sts.dry.verdict import DryRunError, too_large
+
+    pp = resolved.config.parallel.pipeline_model_parallel_size
+    ranks = [dry.rank_of_stage(resolved, pp_rank) for pp_rank in range(pp)] if args.stages else [args.rank]
+    accounts: list[Account] = []
+    problems: list[str] = []
+    for rank in ranks:
+        try:
+            accounts.append(dry.run(resolved, rank, stage, step=args.step, run_all=args.all))
+        except ConfigError:
+            raise
+        except DryRunError as error:
+            problems.append(str(error))
+        else:
+            problems += too_large(accounts[-1], args.memory_gib)
+    return accounts, problems
