@@ -45,7 +45,7 @@ class Traffic:
     """One kind of communication of a rank within one group."""
 
     group: str
-    """tp, pp, dp, mp (one copy of the model), embedding (first and last stage), relay (choices of visual tokens, down the
+    """tp, pp, dp, cp, mp and others of ``mcore.groups.name_of``; relay (choices of visual tokens, down the
     pipeline through host memory), world."""
     kind: str
     """all_reduce, all_gather, reduce_scatter, broadcast, send, recv."""
@@ -89,6 +89,7 @@ class Account:
     rank: int
     world_size: int
     tp_rank: int
+    cp_rank: int
     pp_rank: int
     dp_rank: int
     stage: str

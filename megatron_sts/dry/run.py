@@ -74,11 +74,13 @@ def _account(resolved: Resolved, spec: ResolvedStage, rank: int, step: int, *, r
         whole = counted[-1]
         if whole.num_microbatches < spec.num_microbatches:
             assert isinstance(built.batches, PlannedBatches)
-            whole = extended(*counted, spec.num_microbatches, built.batches.resident_bytes)
+            short, long = counted
+            whole = extended(short, long, spec.num_microbatches, built.batches.resident_bytes)
         return Account(
             rank=rank,
             world_size=resolved.world_size,
             tp_rank=place.tp_rank,
+            cp_rank=place.cp_rank,
             pp_rank=place.pp_rank,
             dp_rank=place.dp_rank,
             stage=spec.name,
