@@ -9,7 +9,7 @@ One decoder layer (after Korthikanti et al., "Reducing Activation Recomputation"
 =================== ==================================== =============================================================
 norms               2 (e t' h + 4 t')                    inputs, and fp32 inverse deviations
 linear inputs       2 e t' h + e t f / tp                outputs of the norms and of SwiGLU; none if the weights are frozen
-fused QKV           e t (a + 2 g) d / tp                 values are a view of it; all groups' where tp > g
+fused QKV           e t (a + 2 g) d / tp                 values are a view of it
 rotated Q and K     e t (a + g) d / tp, 4 e t d          and the angles' cosines and sines, for either
 attention           e t a d / tp + 4 t a / tp            output (also the next matrix's input) and fp32 log-sum-exp; see ``_attention``
 SwiGLU              2 e t f / tp                         its input
@@ -43,16 +43,17 @@ class Saved:
 
     before: int
     """Embedding, merge, and of tower, Q-Former and projector what learns or passes gradients on; on the first rank."""
-    chunk: int
-    """Of each chunk, besides its layers."""
     layers: tuple[int, ...]
     """Of each decoder layer, if it runs."""
-    layer_running: int
+    recomputed: int
     """More while a layer's backward pass runs: with full recomputation all that it would have kept."""
     after: int
     """Final norm, head and loss; on the last rank."""
-    after_running: int
-    """More while head and loss run: logits of 16 bits and, in megatron-core's fused cross entropy, a second copy in fp32."""
+    logits: int
+    """Not kept, but there while head and loss run: logits of 16 bits and, in megatron-core's fused cross entropy, a second copy
+    in fp32."""
+    arguments: int
+    """Not autograd's, but there as long as a chunk's: what recomputation is called with besides its input."""
 
 
 def saved(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, kernels: Kernels) -> Saved:
@@ -65,11 +66,11 @@ def saved(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, kernels
     logits = share.tokens * language.vocab_size // share.tp
     return Saved(
         before=_embedding(resolved, share, learns=learns) + _before_merge(resolved, stage, share, load),
-        chunk=_of_chunk(resolved, share, kernels),
         layers=(residual,) * len(layers) if is_full else tuple(layers),
-        layer_running=max(layers) - residual if is_full else 0,
+        recomputed=max(layers) - residual if is_full else 0,
         after=_after(resolved, share, learns=learns),
-        after_running=(share.element_bytes + FP32_BYTES) * logits if share.element_bytes < FP32_BYTES else 0,
+        logits=(share.element_bytes + FP32_BYTES) * logits if share.element_bytes < FP32_BYTES else 0,
+        arguments=_arguments(resolved, share, kernels),
     )
 
 
@@ -120,17 +121,15 @@ def _attention(resolved: Resolved, share: _Share, kernels: Kernels, *, keeps_out
     with grouped queries takes copies of keys and values for every head, which it keeps instead of the groups'.
     """
     language, size, tokens, tp = resolved.config.model.language, share.element_bytes, share.tokens, share.tp
-    groups, channels = num_groups(language), head_width(language)
-    heads, own_groups = language.num_attention_heads // tp, max(groups // tp, 1)
-    per_head = size * tokens * channels
-    qkv = per_head * (language.num_attention_heads + 2 * groups) // (tp if groups >= tp else 1)
-    rotated, angles = per_head * (heads + own_groups), 4 * per_head
+    heads, groups = language.num_attention_heads // tp, num_groups(language) // tp
+    per_head = size * tokens * head_width(language)
+    qkv, rotated, angles = per_head * (heads + 2 * groups), per_head * (heads + groups), 4 * per_head
     output, log_sums = per_head * heads, FP32_BYTES * tokens * heads
     if resolved.config.parallel.recompute == "selective":
         return qkv + rotated + angles + (output if keeps_output else 0)
     if kernels == "engine" or not share.pairs:
         return qkv + rotated + angles + output + log_sums
-    if own_groups < heads:
+    if groups < heads:
         qkv, rotated = 0, 3 * per_head * heads
     return qkv + rotated + angles + output + log_sums + size * share.pairs
 
@@ -142,8 +141,8 @@ def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:
     return precision.engine_recipe is not None and not is_outer and num_tokens >= precision.min_tokens_for_fp8
 
 
-def _of_chunk(resolved: Resolved, share: _Share, kernels: Kernels) -> int:
-    """What recomputation needs again: fp32 angles of positions, and for packed rows the mask."""
+def _arguments(resolved: Resolved, share: _Share, kernels: Kernels) -> int:
+    """fp32 angles of positions, and for packed rows the mask."""
     recompute = resolved.config.parallel.recompute
     angles = FP32_BYTES * share.tokens * head_width(resolved.config.model.language) if recompute == "full" else 0
     return angles + (MASK_BYTES * share.pairs if recompute != "none" and kernels == "torch" else 0)

@@ -29,7 +29,6 @@ from megatron_sts.cost.activations import FP32_BYTES, INDEX_BYTES, Kernels, mult
 from megatron_sts.cost.buckets import buckets, num_gradient_ranks, rank_weights
 from megatron_sts.cost.memory import GRADIENT_BYTES, learning_parts
 from megatron_sts.cost.step import StepShape, microbatch_load
-from megatron_sts.cost.weights import head_width, num_groups
 
 Group = Literal["tp", "pp", "relay", "dp", "embedding", "mp", "world"]
 """Ranks that share layers' matrices (tp), the pipeline (pp), and beside it through host memory (relay); gradients (dp); a tied word
@@ -131,12 +130,6 @@ def _layers(run: _Run) -> Iterator[Traffic]:
     else:
         reduces = (2 * passes + 2) * runs
         yield Traffic("tp", "all_reduce", "decoder layers", reduces, reduces * run.hidden_bytes)
-    language = config.model.language
-    if num_groups(language) < config.parallel.tensor_model_parallel_size:
-        width = (language.num_attention_heads + 2 * num_groups(language)) * head_width(language)
-        qkv = run.hidden_bytes // language.hidden_size * width
-        yield Traffic("tp", "all_gather", "queries of shared groups", passes * runs, passes * runs * qkv)
-        yield Traffic("tp", "reduce_scatter", "queries of shared groups", runs, runs * qkv)
 
 
 def _gathered_bytes(run: _Run, layer: int) -> int:
@@ -234,13 +227,16 @@ def _numbers(run: _Run) -> Iterator[Traffic]:
         yield Traffic("pp", "broadcast", "number of tokens", 1, FP32_BYTES)
     if num_gradient_ranks(run.resolved) > 1:
         yield Traffic("dp", "all_reduce", "number of tokens", 1, FP32_BYTES)
-    yield Traffic("world" if parallel.use_distributed_optimizer else "mp", "all_reduce", "gradient norm", 1, FP32_BYTES)
+    is_copied = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size > 1
+    if parallel.use_distributed_optimizer or is_copied:
+        group: Group = "world" if parallel.use_distributed_optimizer else "mp"
+        yield Traffic(group, "all_reduce", "gradient norm", 1, FP32_BYTES)
     totals = INDEX_BYTES * (NUM_TOTALS + run.resolved.config.model.language.num_layers)
     yield Traffic("world", "all_reduce", "counts", 1, totals)
     if stage.config.lds is not None:
         digests = INDEX_BYTES * (MASK_HEADER_FIELDS + MASK_BLOCK_STEPS)
         yield Traffic("world", "broadcast", "digests of masks", 1 / MASK_BLOCK_STEPS, digests / MASK_BLOCK_STEPS)
-    if parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size > 1:
+    if is_copied:
         load = microbatch_load(run.resolved, stage, run.step.counts)
         size = stage.num_microbatches * BATCH_BYTES * load.num_tokens
         yield Traffic("mp", "broadcast", "batches", 1, size)

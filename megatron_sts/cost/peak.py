@@ -32,10 +32,9 @@ class PeakMemory:
 
     state: RankMemory
     activations_bytes: int
-    """What autograd keeps at that moment."""
+    """The most that autograd keeps at any moment, a recomputed layer's tensors included."""
     running_bytes: int
-    """What the pass needs that runs then: logits beside their fp32 copies, a recomputed layer, a weight's gradient before it is
-    added up."""
+    """What the worst moment has above that: logits beside their fp32 copies, a weight's gradient before it is added up."""
     fp8_bytes: int
     """Copies of weights in FP8; negative where they replace wider ones (``fp8_params``)."""
     buffers_bytes: int
@@ -61,7 +60,7 @@ def peak_memory(
     kernels: Kernels,
     *,
     counts: TokenCounts | None = None,
-    idle: Collection[int] = (),
+    skipped: Sequence[Collection[int]] = ((),),
 ) -> list[PeakMemory]:
     """The peak on a rank of each pipeline stage.
 
@@ -70,20 +69,22 @@ def peak_memory(
         stage: which stage; its freeze list applies.
         kernels: whose layers the decoder has.
         counts: the shape of rows; None: the longest that the stage has.
-        idle: decoder layers (0-based) that no micro-batch of the step runs. A stage's peak is that of its steps without any,
-            which skipping allows at every time: dropping layers or rounds lowers the need of a step, not of the run.
+        skipped: decoder layers (0-based) that each micro-batch skips; one entry for all of them. A stage's peak is that of a step that
+            skips nothing, which may come at any time: dropping layers or rounds lowers the need of a step, not of the run.
     """
     counts = counts or longest(stage)
     of_microbatch, states = saved(resolved, stage, counts, kernels), memory_per_rank(resolved, stage)
+    idle = set.intersection(*map(set, skipped))
     found = []
     for rank, state in enumerate(states):
-        units = _units(resolved, stage, rank, of_microbatch, idle)
-        worst, num_in_flight = _worst(resolved, stage, rank, units)
+        rows = [_units(resolved, stage, rank, of_microbatch, row, idle) for row in skipped]
+        moments, num_in_flight = _moments(resolved, stage, rank, rows)
+        most, worst = (max(moments, key=lambda each: each.kept), max(moments, key=lambda each: each.total))
         found.append(
             PeakMemory(
                 state=state,
-                activations_bytes=worst.kept,
-                running_bytes=worst.running,
+                activations_bytes=most.kept,
+                running_bytes=worst.total - most.kept,
                 fp8_bytes=fp8_bytes(resolved, stage, rank, kernels, counts),
                 buffers_bytes=_gathered(resolved, stage, counts),
                 num_in_flight=num_in_flight,
@@ -99,11 +100,13 @@ class _Unit:
     kept: int
     before: int
     """Of these, what embedding and tower keep: all that is left when their backward pass runs."""
-    head: int
+    after: int
     """Of these, what head and loss keep: free when the layers' backward passes run."""
-    head_running: int
-    layer_running: int
-    embedding_running: int
+    recomputed: int
+    arguments: int
+    logits: int
+    layer_gradient: int
+    embedding_gradient: int
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,14 @@ class _Moment:
 
 
 def _units(
-    resolved: Resolved, stage: ResolvedStage, rank: int, of_microbatch: Saved, idle: Collection[int]
+    resolved: Resolved,
+    stage: ResolvedStage,
+    rank: int,
+    of_microbatch: Saved,
+    skipped: Collection[int],
+    idle: Collection[int],
 ) -> list[_Unit]:
-    """Those of a pipeline rank, in the order of its chunks."""
+    """Those of a pipeline rank, in the order of its chunks, for micro-batches that skip these layers in a step without ``idle``."""
     layout, (of_layer, of_embedding) = resolved.layers_per_chunk, _weight_gradients(resolved, stage)
     starts = list(accumulate(map(sum, layout), initial=0))
     busy = [number for number, (start, end) in enumerate(pairwise(starts)) if not set(range(start, end)) <= set(idle)]
@@ -127,17 +135,19 @@ def _units(
     for rounds in grouped(len(layout), busy):
         firsts = {number: starts[number] + sum(layout[number][:rank]) for number in rounds}
         layers = [first + i for number, first in firsts.items() for i in range(layout[number][rank])]
-        running = [layer for layer in layers if layer not in idle]
+        running = [layer for layer in layers if layer not in skipped]
         is_first, is_last = rank == 0 and 0 in rounds, rank == len(layout[0]) - 1 and len(layout) - 1 in rounds
-        before, head = of_microbatch.before * is_first, of_microbatch.after * is_last
+        before, after = of_microbatch.before * is_first, of_microbatch.after * is_last
         units.append(
             _Unit(
-                kept=sum(of_microbatch.layers[layer] for layer in running) + of_microbatch.chunk + before + head,
+                kept=sum(of_microbatch.layers[layer] for layer in running) + before + after,
                 before=before,
-                head=head,
-                head_running=of_microbatch.after_running * is_last,
-                layer_running=(of_microbatch.layer_running + of_layer) * bool(running),
-                embedding_running=of_embedding * is_first,
+                after=after,
+                recomputed=of_microbatch.recomputed * bool(running),
+                arguments=of_microbatch.arguments,
+                logits=of_microbatch.logits * is_last,
+                layer_gradient=of_layer * bool(running),
+                embedding_gradient=of_embedding * is_first,
             )
         )
     return units
@@ -154,22 +164,25 @@ def _weight_gradients(resolved: Resolved, stage: ResolvedStage) -> tuple[int, in
     return largest[0], largest[1]
 
 
-def _worst(resolved: Resolved, stage: ResolvedStage, rank: int, units: Sequence[_Unit]) -> tuple[_Moment, int]:
-    """The worst moment of a rank's passes, and the most passes in flight. The first 4 pp micro-batches show it."""
+def _moments(
+    resolved: Resolved, stage: ResolvedStage, rank: int, rows: Sequence[Sequence[_Unit]]
+) -> tuple[list[_Moment], int]:
+    """Those of a rank's passes that may be the worst, and the most passes in flight. Of equal micro-batches the first 4 pp
+    show it."""
     pp = resolved.config.parallel.pipeline_model_parallel_size
-    num_microbatches = min(stage.num_microbatches, 4 * pp)
-    kept, in_flight, most, moments = 0, 0, 0, [_Moment(0, 0)]
-    for each in pass_order(rank, pp, len(units), num_microbatches):
-        unit = units[each.chunk]
+    num_microbatches = stage.num_microbatches if len(rows) > 1 else min(stage.num_microbatches, 4 * pp)
+    kept, arguments, in_flight, most, moments = 0, 0, 0, 0, []
+    for each in pass_order(rank, pp, len(rows[0]), num_microbatches):
+        unit = rows[each.microbatch % len(rows)][each.chunk]
         if each.is_forward:
-            kept, in_flight = kept + unit.kept, in_flight + 1
-            moments.append(_Moment(kept, unit.head_running))
+            kept, arguments, in_flight = kept + unit.kept, arguments + unit.arguments, in_flight + 1
+            moments.append(_Moment(kept, arguments + unit.logits))
         else:
-            moments.append(_Moment(kept - unit.head, unit.layer_running))
-            kept, in_flight = kept - unit.kept, in_flight - 1
-            moments.append(_Moment(kept + unit.before, unit.embedding_running))
+            layers = _Moment(kept - unit.after + unit.recomputed, arguments + unit.layer_gradient)
+            kept, arguments, in_flight = kept - unit.kept, arguments - unit.arguments, in_flight - 1
+            moments += [layers, _Moment(kept + unit.before, arguments + unit.embedding_gradient)]
         most = max(most, in_flight)
-    return max(moments, key=lambda moment: moment.total), most
+    return moments, most
 
 
 def fp8_bytes(resolved: Resolved, stage: ResolvedStage, rank: int, kernels: Kernels, counts: TokenCounts) -> int:

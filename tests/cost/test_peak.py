@@ -43,7 +43,9 @@ def one_gpu(fmt: str, stage: str, case: str, rows: int) -> PeakMemory:
     overrides += ["stages.alignment.vtc=null"] if case == "dense" else []
     resolved = resolve(load(EXAMPLES / "llava15_7b" / "config.yaml", [*ONE_GPU, *overrides]), world_size=1)
     num_idle = round(8 * int(case[4:-1]) / 100) if case.startswith("LDS") else 0
-    [peak] = peak_memory(resolved, resolved.stage(stage), "torch" if fmt == "torch" else "engine", idle=range(num_idle))
+    [peak] = peak_memory(
+        resolved, resolved.stage(stage), "torch" if fmt == "torch" else "engine", skipped=[range(num_idle)]
+    )
     return peak
 
 

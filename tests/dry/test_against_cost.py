@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 
+from megatron_sts.cost import activations, buckets, communication, flops, memory, peak, weights
 from megatron_sts.cost.flops import forward_flops, planned_load, step_work
 from megatron_sts.cost.memory import memory_per_rank, parameters_per_rank
 from megatron_sts.dry.account import Account, Work
 from megatron_sts.dry.run import rank_of_stage, run
-from tests.dry.configs import run_of
+from megatron_sts.plan.step_shapes import mask_of, step_shape
+from tests.dry.configs import MODEL, run_of
 
 VTC = {"keep_ratio": 0.5}
 TEXT = {"vision": None}
@@ -32,7 +37,48 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"projector": {"type": "linear"}},
         "batch": {"max_images": 2, "sequence_length": 96},
     },
+    "PP4 VPP2": {
+        "parallel": {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+        "language": {"num_layers": 8},
+        "batch": {"global_batch_size": 16},
+    },
+    "chunks of 1, 2, 0 and 1 layers": {
+        "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "layout": [1, 2, 0, 1]},
+    },
+    "a round skipped, DP2 distributed": {
+        "lds": {"sampler": "fixed", "fixed_layers": [0, 1]},
+        "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "data_parallel_size": 2,
+                     "use_distributed_optimizer": True},
+    },
+    "other layers in each micro-batch": {
+        "lds": {"granularity": "microbatch", "schedule": "constant"},
+        "parallel": {"pipeline_model_parallel_size": 2, "data_parallel_size": 2},
+    },
+    "tied, TP2 PP2 DP2, all overlapped": {
+        "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "data_parallel_size": 2,
+                     "use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+        "language": {"tie_word_embeddings": True},
+    },
+    "TP2 SP PP2 recompute full": {
+        "parallel": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True,
+                     "recompute": "full"},
+    },
+    "packed rows": {"batch": {"packing": "pack"}},
+    "SigLIP trains, TP2 SP": {
+        "freeze": [],
+        "model": {"vision": {**MODEL["vision"], "tower": "siglip"}},
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    },
 }  # fmt: skip
+ACTIVATIONS_RTOL = 0.003
+"""Left out of the formulas: the class token under the projector's input, indices, masks and losses of tokens. Measured: 0.0023. The
+issue of these two rooms asks for 0.03."""
+TRAFFIC_RTOL = 1e-6
+"""Means over micro-batches are fractions. Asked for: 0.01."""
+NOT_COUNTED = {"batches", "digests of masks"}
+"""Of the formulas, not of dry runs."""
+SMALL_BYTES = 1000
+"""Of single numbers; what computes has more."""
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
@@ -61,6 +107,8 @@ def test_flops_are_the_same(case: Any) -> None:
     patches = counted("vision.encoder.conv1")  # computed whole by each tensor-parallel rank
     before = counted("vision", "projector") - patches + patches // parallel.tensor_model_parallel_size
     assert before == expected.before + unused_gradient(resolved, stage, load)
+    if stage.config.batch.packing == "pack":
+        return  # a mask says what is hidden, not the kernel
     half = sum((account.total_work for account in accounts), Work())
     assert half.model_half == half.model - half.causal // 2
     halved = step_work(resolved, stage, load, causal="half")
@@ -88,6 +136,41 @@ def test_parameters_and_their_state_take_the_same_bytes(case: Any) -> None:
         assert memory.optimizer_bytes == expected.optimizer_bytes
 
 
+def test_autograd_keeps_the_same_bytes(case: Any) -> None:
+    resolved, accounts = case
+    [stage] = resolved.stages
+    mask = mask_of(resolved, stage, accounts[0].step)
+    skipped = [[layer for layer, skips in enumerate(row) if skips] for row in mask.rows] if mask else [()]
+    peaks = peak.peak_memory(resolved, stage, "torch", counts=stage.tokens(accounts[0].step), skipped=skipped)
+    for account, expected in zip(accounts, peaks, strict=True):
+        assert expected.activations_bytes == pytest.approx(account.memory.activations_bytes, rel=ACTIVATIONS_RTOL)
+        assert expected.num_in_flight == account.max_passes_in_flight
+
+
+def test_ranks_exchange_the_same_bytes(case: Any) -> None:
+    resolved, accounts = case
+    [stage] = resolved.stages
+    of_ranks = communication.communication(resolved, stage, step_shape(resolved, stage, accounts[0].step), "torch")
+    for account, lines in zip(accounts, of_ranks, strict=True):
+        counted = summed((one.group, one.kind, one.count, one.bytes) for one in account.traffic if one.kind != "recv")
+        comparable = (one for one in lines if one.what not in NOT_COUNTED)
+        expected = summed((one.group, one.kind, one.num_calls, one.num_bytes) for one in comparable)
+        assert expected.keys() == counted.keys()
+        for key, (calls, size) in counted.items():
+            assert expected[key][0] == pytest.approx(calls, rel=TRAFFIC_RTOL), key
+            assert expected[key][1] == pytest.approx(size, rel=TRAFFIC_RTOL), key
+
+
+def summed(lines: Iterable[tuple[str, str, float, float]]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Calls and bytes by group and kind; single numbers all together, as groups may have the same ranks."""
+    found: dict[tuple[str, str], tuple[float, float]] = {}
+    for *key, calls, size in lines:
+        before = found.get((key[0], key[1]), (0.0, 0.0))
+        found[key[0], key[1]] = before[0] + calls, before[1] + size
+    numbers = [found.pop(key) for key in list(found) if found[key][1] < SMALL_BYTES]
+    return found | {("any", "numbers"): (sum(calls for calls, _ in numbers), sum(size for _, size in numbers))}
+
+
 def test_the_distributed_optimizer_deals_its_state_out() -> None:
     resolved = run_of(parallel={"data_parallel_size": 2, "use_distributed_optimizer": True, "overlap_param_gather": True,
                                 "overlap_grad_reduce": True})  # fmt: skip
@@ -98,3 +181,39 @@ def test_the_distributed_optimizer_deals_its_state_out() -> None:
         assert account.memory.padding_bytes == expected.padding_bytes
     [whole] = memory_per_rank(run_of(), resolved.stages[0])
     assert sum(account.memory.optimizer_bytes for account in accounts) == whole.optimizer_bytes
+
+
+CHECKS = {
+    "flops": test_flops_are_the_same,
+    "state": test_parameters_and_their_state_take_the_same_bytes,
+    "activations": test_autograd_keeps_the_same_bytes,
+    "traffic": test_ranks_exchange_the_same_bytes,
+}
+WRONG: dict[str, tuple[str, Any, str, Any]] = {
+    "scores cost nothing": ("flops", flops, "_decoder_layer", lambda right, *given: replace(right(*given), attention=0)),
+    "a head beside a tied embedding": ("state", buckets, "head", lambda _, language: weights.embedding(language)),
+    "gradients of 16 bits": ("state", memory, "GRADIENT_BYTES", 2),
+    "keys and values keep nothing": ("activations", activations, "num_groups", lambda *_: 0),
+    "16 bits of probabilities": ("activations", activations, "FP32_BYTES", 2),
+    "one pass fewer in flight": ("activations", peak, "pass_order", lambda right, rank, *rest: right(rank + 1, *rest)),
+    "no transfers between stages": ("traffic", communication, "_boundaries", lambda *_: ()),
+    "no gradients of a tied embedding": ("traffic", communication, "_tied_embedding", lambda *_: ()),
+    "gradients of 16 bits between ranks": ("traffic", communication, "GRADIENT_BYTES", 2),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def everything() -> tuple[Any, list[Account]]:
+    """A run in which all of these terms count."""
+    resolved = run_of(**CASES["tied, TP2 PP2 DP2, all overlapped"])
+    return resolved, [run(resolved, rank_of_stage(resolved, stage)) for stage in range(2)]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_one_wrong_term_fails_the_comparison(name: str, everything: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    check, owner, attribute, wrong = WRONG[name]
+    right = getattr(owner, attribute)
+    CHECKS[check](everything)
+    monkeypatch.setattr(owner, attribute, partial(wrong, right) if callable(wrong) else wrong)
+    with pytest.raises(AssertionError):
+        CHECKS[check](everything)
