@@ -26,9 +26,10 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.groups import Place
-from megatron_sts.mcore.meta import meta_rank, replaced
+from megatron_sts.mcore.meta import meta_rank
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.passes import PassesInFlight
+from megatron_sts.mcore.replaced import replaced
 from megatron_sts.model import compression
 from megatron_sts.model.init import build_model
 from megatron_sts.train import step as training

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from megatron_sts.mcore.replaced import replaced
 from megatron_sts.runtime.device import on_meta
 
 READ = 1.0
@@ -69,17 +70,6 @@ def _stand_ins() -> Iterator[tuple[Any, str, Any]]:
     yield tensor, "tolist", _on_meta(tensor.tolist, _numbers)
     for name, kind in (("__float__", float), ("__int__", int), ("__bool__", bool)):
         yield tensor, name, _on_meta(getattr(tensor, name), _as(kind))
-
-
-@contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """``owner.name`` is ``value`` while the block runs."""
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @functools.cache

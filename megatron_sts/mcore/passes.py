@@ -11,6 +11,8 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import schedules
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from megatron_sts.mcore.collectives import TimedWork, timing_collectives
+from megatron_sts.mcore.replaced import replaced
 from megatron_sts.runtime.clock import Kind, StepClock
 
 _FINALIZING = sys.modules[finalize_model_grads.__module__]
@@ -26,32 +28,11 @@ _TIMED: tuple[tuple[Any, str, Kind], ...] = (
 def timing_schedule(clock: StepClock) -> Iterator[None]:
     """Times the schedule that runs while the block runs; forward passes are timed by their caller."""
     with ExitStack() as stack:
+        stack.enter_context(timing_collectives(clock))
         for owner, name, kind in _TIMED:
-            stack.enter_context(_replaced(owner, name, clock.timed(kind, getattr(owner, name))))
-        stack.enter_context(_replaced(P2PCommunicator, "_communicate", _timed_transfer(clock)))
+            stack.enter_context(replaced(owner, name, clock.timed(kind, getattr(owner, name))))
+        stack.enter_context(replaced(P2PCommunicator, "_communicate", _timed_transfer(clock)))
         yield
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    plain = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, plain)
-
-
-class _Request:
-    """A transfer under way, of which the schedule asks nothing but to be waited for."""
-
-    def __init__(self, work: Any, clock: StepClock) -> None:
-        self._work, self._clock = work, clock
-
-    def wait(self) -> None:
-        """Until it is done."""
-        with self._clock.running("pipeline_wait"):
-            self._work.wait()
 
 
 def _timed_transfer(clock: StepClock) -> Any:
@@ -62,7 +43,7 @@ def _timed_transfer(clock: StepClock) -> Any:
         with clock.running("pipeline_wait"):
             from_previous, from_next, requests = plain(self, **kwargs)
         if requests is not None:
-            requests = {name: _Request(work, clock) for name, work in requests.items()}
+            requests = {name: TimedWork(work, "pipeline_wait", clock) for name, work in requests.items()}
         return from_previous, from_next, requests
 
     return communicate

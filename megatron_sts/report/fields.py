@@ -17,6 +17,7 @@ PARTS = (
     "data_s",
     "forward_s",
     "backward_s",
+    "layer_communication_s",
     "pipeline_wait_s",
     "communication_s",
     "optimizer_s",

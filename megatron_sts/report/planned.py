@@ -11,7 +11,7 @@ from megatron_sts.report.run import Line, Run
 Planned = Mapping[str, Mapping[str, Any]]
 """By stage, what ``megatron-sts plan --json`` has under ``time.stages``."""
 PARTS = ("passes", "pipeline wait", "communication", "optimizer", "rest")
-"""Of a step, in the mean over ranks."""
+"""Of a step, in the mean over ranks; passes with the collectives within them."""
 FIRST_STEPS = 1
 """Left out: it allocates, and waits for what was not read ahead."""
 
@@ -73,7 +73,7 @@ def _predicted(plan: Mapping[str, Any]) -> dict[str, float]:
 
 def _measured_parts(lines: list[Line]) -> dict[str, float]:
     fields = (
-        ("forward_s", "backward_s"),
+        ("forward_s", "backward_s", "layer_communication_s"),
         ("pipeline_wait_s",),
         ("communication_s",),
         ("optimizer_s",),

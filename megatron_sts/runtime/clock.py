@@ -11,8 +11,8 @@ import torch
 
 from megatron_sts.runtime.device import current_device
 
-Kind = Literal["data", "forward", "backward", "pipeline_wait", "communication", "optimizer"]
-"""data: waiting for micro-batches, on the host. forward, backward: passes, with what waits for other ranks within them.
+Kind = Literal["data", "forward", "backward", "layer_communication", "pipeline_wait", "communication", "optimizer"]
+"""data: waiting for micro-batches, on the host. forward, backward: passes. layer_communication: collectives within them, as far as they wait.
 pipeline_wait: for what other stages send and receive, and for the slowest stage at the end. communication: between
 data-parallel copies and shared weights, as far as nothing else runs meanwhile. optimizer: finishing gradients, their norm, the update.
 """

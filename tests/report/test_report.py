@@ -166,7 +166,7 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
 
 def test_where_the_time_goes(tmp_path: Path) -> None:
     """Means over the steps that tell, one is of an earlier version; of the ranks the last window."""
-    parts = dict(zip(PARTS, (0.1, 0.4, 0.8, 0.2, 0.1, 0.3, 0.1), strict=True))
+    parts = dict(zip(PARTS, (0.1, 0.4, 0.7, 0.1, 0.2, 0.1, 0.3, 0.1), strict=True))
     rates = {"images_per_s": 4.0, "tflops_per_device": 2.0, "mfu": None}
     told = [
         line("finetune", step, 2.0, 700, **parts, **rates, checkpoint_s=saved) for step, saved in ((1, 0.0), (2, 0.6))
@@ -190,7 +190,7 @@ def test_where_the_time_goes(tmp_path: Path) -> None:
 
 def test_measured_beside_planned(tmp_path: Path) -> None:
     """Of the stage whose lines tell, without its first step; ``plan`` is asked for as many steps as the run has."""
-    parts = dict(zip(PARTS, (0.1, 0.4, 0.8, 0.2, 0.1, 0.3, 0.1), strict=True))
+    parts = dict(zip(PARTS, (0.1, 0.4, 0.7, 0.1, 0.2, 0.1, 0.3, 0.1), strict=True))
     rates = {"images_per_s": 4.0, "tflops_per_device": 2.0, "mfu": 0.5, "padded_tokens": 256, "images": 8}
     times_s = (9.0, 2.0, 4.0)
     told = [

@@ -17,10 +17,13 @@ NUM_STEPS, NUM_MICROBATCHES = 6, 2
 @pytest.mark.timeout(300)
 def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     stage = config()["stages"][1] | {"steps": NUM_STEPS}
-    two = {"parallel": LAYOUTS["DP=2"]}, {"parallel": LAYOUTS["PP=2"]}
-    copies, pipeline = (config(stages=[stage], checkpoint={}, **layout) for layout in two)
-    runs = tmp_path / "copies", tmp_path / "pipeline"
-    outputs = act_out(2, scene(runs[0], copies, slow=1), scene(runs[1], pipeline, slow=1))
+    layouts = LAYOUTS["DP=2"], LAYOUTS["PP=2"], {"tensor_model_parallel_size": 2}
+    runs = tmp_path / "copies", tmp_path / "pipeline", tmp_path / "layers"
+    scenes = (
+        scene(run, config(stages=[stage], checkpoint={}, parallel=layout), slow=1)
+        for run, layout in zip(runs, layouts, strict=True)
+    )
+    outputs = act_out(2, *scenes)
 
     (event,) = events(runs[0], "ranks")
     assert (event["stage"], event["step"], event["steps"]) == ("finetune", NUM_STEPS - 1, NUM_STEPS)
@@ -38,9 +41,15 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert event["slowest"] is None
     assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
     assert event["pipeline_wait_s"][0] - event["pipeline_wait_s"][1] > slower_s
+
+    # Nor are ranks that share a layer, but the other one waits within its passes.
+    (event,) = events(runs[2], "ranks")
+    assert event["slowest"] is None
+    assert event["layer_communication_s"][0] - event["layer_communication_s"][1] > slower_s
+    assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
     for run in runs:
         check_parts(run)
-    assert len(steps(runs[0])) == len(steps(runs[1])) == NUM_STEPS
+    assert [len(steps(run)) for run in runs] == [NUM_STEPS] * 3
 
 
 def check_parts(run: Path) -> None:
