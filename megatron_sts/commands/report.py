@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_hardware
 
 if TYPE_CHECKING:
+    from megatron_sts.plan.timing.example_step import ExampleStep
     from megatron_sts.report.planned import Planned
 
 
@@ -33,17 +35,22 @@ def run(args: argparse.Namespace) -> int:
 
     if args.hardware is None:
         return report(args.run_dirs, args.out)
-    return report(args.run_dirs, args.out, [_planned(folder, args) for folder in args.run_dirs])
+    plans = [_planned(folder, args) for folder in args.run_dirs]
+    status = report(args.run_dirs, args.out, [stages for stages, _ in plans])
+    for folder, (_, steps) in zip(args.run_dirs, plans, strict=True):
+        _join_traces(folder, steps)
+    return status
 
 
-def _planned(run_dir: Path, args: argparse.Namespace) -> Planned:
-    """What ``plan`` says of the stages of a run, of as many steps as that has."""
+def _planned(run_dir: Path, args: argparse.Namespace) -> tuple[Planned, list[ExampleStep]]:
+    """What ``plan`` says of the stages of a run, of as many steps as that has, and of the middle step of each."""
     from megatron_sts.commands.seconds import assumptions_from, outline_run
     from megatron_sts.config.load import load
     from megatron_sts.config.resolve import resolve
     from megatron_sts.config.run_folder import config_of
     from megatron_sts.plan.hardware import load_hardware
     from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.timing.example_step import example_step
     from megatron_sts.plan.timing.run import run_time
     from megatron_sts.report.run import read_run
 
@@ -52,5 +59,18 @@ def _planned(run_dir: Path, args: argparse.Namespace) -> Planned:
     steps = [f"stages.{stage['name']}.steps={stage['num_steps']}" for stage in derived["stages"]]
     config = load(config_of(run_dir), ["stages.*.epochs=null", *steps])
     resolved = resolve(config, world_size=derived["world_size"], choose_layout=choose_layout)
-    stages: Planned = outline_run(hardware, run_time(hardware, resolved, assumptions), assumptions)["stages"]
-    return stages
+    outlined = outline_run(hardware, run_time(hardware, resolved, assumptions), assumptions)
+    return outlined["stages"], [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]
+
+
+def _join_traces(run_dir: Path, planned: list[ExampleStep]) -> None:
+    """What the ranks of a run did beside what they were to do, in one view."""
+    from megatron_sts.plan.trace import write_trace
+    from megatron_sts.report.trace import TRACES, join_traces
+
+    measured = sorted((run_dir / TRACES).glob("*.json"))
+    if measured:
+        with tempfile.TemporaryDirectory() as folder:
+            write_trace(Path(folder) / "planned.json", planned)
+            join_traces([*measured, Path(folder) / "planned.json"], run_dir / "trace.json")
+        print(run_dir / "trace.json")

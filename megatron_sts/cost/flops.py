@@ -198,7 +198,7 @@ def rank_flops(
         stage: which stage.
         load: of the rank's copy of the model, all micro-batches.
         layer_runs: micro-batches in which each decoder layer ran.
-        pp_rank: its pipeline rank. Tensor-parallel ranks share equally.
+        pp_rank: its pipeline rank. Tensor- and context-parallel ranks share equally.
         causal: how much of the decoder's score matrix counts.
     """
     work, parallel = step_work(resolved, stage, load, causal=causal), resolved.config.parallel
@@ -208,7 +208,7 @@ def rank_flops(
         flops += work.before
     if pp_rank + 1 == parallel.pipeline_model_parallel_size:
         flops += work.after
-    return flops / parallel.tensor_model_parallel_size
+    return flops / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
 
 
 def planned_load(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) -> TokenLoad:

@@ -95,6 +95,12 @@ def place() -> Place:
     )
 
 
+def pipeline_group() -> dist.ProcessGroup:
+    """The ranks of this one's pipeline, first stage first."""
+    group: dist.ProcessGroup = parallel_state.get_pipeline_model_parallel_group()
+    return group
+
+
 def name_of(group: dist.ProcessGroup) -> str:
     """tp, pp, dp (with cp, over which gradients are summed), cp, tp-cp (one row), mp (tp and pp), embedding (first and last stage),
     world; else the name it was made with.

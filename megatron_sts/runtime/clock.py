@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
@@ -19,6 +19,17 @@ data-parallel copies and shared weights, as far as nothing else runs meanwhile. 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 _Mark = float | torch.cuda.Event
+_Timed = tuple[Kind, Kind | None, _Mark, _Mark]
+"""What, within what, from when, until when."""
+
+
+class Span(NamedTuple):
+    """A time that was spent on one thing; those within another one lie within it."""
+
+    kind: Kind
+    start_s: float
+    """Since ``StepClock.begin``."""
+    end_s: float
 
 
 class StepClock:
@@ -29,8 +40,13 @@ class StepClock:
 
     def __init__(self) -> None:
         self._open: list[Kind] = []
-        self._spans: list[tuple[Kind, Kind | None, _Mark, _Mark]] = []
-        """What, within what, from when, until when."""
+        self._spans: list[_Timed] = []
+        self._taken: list[_Timed] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """Where ``spans`` begin to count."""
+        self._began: tuple[_Mark, _Mark] = time.perf_counter(), _now("forward")
 
     @contextmanager
     def running(self, kind: Kind) -> Iterator[None]:
@@ -55,14 +71,23 @@ class StepClock:
 
     def take(self) -> dict[Kind, float]:
         """Seconds of each kind since the last call, once the device has done all of it."""
-        spans, self._spans = self._spans, []
+        self._taken, self._spans = self._spans, []
         seconds = dict.fromkeys(KINDS, 0.0)
-        for kind, outer, start, end in spans:
+        for kind, outer, start, end in self._taken:
             elapsed = _elapsed_s(start, end)
             seconds[kind] += elapsed
             if outer is not None:
                 seconds[outer] -= elapsed
         return seconds
+
+    def spans(self) -> list[Span]:
+        """What ``take`` took last, in the order in which it ended."""
+        on_host, on_device = self._began
+        found = []
+        for kind, _, start, end in self._taken:
+            began = on_host if isinstance(start, float) else on_device
+            found.append(Span(kind, _elapsed_s(began, start), _elapsed_s(began, end)))
+        return found
 
 
 def _now(kind: Kind) -> _Mark:

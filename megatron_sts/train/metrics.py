@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megatron_sts.config.resolve import ResolvedStage
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.report.run import read_run
+from megatron_sts.report.trace import write_trace
 from megatron_sts.report.utilisation import utilisation
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from megatron_sts.runtime.clock import Span
 
 _TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs", "not_updated"}
 
@@ -107,6 +110,12 @@ class RunLog:
         """Writes a line that is no step."""
         if self._enabled:
             self._write({"event": event, **details})
+
+    def trace(self, stage: str, step: int, ranks: Sequence[Sequence[Span]]) -> None:
+        """Writes what each pipeline rank did in a step, in place of the stage's last trace."""
+        if self._enabled:
+            with self._losing():
+                write_trace(self._run_dir, stage, step, ranks)
 
     def close(self) -> None:
         """Flushes everything."""

@@ -101,6 +101,7 @@ class StepResult:
 def train_step(stage: Stage, step: int) -> StepResult:
     """Runs step ``step`` of the stage on every rank together."""
     trail.enter("data")
+    stage.clock.begin()
     mask, lr = stage.mask(step), stage.optimizer.lr
     with stage.clock.running("data"):
         batches = stage.batches.step(step)

@@ -13,6 +13,7 @@ from megatron_sts.train.costs import other_s
 from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.stage import Stage
 from megatron_sts.train.step import StepResult
+from megatron_sts.train.trace import pipeline_trace
 
 NUM_STEPS_TO_JUDGE = 5
 """Steps whose median says something of a rank."""
@@ -21,7 +22,7 @@ NUM_STEPS_TO_JUDGE = 5
 class RankTimes:
     """Collects a window of steps, and tells of it at its end.
 
-    Ranks have the same to do if they differ by their samples alone: those of one pipeline and tensor-parallel place.
+    Ranks have the same to do if they differ by their samples alone: those of one pipeline, context- and tensor-parallel place.
     """
 
     def __init__(self, stage: Stage, log: RunLog) -> None:
@@ -41,6 +42,8 @@ class RankTimes:
         self._steps = []
         slowest, share = slowest_rank([(int(row["place"]), row["pass_s"] + row["data_wait_s"]) for row in rows])
         columns = {name: [float(f"{row[name]:.6g}") for row in rows] for name in rows[0] if name != "place"}
+        if (traced := pipeline_trace(self._stage)) is not None:
+            self._log.trace(self._stage.spec.name, step, traced)
         self._log.event(
             "ranks",
             **{"stage": self._stage.spec.name, "step": step, "steps": num_steps, **columns},
@@ -63,7 +66,7 @@ class RankTimes:
         total_s, pass_s = sum(step_s for _, step_s in steps), sum(result.pass_s for result, _ in steps)
         flops = sum(self._flops(result) for result, _ in steps)
         return {
-            "place": place.pp_rank * place.tp_size + place.tp_rank,
+            "place": (place.pp_rank * place.cp_size + place.cp_rank) * place.tp_size + place.tp_rank,
             "pass_s": median(result.pass_s for result, _ in steps),
             "data_wait_s": median(result.data_wait_s for result, _ in steps),
             **{f"{kind}_s": median(result.spent_s[kind] for result, _ in steps) for kind in KINDS},

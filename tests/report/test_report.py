@@ -21,6 +21,7 @@ from megatron_sts.report.figures import times_figure
 from megatron_sts.report.planned import beside_plan
 from megatron_sts.report.run import read_run
 from megatron_sts.report.times import times
+from megatron_sts.report.trace import write_trace
 from megatron_sts.report.utilisation import utilisation
 from megatron_sts.report.write import report
 
@@ -200,7 +201,22 @@ def test_measured_beside_planned(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", 700, 1.0, 0.6, [line("alignment", 0, 1.0, 1), *told])
     config = {**CONFIG, "precision": {"params": "bf16"}, "parallel": {"pipeline_model_parallel_size": 2}}
     dump(resolve(RunConfig.model_validate(config)), folder / "config.resolved.yaml")
+    for stage in ("alignment", "finetune"):
+        write_trace(
+            folder, stage, 1, [[("forward", 0.5, 0.75), ("backward", 1.0, 1.25)], [("pipeline_wait", 0.0, 0.5)]]
+        )
     assert main(["report", str(folder), "--hardware", "h200"]) == 0
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    processes = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert list(processes) == [0, 1, 2, 3]
+    assert [name.rpartition(" ")[2] for name in processes.values()] == ["(measured)"] * 2 + ["(planned)"] * 2
+    assert processes[1] == "finetune, step 1 (measured)"
+    done = [
+        (event["tid"], event["name"], event["ts"], event["dur"])
+        for event in events
+        if event["ph"] == "X" and event["pid"] == 1
+    ]
+    assert done == [(0, "forward", 5e5, 2.5e5), (0, "backward", 1e6, 2.5e5), (1, "pipeline wait", 0.0, 5e5)]
     page = (folder / "report.html").read_text()
     assert "Measured beside planned" in page and page.count("<svg") == 5 and "alignment: seconds a step" not in page
     cells = re.findall(r"<td>finetune: ([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td>", page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,9 +48,25 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert event["slowest"] is None
     assert event["layer_communication_s"][0] - event["layer_communication_s"][1] > slower_s
     assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
-    for run in runs:
+    for run, num_stages, num_passes in zip(runs, (1, 2, 1), (2, 4, 4), strict=True):
         check_parts(run)
+        check_trace(run, num_stages, num_passes)
     assert [len(steps(run)) for run in runs] == [NUM_STEPS] * 3
+
+
+def check_trace(run: Path, num_ranks: int, num_passes: int) -> None:
+    """The last step's: what a pipeline's ranks did lies within the step, and every pass is there."""
+    events = [
+        event for event in json.loads((run / "traces/finetune.json").read_text())["traceEvents"] if event["ph"] == "X"
+    ]
+    assert {event["tid"] for event in events} == set(range(num_ranks))
+    (last,) = [line for line in lines(run) if line.get("step") == NUM_STEPS - 1 and "loss" in line]
+    for event in events:
+        assert event["ts"] >= 0 and event["dur"] >= 0
+        assert (event["ts"] + event["dur"]) / 1e6 <= 1.1 * last["step_time_s"]
+    for rank in range(num_ranks):
+        kinds = [event["cat"] for event in events if event["tid"] == rank]
+        assert kinds.count("forward") == kinds.count("backward") == num_passes
 
 
 def check_parts(run: Path) -> None:
