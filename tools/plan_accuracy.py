@@ -37,6 +37,8 @@ ONE_GPU = [
 class Compared:
     """One row."""
 
+    name: str | None
+    """By which a ratio finds it."""
     source: str
     what: str
     layout: str
@@ -109,7 +111,9 @@ def _published(written: dict[str, Any], row: dict[str, Any]) -> Compared:
         if row.get("calibrated")
         else "seen"
     )
-    return Compared(row["source"], what, layout, measured, step_of(load_hardware(hardware), work).total_s, kind)
+    return Compared(
+        row.get("name"), row["source"], what, layout, measured, step_of(load_hardware(hardware), work).total_s, kind
+    )
 
 
 def _ours(row: dict[str, Any]) -> Compared:
@@ -129,7 +133,7 @@ def _ours(row: dict[str, Any]) -> Compared:
     run = resolve(load(ROOT / "examples" / "llava15_7b", overrides), world_size=1)
     sparse = ", VTC" if row.get("vtc") else f", {skipped} of 8 layers skipped" if skipped else ""
     return Compared(
-        "h200", f"LLaVA-1.5-7B {stage}{sparse}, {'FP8' if row.get('fp8') else 'bf16'}", f"1 H200, micro-batches of {size}",
+        row.get("name"), "h200", f"LLaVA-1.5-7B {stage}{sparse}, {'FP8' if row.get('fp8') else 'bf16'}", f"1 H200, micro-batches of {size}",
         row["step_s"], stage_time(load_hardware("h200"), run, run.stage(stage)).step_time_s,
         "calibrated" if row.get("calibrated") else "seen",
     )  # fmt: skip
@@ -144,10 +148,32 @@ def table(rows: list[Compared]) -> str:
     for row in rows:
         seconds = f"{row.measured_s:.3f} s | {row.predicted_s:.3f} s | {row.error:+.1%}"
         lines.append(f"| {row.what} | {row.layout} | {seconds} | {MARKS[row.kind]} |")
-    lines += ["", *(_summary(rows, kind) for kind in ("unseen", "seen")), ""]
+    lines += ["", *(_summary(rows, kind) for kind in ("unseen", "seen")), "", *_ratios(rows), ""]
     sources = yaml.safe_load(ROWS.read_text())["sources"].values()
     lines += [f"- {source['what']}: {source['assumed'].strip()}." for source in sources]
     return "\n".join(lines) + "\n"
+
+
+def ratios(rows: list[Compared]) -> list[tuple[str, float, float]]:
+    """(what, measured, predicted) of rows that differ in one thing."""
+    named = {row.name: row for row in rows if row.name is not None}
+    pairs = [(what, named[one], named[other]) for what, one, other in yaml.safe_load(ROWS.read_text())["ratios"]]
+    return [
+        (what, one.measured_s / other.measured_s, one.predicted_s / other.predicted_s) for what, one, other in pairs
+    ]
+
+
+def _ratios(rows: list[Compared]) -> list[str]:
+    lines = ["| times of rows that differ in one thing | measured | predicted | error |", "|---|---:|---:|---:|"]
+    errors = []
+    for what, measured, predicted in ratios(rows):
+        errors.append(abs(predicted / measured - 1))
+        lines.append(f"| {what} | {measured:.3f} | {predicted:.3f} | {predicted / measured - 1:+.1%} |")
+    return [
+        *lines,
+        "",
+        f"Median error {statistics.median(errors):.1%}; {sum(error > 0.03 for error in errors)} of {len(errors)} above 3 %.",
+    ]
 
 
 def _summary(rows: list[Compared], kind: str) -> str:

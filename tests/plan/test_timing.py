@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import statistics
 
+import numpy as np
 import pytest
 import yaml
 
-from megatron_sts.config.resolve import Resolved, resolve
+from megatron_sts.config.resolve import Layout, Resolved, resolve
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.plan.candidates import shapes
 from megatron_sts.plan.hardware import load_hardware
+from megatron_sts.plan.timeline import step_seconds
 from megatron_sts.plan.timing.collectives import Group, gather_s, groups_of, send_s
 from megatron_sts.plan.timing.kernels import FILL_S, attention_s, gemm_s
 from megatron_sts.plan.timing.prediction import stage_time
 from megatron_sts.plan.timing.run import run_time
-from megatron_sts.plan.timing.step import step_of
+from megatron_sts.plan.timing.step import durations, pieces_of, step_of
 from megatron_sts.plan.timing.workload import Workload, workload_of
 from tests.plan.runs import written
 from tools.plan_accuracy import BEGIN, END, README, ROWS, compared, table, workload
@@ -111,6 +114,21 @@ def test_stages_are_timed_with_what_they_skip() -> None:
     assert whole.dense[0].step_time_s == pytest.approx(dense.step_time_s, rel=ROUNDING)
     assert whole.dense_hours / whole.hours == pytest.approx(dense.step_time_s / half.step_time_s, rel=ROUNDING)
     assert half.tflops("half") < half.tflops("full") < H100.device.peak_tflops.bf16
+
+
+@pytest.mark.parametrize("fp8", [None, "tensorwise"])
+def test_a_70b_on_eight_ranks_has_no_faster_written_layout(fp8: str | None) -> None:
+    """Twos, a three, and the loss beside one layer: the known way to even out a large head. The planner's shapes have a faster one."""
+    work = row(8, num_gpus=64).model_copy(update={"fp8": fp8})
+    pieces = pieces_of(H100, work)
+
+    def seconds(layouts: list[Layout]) -> list[float]:
+        layers = np.array(layouts, dtype=np.float64)[:, None]
+        return list(step_seconds(durations(H100, work, pieces, layers), work.num_microbatches))
+
+    chunks = [2] * 38 + [3, 1]
+    by_hand: Layout = tuple(tuple(chunks[start : start + 8]) for start in range(0, 40, 8))
+    assert min(seconds(shapes(80, 8, 5))) <= seconds([by_hand])[0] < seconds([work.layout])[0]
 
 
 def test_a_config_is_timed_as_its_shape() -> None:
