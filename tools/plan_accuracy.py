@@ -19,7 +19,7 @@ from megatron_sts.plan.candidates import near_even
 from megatron_sts.plan.hardware import load_hardware
 from megatron_sts.plan.timing.prediction import stage_time
 from megatron_sts.plan.timing.step import step_of
-from megatron_sts.plan.timing.workload import Workload
+from megatron_sts.plan.timing.workload import ASSUMED, Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = Path(__file__).with_suffix(".yaml")
@@ -84,6 +84,7 @@ def workload(written: dict[str, Any], row: dict[str, Any]) -> Workload:
                 "fused_elementwise": True,
                 "fused_attention": source.get("fused_attention", True),
                 "tp_comm_overlap": source["tp_comm_overlap"],
+                "cross_entropy_passes": source.get("cross_entropy_passes", ASSUMED.cross_entropy_passes),
                 "gradient_bytes": 2,
             },
         }
