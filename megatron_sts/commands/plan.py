@@ -1,4 +1,4 @@
-"""``megatron-sts plan``: the pipeline layout of a run, what LDS gains with it, and what it takes on given hardware. Runs nothing."""
+"""``megatron-sts plan``: the pipeline layout of a run, what LDS gains with it, its memory, and what it takes on given hardware. Runs nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def add(commands: Commands) -> None:
         run,
         help="plan the pipeline layout, show what layer skipping gains with it, and what a run takes",
         description="Plan the pipeline layout of a run for its layer skipping (what parallel.layout=auto chooses), and show "
-        "the speed-up of each sampler with its best layout; and seconds a step, throughput and GPU-hours on given "
-        "hardware, dense beside sparse. Runs nothing.",
+        "the speed-up of each sampler with its best layout; each rank's memory at its peak and what it exchanges in a step; and seconds "
+        "a step, throughput and GPU-hours on given hardware, dense beside sparse. Runs nothing.",
     )
     add_config(plan)
     add_nproc(plan, "as many as the config needs")
@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan as tables or as one JSON object."""
     from rich.console import Console
 
+    from megatron_sts.commands.bytes import outline_bytes, print_bytes
     from megatron_sts.commands.seconds import assumptions_from, outline_seconds, print_seconds, write_timelines
     from megatron_sts.commands.speedups import outline, print_tables
     from megatron_sts.commands.ways import outline_search, print_search
@@ -60,12 +61,14 @@ def run(args: argparse.Namespace) -> int:
         write_timelines(hardware, resolved, assumptions, args.trace, args.timeline)
     facts = outline(resolved)
     facts["time"] = None if hardware is None else outline_seconds(hardware, resolved, assumptions, facts["lds"])
+    facts["memory"] = outline_bytes(resolved, None if hardware is None else hardware.device.memory_gib)
     if args.search:
         facts["search"] = outline_search(hardware, resolved, assumptions)
     if args.json:
         print(json.dumps(facts))
         return 0
     print_tables(facts)
+    print_bytes(facts["memory"], Console())
     if facts["time"] is not None:
         print_seconds(facts["time"], Console())
     if args.search:

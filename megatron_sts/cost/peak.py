@@ -36,7 +36,7 @@ class PeakMemory:
     running_bytes: int
     """What the worst moment has above that: logits beside their fp32 copies, a weight's gradient before it is added up."""
     fp8_bytes: int
-    """Copies of weights in FP8; negative where they replace wider ones (``fp8_params``)."""
+    """Copies of weights in FP8, beyond the bytes of weights that they replace (``fp8_params``)."""
     buffers_bytes: int
     """The gathered sequence under sequence parallelism, which megatron-core keeps a buffer for."""
     num_in_flight: int
