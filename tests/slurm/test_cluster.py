@@ -50,7 +50,7 @@ if kind == "hangs":  # the second node's task, in the first start
     if own.get("SLURM_RESTART_COUNT", "0") == "0":
         if own["SLURM_NODEID"] == "0":
             os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
-        time.sleep(20)
+        time.sleep(5)
 if kind == "save":
     kind = "done"
     if own.get("SLURM_RESTART_COUNT", "0") == "0":
@@ -219,7 +219,7 @@ def test_usr1_puts_the_job_back_into_the_queue(cluster, stand_in: str, tmp_path:
     assert "the time limit is near: saving" in log and "ended as 'stopped'" in log and "start 2," in log
     assert tasks(told, job)[0][1]["SLURM_RESTART_COUNT"] == "1"
     assert "start 2," not in (tmp_path / f"launch/001/job-{others}.out").read_text()
-    tell(others)
+    tell("--signal=KILL", f"{others}.0")  # the step, at once: nodes that wait for a cancelled job keep others waiting
 
 
 def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys) -> None:
