@@ -89,6 +89,10 @@ def measure(run: Run) -> Iterator[Steady]:
     batches = {stage["name"]: stage["batch"]["global_batch_size"] for stage in run.config["stages"]}
     for stage, lines in run.steps.items():
         steady = lines[FIRST_STEPS:]
+        if steady and PARTS[0] not in steady[0]:
+            raise ConfigError(
+                f"{run.folder}: stage {stage} was trained by a version that does not tell where its time went"
+            )
         if len(steady) < 2:
             raise ConfigError(f"{run.folder}: stage {stage} has {len(lines)} steps; {FIRST_STEPS + 2} are needed")
         ranks = run.ranks.get(stage, {})

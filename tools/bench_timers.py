@@ -1,6 +1,6 @@
 """What measuring costs: the share of a step that its timers, its line and the collectives for that take.
 
-    python tools/bench_timers.py [CONFIG] [--steps N] [--json]
+    python tools/bench_timers.py [CONFIG [key.path=value ...]] [--steps N] [--json]
 
 A step with its timers beside one without would have to be told apart by a thousandth. So the timed spans of real steps are
 counted, on as many local ranks as CONFIG asks for, and what a span takes is measured alone, many in a row; the line and the ranks'
@@ -108,10 +108,10 @@ def run_rank(resolved: Resolved, num_steps: int) -> dict[str, Any]:
         return {"device": current_device().name, "ranks": resolved.world_size, "stages": found}
 
 
-def start_ranks(config: Path, num_ranks: int, num_steps: int) -> dict[str, Any]:
+def start_ranks(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
     """The same on local ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    words = [*launcher, __file__, "--rank", str(config), f"--steps={num_steps}", "--json"]
+    words = [*launcher, __file__, str(args.config), *args.overrides, "--rank", f"--steps={args.steps}", "--json"]
     told: dict[str, Any] = json.loads(subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True).stdout)
     return told
 
@@ -119,15 +119,15 @@ def start_ranks(config: Path, num_ranks: int, num_steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path, nargs="?", default=ROOT / "examples/quickstart")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
     parser.add_argument("--steps", type=int, default=12, help=f"a stage; the first {FIRST_STEPS} do not count")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    resolved = resolve(
-        load(args.config, ["stages.*.epochs=null", "stages.*.optimizer.warmup_steps=0", f"stages.*.steps={args.steps}"])
-    )
+    steady = ["stages.*.epochs=null", "stages.*.optimizer.warmup_steps=0", f"stages.*.steps={args.steps}"]
+    resolved = resolve(load(args.config, [*steady, *args.overrides]))
     is_rank = args.rank or resolved.world_size == 1
-    told = run_rank(resolved, args.steps) if is_rank else start_ranks(args.config, resolved.world_size, args.steps)
+    told = run_rank(resolved, args.steps) if is_rank else start_ranks(args, resolved.world_size)
     if args.json:
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(told))

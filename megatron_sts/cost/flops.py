@@ -138,7 +138,8 @@ def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, caus
     """Training FLOPs of one global step, over all ranks. What context-parallel ranks compute alike counts once.
 
     A piece computes its weight gradient if its part trains, and its input gradient if anything that trains lies
-    before it: the frozen decoder of alignment passes gradients on, the frozen tower computes none.
+    before it: the frozen decoder of alignment passes gradients on, the frozen tower computes none. It does so in every
+    micro-batch, also in one without images, in which nothing that learns may lie before it and no backward pass runs.
 
     Args:
         resolved: the run.

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers, mappings
 
+from megatron_sts.mcore.groups import context_parallel_group, row_group, tensor_parallel_group
 from megatron_sts.mcore.replaced import replaced
 from megatron_sts.runtime.clock import Kind, StepClock
 
@@ -38,8 +38,8 @@ class TimedWork:
 @contextmanager
 def timing_collectives(clock: StepClock) -> Iterator[None]:
     """Times those that are called while the block runs."""
-    groups = [parallel_state.get_tensor_model_parallel_group(), parallel_state.get_context_parallel_group()]
-    groups = [group for group in groups if group.size() > 1]
+    of_layers = tensor_parallel_group(), context_parallel_group(), row_group()
+    groups = [group for group in of_layers if group.size() > 1]
     with ExitStack() as stack:
         for owner, name in _CALLED if groups else ():
             stack.enter_context(replaced(owner, name, _timed(getattr(owner, name), groups, clock)))

@@ -11,13 +11,18 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.cost.flops import Causal, device_peak_tflops, planned_load, step_flops
+from megatron_sts.cost.flops import Causal, TokenLoad, device_peak_tflops, planned_load, rank_flops, step_flops
 
 BATCH, LENGTH, LAYERS = 2, 24, 3
 
 
 def tiny(
-    freeze: list[str], keep_ratio: float | None = None, projector: str = "mlp2x_gelu", **language: int
+    freeze: list[str],
+    keep_ratio: float | None = None,
+    projector: str = "mlp2x_gelu",
+    pp: int = 1,
+    tp: int = 1,
+    **language: int,
 ) -> Resolved:
     """A run of one stage with BATCH sequences of LENGTH tokens, 16 visual ones among them."""
     vision = {"num_layers": 3, "hidden_size": 24, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
@@ -38,7 +43,8 @@ def tiny(
         "vocab_size": 48,
     }
     model = {"vision": vision, "projector": {"type": projector}, "language": {**sizes, **language}}
-    return resolve(RunConfig.model_validate({"model": model, "stages": [stage]}))
+    parallel = {"pipeline_model_parallel_size": pp, "tensor_model_parallel_size": tp}
+    return resolve(RunConfig.model_validate({"model": model, "stages": [stage], "parallel": parallel}))
 
 
 def reference(resolved: Resolved) -> dict[str, torch.nn.Module]:
@@ -141,6 +147,18 @@ def test_a_skipped_layer_costs_nothing_and_all_layers_cost_alike(executed: int) 
 
     assert at(executed) - at(0) == executed * (at(1) - at(0))
     assert at(LAYERS) == dense_flops(resolved)
+
+
+def test_ranks_come_to_the_whole_step() -> None:
+    """Three stages of two tensor-parallel ranks, and two copies of the model with different loads."""
+    resolved = tiny(["vision"], pp=3, tp=2)
+    stage = resolved.stages[0]
+    loads, runs = [planned_load(resolved, stage, stage.tokens(0)), TokenLoad(70, 900, 3, 12, 12)], (1, 0, 1)
+    of_ranks = [rank_flops(resolved, stage, load, runs, pp_rank=pp_rank) for load in loads for pp_rank in range(3)]
+    assert 2 * sum(of_ranks) == pytest.approx(
+        step_flops(resolved, stage, loads[0] + loads[1], layers_executed=2), rel=1e-12
+    )
+    assert of_ranks[1] == 0  # its layer is skipped
 
 
 def test_keeping_all_tokens_costs_what_no_compression_costs() -> None:
