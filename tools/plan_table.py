@@ -1,6 +1,7 @@
-"""Writes what ``megatron-sts plan`` predicts for an example as a table: to standard output, or with --write into its README.md.
+"""Writes what ``megatron-sts plan`` predicts for an example as tables: to standard output, or with --write into its README.md.
 
-In the README it stands between two lines, <!-- plan --> and <!-- /plan -->.
+In the README they stand between two lines, <!-- plan --> and <!-- /plan -->: speed-ups in FLOPs and a simulated schedule, then
+seconds on H100s, dense, with naive layer skipping, and as the example is.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ from typing import Any
 from megatron_sts.commands.speedups import outline
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import resolve
+from megatron_sts.config.resolve import Layout, Resolved, resolve, with_layout
+from megatron_sts.plan.comparison import with_sampler
+from megatron_sts.plan.hardware import load_hardware
 from megatron_sts.plan.layout import choose_layout
+from megatron_sts.plan.timing.prediction import StageTime
+from megatron_sts.plan.timing.run import run_time
 
 BEGIN, END = "<!-- plan -->\n", "<!-- /plan -->"
 COLUMNS = ("", "whole run", "stages that skip", "efficiency", "largest change of p", "chunks a rank")
+
+
+def tables(resolved: Resolved) -> str:
+    """All that stands in the README."""
+    facts = outline(resolved)
+    return table(facts) + seconds_table(resolved, facts["lds"]["dense_layout"])
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -66,13 +77,48 @@ def _sentences(facts: dict[str, Any]) -> str:
     return "\n".join(text)
 
 
+def seconds_table(resolved: Resolved, dense_layout: dict[str, Any]) -> str:
+    """Markdown: what steps and the run take on H100s, three ways. ``dense_layout``: of ``plan``'s JSON."""
+    hardware = load_hardware("h100")
+    pp, vpp, chunks = dense_layout["pp"], dense_layout["vpp"], dense_layout["chunks"]
+    best: Layout = tuple(tuple(chunks[v * pp : (v + 1) * pp]) for v in range(vpp))
+    run = run_time(hardware, resolved, dense_layouts=[best])
+    one_chunk = with_layout(with_sampler(resolved, "bernoulli"), _one_chunk(resolved, pp))
+    naive = run_time(hardware, one_chunk).stages
+    ways: list[tuple[str, tuple[StageTime, ...]]] = [
+        ("dense, in its best layout", run.dense),
+        ("VTC, and naive LDS: `bernoulli`, one chunk a rank", naive),
+        ("as configured", run.stages),
+    ]
+    names = [stage.name for stage in resolved.stages]
+    heads = ["", *(f"{name}, s a step" for name in names), *(f"{name}, MFU" for name in names), "hours", "GPU-hours"]
+    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for name, stages in ways:
+        hours = sum(stage.hours for stage in stages)
+        steps = [f"{stage.step_time_s:.2f}" for stage in stages]
+        rows.append(
+            [name, *steps, *(f"{stage.mfu:.1%}" for stage in stages), f"{hours:.2f}", f"{hours * run.num_gpus:,.0f}"]
+        )
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    sentence = (
+        f"On {run.num_gpus} x {hardware.name}, as modelled, ± {hardware.uncertainty:.0%}: {run.dense_hours / run.hours:.2f} times as "
+        "fast as dense. Executed FLOPs count for MFU."
+    )
+    return "\n".join(["", *lines, "", sentence]) + "\n"
+
+
+def _one_chunk(resolved: Resolved, pp: int) -> Layout:
+    layers = resolved.config.model.language.num_layers
+    return (tuple((layers * (rank + 1)) // pp - (layers * rank) // pp for rank in range(pp)),)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("example", type=Path, help="a folder with config.yaml and README.md")
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
     args = parser.parse_args()
     try:
-        text = table(outline(resolve(load(args.example), choose_layout=choose_layout)))
+        text = tables(resolve(load(args.example), choose_layout=choose_layout))
     except ConfigError as error:
         parser.error(str(error))
     if not args.write:
