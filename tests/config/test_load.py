@@ -160,6 +160,6 @@ def test_every_example_resolves(example: Path, tmp_path: Path) -> None:
 
 def test_70b_example_runs_on_512_ranks() -> None:
     resolved = resolve(load(EXAMPLES / "llava_llama3_70b"), world_size=512)
-    assert (resolved.data_parallel_size, len(resolved.layers_per_chunk)) == (8, 10)
+    assert (resolved.data_parallel_size, len(resolved.layers_per_chunk)) == (8, 11)
     assert [stage.tokens(0).of_image(0) for stage in resolved.stages] == [288, 576]
     assert resolved.stage("finetune").tokens(0).sequence_length == 4096
