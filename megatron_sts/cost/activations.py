@@ -80,18 +80,26 @@ class _Share:
 
     element_bytes: int
     tp: int
+    whole_tokens: int
+    """Of whole rows, which embedding and merge see."""
     tokens: int
-    """Where the sequence is whole."""
+    """Where context parallelism has cut them."""
     own_tokens: int
-    """Where sequence parallelism cuts it."""
+    """Where sequence parallelism has, too."""
     pairs: int
     """Query-key pairs that a mask tells apart: with packing those of all rows, else 0."""
+    cp: int
+    row_length: int
+    """Of a whole row."""
 
 
 def _share(resolved: Resolved, stage: ResolvedStage, load: TokenLoad) -> _Share:
     parallel = resolved.config.parallel
     tp, tokens = parallel.tensor_model_parallel_size, load.num_tokens // parallel.context_parallel_size
     return _Share(
+        whole_tokens=load.num_tokens,
+        cp=parallel.context_parallel_size,
+        row_length=load.num_tokens // stage.config.batch.micro_batch_size,
         element_bytes=4 if resolved.config.precision.params == "fp32" else 2,
         tp=tp,
         tokens=tokens,
@@ -127,11 +135,26 @@ def _attention(resolved: Resolved, share: _Share, kernels: Kernels, *, keeps_out
     output, log_sums = per_head * heads, FP32_BYTES * tokens * heads
     if resolved.config.parallel.recompute == "selective":
         return qkv + rotated + angles + (output if keeps_output else 0)
+    if kernels == "torch" and share.cp > 1:
+        joined = output if keeps_output else 0  # the output of both pieces
+        return per_head * heads + angles + _gathered_keys(share, per_head, heads, groups) + output + log_sums + joined
     if kernels == "engine" or not share.pairs:
         return qkv + rotated + angles + output + log_sums
     if groups < heads:
         qkv, rotated = 0, 3 * per_head * heads
     return qkv + rotated + angles + output + log_sums + size * share.pairs
+
+
+def _gathered_keys(share: _Share, per_head: int, heads: int, groups: int) -> int:
+    """Keys and values of whole rows, as torch's attention over context-parallel ranks keeps them, and its masks.
+
+    A rank's two pieces of s / (2 cp) queries see (2 cp + 1) s / (2 cp) keys together; with grouped queries these are copied for each
+    head.
+    """
+    piece = share.row_length // (2 * share.cp)
+    copies = 2 * heads * per_head * (2 * share.cp + 1) // 2
+    whole = 2 * groups * per_head * share.cp
+    return (copies if groups < heads else whole) + share.element_bytes * piece**2 * (2 * share.cp + 1)
 
 
 def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:
@@ -160,7 +183,7 @@ def _after(resolved: Resolved, share: _Share, *, learns: bool) -> int:
 def _embedding(resolved: Resolved, share: _Share, *, learns: bool) -> int:
     """This rank's token ids where the vocabulary is split, and with sequence parallelism the decoder's whole input e t h, of
     which the first layer's is a view."""
-    ids = (INDEX_BYTES + MASK_BYTES) * share.tokens if learns and share.tp > 1 else 0
+    ids = (INDEX_BYTES + MASK_BYTES) * share.whole_tokens if learns and share.tp > 1 else 0
     rest = share.element_bytes * (share.tokens - share.own_tokens) * resolved.config.model.language.hidden_size
     return ids + rest
 
@@ -173,9 +196,9 @@ def _before_merge(resolved: Resolved, stage: ResolvedStage, share: _Share, load:
     size, projected, hidden = share.element_bytes, load.num_projected_tokens, model.language.hidden_size
     before = 0
     if "vision" in learning:
-        before += tower_bytes(model.vision, resolved.num_vision_layers, size, share.tp, load.num_images)
+        before += tower_bytes(model.vision, resolved.num_vision_layers, size, share.tp, -(-load.num_images // share.cp))
     if model.qformer is not None and ("qformer" in learning or "vision" in learning):
-        before += qformer_bytes(model.qformer, model.vision, size, load.num_images)
+        before += qformer_bytes(model.qformer, model.vision, size, -(-load.num_images // share.cp))
     passes = bool({"vision", "qformer", "projector"} & set(learning))
     learns = "projector" in learning
     inputs = size * projected * (model.qformer or model.vision).hidden_size if learns else 0

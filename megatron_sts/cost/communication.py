@@ -8,6 +8,7 @@ between stages a rank counts what it sends. Symbols as in ``cost/activations.py`
 tp          a layer: 2 e t h forward and 2 backward, all-reduced, or with sequence parallelism gathered before and
             reduce-scattered after each block (Korthikanti et al., arXiv 2205.05198), and gathered again for the weights' gradients;
             embedding, head, tower and projector likewise; three fp32 numbers a token in the loss
+cp          keys and values of whole rows and their gradients; features of images
 pp          e t' h a micro-batch and boundary between chunks, forward and backward
 dp          fp32 gradients, all-reduced, or with the distributed optimizer reduce-scattered, and the weights gathered
 embedding   the fp32 gradient of a tied word embedding, between first and last stage
@@ -27,11 +28,13 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import LOOKING
 from megatron_sts.cost.activations import FP32_BYTES, INDEX_BYTES, Kernels, multiplies_in_fp8
 from megatron_sts.cost.buckets import buckets, num_gradient_ranks, rank_weights
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.cost.memory import GRADIENT_BYTES, learning_parts
 from megatron_sts.cost.step import StepShape, microbatch_load
+from megatron_sts.cost.weights import head_width, num_groups
 
-Group = Literal["tp", "pp", "relay", "dp", "embedding", "mp", "world"]
-"""Ranks that share layers' matrices (tp), the pipeline (pp), and beside it through host memory (relay); gradients (dp); a tied word
+Group = Literal["tp", "cp", "tp-cp", "pp", "relay", "dp", "embedding", "mp", "world"]
+"""Ranks that share layers' matrices (tp), the tokens of a row (cp), either (tp-cp), the pipeline (pp), and beside it through host memory (relay); gradients (dp); a tied word
 embedding (first and last stage); one copy of the model (mp); all."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
 
@@ -88,11 +91,19 @@ class _Run:
         return "language" in learning_parts(self.resolved, self.stage)
 
     @property
+    def load(self) -> TokenLoad:
+        """Of a micro-batch, in whole rows."""
+        return microbatch_load(self.resolved, self.stage, self.step.counts)
+
+    @property
+    def cp(self) -> int:
+        """Ranks that share out the tokens of a row."""
+        return self.resolved.config.parallel.context_parallel_size
+
+    @property
     def hidden_bytes(self) -> int:
-        """e t h of a micro-batch."""
-        load = microbatch_load(self.resolved, self.stage, self.step.counts)
-        tokens = load.num_tokens // self.resolved.config.parallel.context_parallel_size
-        return self.element_bytes * tokens * self.resolved.config.model.language.hidden_size
+        """e t h of a micro-batch, of a rank's own tokens."""
+        return self.element_bytes * self.load.num_tokens * self.resolved.config.model.language.hidden_size // self.cp
 
 
 def _of_rank(run: _Run) -> Iterator[Traffic]:
@@ -101,6 +112,10 @@ def _of_rank(run: _Run) -> Iterator[Traffic]:
         yield from _layers(run)
         yield from _ends(run)
         yield from _images(run)
+    if run.cp > 1:
+        yield from _contexts(run)
+    if run.cp * parallel.tensor_model_parallel_size > 1:
+        yield from _rows(run)
     if parallel.pipeline_model_parallel_size > 1:
         yield from _boundaries(run)
         yield from _tied_embedding(run)
@@ -134,7 +149,7 @@ def _layers(run: _Run) -> Iterator[Traffic]:
 
 def _gathered_bytes(run: _Run, layer: int) -> int:
     """Of a sequence that a layer's matrices gather: Transformer Engine sends it in FP8 where they multiply in FP8."""
-    tokens = microbatch_load(run.resolved, run.stage, run.step.counts).num_tokens
+    tokens = run.load.num_tokens // run.cp
     in_fp8 = run.kernels == "engine" and multiplies_in_fp8(run.resolved, tokens, layer)
     return run.hidden_bytes // run.element_bytes if in_fp8 else run.hidden_bytes
 
@@ -144,7 +159,7 @@ def _ends(run: _Run) -> Iterator[Traffic]:
     count, size, config = run.stage.num_microbatches, run.hidden_bytes, run.resolved.config
     is_cut = config.parallel.sequence_parallel
     if run.is_first:
-        yield Traffic("tp", "all_reduce", "embedding", count, count * size)
+        yield Traffic("tp", "all_reduce", "embedding", count, count * size * run.cp)  # of whole rows
         if is_cut:
             yield Traffic("tp", "all_gather", "embedding", count, count * size)
     if run.is_last:
@@ -159,18 +174,15 @@ def _ends(run: _Run) -> Iterator[Traffic]:
 
 
 def _images(run: _Run) -> Iterator[Traffic]:
-    """Of tower and projector, and the choice of samplers that look."""
+    """Of tower and projector."""
     model, learning = run.resolved.config.model, learning_parts(run.resolved, run.stage)
     if not run.is_first or model.vision is None:
         return
-    load, count = microbatch_load(run.resolved, run.stage, run.step.counts), run.stage.num_microbatches
-    features = (model.vision.image_size // model.vision.patch_size) ** 2 + (model.vision.tower != "siglip")
-    if load.num_images:
-        pixels = 3 * load.num_images * model.vision.image_size**2
-        yield Traffic("tp", "broadcast", "pixels", count, count * pixels)
+    load, count = run.load, run.stage.num_microbatches
     if model.vision.tower != "hf" and load.num_images:
         calls = (4 if "vision" in learning else 2) * run.resolved.num_vision_layers * count
-        size = run.element_bytes * load.num_images * features * model.vision.hidden_size
+        features = (model.vision.image_size // model.vision.patch_size) ** 2 + (model.vision.tower != "siglip")
+        size = run.element_bytes * -(-load.num_images // run.cp) * features * model.vision.hidden_size
         yield Traffic("tp", "all_reduce", "vision tower", calls, calls * size)
     projected = count * run.element_bytes * load.num_projected_tokens
     if projected:
@@ -179,9 +191,40 @@ def _images(run: _Run) -> Iterator[Traffic]:
         if {"vision", "qformer", "projector"} & set(learning):
             width = (model.qformer or model.vision).hidden_size
             yield Traffic("tp", "all_reduce", "projector's input", count, projected * width)
-    vtc = run.stage.config.vtc
+
+
+def _rows(run: _Run) -> Iterator[Traffic]:
+    """Among ranks that work on the same rows: pixels, and the choice of samplers that look; and of those that share out their images
+    the features."""
+    model, load, count, vtc = run.resolved.config.model, run.load, run.stage.num_microbatches, run.stage.config.vtc
+    if not run.is_first or model.vision is None or not load.num_images:
+        return
+    group: Group = "tp" if run.cp == 1 else "tp-cp"
+    yield Traffic(group, "broadcast", "pixels", count, count * 3 * load.num_images * model.vision.image_size**2)
     if vtc is not None and vtc.sampler in LOOKING and load.num_visual_tokens < load.num_projected_tokens:
-        yield Traffic("tp", "broadcast", "chosen tokens", count, count * INDEX_BYTES * load.num_visual_tokens)
+        yield Traffic(group, "broadcast", "chosen tokens", count, count * INDEX_BYTES * load.num_visual_tokens)
+    if run.cp > 1:
+        of_image = run.stage.visual_tokens_in * (model.qformer or model.vision).hidden_size
+        size = count * run.element_bytes * of_image * -(-load.num_images // run.cp) * run.cp
+        yield Traffic("cp", "all_gather", "features", count, size)
+        if {"vision", "qformer"} & set(learning_parts(run.resolved, run.stage)):
+            yield Traffic("cp", "reduce_scatter", "features", count, size)
+
+
+def _contexts(run: _Run) -> Iterator[Traffic]:
+    """Keys and values 2 e t g d / tp of whole rows, and their gradients: gathered and reduce-scattered by torch's attention; by
+    Transformer Engine's they go round a ring, those of a rank forward, with their gradients backward."""
+    config, owner = run.resolved.config, run.resolved.layer_owner
+    language, tp = config.model.language, config.parallel.tensor_model_parallel_size
+    runs = sum(run.step.layer_runs[layer] for layer, rank in enumerate(owner) if rank == run.rank)
+    passes = 1 if config.parallel.recompute == "none" else 2
+    size = 2 * run.element_bytes * run.load.num_tokens * num_groups(language) * head_width(language) // tp
+    if run.kernels == "torch":
+        yield Traffic("cp", "all_gather", "keys and values", passes * runs, passes * runs * size)
+        yield Traffic("cp", "reduce_scatter", "keys and values", runs, runs * size)
+    else:
+        sends = (run.cp - 1) * (passes + 2) * runs
+        yield Traffic("cp", "send", "keys and values", sends, sends * (size // run.cp))
 
 
 def _boundaries(run: _Run) -> Iterator[Traffic]:
@@ -190,7 +233,7 @@ def _boundaries(run: _Run) -> Iterator[Traffic]:
     shards = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
     sends = count * (2 * run.step.num_units - run.is_first - run.is_last)
     yield Traffic("pp", "send", "activations and their gradients", sends, sends * (run.hidden_bytes // shards))
-    vtc, load = run.stage.config.vtc, microbatch_load(run.resolved, run.stage, run.step.counts)
+    vtc, load = run.stage.config.vtc, run.load
     is_moved = vtc is not None and vtc.sampler in LOOKING and vtc.positions == "original"
     if is_moved and run.is_first and load.num_visual_tokens < load.num_projected_tokens:
         sends = count * (parallel.pipeline_model_parallel_size - 1)
@@ -237,6 +280,6 @@ def _numbers(run: _Run) -> Iterator[Traffic]:
         digests = INDEX_BYTES * (MASK_HEADER_FIELDS + MASK_BLOCK_STEPS)
         yield Traffic("world", "broadcast", "digests of masks", 1 / MASK_BLOCK_STEPS, digests / MASK_BLOCK_STEPS)
     if is_copied:
-        load = microbatch_load(run.resolved, stage, run.step.counts)
+        load = run.load
         size = stage.num_microbatches * BATCH_BYTES * load.num_tokens
         yield Traffic("mp", "broadcast", "batches", 1, size)
