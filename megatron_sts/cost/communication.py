@@ -170,7 +170,9 @@ def _ends(run: _Run) -> Iterator[Traffic]:
         else:
             yield Traffic("tp", "all_reduce", "head", count, count * size)
         tokens = size // (run.element_bytes * config.model.language.hidden_size)
-        yield Traffic("tp", "all_reduce", "loss", 3 * count, 3 * count * FP32_BYTES * tokens)
+        # The fused loss, which runs in bf16 take, sums two of its numbers in one call.
+        num_calls = 3 if run.resolved.config.precision.params == "fp32" else 2
+        yield Traffic("tp", "all_reduce", "loss", num_calls * count, 3 * count * FP32_BYTES * tokens)
 
 
 def _images(run: _Run) -> Iterator[Traffic]:

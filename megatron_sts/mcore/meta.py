@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.fusions import fused_cross_entropy
 from torch._C._distributed_c10d import FakeWork
 from torch.nn import functional
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sts.mcore.replaced import replaced
+from megatron_sts.runtime import probe
 from megatron_sts.runtime.device import on_meta
 
 READ = 1.0
@@ -59,10 +61,12 @@ def _stand_ins() -> Iterator[tuple[Any, str, Any]]:
     yield parallel_state, "initialize_model_parallel", functools.partial(initialize, create_gloo_process_groups=False)
     for name in ("get_data_parallel_group_gloo", "get_expert_data_parallel_group_gloo"):
         yield parallel_state, name, lambda *_a, **_k: None
+    yield probe, "usable_here", lambda _importer: (frozenset({"cuda"}), ())  # what torch's layers take on a GPU
     yield dist, "new_group", lambda *args, **kwargs: new_group(*args, **{**kwargs, "backend": "fake"})
     yield dist, "batch_isend_irecv", _one_by_one
     yield functional, "scaled_dot_product_attention", _attention
     yield functional, "rms_norm", _rms_norm
+    yield fused_cross_entropy, "calculate_predicted_logits", _predicted(fused_cross_entropy.calculate_predicted_logits)
     yield torch, "tensor", _tensor_of(torch.tensor)
     yield tensor, "type", _type_as_cuda(tensor.type)
     yield tensor, "cpu", _on_meta(tensor.cpu, lambda tensor: tensor)
@@ -164,6 +168,17 @@ def _rms_norm(
         return _UNPATCHED_RMS_NORM(x, normalized_shape, weight, eps)
     normalised: torch.Tensor = _FusedRmsNorm.apply(x, weight)
     return normalised
+
+
+def _predicted(real: Callable[..., Any]) -> Callable[..., Any]:
+    """A part of megatron-core's fused cross entropy as it is when compiled: what it gives is not in its argument's memory."""
+
+    @functools.wraps(real)
+    def predicted(*args: Any) -> Any:
+        target_mask, masked_target, sums, exp_logits = real(*args)
+        return target_mask, masked_target, sums, exp_logits.clone()
+
+    return predicted
 
 
 class _FusedRmsNorm(torch.autograd.Function):

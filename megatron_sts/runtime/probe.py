@@ -85,7 +85,7 @@ def kernels_for(config: RunConfig, importer: Importer = importlib.import_module)
     Raises:
         ConfigError: ``kernels`` names what is not usable here.
     """
-    usable, recipes = _usable_here(importer)
+    usable, recipes = usable_here(importer)
     return choose_kernels(config.kernels, config.precision, usable, recipes)
 
 
@@ -123,7 +123,7 @@ def _check_context_parallel(config: RunConfig, kernels: Kernels) -> None:
 
 
 @functools.cache
-def _usable_here(importer: Importer) -> tuple[frozenset[str], tuple[str, ...]]:
+def usable_here(importer: Importer) -> tuple[frozenset[str], tuple[str, ...]]:
     """The part of ``probe`` that decides about kernels, without imports that take seconds."""
     gpus = _gpus(importer)
     if not gpus:
