@@ -71,7 +71,7 @@ def outline_run(hardware: Hardware, run: RunTime, assumptions: Assumptions) -> d
     """JSON-ready; ``uncertainty``: relative, of seconds."""
     return {
         "hardware": hardware.name,
-        "uncertainty": hardware.uncertainty,
+        "uncertainty": run.uncertainty,
         "assumptions": assumptions.model_dump(),
         "num_gpus": run.num_gpus,
         "hours": run.hours,
@@ -81,7 +81,7 @@ def outline_run(hardware: Hardware, run: RunTime, assumptions: Assumptions) -> d
         "dense_layout": {"pp": len(run.dense_layout[0]), "vpp": len(run.dense_layout)},
         "speedup": run.dense_hours / run.hours,
         "stages": {
-            stage.name: {**_stage(hardware, stage), "dense": _stage(hardware, dense)}
+            stage.name: {**_stage(stage), "dense": _stage(dense)}
             for stage, dense in zip(run.stages, run.dense, strict=True)
         },
     }
@@ -92,11 +92,12 @@ def _layout(outlined: dict[str, Any]) -> Layout:
     return tuple(tuple(chunks[start : start + pp]) for start in range(0, len(chunks), pp))
 
 
-def _stage(hardware: Hardware, stage: StageTime) -> dict[str, Any]:
-    low, high = (stage.step_time_s * (1 + sign * hardware.uncertainty) for sign in (-1, 1))
+def _stage(stage: StageTime) -> dict[str, Any]:
+    low, high = (stage.step_time_s * (1 + sign * stage.uncertainty) for sign in (-1, 1))
     return {
         "step_time_s": stage.step_time_s,
         "step_time_s_range": [low, high],
+        "uncertainty": stage.uncertainty,
         "num_steps": stage.num_steps,
         "hours": stage.hours,
         "tokens_per_s_per_gpu": stage.tokens / stage.step_time_s / stage.num_gpus,
@@ -119,10 +120,10 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
     """A table of the stages, and the run in a line."""
     table = Table(
         "",
-        title=f"On {facts['num_gpus']} x {facts['hardware']}, as modelled: seconds ± {facts['uncertainty']:.0%}",
+        title=f"On {facts['num_gpus']} x {facts['hardware']}, as modelled",
         caption="A step does not count waiting for data, checkpoints and evaluation. MFU: executed FLOPs, causal attention half "
-        "counted, over the data sheet's peak. Launching over computing: above 1 a rank's CPU is slower than its GPU; larger "
-        "micro-batches help.",
+        "counted, over the data sheet's peak. Launching over computing: above 1 a rank's CPU is slower than its GPU: seconds then depend on "
+        "the CPU, and larger micro-batches help.",
     )
     columns = []
     for name, stage in facts["stages"].items():
@@ -130,19 +131,19 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
         both = ((name, stage), ("dense", stage["dense"]))
         for label, each in both if stage["dense"]["step_time_s"] != stage["step_time_s"] else both[:1]:
             table.add_column(label, justify="right")
-            columns.append(_cells(each, facts["uncertainty"]))
+            columns.append(_cells(each))
     for name in columns[0]:
         table.add_row(name, *(cells[name] for cells in columns))
     console.print(table)
-    said = f"The run: {facts['hours']:.1f} h, {facts['gpu_hours']:,.0f} GPU-hours"
+    said = f"The run: {facts['hours']:.1f} h ± {facts['uncertainty']:.0%}, {facts['gpu_hours']:,.0f} GPU-hours"
     if facts["speedup"] != 1:
         said += f"; dense {facts['dense_hours']:.1f} h, {facts['dense_gpu_hours']:,.0f}: {facts['speedup']:.3f} times as fast as dense"
     console.print(f"{said}.", highlight=False)
 
 
-def _cells(stage: dict[str, Any], uncertainty: float) -> dict[str, str]:
+def _cells(stage: dict[str, Any]) -> dict[str, str]:
     return {
-        "step, s": f"{stage['step_time_s']:.3f} ± {stage['step_time_s'] * uncertainty:.2f}",
+        "step, s": f"{stage['step_time_s']:.3f} ± {stage['step_time_s'] * stage['uncertainty']:.2f}",
         "tokens/s/GPU": f"{stage['tokens_per_s_per_gpu']:,.0f}",
         "images/s": f"{stage['images_per_s']:,.0f}",
         "TFLOP/s a GPU, causal half": f"{stage['tflops_per_gpu']['causal_half']:.0f}",

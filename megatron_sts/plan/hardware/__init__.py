@@ -73,6 +73,8 @@ class Host(Section):
     """One layer of a vision tower, forward."""
     step_ms: NonNegative
     """What a step takes besides: gradient norm, metrics, the optimizer's launches."""
+    uncertainty: Annotated[float, Field(ge=0, lt=1)]
+    """As ``Hardware.uncertainty``, of steps that are as long as launching takes."""
 
 
 class Link(Section):

@@ -49,6 +49,8 @@ class StageTime:
     flops: dict[Causal, float]
     """Of a step, executed, by how much of causal attention's score matrix counts."""
     peak_tflops: float
+    uncertainty: float
+    """Relative, of the seconds."""
 
     @property
     def hours(self) -> float:
@@ -85,7 +87,7 @@ def stage_time(
     def mean(values: list[float]) -> float:
         return float(shares @ np.array(values))
 
-    config = resolved.config
+    config, ratio = resolved.config, mean([part.launch_ratio for part in parts])
     peak = getattr(hardware.device.peak_tflops, "fp8" if config.precision.engine_recipe else "bf16")
     return StageTime(
         name=stage.name,
@@ -97,12 +99,13 @@ def stage_time(
             *(mean([getattr(part.update, name) for part in parts]) for name in ("reduce_s", "gather_s", "optimizer_s"))
         ),
         bubble=mean([part.bubble for part in parts]),
-        launch_ratio=mean([part.launch_ratio for part in parts]),
+        launch_ratio=ratio,
         spent={kind: mean([part.spent[kind] for part in parts]) for kind in parts[0].spent},
         tokens=mean([part.tokens for part in parts]),
         images=mean([part.images for part in parts]),
         flops={causal: mean([part.flops[causal] for part in parts]) for causal in ("half", "full")},
         peak_tflops=peak or hardware.device.peak_tflops.bf16,
+        uncertainty=hardware.uncertainty if ratio <= 1 else hardware.host.uncertainty,
     )
 
 

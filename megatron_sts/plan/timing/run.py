@@ -28,6 +28,11 @@ class RunTime:
         return sum(stage.hours for stage in self.stages)
 
     @property
+    def uncertainty(self) -> float:
+        """Relative, of ``hours``: that of the stages, weighed by their hours."""
+        return sum(stage.uncertainty * stage.hours for stage in self.stages) / self.hours
+
+    @property
     def dense_hours(self) -> float:
         """As ``hours``."""
         return sum(stage.hours for stage in self.dense)
