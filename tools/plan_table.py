@@ -101,7 +101,7 @@ def seconds_table(resolved: Resolved, dense_layout: dict[str, Any]) -> str:
         )
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     sentence = (
-        f"On {run.num_gpus} x {hardware.name}, as modelled, ± {hardware.uncertainty:.0%}: {run.dense_hours / run.hours:.2f} times as "
+        f"On {run.num_gpus} x {hardware.name}, as modelled, ± {run.uncertainty:.0%}: {run.dense_hours / run.hours:.2f} times as "
         "fast as dense. Executed FLOPs count for MFU."
     )
     return "\n".join(["", *lines, "", sentence]) + "\n"
