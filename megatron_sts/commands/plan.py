@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     add_config(plan)
     add_nproc(plan, "as many as the config needs")
     add_json(plan)
-    add_hardware(plan, "how long it takes there", " (default: h100 for runs in bf16)")
+    add_hardware(plan, "how long it takes there", " (default: h100, for runs of whose number format it has rates)")
     plan.add_argument(
         "--search",
         action="store_true",
@@ -44,7 +44,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from megatron_sts.commands.bytes import outline_bytes, print_bytes
-    from megatron_sts.commands.seconds import assumptions_from, outline_seconds, print_seconds, write_timelines
+    from megatron_sts.commands.seconds import (
+        assumptions_from,
+        has_rates,
+        outline_seconds,
+        print_seconds,
+        write_timelines,
+    )
     from megatron_sts.commands.speedups import outline, print_tables
     from megatron_sts.commands.ways import outline_search, print_search
     from megatron_sts.config.load import load
@@ -53,15 +59,15 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sts.plan.layout import choose_layout
 
     assumptions = assumptions_from(args.assume)
-    hardware = None if args.hardware is None else load_hardware(args.hardware)
+    hardware = load_hardware(args.hardware or "h100")
     resolved = resolve(load(args.config, args.overrides), world_size=args.nproc, choose_layout=choose_layout)
-    if hardware is None and resolved.config.precision.params == "bf16":
-        hardware = load_hardware("h100")
+    is_asked = any((args.hardware, args.search, args.trace, args.timeline))
+    is_timed = is_asked or has_rates(hardware, resolved)
     if args.trace or args.timeline:
         write_timelines(hardware, resolved, assumptions, args.trace, args.timeline)
     facts = outline(resolved)
-    facts["time"] = None if hardware is None else outline_seconds(hardware, resolved, assumptions, facts["lds"])
-    facts["memory"] = outline_bytes(resolved, None if hardware is None else hardware.device.memory_gib)
+    facts["time"] = outline_seconds(hardware, resolved, assumptions, facts["lds"]) if is_timed else None
+    facts["memory"] = outline_bytes(resolved, hardware.device.memory_gib if is_timed else None)
     if args.search:
         facts["search"] = outline_search(hardware, resolved, assumptions)
     if args.json:

@@ -8,12 +8,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.config.errors import refuse
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.resolve import Layout, Resolved
 from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.timing.example_step import example_step
 from megatron_sts.plan.timing.prediction import StageTime
-from megatron_sts.plan.timing.run import RunTime, refuse_fp32, run_time
+from megatron_sts.plan.timing.run import RunTime, check_rates, run_time
 from megatron_sts.plan.timing.workload import Assumptions
 from megatron_sts.plan.trace import draw_timeline, write_trace
 
@@ -41,6 +41,15 @@ def assumptions_from(pairs: list[str]) -> Assumptions:
         refuse("--assume", " ".join(pairs), first[2].strip() if len(first) > 2 else first[0], "give another value")
 
 
+def has_rates(hardware: Hardware, resolved: Resolved) -> bool:
+    """Of the number formats in which the run multiplies."""
+    try:
+        check_rates(hardware, resolved)
+    except ConfigError:
+        return False
+    return True
+
+
 def outline_seconds(
     hardware: Hardware, resolved: Resolved, assumptions: Assumptions, lds: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -50,12 +59,10 @@ def outline_seconds(
 
 
 def write_timelines(
-    hardware: Hardware | None, resolved: Resolved, assumptions: Assumptions, trace: Path | None, picture: Path | None
+    hardware: Hardware, resolved: Resolved, assumptions: Assumptions, trace: Path | None, picture: Path | None
 ) -> None:
     """Of each stage's middle step, as files."""
-    if hardware is None:
-        refuse("--hardware", "none", "a timeline is in seconds", "name hardware")
-    refuse_fp32(resolved)
+    check_rates(hardware, resolved)
     steps = [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]
     for path, write in ((trace, write_trace), (picture, draw_timeline)):
         if path is not None:

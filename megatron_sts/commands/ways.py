@@ -7,21 +7,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.config.errors import refuse
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.search import search
-from megatron_sts.plan.timing.run import refuse_fp32
+from megatron_sts.plan.timing.run import check_rates
 from megatron_sts.plan.timing.workload import Assumptions
 
 MOST_SHOWN = 6
 
 
-def outline_search(hardware: Hardware | None, resolved: Resolved, assumptions: Assumptions) -> dict[str, Any]:
+def outline_search(hardware: Hardware, resolved: Resolved, assumptions: Assumptions) -> dict[str, Any]:
     """JSON-ready, the fastest way first."""
-    if hardware is None:
-        refuse("--search", "on", "it ranks by seconds", "name --hardware")
-    refuse_fp32(resolved)
+    check_rates(hardware, resolved)
     searched = search(hardware, resolved, assumptions)
     return {
         "num_ways": searched.num_ways,

@@ -42,6 +42,10 @@ def test_hardware_and_assumptions_count(capsys: pytest.CaptureFixture[str]) -> N
     assert hours[0] < hours[1] < hours[2]
 
 
+def test_a_format_without_rates_has_no_seconds_unless_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert planned(capsys, "precision.fp8=emulate")["time"] is None
+
+
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", EXAMPLE, *SHORT, "--hardware", "h200"]) == 0
     said = capsys.readouterr().out
@@ -84,7 +88,9 @@ def test_a_trace_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--assume", "speed=fast"], "KEY is one of"),
         (["--assume", "gradient_bytes=3"], "gradient_bytes"),
         (["--hardware", "h100", "precision.params=fp32"], "no rates of fp32"),
-        (["--search", "precision.params=fp32"], "name --hardware"),
+        (["--search", "precision.params=fp32"], "no rates of fp32"),
+        (["--hardware", "a100", "precision.fp8=tensorwise"], "A100 SXM, NVLink, 200 Gb/s InfiniBand has no FP8"),
+        (["--trace", "step.json", "precision.fp8=emulate"], "emulation takes is not modelled"),
         (["--trace", "/nowhere/trace.json"], "--trace=/nowhere/trace.json"),
     ],
 )

@@ -47,8 +47,10 @@ def last_rank(hardware: Hardware, workload: Workload) -> Passes:
 
 
 def _embedding(hardware: Hardware, workload: Workload) -> Passes:
-    """Rows are looked up on the rank that has them and summed over tensor-parallel ranks; the gradient is a dense matrix."""
-    hidden, tokens, group = workload.model.language.hidden_size, workload.tokens, workload.groups.tensor
+    """Rows are looked up on the rank that has them and summed over tensor-parallel ranks; the gradient is a dense matrix.
+    Where images are merged in, context-parallel ranks see whole rows."""
+    hidden, group = workload.model.language.hidden_size, workload.groups.tensor
+    tokens = workload.tokens * (1 if workload.model.vision is None else workload.context_parallel_size)
     stream = 2 * tokens * hidden
     summed = gather_s if workload.sequence_parallel else all_reduce_s
     forward = Spent(memory=memory_s(hardware.device, [2 * stream]), tensor=summed(hardware, group, stream))

@@ -44,9 +44,9 @@ def run_time(
     """Times of a run; dense in its own layout or the one of ``dense_layouts`` in which that is fastest.
 
     Raises:
-        ConfigError: the run computes in fp32, of which no rates are known.
+        ConfigError: the run computes in a format of which the hardware has no rates.
     """
-    refuse_fp32(resolved)
+    check_rates(hardware, resolved)
     without = dense(resolved)
     timed = {
         layout: tuple(
@@ -59,10 +59,17 @@ def run_time(
     return RunTime(stages, timed[best], best, resolved.world_size)
 
 
-def refuse_fp32(resolved: Resolved) -> None:
-    """No hardware file has rates of fp32."""
-    if resolved.config.precision.params == "fp32":
+def check_rates(hardware: Hardware, resolved: Resolved) -> None:
+    """Refuses formats of which the hardware has no rates."""
+    precision = resolved.config.precision
+    if precision.params == "fp32":
         refuse("precision.params", "fp32", "no rates of fp32 are known", "use bf16, or plan without --hardware")
+    if precision.fp8 == "emulate":
+        refuse(
+            "precision.fp8", "emulate", "how long emulation takes is not modelled", "name a recipe of real FP8, or off"
+        )
+    if precision.engine_recipe is not None and hardware.device.sustained_tflops.fp8 is None:
+        refuse("precision.fp8", precision.fp8, f"{hardware.name} has no FP8", "use off, or other --hardware")
 
 
 def dense(resolved: Resolved) -> Resolved:

@@ -18,7 +18,8 @@ class Assumptions(Section):
     """What a config does not say and a time depends on. The defaults are what this package does with Transformer Engine."""
 
     fused_gradient_accumulation: bool = False
-    """Weight gradients are summed up by the matrix products themselves (``kernels.gradient_accumulation_fusion``)."""
+    """Weight gradients are summed up by the matrix products themselves; so it is too if the config asks for it
+    (``kernels.gradient_accumulation_fusion: true``)."""
     fused_elementwise: bool = False
     """RoPE and SwiGLU are single kernels (megatron-core's fusions); ours are several each (``mcore/torch_ops.py``)."""
     fused_attention: bool = True
@@ -119,6 +120,7 @@ def workload_of(
     load = planned_load(resolved, stage, counts or stage.typical)
     rows, recipe = batch.global_batch_size, precision.engine_recipe
     tokens = batch.micro_batch_size * load.num_tokens / rows / parallel.context_parallel_size
+    fuses = resolved.config.kernels.gradient_accumulation_fusion is True or assumptions.fused_gradient_accumulation
     is_fp8 = recipe is not None and tokens >= precision.min_tokens_for_fp8
     return Workload(
         model=resolved.config.model,
@@ -141,5 +143,5 @@ def workload_of(
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
         overlap_p2p_comm=parallel.overlap_p2p_comm and len(resolved.layers_per_chunk) > 1,
-        assumptions=assumptions,
+        assumptions=assumptions.model_copy(update={"fused_gradient_accumulation": fuses}),
     )
