@@ -87,7 +87,7 @@ class _Share:
     own_tokens: int
     """Where sequence parallelism has, too."""
     pairs: int
-    """Query-key pairs that a mask tells apart: with packing those of all rows, else 0."""
+    """Query-key pairs that a mask tells apart: with packing those of all rows' keys and the rank's queries, else 0."""
     cp: int
     row_length: int
     """Of a whole row."""
@@ -104,7 +104,7 @@ def _share(resolved: Resolved, stage: ResolvedStage, load: TokenLoad) -> _Share:
         tp=tp,
         tokens=tokens,
         own_tokens=tokens // tp if parallel.sequence_parallel else tokens,
-        pairs=load.num_pairs if stage.config.batch.packing == "pack" else 0,
+        pairs=load.num_pairs // parallel.context_parallel_size if stage.config.batch.packing == "pack" else 0,
     )
 
 
@@ -136,7 +136,7 @@ def _attention(resolved: Resolved, share: _Share, kernels: Kernels, *, keeps_out
     if resolved.config.parallel.recompute == "selective":
         return qkv + rotated + angles + (output if keeps_output else 0)
     if kernels == "torch" and share.cp > 1:
-        joined = output if keeps_output else 0  # the output of both pieces
+        joined = output if keeps_output and not share.pairs else 0  # the output of both pieces
         return per_head * heads + angles + _gathered_keys(share, per_head, heads, groups) + output + log_sums + joined
     if kernels == "engine" or not share.pairs:
         return qkv + rotated + angles + output + log_sums
@@ -148,13 +148,14 @@ def _attention(resolved: Resolved, share: _Share, kernels: Kernels, *, keeps_out
 def _gathered_keys(share: _Share, per_head: int, heads: int, groups: int) -> int:
     """Keys and values of whole rows, as torch's attention over context-parallel ranks keeps them, and its masks.
 
-    A rank's two pieces of s / (2 cp) queries see (2 cp + 1) s / (2 cp) keys together; with grouped queries these are copied for each
-    head.
+    A rank's two pieces of s / (2 cp) queries see (2 cp + 1) s / (2 cp) keys together, those of packed rows all s; with grouped queries
+    these are copied for each head.
     """
     piece = share.row_length // (2 * share.cp)
-    copies = 2 * heads * per_head * (2 * share.cp + 1) // 2
     whole = 2 * groups * per_head * share.cp
-    return (copies if groups < heads else whole) + share.element_bytes * piece**2 * (2 * share.cp + 1)
+    copies = 2 * heads * per_head * (2 * share.cp if share.pairs else 2 * share.cp + 1) // 2
+    mask = share.pairs or piece**2 * (2 * share.cp + 1)
+    return (copies if groups < heads else whole) + share.element_bytes * mask
 
 
 def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:

@@ -24,7 +24,12 @@ def own_tokens(rows: torch.Tensor, dim: int, segments: torch.Tensor | None) -> t
         return rows
     if segments is not None:
         own = rank_after_rank(segments, here.cp_size).chunk(here.cp_size, dim=1)[here.cp_rank]
-        return rows.take_along_dim(own if dim == 1 else own.T.unsqueeze(-1), dim)
+        if dim == 1:
+            return rows.gather(1, own)
+        # Row by row: a gather of all would keep an index of 8 bytes for each of their elements.
+        return torch.stack(
+            [row.index_select(0, places) for row, places in zip(rows.unbind(1), own, strict=True)], dim=1
+        )
     pieces = rows.chunk(2 * here.cp_size, dim)
     return torch.cat([pieces[here.cp_rank], pieces[-1 - here.cp_rank]], dim)
 
