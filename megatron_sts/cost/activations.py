@@ -43,6 +43,8 @@ class Saved:
 
     before: int
     """Embedding, merge, and of tower, Q-Former and projector what learns or passes gradients on; on the first rank."""
+    whole_input: int
+    """With sequence parallelism, more of the first layer's input on the first rank: a view of the whole sequence."""
     layers: tuple[int, ...]
     """Of each decoder layer, if it runs."""
     recomputed: int
@@ -65,7 +67,8 @@ def saved(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, kernels
     residual = share.element_bytes * share.own_tokens * language.hidden_size
     logits = share.tokens * language.vocab_size // share.tp
     return Saved(
-        before=_embedding(resolved, share, learns=learns) + _before_merge(resolved, stage, share, load),
+        before=_token_ids(share, learns=learns) + _before_merge(resolved, stage, share, load),
+        whole_input=share.element_bytes * (share.tokens - share.own_tokens) * language.hidden_size,
         layers=(residual,) * len(layers) if is_full else tuple(layers),
         recomputed=max(layers) - residual if is_full else 0,
         after=_after(resolved, share, learns=learns),
@@ -181,12 +184,9 @@ def _after(resolved: Resolved, share: _Share, *, learns: bool) -> int:
     )
 
 
-def _embedding(resolved: Resolved, share: _Share, *, learns: bool) -> int:
-    """This rank's token ids where the vocabulary is split, and with sequence parallelism the decoder's whole input e t h, of
-    which the first layer's is a view."""
-    ids = (INDEX_BYTES + MASK_BYTES) * share.whole_tokens if learns and share.tp > 1 else 0
-    rest = share.element_bytes * (share.tokens - share.own_tokens) * resolved.config.model.language.hidden_size
-    return ids + rest
+def _token_ids(share: _Share, *, learns: bool) -> int:
+    """Of the word embedding: this rank's ids, where the vocabulary is split, and which are others'."""
+    return (INDEX_BYTES + MASK_BYTES) * share.whole_tokens if learns and share.tp > 1 else 0
 
 
 def _before_merge(resolved: Resolved, stage: ResolvedStage, share: _Share, load: TokenLoad) -> int:

@@ -138,9 +138,10 @@ def _units(
         running = [layer for layer in layers if layer not in skipped]
         is_first, is_last = rank == 0 and 0 in rounds, rank == len(layout[0]) - 1 and len(layout) - 1 in rounds
         before, after = of_microbatch.before * is_first, of_microbatch.after * is_last
+        whole_input = of_microbatch.whole_input * (is_first and bool(running))
         units.append(
             _Unit(
-                kept=sum(of_microbatch.layers[layer] for layer in running) + before + after,
+                kept=sum(of_microbatch.layers[layer] for layer in running) + before + after + whole_input,
                 before=before,
                 after=after,
                 recomputed=of_microbatch.recomputed * bool(running),

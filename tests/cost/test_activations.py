@@ -52,7 +52,7 @@ def total(resolved: Resolved, load: TokenLoad, bytes_of: Saved) -> int:
     """Of the one chunk, with as many images as the batch really has; ``arguments`` are not autograd's."""
     planned = microbatch_load(resolved, resolved.stages[0], resolved.stages[0].tokens(0))
     before = bytes_of.before * load.num_images // planned.num_images
-    return before + sum(bytes_of.layers) + bytes_of.after
+    return before + bytes_of.whole_input + sum(bytes_of.layers) + bytes_of.after
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,9 @@ CASES: dict[str, dict[str, Any]] = {
         "language": {"num_layers": 8},
         "batch": {"global_batch_size": 16},
     },
-    "chunks of 1, 2, 0 and 1 layers": {
-        "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "layout": [1, 2, 0, 1]},
+    "TP2 SP, chunks of 0, 2, 1 and 1 layers": {
+        "parallel": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2, "layout": [0, 2, 1, 1],
+                     "tensor_model_parallel_size": 2, "sequence_parallel": True},
     },
     "a round skipped, DP2 distributed": {
         "lds": {"sampler": "fixed", "fixed_layers": [0, 1]},
