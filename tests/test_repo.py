@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "launch/slurm/README.md",
+    ROOT / "megatron_sts/cost/README.md",
     ROOT / "megatron_sts/evaluate/README.md",
     ROOT / "megatron_sts/plan/README.md",
     ROOT / "megatron_sts/report/README.md",
