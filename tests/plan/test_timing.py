@@ -10,6 +10,7 @@ import yaml
 
 from megatron_sts.config.resolve import Layout, Resolved, resolve
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.plan.candidates import shapes
 from megatron_sts.plan.hardware import load_hardware
 from megatron_sts.plan.timeline import step_seconds
@@ -110,6 +111,9 @@ def test_stages_are_timed_with_what_they_skip() -> None:
     fixed = resolved_bf16({"sampler": "fixed", "fixed_layers": list(range(16, 32))})
     half = stage_time(H100, fixed, fixed.stages[0])
     assert 0.5 < half.step_time_s / dense.step_time_s < 0.65
+    stage, load = run.stages[0], planned_load(run, run.stages[0], run.stages[0].typical)
+    assert dense.flops["half"] == step_flops(run, stage, load, layers_executed=32)
+    assert half.flops["half"] == step_flops(run, stage, load, layers_executed=16)
     whole = run_time(H100, fixed)
     assert whole.dense[0].step_time_s == pytest.approx(dense.step_time_s, rel=ROUNDING)
     assert whole.dense_hours / whole.hours == pytest.approx(dense.step_time_s / half.step_time_s, rel=ROUNDING)

@@ -128,8 +128,8 @@ def _some_steps(
     steps: list[int], totals: NDArray[np.float64],
 ) -> _Part:  # fmt: skip
     """``totals``: expected work of each step, in layers."""
-    workload = workload_of(resolved, stage, counts, assumptions)
-    drawn = drawn_steps(resolved.config.seed, stage, placement(resolved, stage), resolved.layers_per_chunk, steps)
+    workload, place = workload_of(resolved, stage, counts, assumptions), placement(resolved, stage)
+    drawn = drawn_steps(resolved.config.seed, stage, place, resolved.layers_per_chunk, steps)
     pieces, num_layers = pieces_of(hardware, workload), resolved.config.model.language.num_layers
     every_layer = np.array(workload.layout, dtype=np.float64)[None]
     dense = durations(hardware, workload, pieces, every_layer)
@@ -137,9 +137,9 @@ def _some_steps(
         float(step_seconds(dense, workload.num_microbatches)),
         float(idle_share(dense, workload.num_microbatches)),
     )
-    layers = float(totals.mean()) - _ends(drawn)
+    layers = float(totals.mean()) - sum(place.fixed_work)
     seconds, idle = _drawn_times(hardware, workload, drawn)
-    skipped = num_layers - float((drawn.totals - _ends(drawn)).mean())
+    skipped = num_layers - float((drawn.totals - drawn.first - drawn.last).mean())
     # As in plan.layout: how many layers the grid's masks happen to skip cancels, how they lie on the ranks remains.
     ratio = (num_layers - layers) / skipped if skipped > LEAST_DRAWN else 0.0
     load = planned_load(resolved, stage, counts)
@@ -156,10 +156,6 @@ def _some_steps(
             for causal in ("half", "full")
         },
     )
-
-
-def _ends(drawn: Steps) -> float:
-    return drawn.first + drawn.last
 
 
 def _drawn_times(hardware: Hardware, workload: Workload, drawn: Steps) -> tuple[float, float]:

@@ -70,6 +70,7 @@ class Workload(Section):
 
     @property
     def pipeline_parallel_size(self) -> int:
+        """Ranks that a micro-batch passes."""
         return len(self.layout[0])
 
     @property
