@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from megatron_sts.report.fields import PARTS
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "launch/slurm/acceptance.yaml"
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY")
@@ -180,6 +182,15 @@ def step_time_s(run: Path) -> float:
     )
 
 
+def parts_of_a_step(run: Path) -> str:
+    """Where the second stage's steps went, without its first five, as shares above a hundredth."""
+    lines = [line for (stage, step), line in steps(run).items() if stage == "finetune" and step >= 5]
+    seconds = {part: sum(line[part] for line in lines) for part in PARTS}
+    whole = sum(seconds.values())
+    shares = ((part.removesuffix("_s").replace("_", " "), spent / whole) for part, spent in seconds.items())
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares if share > 0.01)
+
+
 def executed_share(run: Path) -> float:
     lines = [line for (stage, _), line in steps(run).items() if stage == "finetune"]
     return sum(line["flops_executed"] for line in lines) / sum(line["flops_dense"] for line in lines)
@@ -226,7 +237,8 @@ def reference(cluster: Cluster, run: Path) -> str:
     if not share < 1:
         raise FailedError("no round was skipped")
     tokens = statistics.median(line["tokens_per_s"] for line in steps(run).values())
-    return f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {tokens:,.0f} tokens/s, {share:.2f} of the FLOPs"
+    told = f"loss {losses[0]:.3f} to {losses[-1]:.3f}, {tokens:,.0f} tokens/s, {share:.2f} of the FLOPs"
+    return f"{told}; of a step {parts_of_a_step(run)}"
 
 
 def stopped_and_resumed(cluster: Cluster, run: Path, expected: Path) -> str:
