@@ -37,6 +37,13 @@ def add(commands: Commands) -> None:
     dryrun.add_argument(
         "--all", action="store_true", help="run every micro-batch, instead of a few from which the others follow"
     )
+    dryrun.add_argument(
+        "--kernels",
+        choices=("torch", "engine"),
+        default="torch",
+        help="whose decoder layers are counted: torch's, which are run, or Transformer Engine's (with FP8), by a table of what they "
+        "keep and send (default: torch)",
+    )
     dryrun.add_argument("--memory-gib", type=float, metavar="GIB", help="of a device: say if a rank needs more")
     add_json(dryrun)
 
@@ -80,11 +87,12 @@ def _accounts(resolved: Resolved, stage: str, args: argparse.Namespace) -> tuple
     problems: list[str] = []
     for rank in ranks:
         try:
-            accounts.append(dry.run(resolved, rank, stage, step=args.step, run_all=args.all))
+            account = dry.run(resolved, rank, stage, step=args.step, run_all=args.all, kernels=args.kernels)
+            accounts.append(account)
         except ConfigError:
             raise
         except DryRunError as error:
             problems.append(str(error))
         else:
-            problems += too_large(accounts[-1], args.memory_gib)
+            problems += too_large(account, args.memory_gib)
     return accounts, problems

@@ -68,6 +68,8 @@ class Memory:
     """Moments and master weights of this rank's share."""
     padding_bytes: int
     """What weight and gradient buffers are larger than their content."""
+    fp8_weights_bytes: int
+    """Copies of weights in FP8 (kernels=engine)."""
     activations_bytes: int
     """Largest sum of the tensors that backward passes wait for; what persists (weights) does not count."""
     activations_by_module: dict[str, int] = field(default_factory=dict)
@@ -79,7 +81,13 @@ class Memory:
     @property
     def persistent_bytes(self) -> int:
         """What lives through the stage."""
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.padding_bytes
+        return (
+            self.weights_bytes
+            + self.gradients_bytes
+            + self.optimizer_bytes
+            + self.padding_bytes
+            + self.fp8_weights_bytes
+        )
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,8 @@ class Account:
     pp_rank: int
     dp_rank: int
     stage: str
+    kernels: str
+    """Whose layers were counted: torch, engine."""
     step: int
     num_microbatches: int
     num_executed: int

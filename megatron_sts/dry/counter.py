@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_sts.dry.account import Traffic, Work
+from megatron_sts.dry.engine import FP8, KEEP_IN_FP8
 from megatron_sts.dry.modules import ModuleNames, is_backward
 from megatron_sts.dry.shapes import KnownShapes
 from megatron_sts.dry.storages import Ledger, Saved
@@ -89,15 +90,21 @@ class Counter(TorchDispatchMode):
         return out
 
     def _pack(self, tensor: torch.Tensor) -> Saved:
-        return self.ledger.save(tensor, self.modules.current)
+        saver = self.modules.current
+        if saver.in_fp8 and saver.name.endswith(KEEP_IN_FP8) and not self.ledger.persists(tensor):
+            tensor = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
+            self.ledger.made(tensor)
+        return self.ledger.save(tensor, saver)
 
     def _unpack(self, saved: Saved) -> torch.Tensor:
         if is_backward() and not self.modules.is_recomputing:
             self.modules.taken_up(saved.saver)
+        if saved.tensor.dtype == FP8:  # any tensor of its shape will do: the real product reads FP8
+            return torch.empty(1, dtype=torch.bfloat16, device=saved.tensor.device).expand(saved.tensor.shape)
         return saved.tensor
 
     def _count_work(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
-        packet, counts = func._overloadpacket, self._work[self.modules.current]
+        packet, counts = func._overloadpacket, self._work[self.modules.current.name]
         flops = flop_registry[packet](*args, **kwargs, out_val=out)
         if self.modules.is_recomputing:
             counts[2] += flops
@@ -121,7 +128,11 @@ class Counter(TorchDispatchMode):
             name = "pp"  # with two stages megatron-core sends one way through the group of all ranks
         counts = self._traffic[name, kind, group.size()]
         counts[0] += 1
-        counts[1] += max(sizes)
+        counts[1] += (
+            max(sizes) // torch.bfloat16.itemsize
+            if self.modules.current.in_fp8 and kind == "all_gather"
+            else max(sizes)
+        )
 
 
 def _is_causal(func: Any, args: Any) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +17,33 @@ ROOT = "vtc"
 """Work of the model itself and of none of its parts."""
 
 
+@dataclass(frozen=True)
+class Label:
+    """What is counted of a module is counted here."""
+
+    name: str
+    in_fp8: bool = False
+    """Whether it is a matrix that multiplies in FP8."""
+
+
+NOWHERE = Label(OUTSIDE)
+
+
 class ModuleNames:
     """Knows the module that computes. In a backward pass it is the one that saved what was last taken up again."""
 
     def __init__(self) -> None:
-        self._names: dict[torch.nn.Module, str] = {}
-        self._stack: list[str] = []
-        self._last_saver = OUTSIDE
+        self._labels: dict[torch.nn.Module, Label] = {}
+        self._stack: list[Label] = []
+        self._last_saver = NOWHERE
 
-    def add(self, model: torch.nn.Module) -> None:
+    def add(self, model: torch.nn.Module, in_fp8: Collection[torch.nn.Module] = ()) -> None:
         """The modules of a chunk, by their names without numbers of layers."""
         for name, module in model.named_modules():
-            self._names[module] = re.sub(r"\.\d+(?=\.|$)", "", name) or ROOT
+            self._labels[module] = Label(re.sub(r"\.\d+(?=\.|$)", "", name) or ROOT, module in in_fp8)
 
     @property
-    def current(self) -> str:
+    def current(self) -> Label:
         """Forward: the innermost module that runs."""
         return self._stack[-1] if self._stack else self._last_saver
 
@@ -39,7 +52,7 @@ class ModuleNames:
         """Whether a forward pass runs within a backward pass."""
         return bool(self._stack) and is_backward()
 
-    def taken_up(self, saver: str) -> None:
+    def taken_up(self, saver: Label) -> None:
         """The backward pass goes on with what ``saver`` saved."""
         self._last_saver = saver
 
@@ -55,13 +68,13 @@ class ModuleNames:
             yield
 
     def _enter(self, module: torch.nn.Module, _inputs: Sequence[Any]) -> None:
-        outer = self._stack[-1] if self._stack else OUTSIDE
-        self._stack.append(self._names.get(module, outer))
+        outer = self._stack[-1] if self._stack else NOWHERE
+        self._stack.append(self._labels.get(module, outer))
 
     def _leave(self, _module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
         self._stack.pop()
         if not self._stack:
-            self._last_saver = OUTSIDE
+            self._last_saver = NOWHERE
 
 
 def is_backward() -> bool:

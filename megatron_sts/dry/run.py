@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from megatron_sts.data.batch import Batch
 from megatron_sts.dry.account import Account, Memory
 from megatron_sts.dry.batches import PlannedBatches
 from megatron_sts.dry.counter import Counter
+from megatron_sts.dry.engine import Fp8Linears, Kernels, fp8_linears
 from megatron_sts.dry.extend import Counted, extended
 from megatron_sts.dry.modules import ModuleNames
 from megatron_sts.dry.verdict import failure
@@ -37,7 +38,13 @@ from megatron_sts.train.stage import Stage, build_stage
 
 
 def run(
-    resolved: Resolved, rank: int = 0, stage: str | int = 0, *, step: int | None = None, run_all: bool = False
+    resolved: Resolved,
+    rank: int = 0,
+    stage: str | int = 0,
+    *,
+    step: int | None = None,
+    run_all: bool = False,
+    kernels: Kernels = "torch",
 ) -> Account:
     """What one training step of ``rank`` does. In a process without CUDA devices that is in no process group.
 
@@ -47,6 +54,7 @@ def run(
         stage: its name or 0-based index.
         step: 0-based; None: ``fullest_step``.
         run_all: run every micro-batch, instead of twice as many as pipeline ranks and what follows from them.
+        kernels: whose layers are counted; see ``engine.py``.
 
     Raises:
         DryRunError: the step fails.
@@ -54,22 +62,25 @@ def run(
     spec = resolved.stage(stage)
     step = fullest_step(spec) if step is None else step
     try:
-        account = _account(without_kernels(resolved), spec, rank, step, run_all=run_all)
-        return replace(account, notes=tuple(_notes(resolved.config.precision)))
+        return _account(resolved, spec, rank, step, kernels, run_all=run_all)
     except ConfigError:
         raise
     except Exception as error:
         raise failure(error, rank, spec.name) from error
 
 
-def _account(resolved: Resolved, spec: ResolvedStage, rank: int, step: int, *, run_all: bool) -> Account:
+def _account(
+    resolved: Resolved, spec: ResolvedStage, rank: int, step: int, kernels: Kernels, *, run_all: bool
+) -> Account:
     started, counter = time.process_time(), Counter(ModuleNames(), groups.name_of)
     trail.enter("start")
     with meta_rank(rank, resolved.world_size), counter.counting(), _without_values():
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
-        built = _build(resolved, spec, place, counter)
+        built = _build(without_kernels(resolved), spec, place, counter)
+        precision = resolved.config.precision if kernels == "engine" else built.resolved.config.precision
+        in_fp8 = _name_modules(built, precision, step, counter)
         counted = [
-            _count(built, step, number, counter)
+            _count(built, step, number, counter, in_fp8)
             for number in _numbers_to_run(resolved.config.parallel, spec, run_all=run_all)
         ]
         whole = counted[-1]
@@ -85,6 +96,7 @@ def _account(resolved: Resolved, spec: ResolvedStage, rank: int, step: int, *, r
             pp_rank=place.pp_rank,
             dp_rank=place.dp_rank,
             stage=spec.name,
+            kernels=kernels,
             step=step,
             num_microbatches=spec.num_microbatches,
             num_executed=sum(one.num_microbatches for one in counted),
@@ -96,7 +108,7 @@ def _account(resolved: Resolved, spec: ResolvedStage, rank: int, step: int, *, r
             traffic=whole.traffic,
             memory=whole.memory,
             max_passes_in_flight=whole.max_passes_in_flight,
-            notes=(),
+            notes=tuple(_notes(resolved.config.precision, kernels)),
             seconds=time.process_time() - started,
         )
 
@@ -110,7 +122,7 @@ def _numbers_to_run(parallel: ParallelConfig, spec: ResolvedStage, *, run_all: b
     return [few, 2 * few]
 
 
-def _count(stage: Stage, step: int, num_microbatches: int, counter: Counter) -> Counted:
+def _count(stage: Stage, step: int, num_microbatches: int, counter: Counter, in_fp8: Sequence[Fp8Linears]) -> Counted:
     """Runs the step with so many micro-batches."""
     spec = stage.spec.model_copy(update={"num_microbatches": num_microbatches})
     stage = replace(stage, spec=spec, batches=PlannedBatches(stage.resolved, spec, stage.place))
@@ -121,7 +133,8 @@ def _count(stage: Stage, step: int, num_microbatches: int, counter: Counter) -> 
         training.train_step(stage, step)
         counter.ledger.end()
     runs = dict(sorted(stage.gate.num_runs.items()))
-    return Counted(num_microbatches, runs, counter.work, counter.traffic, _memory(stage, counter), passes.most)
+    memory = _memory(stage, counter, in_fp8)
+    return Counted(num_microbatches, runs, counter.work, counter.traffic, memory, passes.most)
 
 
 def rank_of_stage(resolved: Resolved, pp_rank: int) -> int:
@@ -145,21 +158,29 @@ def without_kernels(resolved: Resolved) -> Resolved:
     return resolved.model_copy(update={"config": config.model_copy(update=off)})
 
 
-def _notes(precision: PrecisionConfig) -> Iterator[str]:
-    yield "torch's layers were run: Transformer Engine's save other tensors, and fuse some communication with their products"
-    if precision.fp8 != "off":
-        yield f"precision.fp8={precision.fp8} was run in {precision.params}: FP8 copies of weights and activations are not counted"
+def _notes(precision: PrecisionConfig, kernels: Kernels) -> Iterator[str]:
+    if kernels == "engine":
+        yield "Transformer Engine's layers are counted by a table of what they keep and send; torch's were run"
+    elif precision.fp8 != "off":
+        yield f"torch's layers, in {precision.params} instead of precision.fp8={precision.fp8}: --kernels engine counts FP8"
 
 
 def _build(resolved: Resolved, spec: ResolvedStage, place: Place, counter: Counter) -> Stage:
     gate = SkipGate()
     with torch.device("meta"):
         chunks = build_model(resolved, gate, load_init=False)
-    for chunk in map(unwrap, chunks):
-        counter.modules.add(chunk)
     stage = build_stage(resolved, spec, place, chunks, gate, PlannedBatches(resolved, spec, place))
     counter.ledger.persist(_persistent(stage))
     return stage
+
+
+def _name_modules(stage: Stage, precision: PrecisionConfig, step: int, counter: Counter) -> list[Fp8Linears]:
+    """Tells the counter the modules' names, and which of them multiply in FP8 with this ``precision``."""
+    found = []
+    for chunk in map(unwrap, stage.chunks):
+        found.append(fp8_linears(chunk, precision, stage.spec, step, stage.num_layers))
+        counter.modules.add(chunk, found[-1].modules)
+    return found
 
 
 def _as_after_a_step(stage: Stage) -> None:
@@ -199,7 +220,7 @@ def _persistent(stage: Stage) -> Iterator[torch.Tensor]:
     yield from (p.main_grad for p in _parameters(stage) if p.requires_grad)  # type: ignore[attr-defined]
 
 
-def _memory(stage: Stage, counter: Counter) -> Memory:
+def _memory(stage: Stage, counter: Counter, in_fp8: Sequence[Fp8Linears]) -> Memory:
     weights = list(_parameters(stage))
     gradients = [p.main_grad for p in weights if p.requires_grad]  # type: ignore[attr-defined]
     updated = [tensor for tensor in stage.optimizer.state_tensors() if tensor.is_meta]
@@ -210,6 +231,7 @@ def _memory(stage: Stage, counter: Counter) -> Memory:
         gradients_bytes=_bytes(gradients),
         optimizer_bytes=_bytes([tensor for tensor in updated if _key(tensor) not in held]),
         padding_bytes=_storage_bytes((*weights, *gradients)) - _bytes((*weights, *gradients)),
+        fp8_weights_bytes=sum(linears.copies_bytes for linears in in_fp8),
         activations_bytes=ledger.peak_saved_bytes,
         activations_by_module=dict(sorted(ledger.peak_by_module.items())),
         peak_bytes=ledger.peak_live_bytes,

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from megatron_sts.dry.modules import Label
+
 
 class Ledger:
     """Every storage from the operation that made it to its end, and which of them autograd saved, by module."""
@@ -44,7 +46,11 @@ class Ledger:
         """These are there whether or not autograd saves them."""
         self._persistent.update(tensor.untyped_storage()._cdata for tensor in tensors)
 
-    def save(self, tensor: torch.Tensor, saver: str) -> Saved:
+    def persists(self, tensor: torch.Tensor) -> bool:
+        """Whether it was said to."""
+        return tensor.untyped_storage()._cdata in self._persistent
+
+    def save(self, tensor: torch.Tensor, saver: Label) -> Saved:
         """Autograd keeps ``tensor`` until the result is let go of."""
         key = tensor.untyped_storage()._cdata
         if tensor.device.type != self._device_type or key in self._persistent:
@@ -54,8 +60,8 @@ class Ledger:
             self._saved[key][0] += 1
         else:
             size = self._sizes[key]
-            self._saved[key], self._savers[key] = [1], saver
-            self._by_module[saver] += size
+            self._saved[key], self._savers[key] = [1], saver.name
+            self._by_module[saver.name] += size
             self.saved_bytes += size
         return Saved(tensor, saver, lambda: self._let_go(key))
 
@@ -98,7 +104,7 @@ class Saved:
 
     __slots__ = ("_let_go", "saver", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, saver: str, let_go: Callable[[], None] | None) -> None:
+    def __init__(self, tensor: torch.Tensor, saver: Label, let_go: Callable[[], None] | None) -> None:
         self.tensor, self.saver, self._let_go = tensor, saver, let_go
 
     def __del__(self) -> None:

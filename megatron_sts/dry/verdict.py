@@ -26,7 +26,7 @@ def too_large(account: Account, memory_gib: float | None) -> list[str]:
     if memory_gib is None or memory.peak_bytes <= memory_gib * GIB:
         return []
     parts = {
-        "weights": memory.weights_bytes,
+        "weights": memory.weights_bytes + memory.fp8_weights_bytes,
         "gradients": memory.gradients_bytes,
         "optimizer": memory.optimizer_bytes,
         "activations": memory.activations_at_peak_bytes,

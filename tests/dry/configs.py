@@ -22,6 +22,7 @@ def run_of(
     model: dict[str, Any] | None = None,
     language: dict[str, Any] | None = None,
     params: str = "bf16",
+    precision: dict[str, Any] | None = None,
     data: dict[str, Any] | None = None,
     **stage: Any,
 ) -> Resolved:
@@ -37,7 +38,7 @@ def run_of(
     config = {
         "model": {**MODEL, **(model or {}), "language": {**MODEL["language"], **(language or {})}},
         "parallel": parallel or {},
-        "precision": {"params": params},
+        "precision": {"params": params, **(precision or {})},
         "data": data or {},
         "stages": [only],
     }

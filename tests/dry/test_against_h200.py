@@ -57,11 +57,17 @@ def measured_gib(fmt: str, stage: str, case: str, *, micro_batch_size: int) -> f
     [
         ("torch", "alignment", "dense", 4),
         ("torch", "alignment", "VTC", 4),
-        ("torch", "finetune", "dense", 4),
         ("torch", "finetune", "LDS 75%", 4),
+        ("te", "alignment", "dense", 16),
+        ("te", "finetune", "dense", 4),
+        ("tensorwise", "alignment", "VTC", 16),
+        ("tensorwise", "finetune", "dense", 4),
+        ("tensorwise", "finetune", "LDS 75%", 4),
     ],
 )
 def test_the_peak_is_that_of_a_gpu(fmt: str, stage: str, case: str, micro_batch_size: int) -> None:
     expected = measured_gib(fmt, stage, case, micro_batch_size=micro_batch_size)
-    account = run(of_case(stage, case, micro_batch_size), 0, stage, step=0)
+    fp8 = ["precision.fp8=tensorwise"] if fmt == "tensorwise" else []
+    resolved = of_case(stage, case, micro_batch_size, *fp8)
+    account = run(resolved, 0, stage, step=0, kernels="torch" if fmt == "torch" else "engine")
     assert account.memory.peak_bytes / GIB == pytest.approx(expected, rel=ROUNDING + ALLOCATOR)

@@ -1,0 +1,65 @@
+"""The table of what Transformer Engine's layers keep and send, against ``cost/``, which has another one, and by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from megatron_sts.config.resolve import Resolved
+from megatron_sts.cost import communication, peak
+from megatron_sts.dry.account import Account
+from megatron_sts.dry.run import rank_of_stage, run
+from megatron_sts.plan.step_shapes import step_shape
+from tests.dry.configs import MODEL, run_of
+
+SPLIT = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "pipeline_model_parallel_size": 2}
+ROWS = {"batch": {"sequence_length": 96}}
+ACTIVATIONS_RTOL = 0.003
+"""As in ``test_against_cost.py``."""
+
+
+def fp8(**precision: Any) -> Resolved:
+    return run_of(parallel=SPLIT, precision={"fp8": "tensorwise", **precision}, **ROWS)
+
+
+def accounts_of(resolved: Resolved, kernels: Any = "engine") -> list[Account]:
+    return [run(resolved, rank_of_stage(resolved, stage), kernels=kernels) for stage in range(2)]
+
+
+@pytest.mark.parametrize("num_outer", [0, 1])
+def test_fp8_is_counted_as_cost_does(num_outer: int) -> None:
+    resolved = fp8(first_last_layers_bf16=num_outer)
+    [stage] = resolved.stages
+    accounts = accounts_of(resolved)
+    of_ranks = communication.communication(resolved, stage, step_shape(resolved, stage, accounts[0].step), "engine")
+    for account, expected, lines in zip(accounts, peak.peak_memory(resolved, stage, "engine"), of_ranks, strict=True):
+        assert expected.activations_bytes == pytest.approx(account.memory.activations_bytes, rel=ACTIVATIONS_RTOL)
+        gathered = sum(one.num_bytes for one in lines if (one.group, one.kind) == ("tp", "all_gather"))
+        assert account.bytes_of("tp", "all_gather") == gathered
+        assert account.memory.fp8_weights_bytes == (2 - num_outer) * copies_of_a_layer()
+
+
+def copies_of_a_layer() -> int:
+    """On one of two tensor-parallel ranks: two of a byte a weight of QKV, projection and the three matrices of SwiGLU."""
+    language = MODEL["language"]
+    hidden, heads, groups = (language[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups"))
+    attention = hidden * hidden * (2 * heads + 2 * groups) // heads
+    return 2 * (attention + 3 * hidden * language["ffn_hidden_size"]) // 2
+
+
+def test_without_fp8_the_engine_keeps_what_torch_keeps() -> None:
+    resolved = run_of(parallel=SPLIT, **ROWS)
+    for engine, torch in zip(accounts_of(resolved), accounts_of(resolved, "torch"), strict=True):
+        assert (engine.memory, engine.traffic, engine.work) == (torch.memory, torch.traffic, torch.work)
+
+
+def test_few_tokens_and_weights_in_fp8_make_no_copies() -> None:
+    [few, _] = accounts_of(fp8(min_tokens_for_fp8=1000))
+    assert few.memory.fp8_weights_bytes == 0
+    distributed = {**SPLIT, "use_distributed_optimizer": True}
+    resolved = run_of(parallel=distributed, precision={"fp8": "tensorwise", "fp8_params": True}, **ROWS)
+    [first, _] = accounts_of(resolved)
+    [plain, _] = accounts_of(run_of(parallel=distributed, precision={"fp8": "tensorwise"}, **ROWS))
+    assert first.memory.fp8_weights_bytes == 0 < plain.memory.fp8_weights_bytes
+    assert first.memory.activations_bytes == plain.memory.activations_bytes
