@@ -5,14 +5,16 @@ A dry run names all of it, a start refuses the first: whatever a rank would refu
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.files import has_tokenizer, missing_tokenizers, missing_weights
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.stored_samples import check_stored
 from megatron_sts.config.weights_folder import other_models
 from megatron_sts.data.template import tokenizer_of
@@ -37,6 +39,7 @@ def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obst
     """
     config = resolved.config
     yield from _refusals(partial(check_usable, config), of_this_machine=True)
+    yield from _refusals(partial(_check_wandb, config), of_this_machine=True)
     if not is_going_on:
         yield from (Obstacle(line, of_this_machine=True) for line in missing_weights(config))
         yield from (Obstacle(line, of_this_machine=False) for line in other_models(config.model))
@@ -73,3 +76,13 @@ def _refusals(check: Callable[[], object], *, of_this_machine: bool = False) -> 
         check()
     except ConfigError as error:
         yield Obstacle(str(error), of_this_machine)
+
+
+def _check_wandb(config: RunConfig) -> None:
+    if config.logging.wandb is not None and importlib.util.find_spec("wandb") is None:
+        refuse(
+            "logging.wandb.project",
+            config.logging.wandb.project,
+            "the package wandb is not installed",
+            "pip install 'megatron-sts[wandb]', or set logging.wandb=null",
+        )

@@ -321,6 +321,23 @@ class GuardConfig(Section):
     """
 
 
+class WandbConfig(Section):
+    """A page on Weights & Biases; needs the extra ``wandb``."""
+
+    project: str
+    """Under which the page is filed."""
+    entity: str | None = None
+    """User or team. None: the key's own."""
+    name: str | None = None
+    """Of the page. None: that of the run's folder."""
+    group: str | None = None
+    """Of pages that belong together, as the seeds of one setting."""
+    tags: tuple[str, ...] = ()
+    """Words to find it by."""
+    mode: Literal["online", "offline"] = "online"
+    """offline: written into RUN_DIR/wandb, for ``wandb sync`` later. online: a key is taken from WANDB_API_KEY or ``wandb login``."""
+
+
 class LoggingConfig(Section):
     """What is written while training."""
 
@@ -333,6 +350,8 @@ class LoggingConfig(Section):
     """By what share of their median a rank must be slower than those others for a warning on the terminal."""
     tensorboard: bool = True
     """Write RUN_DIR/tensorboard beside metrics.jsonl."""
+    wandb: WandbConfig | None = None
+    """Send the same numbers to Weights & Biases. None: do not."""
     device_peak_tflops: Annotated[float, Field(gt=0)] | None = None
     """Peak of one device, for MFU. None: from the device table; unknown devices (CPU) and fp32 report null."""
 

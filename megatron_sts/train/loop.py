@@ -53,7 +53,7 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         check_same_config(resolved)
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         content = on_rank_zero(lambda: check_same_content(resolved, run_dir))
-        log = RunLog(run_dir, tensorboard=resolved.config.logging.tensorboard, enabled=is_rank_zero())
+        log = open_log(resolved, run_dir)
         if is_rank_zero():
             write_config(resolved, run_dir, kernels, content)
         log.event("kernels", **asdict(kernels))
@@ -82,6 +82,13 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         if is_rank_zero():
             board.check()
             tell_outcome(run_dir, stop)
+
+
+def open_log(resolved: Resolved, run_dir: Path) -> RunLog:
+    """Where rank 0 writes what the config's ``logging`` asks for, and others nothing."""
+    logging, is_writer = resolved.config.logging, is_rank_zero()
+    wandb = (logging.wandb, resolved.config.model_dump(mode="json")) if logging.wandb and is_writer else None
+    return RunLog(run_dir, tensorboard=logging.tensorboard, wandb=wandb, enabled=is_writer)
 
 
 def tell_outcome(run_dir: Path, stop: StopRequest) -> None:

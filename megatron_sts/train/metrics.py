@@ -1,4 +1,4 @@
-"""What is written while training: metrics.jsonl, TensorBoard, the progress line. Rank 0 only; never touches a tensor."""
+"""What is written while training: metrics.jsonl, TensorBoard, Weights & Biases, the progress line. Rank 0 only; never touches a tensor."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sts.config.resolve import ResolvedStage
+from megatron_sts.config.schema import WandbConfig
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.report.run import read_run
 from megatron_sts.report.trace import write_trace
 from megatron_sts.report.utilisation import utilisation
+from megatron_sts.train.wandb_board import WandbBoard
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
     from megatron_sts.runtime.clock import Span
 
-_TENSORBOARD_SKIPS = {"stage", "step", "skip_digest", "layer_runs", "not_updated"}
+_NO_SCALARS = {"stage", "step", "skip_digest", "layer_runs", "not_updated"}
 
 
 def _ends_whole(path: Path) -> bool:
@@ -37,7 +39,15 @@ def _ends_whole(path: Path) -> bool:
 class RunLog:
     """Writes a run's lines. ``enabled=False`` (every rank but 0) turns all of it off."""
 
-    def __init__(self, run_dir: Path, *, tensorboard: bool, enabled: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        tensorboard: bool,
+        enabled: bool,
+        wandb: tuple[WandbConfig, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """``wandb``: what the config asks for, and what the page is to say of the run."""
         self._enabled, self._run_dir, self._is_losing = enabled, run_dir, False
         if not enabled:
             return
@@ -50,6 +60,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # half a second
 
             self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        self._wandb = WandbBoard(wandb[0], run_dir, wandb[1], self.warn) if wandb else None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -79,10 +90,13 @@ class RunLog:
             skipped=f"{line['layers_skipped']:g}/{len(line['layer_runs'])}",
             rate=f"{line['tokens_per_s']:,.0f}",
         )
+        values = {name: float(v) for name, v in line.items() if name not in _NO_SCALARS and v is not None}
         with self._losing():
-            for name, value in line.items():
-                if self._board and name not in _TENSORBOARD_SKIPS and value is not None:
-                    self._board.add_scalar(f"{line['stage']}/{name}", float(value), line["step"])
+            for name, value in values.items():
+                if self._board:
+                    self._board.add_scalar(f"{line['stage']}/{name}", value, line["step"])
+        if self._wandb:
+            self._wandb.step(line["stage"], line["step"], values)
 
     def skipped_samples(self, stage: str, step: int, samples: Iterable[SkippedSample]) -> None:
         """Says on the console and in the lines which samples were not used, and why."""
@@ -126,6 +140,8 @@ class RunLog:
             with self._losing():
                 if self._board:
                     self._board.close()
+            if self._wandb:
+                self._wandb.close()
 
     def end_stage(self, stage: ResolvedStage) -> None:
         """Leaves the stage's progress line as it ended; with LDS, TensorBoard gets the picture of what each layer executed."""
