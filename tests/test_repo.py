@@ -18,6 +18,7 @@ DOCUMENTS = [
     ROOT / "launch/slurm/README.md",
     ROOT / "megatron_sts/cost/README.md",
     ROOT / "megatron_sts/evaluate/README.md",
+    ROOT / "megatron_sts/lds/README.md",
     ROOT / "megatron_sts/plan/README.md",
     ROOT / "megatron_sts/report/README.md",
     *sorted(ROOT.glob("examples/*/README.md")),
@@ -71,7 +72,7 @@ def test_named_command_is_understood(line: str) -> None:
     if words[0] == "megatron-sts":
         args, rest = build_parser().parse_known_args(words[1:])
         assert not [word for word in rest if "=" not in word] and args.run
-    elif words[0] in ("bash", "sbatch"):
+    elif words[0] in ("bash", "sbatch", "torchrun"):
         assert any((ROOT / word).is_file() for word in words[1:])
     elif words[0] == "python":
         script = runpy.run_path(str(ROOT / words[1]), run_name="looked at")

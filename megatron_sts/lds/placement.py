@@ -36,14 +36,14 @@ class Placement:
 
     def under(self, layout: Layout) -> Placement:
         """The same stage's under another layout of the same pipeline ranks."""
-        chunks = [
-            (rank, number)
-            for number, counts in enumerate(layout)
-            for rank, count in enumerate(counts)
-            for _ in range(count)
-        ]
-        owner, rounds = zip(*chunks, strict=True)
+        owner, rounds = _places(layout)
         return replace(self, owner=owner, round=rounds)
+
+
+def placed(layout: Layout, head_work: float) -> Placement:
+    """Nothing but a decoder, and a head of so many layers' FLOPs on the last rank."""
+    fixed = [0.0] * (len(layout[0]) - 1) + [head_work]
+    return Placement(*_places(layout), tuple(fixed), head_work)
 
 
 def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
@@ -57,6 +57,18 @@ def placement(resolved: Resolved, stage: ResolvedStage) -> Placement:
     return Placement(
         resolved.layer_owner, tuple(chain.from_iterable(rounds)), tuple(fixed), _head_work(resolved, stage)
     )
+
+
+def _places(layout: Layout) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Rank and round of each layer."""
+    chunks = [
+        (rank, number)
+        for number, counts in enumerate(layout)
+        for rank, count in enumerate(counts)
+        for _ in range(count)
+    ]
+    owner, rounds = zip(*chunks, strict=True)
+    return owner, rounds
 
 
 def _head_work(resolved: Resolved, stage: ResolvedStage) -> float:

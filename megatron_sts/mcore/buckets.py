@@ -24,7 +24,7 @@ from megatron.core.optimizer.param_layout import (
 from megatron.core.parallel_state import get_data_parallel_world_size
 
 from megatron_sts.lds.mask import SkipMask
-from megatron_sts.mcore.module import unwrap
+from megatron_sts.mcore.module import bare
 from megatron_sts.runtime.clock import StepClock
 
 
@@ -50,6 +50,7 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
         layers = {getattr(parameter, "decoder_layer", None) for parameter in self.params}
         (self.layer,) = layers
         self.runs, self.ends_early, self.is_stale = True, False, False
+        self._is_empty = False
 
     @property
     def is_whole(self) -> bool:
@@ -59,12 +60,18 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
 
     def begin_step(self, mask: SkipMask) -> None:
         """Empties the gradients that the last step left, and looks up what this one does with the layer."""
-        if self.runs:
+        self.empty()
+        self.runs = self.layer is None or not mask.idle[self.layer]
+        self._is_empty = not self.runs
+        self.ends_early = self.runs and self.layer is not None and mask.rows[-1][self.layer]
+
+    def empty(self) -> None:
+        """No gradients, nothing reduced; costs nothing where that is so already."""
+        if not self._is_empty:
             for bucket in self.buckets:
                 bucket.grad_data.zero_()
+        self._is_empty = True
         self.reset()
-        self.runs = self.layer is None or not mask.idle[self.layer]
-        self.ends_early = self.runs and self.layer is not None and mask.rows[-1][self.layer]
 
     def launch_if_complete(self) -> None:
         """Starts the overlapped reduction of a gradient that the remaining micro-batch adds nothing to."""
@@ -127,11 +134,17 @@ class LayerDataParallel(DistributedDataParallel):
                 group.next_param_gather_bucket_group = following
 
     def begin_step(self, mask: SkipMask) -> None:
-        """In place of ``zero_grad_buffer``."""
+        """``zero_grad_buffer``, before a step of which it tells the layers that run."""
         for parameter in self.params_with_grad:
             parameter.grad_added_to_main_grad = False
         for group in self.bucket_groups:
             group.begin_step(mask)
+
+    def zero_grad_buffer(self) -> None:
+        for parameter in self.params_with_grad:
+            parameter.grad_added_to_main_grad = False
+        for group in self.bucket_groups:
+            group.empty()
 
     def parameters_move(self, frozen: Collection[int]) -> None:
         """Called before an optimizer step that changes everything but the layers in ``frozen``."""
@@ -196,7 +209,7 @@ def layer_layout(module: torch.nn.Module, ddp_config: DistributedDataParallelCon
     Parameters outside the layers get a bucket a part of the model and side of the layers, so that no gradient waits for
     one of another part, and shared embeddings their own, as megatron-core's distributed optimizer asks for.
     """
-    parts = {p: name.split(".", 1)[0] for name, p in unwrap(module).named_parameters() if p.requires_grad}
+    parts = {p: name.split(".", 1)[0] for name, p in bare(module).named_parameters() if p.requires_grad}
     num_ranks = get_data_parallel_world_size(with_context_parallel=True)
     padding = num_ranks if ddp_config.use_distributed_optimizer else None
     layouts = {}

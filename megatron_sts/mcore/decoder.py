@@ -57,12 +57,11 @@ def run_decoder(
     Tokens attend to earlier ones of their own segment; with ``segments`` None to all earlier ones of their row.
     Returns per-token losses [b, s] (with labels) or logits [b, s, vocab / tp] on the last stage, else hidden states [s, b, h].
     """
-    output = decoder(
+    output: torch.Tensor = decoder(
         input_ids=tokens,
         position_ids=position_ids.unsqueeze(0).expand(3, -1, -1),
         decoder_input=embeddings,
         labels=labels,
         **attention_within(segments, decoder.config),
     )
-    # With every layer of a middle stage skipped the output is the received tensor itself, which the schedule would free.
-    return output.clone() if output is decoder.decoder.input_tensor else output
+    return output

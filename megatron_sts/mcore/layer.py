@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -65,6 +65,16 @@ class SkippableTransformerLayer(TransformerLayer):
             tracker = tensor_parallel.random.get_cuda_rng_tracker
             return te_checkpoint(run, False, tracker, self.pg_collection.tp, hidden_states)
         return tensor_parallel.checkpoint(run, False, hidden_states)
+
+
+@cache
+def skippable(module: type[TransformerLayer]) -> type[SkippableTransformerLayer]:
+    """The same layer, which can be skipped: the class that a spec names in its place."""
+    if issubclass(module, SkippableTransformerLayer):
+        return module
+    if module is TransformerLayer:
+        return SkippableTransformerLayer
+    return type(f"Skippable{module.__name__}", (SkippableTransformerLayer, module), {})
 
 
 class TorchNorm:

@@ -37,10 +37,15 @@ class PipelineChunk(MegatronModule):
         return tensor_parallel.scatter_to_sequence_parallel_region(embeddings)
 
 
-def unwrap(module: torch.nn.Module) -> PipelineChunk:
-    """The chunk inside DDP and precision wrappers."""
-    while not isinstance(module, PipelineChunk):
-        inner = module.module
-        assert isinstance(inner, torch.nn.Module)
+def bare(module: torch.nn.Module) -> Any:
+    """The model inside DDP and precision wrappers: a ``PipelineChunk``, or what someone else's script trains."""
+    while isinstance(inner := getattr(module, "module", None), torch.nn.Module):
         module = inner
     return module
+
+
+def unwrap(module: torch.nn.Module) -> PipelineChunk:
+    """The chunk inside DDP and precision wrappers."""
+    chunk = bare(module)
+    assert isinstance(chunk, PipelineChunk)
+    return chunk

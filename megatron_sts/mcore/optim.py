@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import optimizer as core_optimizer
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.config import PARAMS_DTYPE
-from megatron_sts.mcore.frozen import leaving_out, param_pairs
 from megatron_sts.mcore.module import unwrap
+from megatron_sts.mcore.update import LayerwiseUpdate
 from megatron_sts.runtime.clock import StepClock
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.kernels import APEX, ENGINE, TORCH, Library
@@ -76,7 +74,6 @@ class StageOptimizer:
         settings = stage.config.optimizer
         dtype = PARAMS_DTYPE[resolved.config.precision.params]
         self._chunks = chunks
-        self._clip_grad = settings.clip_grad
         self._freeze_skipped = stage.config.lds is not None and stage.config.lds.skipped_update == "freeze"
         kernels = kernels_for(resolved.config)
         _use_adam(kernels.optimizer)
@@ -100,7 +97,7 @@ class StageOptimizer:
         if current_device().torch_device.type == "cpu":
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # torch's fused CPU Adam: one pass over memory instead of one an operation
-        self._allocate_moments()
+        self._update = LayerwiseUpdate(self.optimizer, chunks)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
@@ -118,7 +115,6 @@ class StageOptimizer:
         """Steps in which parameters moved."""
         self.num_layer_updates = [0] * resolved.config.model.language.num_layers
         """The same for each decoder layer: lower where ``freeze`` left it alone."""
-        self._layer_params = _group_by_layer(self.inner_params())
         self._connect(chunks, clock)
 
     def _connect(self, chunks: Sequence[LayerDataParallel], clock: StepClock) -> None:
@@ -145,9 +141,7 @@ class StageOptimizer:
 
     def begin_step(self, mask: SkipMask) -> None:
         """Before the first forward pass of a step: no gradients, and which layers will have none."""
-        for chunk in self._chunks:
-            chunk.begin_step(mask)
-        self.optimizer.zero_grad()
+        self._update.begin_step(mask)
 
     @torch.no_grad()
     def step(self, mask: SkipMask, *, applies: bool = True) -> float:
@@ -157,33 +151,20 @@ class StageOptimizer:
         skipped stay untouched under ``skipped_update: freeze``, as torch.optim leaves a parameter whose gradient is None.
         """
         frozen = {layer for layer, idle in enumerate(mask.idle) if idle} if self._freeze_skipped else set()
-        with ExitStack() as stack:
-            for part in self._parts():
-                stack.enter_context(leaving_out(part, frozen))
+        with self._update.without(frozen):
             grad_norm = self._step(frozen, applies)
         self.scheduler.step(increment=1)
         return grad_norm
 
     def _step(self, frozen: Collection[int], applies: bool) -> float:
-        self.optimizer.prepare_grads()
-        for layer in frozen:
-            for parameter in self._layer_params.get(layer, ()):
-                parameter.grad = None
+        self._update.prepare_grads(frozen)
         grad_norm = float(self.optimizer.get_grad_norm())
         if applies and math.isfinite(grad_norm):
-            self._clip(grad_norm)
-            for chunk in self._chunks:
-                chunk.parameters_move(frozen)
-            for part in self.optimizer.chained_optimizers:
-                part.step_with_ready_grads()
+            self._update.clip(grad_norm)
+            self._update.apply(frozen)
             self.num_updates += 1
             self.num_layer_updates = [n + (layer not in frozen) for layer, n in enumerate(self.num_layer_updates)]
         return grad_norm
-
-    def _clip(self, grad_norm: float) -> None:
-        parameters = [parameter for parameter in self.optimizer.get_parameters() if parameter.grad is not None]
-        if self._clip_grad > 0 and parameters:
-            clip_grad_by_total_norm_fp32(parameters, self._clip_grad, grad_norm)
 
     def gather_params(self) -> None:
         """Makes every rank's copy of the parameters whole, where gathers are still due; a collective."""
@@ -194,45 +175,25 @@ class StageOptimizer:
         """Ends the stage: parameters whole on every rank (a collective), and the model free of what wrapped it."""
         for chunk in self._chunks:
             chunk.close()
-        # The distributed optimizer's fp32 shards are views that autograd tracks: through them the gradient hooks would
-        # keep this stage's buffers and process groups alive, in a cycle that Python cannot collect.
-        self.optimizer.chained_optimizers.clear()
-        self._layer_params.clear()
+        self._update.close()
 
     def inner_params(self) -> Iterator[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
         """Pairs (model parameter, the tensor that Adam updates for it on this rank: itself, a master copy or a shard)."""
-        for part in self._parts():
-            yield from param_pairs(part)
+        return self._update.pairs()
 
     def state_tensors(self) -> Iterator[torch.Tensor]:
         """What Adam keeps for this rank's share of the parameters: moments, and the tensors that it updates."""
-        for part in self._parts():
+        for part in self._update.parts():
             for updated, state in part.optimizer.state.items():
                 yield updated
                 yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-    def _parts(self) -> Iterator[Any]:
-        """megatron-core's optimizers of this rank, without those that have no parameters."""
-        return (part for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer)
-
-    def _allocate_moments(self) -> None:
-        """Zero moments for every parameter from the start: checkpoints hold all of them, skipped layers included."""
-        for wrapper in self._parts():
-            part = wrapper.optimizer
-            if not isinstance(part, torch.optim.Adam):  # a fused kernel of another package
-                wrapper.init_state_fn(part, wrapper.config)
-                continue
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    zeros = {name: torch.zeros_like(parameter.data) for name in ("exp_avg", "exp_avg_sq")}
-                    part.state[parameter] = {"step": torch.tensor(0.0), **zeros}
 
     def set_adam_steps(self, *, common: bool = False) -> None:
         """Gives each parameter's Adam its own step counter, from the counts of updates.
 
         ``common`` gives all of them the same one, which is the only form that megatron-core's checkpoints can hold.
         """
-        by_layer = {id(p): layer for layer, parameters in self._layer_params.items() for p in parameters}
+        by_layer = {id(p): layer for layer, parameters in self._update.layer_params.items() for p in parameters}
         for part in self._torch_adams():
             for parameter, state in part.state.items():
                 layer = by_layer.get(id(parameter))
@@ -241,17 +202,6 @@ class StageOptimizer:
 
     def _torch_adams(self) -> Iterator[torch.optim.Optimizer]:
         """torch's own Adam counts steps for each parameter; fused kernels of other packages count for all at once."""
-        for part in self._parts():
+        for part in self._update.parts():
             if isinstance(part.optimizer, torch.optim.Adam):
                 yield part.optimizer
-
-
-def _group_by_layer(
-    pairs: Iterable[tuple[torch.nn.Parameter, torch.nn.Parameter]],
-) -> dict[int, list[torch.nn.Parameter]]:
-    by_layer: dict[int, list[torch.nn.Parameter]] = {}
-    for model_parameter, updated in pairs:
-        layer = getattr(model_parameter, "decoder_layer", None)
-        if layer is not None:
-            by_layer.setdefault(layer, []).append(updated)
-    return by_layer

@@ -8,14 +8,13 @@ from typing import Any, Protocol
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.launch import trail
 from megatron_sts.mcore.module import PipelineChunk
 from megatron_sts.mcore.passes import timing_schedule
-from megatron_sts.mcore.units import schedule_units
+from megatron_sts.mcore.units import schedule_function, schedule_units
 from megatron_sts.runtime.clock import StepClock
 from megatron_sts.runtime.device import current_device
 
@@ -89,9 +88,7 @@ def run_microbatches[T](
             return forward(batch, unit)
 
     iterators: list[Any] = at_own_pace(batches, len(units))
-    run = get_forward_backward_func(
-        parallel_state.get_pipeline_model_parallel_world_size(), len(units) if len(units) > 1 else None
-    )
+    run = schedule_function(units)
     with timing_schedule(clock):
         results: list[Any] = run(
             forward_step_func=forward_step,

@@ -8,16 +8,18 @@ Order and operations of what runs are the same, so that losses and gradients are
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sts.cost.pass_order import grouped
 from megatron_sts.mcore.buckets import LayerDataParallel
-from megatron_sts.mcore.module import unwrap
+from megatron_sts.mcore.module import bare
 
 
 class ScheduleUnit(torch.nn.Module):
@@ -30,22 +32,26 @@ class ScheduleUnit(torch.nn.Module):
         super().__init__()
         self.parts = tuple(parts)  # not submodules: they belong to the model
         self.config = config
-        self.model_type = unwrap(parts[0]).model_type
+        self.model_type = bare(parts[0]).model_type
+        self._received: torch.Tensor | None = None
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Called by the schedule with what the previous stage sent."""
-        unwrap(self.parts[0]).set_input_tensor(input_tensor)
+        bare(self.parts[0]).set_input_tensor(input_tensor)
+        self._received = input_tensor[0] if isinstance(input_tensor, list) else input_tensor
 
-    def forward(self, *args: Any) -> torch.Tensor:
-        """``args`` for every part; each goes on with what the one before it gave, [s, b, h]."""
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``args`` and ``kwargs`` for every part; each goes on with what the one before it gave, [s, b, h]."""
         first, *others = self.parts
-        output: torch.Tensor = first(*args)
+        given, self._received = self._received, None
+        output: torch.Tensor = first(*args, **kwargs)
         for part in others:
-            chunk = unwrap(part)
-            chunk.set_input_tensor(output)
-            output = part(*args)
+            given, chunk = output, bare(part)
+            chunk.set_input_tensor(given)
+            output = part(*args, **kwargs)
             chunk.set_input_tensor(None)  # it would keep the tensor until it is called again
-        return output
+        # With every layer of a middle stage skipped the output is the given tensor itself, which the schedule would free.
+        return output.clone() if output is given else output
 
     def start_grad_sync(self, *_parameters: Any) -> None:
         """Called by the interleaved schedule when the unit's gradients are complete."""
@@ -63,7 +69,7 @@ def schedule_units(
     schedule writes and however it ends. Finalising gradients still sees all ``chunks``.
     """
     rounds = range(len(chunks)) if active_rounds is None else active_rounds
-    config = copy.copy(unwrap(chunks[0]).config)
+    config = copy.copy(bare(chunks[0]).config)
     units = [ScheduleUnit(parts_of(chunks, group, rounds), config) for group in grouped(len(chunks), rounds)]
     is_interleaved = len(units) > 1
     config.virtual_pipeline_model_parallel_size = len(units) if is_interleaved else None
@@ -74,13 +80,20 @@ def schedule_units(
     return units
 
 
+def schedule_function(units: Sequence[ScheduleUnit]) -> Callable[..., list[Any]]:
+    """The schedule of megatron-core for so many units."""
+    num_ranks = parallel_state.get_pipeline_model_parallel_world_size()
+    function: Callable[..., list[Any]] = get_forward_backward_func(num_ranks, len(units) if len(units) > 1 else None)
+    return function
+
+
 def parts_of(chunks: Sequence[torch.nn.Module], group: Sequence[int], active: Sequence[int]) -> list[torch.nn.Module]:
     """The chunks of a unit that do anything on this rank: those of active rounds, with the embedding or with the head.
 
     Others would copy their input. If that is all, one does: what is relayed beside the schedule must be received.
     """
-    decoders = {number: unwrap(chunks[number]).language for number in group}
-    busy = [n for n in group if n in active or decoders[n].pre_process or decoders[n].post_process]
+    models = {number: bare(chunks[number]) for number in group}
+    busy = [n for n in group if n in active or models[n].pre_process or models[n].post_process]
     return [chunks[number] for number in busy or group[:1]]
 
 
@@ -89,6 +102,8 @@ def _connect(config: TransformerConfig, chunks: Sequence[torch.nn.Module], units
     finalize = config.finalize_model_grads_func
     if finalize is not None:
         config.finalize_model_grads_func = lambda _units, *args, **kwargs: finalize(list(chunks), *args, **kwargs)
+    # What a script set for all chunks. Without it the chunks' own hooks start gathers, layer by layer.
+    config.no_sync_func = config.grad_sync_func = config.param_sync_func = None
     parts = [part for unit in units for part in unit.parts if isinstance(part, LayerDataParallel)]
     if not any(part.ddp_config.overlap_grad_reduce for part in parts):
         return

@@ -192,7 +192,7 @@ def skipped_state(stage: Stage, step: int) -> dict[tuple[int, int], list[torch.T
     for part in stage.optimizer.optimizer.chained_optimizers:
         if not part.is_stub_optimizer:
             states.update(part.optimizer.state)
-    by_layer = stage.optimizer._layer_params
+    by_layer = stage.optimizer._update.layer_params
     return {
         (layer, number): [tensor.clone() for tensor in (parameter, *states[parameter].values())]
         for layer, skipped in enumerate(stage.mask(step).idle)

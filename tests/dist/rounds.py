@@ -175,7 +175,7 @@ def train_one(stage: Stage, step: int, trained: Trained) -> None:
 
 def state_digest(stage: Stage) -> str:
     digest = hashlib.sha256()
-    for part in stage.optimizer._parts():
+    for part in stage.optimizer._update.parts():
         for group in part.optimizer.param_groups:
             for parameter in group["params"]:
                 for tensor in (parameter, *part.optimizer.state[parameter].values()):

@@ -60,7 +60,7 @@ def compare_with_gather() -> None:
             place, gate = groups.initialize(resolved.config.parallel, seed=1), SkipGate()
             stage = build_stage(resolved, resolved.stages[0], place, build_model(resolved, gate), gate)
             train_step(stage, 0)
-            (part,) = stage.optimizer._parts()
+            (part,) = stage.optimizer._update.parts()
             model = checkpoint._sharded_model(stage.chunks)
             mine = list(sharded_param_state(part, model))
             theirs = part.sharded_param_state_fully_reshardable(model, False, checkpoint._metadata())
