@@ -71,8 +71,11 @@ class ModuleNames:
         outer = self._stack[-1] if self._stack else NOWHERE
         self._stack.append(self._labels.get(module, outer))
 
-    def _leave(self, _module: torch.nn.Module, _inputs: Any, _output: Any) -> None:
-        self._stack.pop()
+    def _leave(self, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        label = self._stack.pop()
+        if label.in_fp8 and (result := output[0]).requires_grad:
+            # Its backward pass may begin with a gather, before it takes up anything that was saved.
+            result.register_hook(lambda _: self.taken_up(label))
         if not self._stack:
             self._last_saver = NOWHERE
 
