@@ -182,26 +182,33 @@ def steady_settings(num_steps: int) -> list[str]:
 
 
 def show(found: Sequence[Steady]) -> None:
-    """Two tables: how fast, and where the time goes."""
-    speed = Table("stage", "ranks", "batch", "step", "tokens/s", "images/s", "a device", "TFLOP/s", "MFU", "efficiency")
-    parts = Table("stage", "ranks", *(part.removesuffix("_s").replace("_", " ") for part in PARTS), "slowest rank")
-    for one in found:
-        place, step, rates = (one.stage, str(one.num_ranks)), one.step_time_s, one.rates
-        mfu = f"{rates['mfu'].median:.1%}" if "mfu" in rates else "-"
-        speed.add_row(
-            *place,
-            str(one.global_batch_size),
-            f"{step.median:.4g} s ({step.lower:.4g} to {step.upper:.4g})",
-            *(f"{rates[name].median:,.4g}" for name in ("tokens_per_s", "images_per_s", "tokens_per_s_per_device")),
-            f"{rates['tflops_per_device'].median:.3g}",
-            mfu,
-            f"{one.efficiency:.2f}",
-        )
-        slowest = "-" if one.slowest_rank is None else f"{one.slowest_rank} (+{one.slower_by:.0%})"
-        parts.add_row(*place, *(f"{seconds / step.median:.1%}" for seconds in one.parts_s.values()), slowest)
-    console = Console()
-    console.print(speed)
-    console.print(parts)
+    """A column a stage and run: how fast, and where the time goes."""
+    table = Table("", *(f"{one.stage}, {one.num_ranks} ranks" for one in found))
+    cells = [_cells(one) for one in found]
+    for name in cells[0]:
+        table.add_row(name, *(each[name] for each in cells))
+    Console().print(table)
+
+
+def _cells(one: Steady) -> dict[str, str]:
+    step, rates = one.step_time_s, {name: each.median for name, each in one.rates.items()}
+    slowest = "-" if one.slowest_rank is None else f"{one.slowest_rank}, by {one.slower_by:.0%}"
+    return {
+        "global batch": str(one.global_batch_size),
+        "step": f"{step.median:.4g} s",
+        "half of the steps": f"{step.lower:.4g} to {step.upper:.4g}",
+        "tokens/s": f"{rates['tokens_per_s']:,.0f}",
+        "images/s": f"{rates['images_per_s']:,.4g}",
+        "tokens/s a device": f"{rates['tokens_per_s_per_device']:,.0f}",
+        "efficiency": f"{one.efficiency:.2f}",
+        "TFLOP/s a device": f"{rates['tflops_per_device']:.3g}",
+        "MFU": f"{rates['mfu']:.1%}" if "mfu" in rates else "-",
+        **{
+            part.removesuffix("_s").replace("_", " "): f"{part_s / step.median:.1%}"
+            for part, part_s in one.parts_s.items()
+        },
+        "slowest rank": slowest,
+    }
 
 
 def arguments() -> argparse.ArgumentParser:

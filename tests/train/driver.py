@@ -5,7 +5,7 @@ A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are pl
 ``kill_again``: [stage, step] that comes the second time; ``shapes``/``fewer``: [stage, step] in which the last rank has shorter
 rows, or runs a micro-batch less; ``flip``: [stage's name, step] after whose comparison a bit of the last rank's weights flips;
 ``leap``: [stage, step, ...] whose samples have a thousandfold loss: each of them those that it sees once the samples before are known;
-``slow``: rank whose forward passes take ``SLOW_S`` longer;
+``slow``: rank whose forward passes take ``SLOW_S`` longer, or "all";
 ``full_disk``: rank whose files cannot be written, and in which saves;
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
 ``slow_removal``: for how many seconds deleting a whole checkpoint waits;
@@ -145,7 +145,7 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
         watch_loss(list(places), Path(scene["run_dir"]), patch)
     if "flip" in scene and is_last_rank():
         watch_comparisons(tuple(scene["flip"]), patch)
-    if scene.get("slow") == RANK:
+    if scene.get("slow") in (RANK, "all"):
         watch_forward(patch)
     if scene.get("full_disk", [None])[0] == RANK:
         fill_disk(scene["full_disk"][1:], patch)

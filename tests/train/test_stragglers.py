@@ -24,7 +24,10 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
         scene(run, config(stages=[stage], checkpoint={}, parallel=layout), slow=1)
         for run, layout in zip(runs, layouts, strict=True)
     )
-    outputs = act_out(2, *scenes)
+    alike = tmp_path / "alike"
+    outputs = act_out(
+        2, *scenes, scene(alike, config(stages=[stage], checkpoint={}, parallel=LAYOUTS["PP=2"]), slow="all")
+    )
 
     (event,) = events(runs[0], "ranks")
     assert (event["stage"], event["step"], event["steps"]) == ("finetune", NUM_STEPS - 1, NUM_STEPS)
@@ -42,6 +45,11 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert event["slowest"] is None
     assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
     assert event["pipeline_wait_s"][0] - event["pipeline_wait_s"][1] > slower_s
+
+    # Of two stages alike, with four micro-batches, each waits for one pass of the other: the bubble of 1F1B, (pp - 1) / (m + pp - 1).
+    (event,) = events(alike, "ranks")
+    for wait_s, pass_s in zip(event["pipeline_wait_s"], event["pass_s"], strict=True):
+        assert 0.8 * SLOW_S < wait_s < 0.25 * pass_s + 0.5 * SLOW_S and pass_s > 4 * SLOW_S
 
     # Nor are ranks that share a layer, but the other one waits within its passes.
     (event,) = events(runs[2], "ranks")
