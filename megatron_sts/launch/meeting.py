@@ -7,6 +7,7 @@ store that rank 0 keeps or the launcher; the tasks of torchrun's nodes before to
 from __future__ import annotations
 
 import re
+import resource
 import socket
 import sys
 import time
@@ -24,6 +25,8 @@ NOTICE_S = 30.0
 """Number 0 says whom it waits for after so long, and as often."""
 MARGIN_S = 15.0
 """Others wait so much longer for number 0's word than number 0 for them: they started at another moment."""
+NUM_SPARE_FILES = 256
+"""What a process opens beside a connection to each of those that meet."""
 
 
 class MeetingError(ValueError):
@@ -67,6 +70,11 @@ class Member:
     def word(self) -> str:
         """Under which number 0 leaves its word in the store."""
         return f"{self.noun}s/met"
+
+    @property
+    def count(self) -> str:
+        """Where the store counts who has signed in: number 0 asks for that alone, as to ask for each of thousands would keep it busy."""
+        return f"{self.noun}s/came"
 
     def key(self, number: int) -> str:
         """Under which one signs in."""
@@ -148,6 +156,7 @@ def meet(member: Member, timeout_s: float) -> dist.Store:
     store = _open(member, timeout_s)
     try:
         store.set(member.key(member.number), "here")
+        store.add(member.count, 1)
         if member.number == 0:
             _wait_for_all(store, member, timeout_s)
         else:
@@ -162,7 +171,9 @@ def meet(member: Member, timeout_s: float) -> dist.Store:
 
 def _open(member: Member, timeout_s: float) -> dist.Store:
     at = f"{member.host}:{member.port}"
-    if not member.is_keeper:
+    if member.is_keeper:
+        allow_connections(member)
+    else:
         _wait_for_port(member, timeout_s)
     timeout = timedelta(seconds=timeout_s)
     try:  # multi-tenant: what this process opens at the same port later is the same server
@@ -174,6 +185,26 @@ def _open(member: Member, timeout_s: float) -> dist.Store:
         raise MeetingError(
             f"{where} at {at} ({_line(error)}); is MASTER_PORT free, and MASTER_ADDR the first node?"
         ) from None
+
+
+def allow_connections(member: Member) -> None:
+    """Raises this process's limit of open files where it is too low, as the usual 1,024 are, for a store with a connection to each.
+
+    Raises:
+        MeetingError: the system does not allow it. The store would leave those beyond without an answer.
+    """
+    needed = member.total + NUM_SPARE_FILES
+    limit, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit == resource.RLIM_INFINITY or limit >= needed:
+        return
+    if allowed != resource.RLIM_INFINITY and allowed < needed:
+        refusal = MeetingError(
+            f"{member.name} may open {allowed} files, too few for connections to {member.total} {member.noun}s; "
+            f"raise the hard limit (ulimit -Hn) of its node to {needed}"
+        )
+        refusal.may_pass = False
+        raise refusal
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, allowed))
 
 
 def _wait_for_port(member: Member, timeout_s: float) -> None:
@@ -200,21 +231,30 @@ def _wait_for_port(member: Member, timeout_s: float) -> None:
 def _wait_for_all(store: dist.Store, member: Member, timeout_s: float) -> None:
     """Number 0: until all have signed in, or it is time to say who did not; leaves the word for the others: empty if all came."""
     deadline, said = time.monotonic() + timeout_s, time.monotonic()
-    missing = list(range(member.total))
-    while missing := [number for number in missing if not store.check([member.key(number)])]:
+    while not _all_came(store, member):
+        time.sleep(POLL_S)
+        is_late = time.monotonic() > deadline
+        if not is_late and time.monotonic() - said < NOTICE_S:
+            continue
+        missing = [number for number in range(member.total) if not store.check([member.key(number)])]
+        if not missing:  # the last ones came just now
+            continue
         who = member.describe(missing)
-        if time.monotonic() > deadline:
+        if is_late:
             word = f"{who} did not come within {member.bound}={timeout_s:g}; {member.remedy}"
             store.set(member.word, word)
             time.sleep(1)  # those that came read it before the store ends with this process
             refusal = MeetingError(word)
             refusal.nodes = member.nodes_of(missing)
             raise refusal
-        if time.monotonic() - said > NOTICE_S:
-            said = time.monotonic()
-            _say(f"waiting for {who}")
-        time.sleep(POLL_S)
+        said = time.monotonic()
+        _say(f"waiting for {who}")
     store.set(member.word, "")
+
+
+def _all_came(store: dist.Store, member: Member) -> bool:
+    """One small request while they come; then one for all names, as one that was started twice counts twice."""
+    return store.add(member.count, 0) >= member.total and store.check([member.key(n) for n in range(member.total)])
 
 
 def _wait_for_word(store: dist.Store, member: Member, timeout_s: float) -> None:

@@ -113,10 +113,20 @@ class Snapshot:
 
 
 def plan(path: Path, state: dict[str, Any], content_metadata: dict[str, Any]) -> Snapshot:
-    """Agrees on which rank writes what of a sharded state; a collective. ``path`` must be an empty folder."""
+    """Agrees on which rank writes what of a sharded state; a collective. ``path`` must be an empty folder.
+
+    megatron-core would also hand every rank the list of what all of them write (gigabytes from thousands of ranks), for the first
+    one to look whether it covers each tensor once. Here torch looks at that in the plans, which the first rank alone gathers.
+    """
     strategy = _Plan()
     dist_checkpointing.save(
-        state, str(path), strategy, content_metadata=content_metadata, async_sharded_save=True, async_strategy="mcore"
+        state,
+        str(path),
+        strategy,
+        validate_access_integrity=False,
+        content_metadata=content_metadata,
+        async_sharded_save=True,
+        async_strategy="mcore",
     )
     return Snapshot(path, strategy.writer, strategy.metadata)
 
@@ -136,6 +146,8 @@ class _Plan(TorchDistSaveShardedStrategy):
             mcore_to_pyt_state_dict(state, False), _Writer(checkpoint_dir), planner=planner
         )
         self.writer, self.metadata, _ = found
+        if self.metadata is not None:
+            vars(self.metadata).pop("all_local_plans")  # megatron-core would store them too, and nobody reads them here
         return AsyncRequest(None, (), [])
 
 

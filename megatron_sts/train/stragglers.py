@@ -85,11 +85,14 @@ class RankTimes:
 def slowest_rank(ranks: list[tuple[int, float]]) -> tuple[int | None, float]:
     """Of each rank (what it has to do, seconds it took): the rank that took longest beside the median of the others with the same
     to do, and by what share longer; None if no two have the same to do."""
-    shares = {}
+    same: dict[int, list[tuple[float, int]]] = {}
     for rank, (work, seconds) in enumerate(ranks):
-        others = [taken for other, (same, taken) in enumerate(ranks) if same == work and other != rank]
-        if others and median(others) > 0:
-            shares[rank] = seconds / median(others) - 1
+        same.setdefault(work, []).append((seconds, rank))
+    shares = {}
+    for taken in same.values():  # of ranks with the same to do only the last can be the slowest of all
+        *others, (seconds, rank) = sorted(taken, key=lambda pair: (pair[0], -pair[1]))
+        if others and (usual := median(other for other, _ in others)) > 0:
+            shares[rank] = seconds / usual - 1
     if not shares:
         return None, 0.0
     slowest = max(shares, key=lambda rank: shares[rank])

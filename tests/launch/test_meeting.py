@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import time
+from datetime import timedelta
 
 import pytest
+from torch import distributed as dist
 
 from megatron_sts.launch import meeting
 from megatron_sts.launch.meeting import MeetingError, expand, node_member, rank_member
@@ -69,3 +72,53 @@ def two_of_four() -> None:
     with pytest.raises(MeetingError) as said, process_group(2.0):
         pass
     print("SAID", said.value, "ECHO", said.value.is_echo)
+
+
+class Counting(dist.TCPStore):
+    """Counts what it is asked."""
+
+    num_requests = 0
+
+    def add(self, key: str, number: int) -> int:
+        self.num_requests += 1
+        return super().add(key, number)
+
+    def check(self, keys: list[str]) -> bool:
+        self.num_requests += 1
+        return super().check(keys)
+
+
+def test_rank_0_asks_as_often_for_many_as_for_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "POLL_S", 0.01)
+    store = Counting("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    two, many = member_of(2), member_of(300)
+    store.set(two.key(0), "")
+    for _ in range(2):  # started twice: it is still one rank of two
+        dist.Store.add(store, two.count, 1)
+    with pytest.raises(MeetingError, match="rank 1 of 2 did not come within"):
+        meeting._wait_for_all(store, two, 0.1)
+    for rank in range(1, 300):
+        store.set(many.key(rank), "")
+        dist.Store.add(store, many.count, 1)
+    store.num_requests = 0
+    meeting._wait_for_all(store, many, 10)
+    assert store.num_requests == 2
+
+
+def member_of(num_ranks: int) -> meeting.Member:
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1"}
+    return rank_member(place)
+
+
+def test_more_ranks_than_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 300 + meeting.NUM_SPARE_FILES
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed - 1, allowed))
+    try:
+        meeting.allow_connections(member_of(300))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (needed, allowed)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (before, allowed))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 4096))
+    with pytest.raises(MeetingError, match=r"may open 4096 files, too few for connections to 16384 ranks; .* to 16640"):
+        meeting.allow_connections(member_of(16384))
