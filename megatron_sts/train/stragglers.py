@@ -41,7 +41,7 @@ class RankTimes:
         rows, num_steps = all_gather_numbers(self._row()), len(self._steps)
         self._steps = []
         slowest, share = slowest_rank([(int(row["place"]), row["pass_s"] + row["data_wait_s"]) for row in rows])
-        columns = {name: [float(f"{row[name]:.6g}") for row in rows] for name in rows[0] if name != "place"}
+        columns = {name: [float(f"{row[name]:.4g}") for row in rows] for name in rows[0] if name != "place"}
         if (traced := pipeline_trace(self._stage)) is not None:
             self._log.trace(self._stage.spec.name, step, traced)
         self._log.event(

@@ -6,6 +6,7 @@ PyTorch counts attention only where it is made of products, so ``SDPBackend.MATH
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -55,9 +56,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield found
 
 
-def executed(folder: Path, stage: dict[str, Any]) -> tuple[Stage, StepResult, int]:
+def executed(folder: Path, stage: dict[str, Any], samples: str = "samples.json") -> tuple[Stage, StepResult, int]:
     """A stage's first step on this one rank, and the FLOPs that PyTorch counted in it."""
     written = ladder.written_run(folder, {"name": "only", "steps": 1, "batch": BATCH, **stage})
+    written["data"]["path"] = str(folder / samples)
     resolved = ladder.resolved_run(written)
     place, gate = groups.initialize(resolved.config.parallel, seed=1), SkipGate()
     try:
@@ -84,6 +86,20 @@ def not_counted(stage: Stage, load: TokenLoad) -> int:
     side, kept = vision.image_size // vision.patch_size, 2
     means = is_pooled * load.num_images * 2 * 2 * (kept * side * side + kept * side * kept) * language.hidden_size
     return angles + useless + means
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_rows_of_text_of_an_image_and_of_several(folder: Path, num_images: int) -> None:
+    entries = json.loads((folder / "samples.json").read_text())
+    alike = [entry for entry in entries if len(entry["image"]) == num_images]
+    assert len(alike) >= 4
+    (folder / "alike.json").write_text(json.dumps(alike))
+    four = {**BATCH, "micro_batch_size": 2, "global_batch_size": 4}
+    stage, result, counted = executed(folder, {"freeze": ["vision"], "batch": four}, "alike.json")
+    load = result.totals.load
+    assert load.num_images == 4 * num_images
+    found = step_flops(stage.resolved, stage.spec, load, layers_executed=stage.num_layers, causal="full")
+    assert found + not_counted(stage, load) == counted
 
 
 @pytest.mark.parametrize("case", CASES)
