@@ -34,6 +34,8 @@ from megatron_sts.plan.timing.workload import ASSUMED, Assumptions, workload_of
 MOST_CHUNKS = 12
 """A rank: more mean more transfers and hardly less waiting."""
 MOST_MICRO_BATCH = 64
+USABLE_MEMORY = 0.95
+"""Of the device's memory: the allocator's fragmentation is in no model."""
 MOST_TIMED = 12
 """Ways whose layouts are simulated, the roughly fastest."""
 Recompute = Literal["none", "selective", "full"]
@@ -128,7 +130,7 @@ class _Search:
 
     def __init__(self, hardware: Hardware, resolved: Resolved, assumptions: Assumptions) -> None:
         self.hardware, self.start, self.assumptions = hardware, resolved, assumptions
-        self.memory_bytes = hardware.device.memory_gib * 2**30
+        self.memory_bytes = USABLE_MEMORY * hardware.device.memory_gib * 2**30
         self.num_layers = resolved.config.model.language.num_layers
         self.runs: dict[Sizes, Resolved] = {}
         self.pieces: dict[tuple[int, int, Recompute, int, int], Pieces] = {}

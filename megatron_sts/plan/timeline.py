@@ -65,7 +65,7 @@ def timeline(durations: Durations, num_microbatches: int) -> list[Event]:
 def idle_share(durations: Durations, num_microbatches: int) -> Seconds:
     """Of the ranks' time in a step, what they wait, [...]."""
     each = (durations.forward + durations.backward).mean(axis=-3).sum(axis=-2).mean(axis=-1)
-    return np.asarray(1 - num_microbatches * each / step_seconds(durations, num_microbatches))
+    return np.asarray(np.maximum(1 - num_microbatches * each / step_seconds(durations, num_microbatches), 0))
 
 
 def _end(durations: Durations, num_microbatches: int) -> Seconds:
