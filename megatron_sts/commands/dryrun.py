@@ -44,7 +44,13 @@ def add(commands: Commands) -> None:
         help="whose decoder layers are counted: torch's, which are run, or Transformer Engine's (with FP8), by a table of what they "
         "keep and send (default: torch)",
     )
-    dryrun.add_argument("--memory-gib", type=float, metavar="GIB", help="of a device: say if a rank needs more")
+    memory = dryrun.add_mutually_exclusive_group()
+    memory.add_argument("--memory-gib", type=float, metavar="GIB", help="what a rank may use: say if it needs more")
+    memory.add_argument(
+        "--hardware",
+        metavar="NAME",
+        help="say if a rank needs more memory than h100, h200, a100, or a YAML file of the same form has",
+    )
     add_json(dryrun)
 
 
@@ -62,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         refuse("--rank", args.rank, f"the run has {resolved.world_size} ranks", "count from 0")
     if args.memory_gib is not None and args.memory_gib <= 0:
         refuse("--memory-gib", args.memory_gib, "no device has that", "give what one has")
-    accounts, problems = _accounts(resolved, stage.name, args)
+    memory_gib = args.memory_gib if args.hardware is None else _usable_gib(args.hardware)
+    accounts, problems = _accounts(resolved, stage.name, args, memory_gib)
     if args.json:
         found = {"stage": stage.name, "ranks": [account.as_json() for account in accounts], "problems": problems}
         print(json.dumps(found))
@@ -75,7 +82,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _accounts(resolved: Resolved, stage: str, args: argparse.Namespace) -> tuple[list[Account], list[str]]:
+def _usable_gib(hardware: str) -> float:
+    """Of a device's memory, what its context leaves."""
+    from megatron_sts.cost.peak import CONTEXT_BYTES
+    from megatron_sts.plan.hardware import load_hardware
+
+    return load_hardware(hardware).device.memory_gib - CONTEXT_BYTES / 2**30
+
+
+def _accounts(
+    resolved: Resolved, stage: str, args: argparse.Namespace, memory_gib: float | None
+) -> tuple[list[Account], list[str]]:
     """Of each rank asked for, and what is wrong with them."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: a dry run is the same with and without
     from megatron_sts.dry import run as dry
@@ -94,5 +111,5 @@ def _accounts(resolved: Resolved, stage: str, args: argparse.Namespace) -> tuple
         except DryRunError as error:
             problems.append(str(error))
         else:
-            problems += too_large(account, args.memory_gib)
+            problems += too_large(account, memory_gib)
     return accounts, problems

@@ -36,7 +36,7 @@ def too_large(account: Account, memory_gib: float | None) -> list[str]:
     largest = max(parts, key=lambda name: parts[name])
     return [
         f"rank {account.rank} (pipeline rank {account.pp_rank}), stage {account.stage} needs {memory.peak_bytes / GIB:.1f} GiB at its "
-        f"peak, the device has {memory_gib:g}: {listed}; {REMEDIES[largest]}"
+        f"peak, it may use {memory_gib:.4g}: {listed}; {REMEDIES[largest]}"
     ]
 
 

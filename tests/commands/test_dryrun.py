@@ -56,10 +56,25 @@ def test_ranks_that_are_too_large_are_named(config: str, capsys: pytest.CaptureF
     assert main(["dryrun", config, "--stages", "--memory-gib", str(4 * MIB_OF_GIB)]) == 1
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith(
-        "megatron-sts: rank 0 (pipeline rank 0), stage only needs 0.0 GiB at its peak, the device has 0.00390625: "
+        "megatron-sts: rank 0 (pipeline rank 0), stage only needs 0.0 GiB at its peak, it may use 0.003906: "
     )
     assert last.startswith("megatron-sts: rank 8 (pipeline rank 1), stage only needs")
     assert "optimizer 0.0" in first and first.endswith("use_distributed_optimizer=true, or raise the parallel sizes")
+
+
+def test_what_a_device_has(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """79.1 GiB of an A100, less what its context takes; two ranks instead of 512 do not hold a 70B model."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    sizes = [
+        f"parallel.{name}={size}" for name, size in (("pipeline_model_parallel_size", 1), ("data_parallel_size", 1))
+    ]
+    layout = ["parallel.virtual_pipeline_model_parallel_size=null", "parallel.layout=even", "stages.finetune.lds=null"]
+    batch = [f"stages.*.batch.{name}={size}" for name, size in (("global_batch_size", 4), ("micro_batch_size", 2))]
+    words = ["dryrun", str(ROOT / "examples/llava_llama3_70b"), "--hardware", "a100", *sizes, *layout, *batch]
+    assert main(words) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert " it may use 77" in line or " it may use 78" in line
+    assert "optimizer 98." in line
 
 
 def test_a_step_that_fails_is_told_in_one_line(
@@ -84,6 +99,7 @@ def test_a_step_that_fails_is_told_in_one_line(
         (["--step", "10"], "--step=10: stage only has 10 steps"),
         (["--memory-gib", "0"], "--memory-gib=0.0: no device has that"),
         (["--rank", "1", "--stages"], "not allowed with"),
+        (["--hardware", "h99"], "--hardware=h99: neither a preset nor a file"),
         (["parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size=3"),
     ],
 )

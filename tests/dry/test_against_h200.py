@@ -55,14 +55,12 @@ def measured_gib(fmt: str, stage: str, case: str, *, micro_batch_size: int) -> f
 @pytest.mark.parametrize(
     ("fmt", "stage", "case", "micro_batch_size"),
     [
-        ("torch", "alignment", "dense", 4),
         ("torch", "alignment", "VTC", 4),
         ("torch", "finetune", "LDS 75%", 4),
         ("te", "alignment", "dense", 16),
         ("te", "finetune", "dense", 4),
         ("tensorwise", "alignment", "VTC", 16),
         ("tensorwise", "finetune", "dense", 4),
-        ("tensorwise", "finetune", "LDS 75%", 4),
     ],
 )
 def test_the_peak_is_that_of_a_gpu(fmt: str, stage: str, case: str, micro_batch_size: int) -> None:
