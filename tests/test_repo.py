@@ -21,6 +21,7 @@ DOCUMENTS = [
     ROOT / "megatron_sts/lds/README.md",
     ROOT / "megatron_sts/plan/README.md",
     ROOT / "megatron_sts/report/README.md",
+    ROOT / "megatron_sts/vtc/README.md",
     *sorted(ROOT.glob("examples/*/README.md")),
 ]
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("examples/*/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])  # fmt: skip

@@ -1,6 +1,7 @@
 """Layer skipping in a training script of one's own on megatron-core: what our trainer is made of, in the places of core's.
 
-Stable: the names in ``__all__``, with their arguments. What to change in a script: ``examples/adopt_megatron_core``.
+Stable: the names in ``__all__``, with their arguments. What to change in a script: ``examples/adopt_megatron_core`` and, for
+compression of visual tokens, ``examples/adopt_mimo``.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sts.config.errors import refuse
-from megatron_sts.config.schema import LdsConfig
+from megatron_sts.config.schema import LdsConfig, VtcConfig
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.lds.placement import placed
@@ -28,13 +29,14 @@ from megatron_sts.lds.rounds import active_rounds
 from megatron_sts.lds.sync import MaskPlan
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.layer import SkippableTransformerLayer, skippable
-from megatron_sts.mcore.module import bare
+from megatron_sts.mcore.module import bare, is_end
+from megatron_sts.mcore.token_compressor import TokenCompressor
 from megatron_sts.mcore.units import ScheduleUnit, schedule_function, schedule_units
 from megatron_sts.mcore.update import LayerwiseUpdate
 from megatron_sts.runtime.clock import StoppedClock
 from megatron_sts.runtime.device import current_device
 
-__all__ = ["LayerSkipper", "LdsConfig", "SkippableTransformerLayer"]
+__all__ = ["LayerSkipper", "LdsConfig", "SkippableTransformerLayer", "TokenCompressor", "VtcConfig"]
 
 Schedule = Callable[..., list[Any]]
 """Called as what ``get_forward_backward_func`` returns."""
@@ -205,10 +207,10 @@ class SeenChunk(torch.nn.Module):
         self._run = unit.forward
         self.config = unit.config
         chunks = [bare(part) for part in unit.parts]
-        self.pre_process = any(chunk.pre_process for chunk in chunks)
-        self.post_process = any(chunk.post_process for chunk in chunks)
-        needs_most = next((chunk for chunk in chunks if chunk.pre_process or chunk.post_process), chunks[0])
-        self.vp_stage: int | None = needs_most.vp_stage
+        self.pre_process = any(getattr(chunk, "pre_process", True) for chunk in chunks)
+        self.post_process = any(getattr(chunk, "post_process", True) for chunk in chunks)
+        needs_most = next(filter(is_end, chunks), chunks[0])
+        self.vp_stage: int | None = getattr(needs_most, "vp_stage", None)
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Runs all of the unit's chunks that do anything."""

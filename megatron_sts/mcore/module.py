@@ -44,6 +44,11 @@ def bare(module: torch.nn.Module) -> Any:
     return module
 
 
+def is_end(model: Any) -> bool:
+    """Whether a ``bare`` model holds the embedding or the head. One that does not say so is whole."""
+    return bool(getattr(model, "pre_process", True) or getattr(model, "post_process", True))
+
+
 def unwrap(module: torch.nn.Module) -> PipelineChunk:
     """The chunk inside DDP and precision wrappers."""
     chunk = bare(module)

@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_sts.cost.pass_order import grouped
 from megatron_sts.mcore.buckets import LayerDataParallel
-from megatron_sts.mcore.module import bare
+from megatron_sts.mcore.module import bare, is_end
 
 
 class ScheduleUnit(torch.nn.Module):
@@ -92,8 +92,7 @@ def parts_of(chunks: Sequence[torch.nn.Module], group: Sequence[int], active: Se
 
     Others would copy their input. If that is all, one does: what is relayed beside the schedule must be received.
     """
-    models = {number: bare(chunks[number]) for number in group}
-    busy = [n for n in group if n in active or models[n].pre_process or models[n].post_process]
+    busy = [number for number in group if number in active or is_end(bare(chunks[number]))]
     return [chunks[number] for number in busy or group[:1]]
 
 

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
-import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.dist.launch import run_ranks
+from tests.examples.adopting import check_change, discarding, load_script
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/adopt_megatron_core"
 NUM_STEPS, NUM_RANKS, NUM_LAYERS = 3, 4, 8
@@ -41,13 +38,7 @@ BYTES_RTOL = 0.02
 
 
 def test_the_readme_shows_the_change() -> None:
-    readme = (EXAMPLE / "README.md").read_text()
-    found = subprocess.run(["diff", "-U0", "before.py", "after.py"], cwd=EXAMPLE, capture_output=True, text=True)
-    changes = [line for line in found.stdout.splitlines() if not line.startswith(("---", "+++"))]
-    [shown] = re.findall(r"```diff\n(.*?)```", readme, re.S)
-    assert shown.splitlines() == changes
-    for sign in "+-":
-        assert sum(line.startswith(sign) for line in changes) <= 5
+    check_change(EXAMPLE, 5)
 
 
 class ReducedBytes(TorchDispatchMode):
@@ -66,10 +57,7 @@ class ReducedBytes(TorchDispatchMode):
 
 def script(name: str) -> ModuleType:
     """The script, without clipping: its factor has the rounding of the gradient norm."""
-    spec = importlib.util.spec_from_file_location(name, EXAMPLE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(EXAMPLE / f"{name}.py")
     plain = module.OptimizerConfig
     module.OptimizerConfig = lambda **settings: plain(**settings | {"clip_grad": 0.0})
     return module
@@ -84,24 +72,6 @@ def run(module: ModuleType) -> dict[str, Any]:
         module.main()
     groups.destroy()
     return {"printed": printed.getvalue(), "flops": flops.get_total_flops(), "reduced": reduced.total}
-
-
-@contextlib.contextmanager
-def discarding(skipped: list[int]) -> Iterator[None]:
-    """megatron-core's own layers compute, and these add nothing to the residual stream."""
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    plain = TransformerLayer.forward
-
-    def forward(layer: Any, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        output, context = plain(layer, hidden_states=hidden_states, **kwargs)
-        return (hidden_states + 0.0 * output if layer.layer_number - 1 in skipped else output), context
-
-    TransformerLayer.forward = forward
-    try:
-        yield
-    finally:
-        TransformerLayer.forward = plain
 
 
 def with_lds(module: ModuleType, **lds: Any) -> ModuleType:
@@ -168,7 +138,7 @@ def train_every_way() -> None:
     }
     for name, skipped in (("rounds", ROUNDS), ("scattered", SCATTERED)):
         found[name] = run(with_lds(script("after"), sampler="fixed", fixed_layers=skipped))
-        with discarding(skipped):
+        with discarding(skipped, hidden_size=64):
             found[f"{name}, discarded"] = run(script("before"))
     after = script("after")
     after.LayerSkipper = skipper_that_evaluates(sampled)

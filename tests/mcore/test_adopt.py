@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,17 +22,16 @@ from megatron.core.transformer.transformer_block import LayerNormImpl, Transform
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_sts import lds as library
+from megatron_sts import lds, vtc
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.lds.mask import draw_mask
 from megatron_sts.lds.placement import placed
-from megatron_sts.mcore import groups
+from megatron_sts.mcore import adopt, groups
 from megatron_sts.mcore.adopt import LayerSkipper, LdsConfig
 from megatron_sts.runtime.dist import process_group
 
 NUM_LAYERS, NUM_STEPS, NUM_MICROBATCHES = 4, 3, 3
 DRAWN = {"alpha": 0.6, "schedule": "constant"}
-ROOM = Path(__file__).resolve().parents[2] / "megatron_sts/lds"
 
 
 def config(**settings: Any) -> TransformerConfig:
@@ -116,9 +116,9 @@ def train(skipper: LayerSkipper | None, settings: TransformerConfig, step_forwar
 )
 def test_skipping_is_computing_and_discarding(granularity: str, recompute: dict[str, Any]) -> None:
     """Layers that a whole step skips have a zero gradient in the reference, so Adam must see one here too."""
-    lds = LdsConfig(**DRAWN, granularity=granularity, skipped_update="zero_grad")
+    drawn = LdsConfig(**DRAWN, granularity=granularity, skipped_update="zero_grad")
     masks = [
-        draw_mask(lds, 7, 0, step, NUM_STEPS, placed(((NUM_LAYERS,),), 0.0), NUM_MICROBATCHES)
+        draw_mask(drawn, 7, 0, step, NUM_STEPS, placed(((NUM_LAYERS,),), 0.0), NUM_MICROBATCHES)
         for step in range(NUM_STEPS)
     ]
     assert any(any(mask.idle) for mask in masks) and any(len(set(mask.rows)) > 1 for mask in masks) == (not recompute)
@@ -135,7 +135,7 @@ def test_skipping_is_computing_and_discarding(granularity: str, recompute: dict[
         parallel_state.initialize_model_parallel()
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         settings = config(**recompute)
-        skipper = LayerSkipper(settings, lds, num_steps=NUM_STEPS, num_microbatches=NUM_MICROBATCHES, seed=7)
+        skipper = LayerSkipper(settings, drawn, num_steps=NUM_STEPS, num_microbatches=NUM_MICROBATCHES, seed=7)
         found, expected = train(skipper, settings, None), train(None, config(**recompute), counted)
         groups.destroy()
     assert found == expected
@@ -143,7 +143,7 @@ def test_skipping_is_computing_and_discarding(granularity: str, recompute: dict[
 
 
 @pytest.mark.parametrize(
-    ("settings", "lds"),
+    ("settings", "skipping"),
     [
         ({"num_moe_experts": 2}, {}),
         ({"mtp_num_layers": 1}, {}),
@@ -153,20 +153,25 @@ def test_skipping_is_computing_and_discarding(granularity: str, recompute: dict[
     ],
     ids=str,
 )
-def test_refused(settings: dict[str, Any], lds: dict[str, Any]) -> None:
+def test_refused(settings: dict[str, Any], skipping: dict[str, Any]) -> None:
     plain = config()
     for name, value in settings.items():
         setattr(plain, name, value)
     name = list(settings)[-1]
     with pytest.raises(ConfigError, match=f"^{name}={settings[name]}: .*; "):
-        LayerSkipper(plain, LdsConfig(**lds), num_steps=2)
+        LayerSkipper(plain, LdsConfig(**skipping), num_steps=2)
 
 
-def test_the_library_is_what_its_readme_shows() -> None:
-    readme = (ROOM / "README.md").read_text()
+@pytest.mark.parametrize("library", [lds, vtc], ids=["lds", "vtc"])
+def test_the_library_is_what_its_readme_shows(library: ModuleType) -> None:
+    readme = Path(library.__file__ or "").with_name("README.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", readme, re.S)
     exec(code, names := {})
-    assert names["gate"].skips(5) == names["mask"].rows[0][5]
-    named = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", readme, re.M)))
-    assert sorted(set(named) - {"LayerSkipper", "LdsConfig", "SkippableTransformerLayer"}) == sorted(library.__all__)
+    if library is lds:
+        assert names["gate"].skips(5) == names["mask"].rows[0][5]
+    else:
+        assert names["visual"].shape == (144, 1024)
+        assert vtc.position_ids(names["is_visual"], [names["kept"]], 576, "original")[-1] == 577
+    named = set(re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.*?) \|", readme, re.M))))
+    assert named <= {*library.__all__, *adopt.__all__} and named >= set(library.__all__)
     assert all(getattr(library, name).__name__ == name for name in library.__all__)
