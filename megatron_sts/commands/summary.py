@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from megatron_sts.commands.bytes import assumed_kernels
 from megatron_sts.commands.notes import notes
 from megatron_sts.commands.obstacles import obstacles, other_run, unreadable_data
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
+from megatron_sts.cost.peak import peak_memory
 from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.resume import is_begun
@@ -93,6 +95,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "flops_per_step_mean": round(all_layers - skipped * (all_layers - no_layers)),
         "mean_skip_fraction": skipped,
         "state_bytes_per_rank": [memory.total_bytes for memory in memory_per_rank(resolved, stage)],
+        "peak_bytes_per_rank": [peak.total_bytes for peak in peak_memory(resolved, stage, assumed_kernels(resolved))],
         "vtc": None if config.vtc is None else config.vtc.model_dump(mode="json"),
         "lds": None if config.lds is None else config.lds.model_dump(mode="json"),
     }
@@ -142,14 +145,15 @@ def _kernels(outline: Outline) -> str:
 
 
 def _ranks_table(outline: Outline) -> Table:
-    """One row a pipeline rank: layers of each of its chunks, parameters, and the state of each stage."""
+    """One row a pipeline rank: layers of each of its chunks, parameters, and of each stage what is held throughout and at the peak,
+    on a GPU (``cost.peak``)."""
     stages = outline["stages"]
-    columns = [f"{stage['name']}: state" for stage in stages]
+    columns = [f"{stage['name']}: state, peak (GiB)" for stage in stages]
     table = Table("pipeline rank", "layers", "parameters", *columns, title="Each rank", title_justify="left")
     for rank, count in enumerate(outline["parameters_per_rank"]):
         layers = "+".join(str(chunks[rank]) for chunks in outline["layers_per_chunk"])
-        state = (f"{stage['state_bytes_per_rank'][rank] / 2**30:.2f} GiB" for stage in stages)
-        table.add_row(str(rank), layers, _short(count), *state)
+        of_stages = ([stage[f"{what}_bytes_per_rank"][rank] / 2**30 for what in ("state", "peak")] for stage in stages)
+        table.add_row(str(rank), layers, _short(count), *(f"{state:.2f}, {peak:.2f}" for state, peak in of_stages))
     return table
 
 

@@ -170,6 +170,11 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert outline["stages"][0]["num_microbatches"] == 2
     assert outline["stages"][0]["tokens_per_step"] == 256
     assert len(outline["parameters_per_rank"]) == len(outline["stages"][0]["state_bytes_per_rank"]) == 2
+    assert all(
+        peak > state
+        for stage in outline["stages"]
+        for state, peak in zip(stage["state_bytes_per_rank"], stage["peak_bytes_per_rank"], strict=True)
+    )
     assert sum(outline["parameters_per_rank"]) == sum(outline["parameters"].values())
     stage = outline["stages"][0]
     assert stage["flops_per_step_dense"] == stage["flops_per_step_all_layers"] == stage["flops_per_step_mean"] > 0

@@ -13,8 +13,10 @@ import pytest
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.cost import activations, buckets, communication, flops, memory, peak, weights
+from megatron_sts.cost.activations import Kernels
 from megatron_sts.cost.flops import forward_flops, planned_load, step_work
 from megatron_sts.cost.memory import memory_per_rank, parameters_per_rank
+from megatron_sts.cost.step import dense_step
 from megatron_sts.dry.account import Account, Work
 from megatron_sts.dry.run import rank_of_stage, run
 from megatron_sts.plan.layout import choose_layout
@@ -212,13 +214,20 @@ PEAK_RTOL = 0.01
 """Left out of the formulas: gradients on the way, batches. Measured: 0.005 on both ends of the 70B example."""
 
 
-@pytest.mark.parametrize("pp_rank", [0, 7])
-def test_the_worst_moment_of_a_70b_rank_is_the_same(pp_rank: int) -> None:
-    """Where other tensors than weights and activations are small beside them, as they are not in small models."""
+@pytest.mark.parametrize(("pp_rank", "kernels"), [(0, "engine"), (7, "torch")])
+def test_the_worst_moment_of_a_70b_rank_is_the_same(pp_rank: int, kernels: Kernels) -> None:
+    """In FP8, with torch's layers bf16; where other tensors than weights and activations are small beside them, as they are not in
+    small models."""
     resolved = resolve(load(EXAMPLES / "llava_llama3_70b"), choose_layout=choose_layout)
-    account = run(resolved, rank_of_stage(resolved, pp_rank), "finetune")
+    account = run(resolved, rank_of_stage(resolved, pp_rank), "finetune", kernels=kernels)
     stage = resolved.stage("finetune")
-    expected = peak.peak_memory(resolved, stage, "torch", counts=stage.tokens(account.step))[pp_rank]
+    expected = peak.peak_memory(resolved, stage, kernels, counts=stage.tokens(account.step))[pp_rank]
+    gathered = [
+        line.num_bytes
+        for line in communication.communication(resolved, stage, dense_step(resolved, stage), kernels)[pp_rank]
+        if (line.group, line.kind) == ("tp", "all_gather")
+    ]
+    assert sum(gathered) == account.bytes_of("tp", "all_gather")
     assert expected.activations_bytes == pytest.approx(account.memory.activations_bytes, rel=1e-5)
     assert expected.allocated_bytes == pytest.approx(account.memory.peak_bytes, rel=PEAK_RTOL)
 
