@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from megatron_sts.config.architecture import ModelConfig, Part
 from megatron_sts.config.kernels import KernelsConfig
+from megatron_sts.config.logs import LoggingConfig
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.section import Epsilon, Fraction, NonNegativeInt, PositiveInt, Ratio, Section
 
@@ -319,41 +320,6 @@ class GuardConfig(Section):
     ``suspect-NAME``; the newest from before always stays, whatever ``checkpoint.keep_last`` is. Adam's moments are seen by what they
     do to weights, in the next comparison. None: never. One all-reduce of some bytes a tensor, and one pass over the memory.
     """
-
-
-class WandbConfig(Section):
-    """A page on Weights & Biases; needs the extra ``wandb``."""
-
-    project: str
-    """Under which the page is filed."""
-    entity: str | None = None
-    """User or team. None: the key's own."""
-    name: str | None = None
-    """Of the page. None: that of the run's folder."""
-    group: str | None = None
-    """Of pages that belong together, as the seeds of one setting."""
-    tags: tuple[str, ...] = ()
-    """Words to find it by."""
-    mode: Literal["online", "offline"] = "online"
-    """offline: written into RUN_DIR/wandb, for ``wandb sync`` later. online: a key is taken from WANDB_API_KEY or ``wandb login``."""
-
-
-class LoggingConfig(Section):
-    """What is written while training."""
-
-    interval_steps: PositiveInt = 1
-    """Steps between lines of metrics.jsonl. Lines in between are not written."""
-    ranks_interval_steps: PositiveInt = 100
-    """Steps between ``ranks`` events of metrics.jsonl, and one at a stage's end: of every rank where the median seconds of a
-    step went (report/README.md) and how fast it was; and which is slowest beside others that differ by samples alone."""
-    slow_rank_share: Annotated[float, Field(gt=0)] = 0.2
-    """By what share of their median a rank must be slower than those others for a warning on the terminal."""
-    tensorboard: bool = True
-    """Write RUN_DIR/tensorboard beside metrics.jsonl."""
-    wandb: WandbConfig | None = None
-    """Send the same numbers to Weights & Biases. None: do not."""
-    device_peak_tflops: Annotated[float, Field(gt=0)] | None = None
-    """Peak of one device, for MFU. None: from the device table; unknown devices (CPU) and fp32 report null."""
 
 
 class EvaluationConfig(Section):

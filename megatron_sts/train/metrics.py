@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from megatron_sts.config.logs import WandbConfig
 from megatron_sts.config.resolve import ResolvedStage
-from megatron_sts.config.schema import WandbConfig
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.report.run import read_run
 from megatron_sts.report.trace import write_trace

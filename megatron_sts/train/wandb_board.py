@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_sts.config.schema import WandbConfig
+from megatron_sts.config.logs import WandbConfig
 
 RUN_ID = "wandb_id"
 """In RUN_DIR: under which id a run goes on there."""

@@ -13,7 +13,7 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from megatron_sts.cli import main
-from megatron_sts.config.schema import WandbConfig
+from megatron_sts.config.logs import WandbConfig
 from megatron_sts.train.wandb_board import WandbBoard
 from tests.train.stagehand import act, config, lines, scene
 
