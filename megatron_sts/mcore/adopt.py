@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallelConfig
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -114,8 +115,7 @@ class LayerSkipper:
             ConfigError: ``chunks`` were not made by ``layer_spec`` and ``data_parallel``, or the optimizer is not supported.
         """
         self._check_chunks(chunks)
-        if optimizer.config.use_precision_aware_optimizer:
-            refuse("use_precision_aware_optimizer", True, "its gradients are not where skipping looks", "switch it off")
+        _check_optimizer(optimizer)
         update = LayerwiseUpdate(optimizer, [chunk for chunk in chunks if isinstance(chunk, LayerDataParallel)])
 
         def run(**call: Any) -> list[Any]:
@@ -181,6 +181,8 @@ class LayerSkipper:
             moves = not grad_norm > config.grad_norm_skip_threshold
             if moves:
                 update.apply(frozen)
+                # megatron-core's checkpoints hold one count of steps, and refuse parameters that differ.
+                update.count_step(frozen)
         return moves, grad_norm, num_zeros
 
     def _check_chunks(self, chunks: Sequence[torch.nn.Module]) -> None:
@@ -234,6 +236,14 @@ def _check(config: TransformerConfig, lds: LdsConfig) -> None:
             "recompute_granularity", "full", "runs layers again when the gate is at another micro-batch",
             "take selective, or lds.granularity: step",
         )  # fmt: skip
+
+
+def _check_optimizer(optimizer: ChainedOptimizer) -> None:
+    if optimizer.config.use_precision_aware_optimizer:
+        refuse("use_precision_aware_optimizer", True, "its gradients are not where skipping looks", "switch it off")
+    for part in optimizer.chained_optimizers:
+        if not isinstance(part, DistributedOptimizer | Float16OptimizerWithFloat16Params | FP32Optimizer):
+            refuse("optimizer", type(part).__name__, "skipping knows none of its copies of parameters", "take Adam's")
 
 
 def _layers_per_chunk(config: TransformerConfig) -> tuple[tuple[int, ...], ...]:

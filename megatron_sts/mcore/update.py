@@ -73,6 +73,15 @@ class LayerwiseUpdate:
         for part in self.parts():
             part.step_with_ready_grads()
 
+    def count_step(self, layers: Collection[int]) -> None:
+        """Counts a step of torch's Adam for ``layers``, which it did not move. Fused kernels of other packages have one count for all."""
+        left_alone = {id(parameter) for layer in layers for parameter in self.layer_params.get(layer, ())}
+        for part in self.parts():
+            if isinstance(part.optimizer, torch.optim.Adam):
+                for parameter, state in part.optimizer.state.items():
+                    if id(parameter) in left_alone:
+                        state["step"] += 1
+
     def close(self) -> None:
         """Lets go of the parameters."""
         # The distributed optimizer's fp32 shards are views that autograd tracks: through them the gradient hooks would

@@ -97,6 +97,7 @@ def skipper_that_evaluates(found: dict[str, Any]) -> type:
                 found["runs"].append(sum(self.gate.num_runs.values()))
                 if self.step == NUM_STEPS:
                     optimizer.step()
+                    optimizer.state_dict()  # refuses parameters of which Adam counted different numbers of steps
                     train(**{**call, "forward_only": True})
                     weights = [parameter for chunk in chunks for parameter in chunk.parameters()]
                     own = torch.cat([weight.detach().flatten() for weight in weights])

@@ -77,8 +77,10 @@ def forward_step(iterator: Iterator[torch.Tensor], model: torch.nn.Module, befor
     return losses, lambda output: (output.mean(), output.detach().mean())
 
 
-def train(skipper: LayerSkipper | None, settings: TransformerConfig, step_forward: Any) -> list[tuple[float, float]]:
-    """Loss and gradient norm of each step; Adam leaves what has no gradient alone only with ``skipper``."""
+def train(
+    skipper: LayerSkipper | None, settings: TransformerConfig, step_forward: Any, saved: list[Any] | None = None
+) -> list[tuple[float, float]]:
+    """Loss and gradient norm of each step. ``saved`` gets what a checkpoint would hold of the optimizer."""
     torch.manual_seed(3)
     spec = block_of(DiscardingLayer) if skipper is None else skipper.layer_spec(block_of(HalvedLayer))
     model = GPTModel(settings, spec, 64, 16, position_embedding_type="rope")
@@ -103,6 +105,8 @@ def train(skipper: LayerSkipper | None, settings: TransformerConfig, step_forwar
         )
         _, norm, _ = optimizer.step()
         found.append((torch.stack(losses).mean().item(), float(norm)))
+    if saved is not None:
+        saved.append(optimizer.sharded_state_dict(model.sharded_state_dict()))
     return found
 
 
@@ -140,6 +144,18 @@ def test_skipping_is_computing_and_discarding(granularity: str, recompute: dict[
         groups.destroy()
     assert found == expected
     assert len(set(found)) == NUM_STEPS
+
+
+def test_checkpoints_hold_layers_that_some_steps_skipped() -> None:
+    """megatron-core saves one count of Adam's steps for all parameters, and refuses what differs."""
+    saved: list[Any] = []
+    with process_group(60.0):
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        skipper = LayerSkipper(config(), LdsConfig(**DRAWN), num_steps=NUM_STEPS, seed=7)
+        train(skipper, config(), None, saved)
+        groups.destroy()
+    assert saved[0]["state"]["common_step"] == NUM_STEPS
 
 
 @pytest.mark.parametrize(
