@@ -41,7 +41,7 @@ class Copy:
 
 
 def copies(chunks: Sequence[LayerDataParallel], optimizer: StageOptimizer) -> Iterator[Copy]:
-    """All of them on this rank: data-parallel ranks hold the same weights, tensor-parallel ranks those that
+    """All of them on this rank: data- and context-parallel ranks hold the same weights, tensor-parallel ranks those that
     are not split, first and last stage a tied embedding.
 
     So it is with gradients, once reduced, and fp32 masters, without the distributed optimizer: with it every rank has a shard

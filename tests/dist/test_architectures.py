@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, object]]] = {
     "TP2 SP qformer": ("qformer", {TP: 2, "sequence_parallel": True}),
     "PP2 qformer": ("qformer", {PP: 2}),
     "DP2 all overlap qformer": ("qformer", ALL_OVERLAP),
+    "CP2 qformer": ("qformer", {"context_parallel_size": 2, **ALL_OVERLAP}),
     "TP2 fresh": ("fresh", {TP: 2}),
 }
 

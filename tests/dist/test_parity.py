@@ -75,6 +75,7 @@ TWO_RANKS = {
     "DP2 all overlap skipped updates": ("skipped updates", ALL_OVERLAP),
     "bf16 TP2": ("bf16", {TP: 2}),
     "bf16 PP2": ("bf16", {PP: 2}),
+    "bf16 CP2": ("bf16", {"context_parallel_size": 2}),
     "TP2 again": ("all", {TP: 2}),
 }
 FOUR_RANKS = {
@@ -237,7 +238,7 @@ def test_ranks_with_other_string_hashes_train_alike(two_ranks: dict[str, Trained
         check_bit_equal(Trained(**torch.load(jobs.with_name(f"{name}.pt"))), two_ranks[name])
 
 
-@pytest.mark.parametrize("name", ["bf16 TP2", "bf16 PP2"])
+@pytest.mark.parametrize("name", ["bf16 TP2", "bf16 PP2", "bf16 CP2"])
 def test_bf16_is_close(two_ranks: dict[str, Trained], name: str) -> None:
     loss, norm, weights = differences(two_ranks[name], alone("bf16"))
     print(f"loss {loss:.1e}, norm {norm:.1e}, weights {max(weights.values()):.2f} ulps of fp32")

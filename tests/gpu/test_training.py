@@ -28,6 +28,7 @@ from tests.dist.ladder import (
     written_run,
 )
 from tests.dist.launch import REPOSITORY, run_ranks
+from tests.dist.test_context import LAYOUTS as CONTEXT_LAYOUTS
 from tests.dist.test_parity import LAYOUTS, relative
 
 pytestmark = pytest.mark.timeout(300)
@@ -175,6 +176,7 @@ def test_every_layout_trains_as_one_gpu(folder: Path, num_ranks: int) -> None:
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs, has {torch.cuda.device_count()}")
     layouts = {name: layout for name, (run, layout) in LAYOUTS[min(num_ranks, 4)].items() if run == "all"}
+    layouts |= {name: layout for name, layout in CONTEXT_LAYOUTS[min(num_ranks, 4)].items() if "DP2" not in name}
     jobs = folder / str(num_ranks) / "jobs.json"
     jobs.parent.mkdir(exist_ok=True)
     jobs.write_text(json.dumps({name: config(folder, "fp32", TORCH, **layout) for name, layout in layouts.items()}))
@@ -196,6 +198,7 @@ def test_engine_layouts_train_as_one_gpu(folder: Path, fp8: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs 2 GPUs, has {torch.cuda.device_count()}")
     layouts = {name: LAYOUTS[2][name][1] for name in ("TP2", "TP2 SP", "PP2 VPP2", "DP2 all overlap")}
+    layouts |= CONTEXT_LAYOUTS[2]
     jobs = folder / f"engine-{fp8}" / "jobs.json"
     jobs.parent.mkdir(exist_ok=True)
     jobs.write_text(json.dumps({name: config(folder, "bf16", ENGINE, fp8, **layouts[name]) for name in layouts}))
