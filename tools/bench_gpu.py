@@ -28,11 +28,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from megatron_sts.commands.bytes import assumed_kernels
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, ResolvedStage, resolve
 from megatron_sts.config.schema import LdsConfig
+from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.cost.flops import TokenLoad, device_peak_tflops, step_flops
 from megatron_sts.cost.memory import memory_per_rank
+from megatron_sts.cost.peak import peak_memory
 from megatron_sts.data.batch import Batch
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
@@ -168,8 +171,18 @@ def describe(stage: Stage, dense: Case, case: Case, pairs: list[tuple[float, flo
         "tflops": tflops,
         "mfu": tflops / peak_tflops if peak_tflops else None,
         "peak_memory_bytes": peak,
+        "planned_peak_bytes": planned_peak_bytes(run, stage.spec, case),
         "planned_state_bytes": memory_per_rank(run, stage.spec)[0].total_bytes,
     }
+
+
+def planned_peak_bytes(run: Resolved, spec: ResolvedStage, case: Case) -> int:
+    """What ``cost.peak`` says of the case's rows and skipped layers."""
+    batch = case.batches[0]
+    counts = TokenCounts(visual_tokens_out=batch.num_kept[:1] or (0,), sequence_length=batch.sequence_length)
+    skipped = [[layer for layer, skips in enumerate(row) if skips] for row in case.mask.rows]
+    [peak] = peak_memory(run, spec, assumed_kernels(run), counts=counts, skipped=skipped)
+    return peak.allocated_bytes
 
 
 def bench(args: argparse.Namespace, fmt: str) -> dict[str, Any]:
@@ -220,17 +233,17 @@ def main() -> None:
 
 def print_table(facts: dict[str, Any], found: dict[str, Any]) -> None:
     """One format's."""
-    console = Console(highlight=False, width=130)
+    console = Console(highlight=False, width=140)
     title = f"{facts['preset']}, {found['format']}, {facts['device']}, torch {facts['torch']}: {found['wall_s']:.0f} s in all"
     table = Table(title=title)
-    for column in ("stage", "layers", "case", "tokens", "step", "time/dense", "FLOPs/dense", "samples/s", "TFLOP/s", "MFU", "peak", "state"):  # fmt: skip
+    for column in ("stage", "layers", "case", "tokens", "step", "time/dense", "FLOPs/dense", "samples/s", "TFLOP/s", "MFU", "peak", "planned", "state"):  # fmt: skip
         table.add_column(column)
     for line in found["lines"]:
         table.add_row(
             line["stage"], str(line["num_layers"]), line["case"], str(line["tokens_per_row"]),
             f"{line['step_time_s'] * 1e3:.0f} ms", f"{line['time_ratio']:.3f}", f"{line['flops_ratio']:.3f}",
             f"{line['samples_per_s']:.1f}", f"{line['tflops']:.0f}", "-" if line["mfu"] is None else f"{line['mfu']:.1%}",
-            f"{line['peak_memory_bytes'] / 2**30:.1f} GiB", f"{line['planned_state_bytes'] / 2**30:.1f} GiB",
+            *(f"{line[size] / 2**30:.1f} GiB" for size in ("peak_memory_bytes", "planned_peak_bytes", "planned_state_bytes")),
         )  # fmt: skip
     console.print(table)
     if found["problem"]:

@@ -41,6 +41,8 @@ def test_bench_times_every_case_next_to_a_dense_step(monkeypatch: pytest.MonkeyP
     ratios = [line["flops_ratio"] for line in found["lines"]]
     assert ratios[0] == ratios[2] == 1 and 1 > ratios[3] > ratios[4] > ratios[5] > 0 and ratios[1] < 1
     assert all(line["step_time_s"] > 0 and line["tflops"] > 0 for line in found["lines"])
+    planned = [line["planned_peak_bytes"] for line in found["lines"]]
+    assert planned[0] > planned[1] and sorted(planned[2:], reverse=True) == planned[2:]
     bench_gpu.print_table({"preset": "tiny", "device": "cpu", "torch": "2"}, found)
     assert not unusable["lines"] and unusable["problem"].count("Transformer Engine is not usable here") == 2
 
