@@ -7,6 +7,7 @@ the plan and the format here, not the writing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_sts.runtime.device import current_device
+from megatron_sts.runtime.dist import any_rank
 from megatron_sts.runtime.integrity import digest_of, digested
 
 FILES = ("metadata.json", ".metadata")
@@ -136,18 +138,30 @@ class _Plan(TorchDistSaveShardedStrategy):
 
     writer: _Writer
     metadata: Metadata | None
+    _last: tuple[list[Any], Metadata | None] | None = None
+    """What this rank wrote of the last checkpoint and, on the first rank, what all did: for every instance."""
 
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore") -> AsyncRequest:
+        """Plans. Most checkpoints have the parts of the one before; the first rank need not gather and look at those of thousands again."""
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         planner = MCoreSavePlanner(
             dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
         )
-        found, *_ = save_state_dict_async_plan(
-            mcore_to_pyt_state_dict(state, False), _Writer(checkpoint_dir), planner=planner
-        )
+        tensors, writer = mcore_to_pyt_state_dict(state, False), _Writer(checkpoint_dir)
+        planner.set_up_planner(tensors, is_coordinator=torch.distributed.get_rank() == 0)
+        own = planner.create_local_plan()
+        parts = [(item.index, item.type, item.tensor_data) for item in own.items]  # an object's size may change
+        last = _Plan._last
+        is_known = not any_rank(last is None or last[0] != parts)
+        known = (own, own, True) if is_known else None
+        found, *_ = save_state_dict_async_plan(tensors, writer, planner=planner, cached_ckpt_structure=known)
         self.writer, self.metadata, _ = found
-        if self.metadata is not None:
+        if is_known:
+            assert last is not None
+            self.metadata = copy.copy(last[1])
+        elif self.metadata is not None:
             vars(self.metadata).pop("all_local_plans")  # megatron-core would store them too, and nobody reads them here
+        _Plan._last = parts, copy.copy(self.metadata)
         return AsyncRequest(None, (), [])
 
 

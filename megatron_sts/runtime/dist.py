@@ -89,6 +89,11 @@ def differs(digest: bytes, group: dist.ProcessGroup | None = None) -> bool:
     return not torch.equal(lowest, highest)
 
 
+def any_rank(is_so: bool) -> bool:
+    """Whether something is so on any rank; a collective."""
+    return bool(max_over_ranks([float(is_so)])[0])
+
+
 def max_over_ranks(values: list[float]) -> list[float]:
     """Element-wise maximum over all ranks; a collective."""
     tensor = torch.tensor(values, dtype=torch.float64, device=current_device().torch_device)
