@@ -112,6 +112,19 @@ def _one_chunk(resolved: Resolved, pp: int) -> Layout:
     return (tuple((layers * (rank + 1)) // pp - (layers * rank) // pp for rank in range(pp)),)
 
 
+def write_into(readme: Path, name: str, text: str) -> None:
+    """Puts ``text`` in the place of what stands between the lines <!-- name --> and <!-- /name --> of a README.
+
+    Raises:
+        ValueError: there is not exactly one such place.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+    after, count = re.subn(f"{begin}.*?{end}", lambda _: begin + text + end, readme.read_text(), flags=re.DOTALL)
+    if count != 1:
+        raise ValueError(f"{readme} has not exactly one place for the table: a line {begin.strip()}, and one {end}")
+    readme.write_text(after)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("example", type=Path, help="a folder with config.yaml and README.md")
@@ -124,11 +137,10 @@ def main() -> None:
     if not args.write:
         print(text, end="")
         return
-    readme = args.example / "README.md"
-    before, count = re.subn(f"{BEGIN}.*?{END}", lambda _: BEGIN + text + END, readme.read_text(), flags=re.DOTALL)
-    if count != 1:
-        parser.error(f"{readme} has not exactly one place for the table: a line {BEGIN.strip()}, and one {END}")
-    readme.write_text(before)
+    try:
+        write_into(args.example / "README.md", "plan", text)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
