@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
         "sweep",
         run,
         help="train one config with many settings and seeds",
-        description="Train every run of a sweep file (config, overrides, cases, grid, seeds; see README.md) into DIR/NAME, and write "
+        description="Train every run of a sweep file (config, overrides, cases, grid, seeds; see megatron_sts/config/README.md) into DIR/NAME, and write "
         "DIR/results.csv and results.jsonl. Runs that are finished are not repeated, others go on from their checkpoints.",
     )
     sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="YAML file")

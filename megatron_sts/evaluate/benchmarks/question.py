@@ -33,7 +33,7 @@ class Question:
     references: tuple[str, ...]
     """What is right, in the benchmark's own words: one answer, or VQA v2's ten."""
     family: str
-    """What it asks for, in words that benchmarks share: ``counting``, ``ocr`` ...; see README.md."""
+    """What it asks for, in words that benchmarks share: ``counting``, ``ocr`` ...; see megatron_sts/evaluate/README.md."""
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """By kind of breakdown (``subject``), the groups that it counts in (``NAT``)."""
 
