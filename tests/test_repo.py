@@ -1,4 +1,4 @@
-"""The repository keeps its promises: scripts parse, and what README.md names exists and is understood."""
+"""The repository keeps its promises: scripts parse, and what its READMEs name exists and is understood."""
 
 import re
 import runpy
@@ -13,34 +13,43 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [
-    ROOT / "README.md",
-    ROOT / "launch/slurm/README.md",
-    ROOT / "megatron_sts/cost/README.md",
-    ROOT / "megatron_sts/evaluate/README.md",
-    ROOT / "megatron_sts/lds/README.md",
-    ROOT / "megatron_sts/plan/README.md",
-    ROOT / "megatron_sts/report/README.md",
-    ROOT / "megatron_sts/vtc/README.md",
-    *sorted(ROOT.glob("examples/*/README.md")),
-]
+README = ROOT / "README.md"
+PLACES = ("megatron_sts/", "examples/", "tools/", "tests/", "launch/", "findings/", ".ci/")
+DOCUMENTS = [README, *sorted(path for place in PLACES for path in ROOT.glob(f"{place}**/README.md"))]
+PROGRAMS = ("bash", "megatron-sts", "python", "sbatch", "torchrun")
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("examples/*/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])  # fmt: skip
-PLACES = ("megatron_sts/", "examples/", "tools/", "tests/", "launch/", ".ci/")
 
 
 def named_commands() -> list[str]:
-    """Command lines in the documents' bash blocks."""
-    blocks = [block for path in DOCUMENTS for block in re.findall(r"```bash\n(.*?)```", path.read_text(), re.S)]
-    return [line.strip() for block in blocks for line in block.splitlines() if line.strip()]
+    """Command lines in the documents' bash blocks, fenced or indented."""
+    texts = [re.sub(r"\\\n\s*", "", path.read_text()) for path in DOCUMENTS]
+    fenced = [line for text in texts for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.splitlines()]  # fmt: skip
+    indented = [line for text in texts for line in re.findall(rf"^    (?:{'|'.join(PROGRAMS)}) .*$", text, re.M)]
+    return list(dict.fromkeys(line.strip() for line in fenced + indented if line.strip()))
+
+
+def mentioned_commands() -> list[str]:
+    """Our own commands within sentences, which may leave out what they need: ``megatron-sts plan --search``."""
+    return sorted({" ".join(words.split()) for path in DOCUMENTS for words in re.findall(r"`(megatron-sts [^`]+)`", path.read_text())})  # fmt: skip
 
 
 def named_paths() -> set[str]:
-    """Paths of this repository in the documents: in backticks, links and commands."""
-    text = "\n".join(path.read_text() for path in DOCUMENTS)
-    words = set(re.findall(r"[\w./-]+", text))
-    return {word.rstrip(".") for word in words if word.startswith(PLACES)} | set(
-        re.findall(r"\]\(([A-Z][\w.]+)\)", text)
-    )
+    """Paths of this repository in the documents: in backticks and commands."""
+    words = {word for path in DOCUMENTS for word in re.findall(r"[\w./-]+", path.read_text())}
+    return {word.rstrip(".") for word in words if word.startswith(PLACES)}
+
+
+def links(document: Path) -> list[str]:
+    """What a document links to in this repository, with the heading: ``../mcore/README.md#fp8-and-kernels``."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    return [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in target]
+
+
+def anchors(document: Path) -> set[str]:
+    """The names that GitHub gives a document's headings."""
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: str(path.relative_to(ROOT)))
@@ -65,6 +74,33 @@ def test_named_path_exists(name: str) -> None:
     assert (ROOT / name).exists()
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    for link in links(document):
+        name, _, heading = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link
+
+
+def test_the_first_page_is_short_and_leads_on() -> None:
+    """It fits a few screens; what it leaves to the rooms' own READMEs is a link away."""
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 200 and all(len(line) <= 120 for line in lines)
+    elsewhere = {path.relative_to(ROOT).as_posix() for path in DOCUMENTS if path.parent.parent != ROOT / "examples"}
+    assert elsewhere - {"README.md"} <= {link.partition("#")[0] for link in links(README)}
+
+
+@pytest.mark.parametrize("words", mentioned_commands())
+def test_mentioned_command_has_its_options(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.match(r"megatron-sts((?: [a-z][a-z-]*(?= |$))*)", words)
+    assert command is not None
+    with pytest.raises(SystemExit) as stop:
+        build_parser().parse_args([*command[1].split(), "--help"])
+    assert stop.value.code == 0
+    assert set(re.findall(r"--[a-z][\w-]*", words)) <= set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+
+
 @pytest.mark.parametrize("line", named_commands())
 def test_named_command_is_understood(line: str) -> None:
     words = shlex.split(re.sub(r"\[.*?\]", "", line), comments=True)
@@ -83,7 +119,7 @@ def test_named_command_is_understood(line: str) -> None:
 
 
 def test_named_config_resolves(tmp_path: Path) -> None:
-    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [text] = re.findall(r"```yaml\n(.*?)```", (ROOT / "megatron_sts/config/README.md").read_text(), re.S)
     (tmp_path / "config.yaml").write_text(text)
     assert resolve(load(tmp_path)).world_size == 2
     overrides = ["stages.alignment.vtc.keep_ratio=0.25", "stages.*.vtc=null", "stages.*.lds=null"]

@@ -66,7 +66,9 @@ def test_the_readme_shows_what_rounds_cost() -> None:
     """The means of the committed table, whose runs are the quickstart's fine-tuning and nothing else."""
     rows = list(csv.DictReader((EXAMPLE / "expected" / "skipping_quality.csv").open()))
     readme = re.findall(
-        r"^\| (`bernoulli`|`rounds` of .|the same, )[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.M
+        r"^\| (`bernoulli`|`rounds` of .|the same, )[^|]*\|(.*)\|$",
+        (ROOT / "megatron_sts/lds/README.md").read_text(),
+        re.M,
     )
     shown = [[float(number) for number in re.findall(r"([\d.]+) ±", cells)] for _, cells in readme]
     cases = list(dict.fromkeys(row["case"] for row in rows))
