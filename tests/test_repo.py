@@ -91,6 +91,11 @@ def test_the_first_page_is_short_and_leads_on() -> None:
     assert elsewhere - {"README.md"} <= {link.partition("#")[0] for link in links(README)}
 
 
+def test_every_tool_is_listed() -> None:
+    text = (ROOT / "tools/README.md").read_text()
+    assert not [path.name for path in ROOT.glob("tools/*.py") if f"`tools/{path.name}`" not in text]
+
+
 @pytest.mark.parametrize("words", mentioned_commands())
 def test_mentioned_command_has_its_options(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = re.match(r"megatron-sts((?: [a-z][a-z-]*(?= |$))*)", words)
