@@ -16,7 +16,7 @@ from megatron_sts.cost.peak import CONTEXT_BYTES, PeakMemory, peak_memory
 from megatron_sts.cost.step import StepShape, dense_step
 from megatron_sts.plan.step_shapes import mean_steps
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 GROUPS = ("tp", "cp", "pp", "dp")
 """Shown; the other groups exchange little."""
 
@@ -34,7 +34,8 @@ def outline_bytes(resolved: Resolved, memory_gib: float | None) -> dict[str, Any
     """JSON-ready; per-rank lists have one entry a pipeline rank. ``memory_gib``: of the device, if it is known."""
     kernels = assumed_kernels(resolved)
     stages = {stage.name: _stage(resolved, stage, kernels, memory_gib) for stage in resolved.stages}
-    return {"kernels": kernels, "device_gib": memory_gib, "context_bytes": CONTEXT_BYTES, "stages": stages}
+    context_bytes = 0 if memory_gib is None else CONTEXT_BYTES
+    return {"kernels": kernels, "device_gib": memory_gib, "context_bytes": context_bytes, "stages": stages}
 
 
 def _stage(resolved: Resolved, stage: ResolvedStage, kernels: Kernels, memory_gib: float | None) -> dict[str, Any]:
@@ -47,16 +48,16 @@ def _stage(resolved: Resolved, stage: ResolvedStage, kernels: Kernels, memory_gi
 
 
 def _memory(peak: PeakMemory, memory_gib: float | None) -> dict[str, Any]:
-    """Bytes; ``other``: logits beside their copies, weights' gradients, FP8 copies, buffers, padding, CUDA's and NCCL's own."""
-    state = asdict(peak.state)
+    """Bytes; ``other``: logits beside their copies, weights' gradients, FP8 copies, buffers, padding, on a device CUDA's and NCCL's own."""
+    state, total = asdict(peak.state), peak.allocated_bytes if memory_gib is None else peak.total_bytes
     shown = {name: state.pop(name) for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes")}
-    others = peak.total_bytes - sum(shown.values()) - peak.activations_bytes
-    headroom = None if memory_gib is None else round(memory_gib * GIB) - peak.total_bytes
+    others = total - sum(shown.values()) - peak.activations_bytes
+    headroom = None if memory_gib is None else round(memory_gib * GIB) - total
     return {
         **shown,
         "activations_bytes": peak.activations_bytes,
         "other_bytes": others,
-        "total_bytes": peak.total_bytes,
+        "total_bytes": total,
         "allocated_bytes": peak.allocated_bytes,
         "headroom_bytes": headroom,
         "passes_in_flight": peak.num_in_flight,
@@ -80,42 +81,57 @@ def _communicated(
 def print_bytes(facts: dict[str, Any], console: Console) -> None:
     """A table a stage, and what does not fit."""
     device = facts["device_gib"]
-    kernels = {"torch": "torch's", "engine": "Transformer Engine's"}[facts["kernels"]]
     for name, stage in facts["stages"].items():
+        unit, size = _unit(stage)
         table = Table(
             *("pipeline rank", "weights", "gradients", "optimizer", "activations", "other", "total"),
             *(() if device is None else ("head-room",)),
             *(group.upper() for group in GROUPS if _has(stage, group)),
-            title=f"{name}: GiB of a rank at its peak, and what it exchanges in a mean step (dense)",
-            caption=f"{kernels} layers. other: logits, weights' gradients, FP8 copies, buffers, and {facts['context_bytes'] / GIB:.0f} GiB "
-            "assumed for CUDA and NCCL. Exchanged in tensor-, context-, pipeline- and data-parallel groups: "
-            "GiB of whole tensors handed to collectives, and what is sent to other stages.",
+            title=f"{name}: {unit} of a rank at its peak, and what it exchanges in a mean step (dense)",
+            caption=_caption(facts, unit),
         )
         for rank, memory in enumerate(stage["memory_per_rank"]):
-            table.add_row(str(rank), *_cells(memory), *_exchanged(stage, rank))
+            table.add_row(str(rank), *_cells(memory, size), *_exchanged(stage, rank, size))
         console.print(table)
         for rank, memory in enumerate(stage["memory_per_rank"]):
             if (memory["headroom_bytes"] or 0) < 0:
                 console.print(f"[bold]Does not fit[/]: {name}, {_too_large(rank, memory, device)}", highlight=False)
 
 
+def _unit(stage: dict[str, Any]) -> tuple[str, int]:
+    """In which a stage's bytes are shown."""
+    largest = max(memory["allocated_bytes"] for memory in stage["memory_per_rank"])
+    return ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
+
+
+def _caption(facts: dict[str, Any], unit: str) -> str:
+    kernels = {"torch": "torch's", "engine": "Transformer Engine's"}[facts["kernels"]]
+    assumed = (
+        f", and {facts['context_bytes'] / GIB:.0f} GiB assumed for CUDA and NCCL" if facts["context_bytes"] else ""
+    )
+    return (
+        f"{kernels} layers. other: logits, weights' gradients, FP8 copies, buffers{assumed}. Exchanged in tensor-, context-, "
+        f"pipeline- and data-parallel groups: {unit} of whole tensors handed to collectives, and what is sent to other stages."
+    )
+
+
 def _has(stage: dict[str, Any], group: str) -> bool:
     return any(group in found for found in stage["communicated_per_rank_dense"])
 
 
-def _cells(memory: dict[str, Any]) -> list[str]:
+def _cells(memory: dict[str, Any], unit: int) -> list[str]:
     names = ("weights", "gradients", "optimizer", "activations", "other", "total", "headroom")
     values = (memory[f"{name}_bytes"] for name in names)
-    return [f"{value / GIB:.2f}" for value in values if value is not None]
+    return [f"{value / unit:.2f}" for value in values if value is not None]
 
 
-def _exchanged(stage: dict[str, Any], rank: int) -> list[str]:
+def _exchanged(stage: dict[str, Any], rank: int, unit: int) -> list[str]:
     """Of each group that any rank has."""
     mean, dense = stage["communicated_per_rank"][rank], stage["communicated_per_rank_dense"][rank]
     cells = []
     for group in GROUPS:
         if _has(stage, group):
-            sizes = [sum(found.get(group, {}).values()) / GIB for found in (mean, dense)]
+            sizes = [sum(found.get(group, {}).values()) / unit for found in (mean, dense)]
             cells.append(f"{sizes[0]:.2f}" if sizes[0] == sizes[1] else f"{sizes[0]:.2f} ({sizes[1]:.2f})")
     return cells
 

@@ -43,6 +43,15 @@ def test_what_does_not_fit_is_named_with_a_remedy(capsys: pytest.CaptureFixture[
     )
 
 
+def test_without_a_device_nothing_is_assumed_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    facts = outline_bytes(run_with("precision.params=fp32"), None)
+    memory = facts["stages"]["finetune"]["memory_per_rank"][0]
+    assert memory["total_bytes"] == memory["allocated_bytes"] and memory["headroom_bytes"] is None
+    print_bytes(facts, Console(width=200))
+    said = capsys.readouterr().out
+    assert "head-room" not in said and "assumed" not in said
+
+
 def test_kernels_are_those_that_gpus_would_run() -> None:
     assert assumed_kernels(run_with()) == "engine"
     assert (
