@@ -17,7 +17,12 @@ from megatron_sts.mcore.groups import context_parallel_group, place
 def own_tokens(rows: torch.Tensor, dim: int, segments: torch.Tensor | None) -> torch.Tensor:
     """This rank's tokens of whole rows, whose tokens lie along ``dim``: 1 / cp of them.
 
-    ``rows`` [b, s] (``dim`` 1) or [s, b, h] (``dim`` 0), ``segments`` int [b, s] of packed ones, else None. The gradient of what other ranks compute is zero here: summed over context-parallel ranks, as parameters' are, it is whole.
+    The gradient of what other ranks compute is zero here: summed over context-parallel ranks, as parameters' are, it is whole.
+
+    Args:
+        rows: [b, s] (``dim`` 1) or [s, b, h] (``dim`` 0).
+        dim: of the tokens.
+        segments: int [b, s] of packed rows, else None.
     """
     here = place()
     if here.cp_size == 1:

@@ -9,8 +9,9 @@ import pytest
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.precision import PrecisionConfig
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.runtime import components, probe
-from megatron_sts.runtime.kernels import Kernels
+from megatron_sts.runtime.kernels import Kernels, choose_kernels
 
 A100 = probe.Gpu("A100", (8, 0), 80 * 2**30)
 H100 = probe.Gpu("H100", (9, 0), 80 * 2**30)
@@ -245,3 +246,23 @@ def test_fp8_is_allowed_where_it_can_run() -> None:
     probe.check_fp8(PrecisionConfig(fp8="tensorwise"), importer(torch=torch_with(H100), **ENGINE))
     probe.check_fp8(PrecisionConfig(fp8="emulate"), importer(torchao__float8=object()))
     probe.check_fp8(PrecisionConfig(fp8="mxfp8"), importer(torch=torch_with(B200), **ENGINE))
+
+
+def test_engine_attention_over_several_ranks_takes_no_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = {"name": "one", "steps": 1, "optimizer": {"lr": 1.0}, "data": {"mode": "words"},
+             "batch": {"global_batch_size": 1, "micro_batch_size": 1, "sequence_length": 8}}  # fmt: skip
+    language = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 1, "ffn_hidden_size": 8, "vocab_size": 8}
+    written = {"model": {"vision": None, "language": language}, "stages": [stage]}
+
+    def check(params: str, size: int, *usable: str) -> None:
+        parallel, precision = {"context_parallel_size": size}, {"params": params}
+        config = RunConfig.model_validate({**written, "parallel": parallel, "precision": precision})
+        kernels = choose_kernels(config.kernels, config.precision, set(usable), ())
+        monkeypatch.setattr(probe, "kernels_for", lambda _: kernels)
+        assert probe.check_usable(config) is kernels
+
+    check("fp32", 1, "cuda", "transformer-engine")
+    check("bf16", 2, "cuda", "transformer-engine")
+    check("fp32", 2, "cuda")
+    with pytest.raises(ConfigError, match="context_parallel_size=2: Transformer Engine's attention over several"):
+        check("fp32", 2, "cuda", "transformer-engine")
