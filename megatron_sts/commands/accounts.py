@@ -37,13 +37,14 @@ def _ranks(accounts: Iterable[Account]) -> Table:
     for heading in ("FLOPs", "again", "weights", "grads", "Adam", "saved", "peak", "passes"):
         table.add_column(heading, justify="right")
     table.caption = (
-        "again: recomputed. saved: most that backward passes wait for. peak: of all that is in memory. "
+        "again: recomputed. weights: with copies in FP8. saved: most that backward passes wait for. peak: of all that is in memory. "
         "passes: most forward passes of chunks that wait for their backward passes"
     )
     for account in accounts:
         work, memory = account.total_work, account.memory
+        weights_bytes = memory.weights_bytes + memory.fp8_weights_bytes
         sizes = (
-            memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.activations_bytes, memory.peak_bytes,
+            weights_bytes, memory.gradients_bytes, memory.optimizer_bytes, memory.activations_bytes, memory.peak_bytes,
         )  # fmt: skip
         table.add_row(
             str(account.rank),

@@ -44,8 +44,7 @@ class PlannedBatches(StageBatches):
 
     @property
     def resident_bytes(self) -> int:
-        """What each micro-batch holds on the device for the whole step: pixels that tensor- and
-        context-parallel ranks share."""
+        """What each micro-batch holds on the device for the whole step: pixels that tensor- and context-parallel ranks share."""
         pixels = self._batch(self._stage.uncompressed).pixels
         is_shared = self._place.is_first_stage and self._place.tp_size * self._place.cp_size > 1
         return pixels.nbytes if is_shared and pixels is not None else 0

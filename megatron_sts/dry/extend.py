@@ -25,7 +25,8 @@ def extended(short: Counted, long: Counted, num_microbatches: int, resident_byte
 
     Work, layers' runs and traffic grow by the difference of ``long`` and ``short`` for every so many micro-batches. The
     pipeline is full in ``long``, so that as much is in flight later, and every further micro-batch holds ``resident_bytes``
-    on the device from the step's beginning. (The last stage also keeps a loss and a number of tokens, 8 bytes, of each: left out.)
+    on the device from the step's beginning. (Left out: small tensors that are kept of each, the last stage's loss and number of tokens
+    and chosen visual tokens on their way down the pipeline.)
     """
     more, by = num_microbatches - long.num_microbatches, long.num_microbatches - short.num_microbatches
 

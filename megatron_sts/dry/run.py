@@ -53,7 +53,7 @@ def run(
         rank: of its ``world_size`` ranks.
         stage: its name or 0-based index.
         step: 0-based; None: ``fullest_step``.
-        run_all: run every micro-batch, instead of twice as many as pipeline ranks and what follows from them.
+        run_all: run every micro-batch, instead of four times as many as pipeline ranks and what follows from them.
         kernels: whose layers are counted; see ``engine.py``.
 
     Raises:
@@ -117,9 +117,9 @@ def _numbers_to_run(parallel: ParallelConfig, spec: ResolvedStage, *, run_all: b
     """Of micro-batches: those of one step, or of two from which the whole follows. In the second the pipeline is full."""
     few = parallel.pipeline_model_parallel_size
     differ = spec.config.lds is not None and spec.config.lds.granularity == "microbatch"
-    if run_all or differ or spec.num_microbatches <= 3 * few:
+    if run_all or differ or spec.num_microbatches <= 4 * few:
         return [spec.num_microbatches]
-    return [few, 2 * few]
+    return [few, 3 * few]
 
 
 def _count(stage: Stage, step: int, num_microbatches: int, counter: Counter, in_fp8: Sequence[Fp8Linears]) -> Counted:

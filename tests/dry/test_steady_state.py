@@ -25,7 +25,7 @@ PIPELINES: dict[str, dict[str, Any]] = {
             "overlap_grad_reduce": True,
             "overlap_param_gather": True,
         },
-        "batch": {"global_batch_size": 32},
+        "batch": {"global_batch_size": 36},
     },
     "interleaved, rounds skipped": {
         "parallel": {
@@ -35,14 +35,14 @@ PIPELINES: dict[str, dict[str, Any]] = {
             "virtual_pipeline_model_parallel_size": 4,
         },
         "language": {"num_layers": 8},
-        "batch": {"global_batch_size": 16},
+        "batch": {"global_batch_size": 20},
         "lds": {"sampler": "fixed", "fixed_layers": [2, 3]},
     },
 }
 
 
-REPORT_BYTES = 8
-"""Of a micro-batch's loss and number of tokens, which the last stage keeps."""
+PEAK_RTOL = 2e-3
+"""Micro-batches' token ids and reports, which come and go or are kept; at these tiny sizes they show."""
 
 
 def counted(account: Account, peak_bytes: int | None = None) -> Account:
@@ -60,8 +60,8 @@ def test_the_rest_does_what_the_first_micro_batches_do(name: str, is_last: bool)
         pytest.skip("there is one stage only")
     rank = rank_of_stage(resolved, pp - 1 if is_last else 0)
     few, whole = run(resolved, rank), run(resolved, rank, run_all=True)
-    assert few.num_executed == 3 * pp < whole.num_executed == resolved.stages[0].num_microbatches
-    assert abs(few.memory.peak_bytes - whole.memory.peak_bytes) <= REPORT_BYTES * whole.num_microbatches
+    assert few.num_executed == 4 * pp < whole.num_executed == resolved.stages[0].num_microbatches
+    assert few.memory.peak_bytes == pytest.approx(whole.memory.peak_bytes, rel=PEAK_RTOL)
     assert counted(few, peak_bytes=0) == counted(whole, peak_bytes=0)
 
 
