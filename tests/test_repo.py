@@ -16,6 +16,18 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PLACES = ("megatron_sts/", "examples/", "tools/", "tests/", "launch/", "findings/", ".ci/")
 DOCUMENTS = [README, *sorted(path for place in PLACES for path in ROOT.glob(f"{place}**/README.md"))]
+OTHERS = {
+    "training.py",
+    "eval.py",
+    "vqaEval.py",
+    "eval_tool/calculation.py",
+    "scripts/convert_gqa_for_eval.py",
+    "llava/eval/eval_pope.py",
+    "llava/eval/eval_science_qa.py",
+    "llava/eval/m4c_evaluator.py",
+    "lmms_eval/tasks/NAME/utils.py",
+}
+"""Code that the documents name and that is not of this repository."""
 PROGRAMS = ("bash", "megatron-sts", "python", "sbatch", "torchrun")
 SCRIPTS = sorted([*ROOT.glob("launch/**/*.sh"), *ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("examples/*/*.sh"), ROOT / "tests/run.sh", ROOT / ".ci/run"])  # fmt: skip
 
@@ -72,6 +84,13 @@ def test_local_refuses_before_installing(words: list[str]) -> None:
 @pytest.mark.parametrize("name", sorted(named_paths()))
 def test_named_path_exists(name: str) -> None:
     assert (ROOT / name).exists()
+
+
+def test_named_code_exists() -> None:
+    """Also where only the end of its path is given: ``lds/rounds.py``."""
+    ours = [path.as_posix() for place in PLACES for path in (ROOT / place).rglob("*.*")]
+    names = {name for path in DOCUMENTS for name in re.findall(r"`([\w./-]+\.(?:py|sh|sbatch))`", path.read_text())}
+    assert {name for name in names if not any(path.endswith(f"/{name}") for path in ours)} == OTHERS
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
