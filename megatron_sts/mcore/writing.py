@@ -25,11 +25,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
 from torch.distributed.checkpoint.filesystem import SerializationFormat, _StoragePrefix, _write_item
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from megatron_sts.mcore.cover import fault
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import any_rank
 from megatron_sts.runtime.integrity import digest_of, digested
@@ -118,7 +120,7 @@ def plan(path: Path, state: dict[str, Any], content_metadata: dict[str, Any]) ->
     """Agrees on which rank writes what of a sharded state; a collective. ``path`` must be an empty folder.
 
     megatron-core would also hand every rank the list of what all of them write (gigabytes from thousands of ranks), for the first
-    one to look whether it covers each tensor once. Here torch looks at that in the plans, which the first rank alone gathers.
+    one to look whether it covers each tensor once. Here the first rank alone gathers plans, and looks at that in them.
     """
     strategy = _Plan()
     dist_checkpointing.save(
@@ -144,9 +146,7 @@ class _Plan(TorchDistSaveShardedStrategy):
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "mcore") -> AsyncRequest:
         """Plans. Most checkpoints have the parts of the one before; the first rank need not gather and look at those of thousands again."""
         state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        planner = MCoreSavePlanner(
-            dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
-        )
+        planner = _Planner(dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False)
         tensors, writer = mcore_to_pyt_state_dict(state, False), _Writer(checkpoint_dir)
         planner.set_up_planner(tensors, is_coordinator=torch.distributed.get_rank() == 0)
         own = planner.create_local_plan()
@@ -163,6 +163,18 @@ class _Plan(TorchDistSaveShardedStrategy):
             vars(self.metadata).pop("all_local_plans")  # megatron-core would store them too, and nobody reads them here
         _Plan._last = parts, copy.copy(self.metadata)
         return AsyncRequest(None, (), [])
+
+
+class _Planner(MCoreSavePlanner):
+    def _create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """As the original, with a look at the parts that thousands of ranks do not make long."""
+        plans, metadata = create_default_global_save_plan(self._dedup_save_plans(all_plans))
+        for name, tensor in metadata.state_dict_metadata.items():
+            if isinstance(tensor, TensorStorageMetadata) and tensor.size:
+                parts = [(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in tensor.chunks]
+                if (wrong := fault(tuple(tensor.size), parts)) is not None:
+                    raise ValueError(f"the ranks' parts of {name} are no checkpoint: {wrong}")
+        return plans, metadata
 
 
 class _Writer(FileSystemWriter):
