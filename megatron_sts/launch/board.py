@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,6 +22,8 @@ from megatron_sts.launch.missing import Absent, State
 
 TELLER_WAIT_S = 12.0
 """How long a rank waits for the one that looks who did not come."""
+SECOND_LOOK_S = 3.0
+"""A connection may break before its process is seen to be gone, or its machine to be silent: so long it is looked for."""
 MARGIN_S = 1.0
 """A collective has so much longer than ``timeout_s`` to raise before it is ended from outside."""
 
@@ -71,17 +74,20 @@ class Board:
             line, status = failure.describe(error), failure.status_of(error)
             is_lost = failure.is_lost(error)
             is_asked = is_lost or failure.may_be_lost(error)
-            told = self._ask(line, status, is_sure=is_lost) if is_asked else self._tell(line, status)
+            is_closed = is_lost and failure.is_closed(error)
+            ask = partial(self._ask, line, status, is_sure=is_lost, is_closed=is_closed)
+            told = ask() if is_asked else self._tell(line, status)
             failure.remember(error, told)
         return told
 
-    def _ask(self, line: str, status: int, *, is_sure: bool) -> Told:
-        """What ended this rank's collective. ``is_sure``: another rank did."""
+    def _ask(self, line: str, status: int, *, is_sure: bool, is_closed: bool) -> Told:
+        """What ended this rank's collective. ``is_sure``: another rank did. ``is_closed``: that rank's process ended."""
         cause = heartbeat.notice(self._folder)
         if cause is None and heartbeat.may_tell(self._folder):
-            found = missing.who(self._folder, self._num_ranks, self._rank)
+            found = self._who(is_closed=is_closed)
             if found is None or found.state >= State.BUSY:
-                found = self._among_the_living(line, found if is_sure else Absent(line, State.WAITING))
+                found = found if is_sure else Absent(line, State.WAITING)
+                found = self._among_the_living(line, found, is_closed=is_closed)
             return self._tell(found.told, status, lost=found)
         deadline = time.monotonic() + TELLER_WAIT_S
         while cause is None and time.monotonic() < deadline:
@@ -89,11 +95,22 @@ class Board:
             cause = heartbeat.notice(self._folder)
         return Told(cause or line, is_lost=True, is_first=cause is None, status=status)
 
-    def _among_the_living(self, line: str, found: Absent | None) -> Absent:
-        """What is said where every rank is there: that some disagree, if that is seen, else ``found``, else where they all wait."""
+    def _who(self, *, is_closed: bool) -> Absent | None:
+        """The ranks of which the worst is known. ``is_closed``: one of them has to be gone."""
+        deadline = time.monotonic() + (SECOND_LOOK_S if is_closed else 0.0)
+        while True:
+            found = missing.who(self._folder, self._num_ranks, self._rank)
+            if (found is not None and found.state < State.BUSY) or time.monotonic() >= deadline:
+                return found
+            time.sleep(0.1)
+
+    def _among_the_living(self, line: str, found: Absent | None, *, is_closed: bool) -> Absent:
+        """What is said where every rank is there: that some disagree, if that is seen, else ``found``, else where they all are."""
         if differing := missing.disagreement(self._folder, self._num_ranks):
             return Absent(f"{differing} ({line})", State.WAITING)
         places = missing.positions(self._folder, range(self._num_ranks))
+        if is_closed:
+            return Absent(f"rank {self._rank} lost its connection to another rank ({line}); {places}", State.WAITING)
         told = f"rank {self._rank} waited in vain, and so did the others ({line}); {places}"
         return found or Absent(told, State.WAITING)
 

@@ -34,6 +34,8 @@ LOST = (
     "failed to recv",
 )
 """Parts of what gloo and NCCL say, in a bare RuntimeError, when it is another rank that did not come."""
+CLOSED = ("closed by peer", "reset by peer", "Broken pipe", "Read error", "Connection refused", "remote process exited")
+"""Parts of what is said when another process ended; not when it only does not come."""
 LOST_CLASS = ("torch.distributed", "DistError")
 """Module and name of what torch's own errors of backend, store and network are derived from, whatever their text is."""
 _TOLD = "_megatron_sts_told"
@@ -67,6 +69,11 @@ def is_lost(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def is_closed(error: BaseException) -> bool:
+    """Whether a connection to another rank was closed: it is gone, or about to be."""
+    return any(part in str(error) for part in CLOSED)
 
 
 def may_be_lost(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ import os
 import time
 from dataclasses import asdict
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
@@ -104,3 +105,25 @@ def test_a_rank_that_failed_is_where_it_raised(board: Board, tmp_path: Path) -> 
     assert found is not None and found.where.startswith("config/load.py:")
     trailed = json.loads((tmp_path / heartbeat.FOLDER / "start" / "0.trail.json").read_text())
     assert trailed["where"] == found.where
+
+
+RESET = "Read error [127.0.0.1]:1: Connection reset by peer"
+
+
+def test_a_connection_breaks_before_its_process_is_seen_to_be_gone(board: Board, tmp_path: Path) -> None:
+    write_peer(tmp_path, is_waiting=True)  # of this very process, which runs
+    later = Timer(0.5, write_peer, (tmp_path,), {"started": 1})
+    later.start()
+    told = board.record(RuntimeError(RESET))
+    later.join()
+    assert told.line.startswith(f"rank 1 (nodea, pid {os.getpid()}) is gone; it was last in") and told.is_lost
+
+
+def test_a_closed_connection_is_not_taken_for_waiting(
+    board: Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_sts.launch.board.SECOND_LOOK_S", 0.2)
+    write_peer(tmp_path, is_waiting=True)
+    told = board.record(RuntimeError(RESET))
+    assert told.line.startswith(f"rank 0 lost its connection to another rank (RuntimeError: {RESET}); ")
+    assert "waited in vain" not in told.line and "rank 1 (nodea" in told.line
