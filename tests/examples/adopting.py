@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import re
+import runpy
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -32,6 +35,12 @@ def load_script(path: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_briefly() -> None:
+    """On each rank: SCRIPT as torchrun would start it, but for two steps."""
+    sys.argv = [os.environ["SCRIPT"], "--steps", "2"]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @contextlib.contextmanager
