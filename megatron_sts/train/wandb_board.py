@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ RUN_ID = "wandb_id"
 """In RUN_DIR: under which id a run goes on there."""
 INIT_TIMEOUT_S = 60.0
 """A server that does not answer by then is done without."""
+FINISH_TIMEOUT_S = 60.0
+"""What is not sent by then stays in RUN_DIR/wandb: the other ranks wait for this one to end."""
 
 
 class WandbBoard:
@@ -24,13 +27,14 @@ class WandbBoard:
         """Starts or goes on with the page; without a server or a key there, ``warn`` says so and nothing else happens."""
         import wandb
 
-        run_id = run_dir / RUN_ID
-        if not run_id.is_file():
-            run_id.write_text(secrets.token_hex(4), encoding="utf-8")
-        self._warn = warn
+        self._warn, self._mode = warn, settings.mode
         self._run: wandb.Run | None = None
         self._stages: set[str] = set()
-        try:
+        run_id = run_dir / RUN_ID
+        with self._losing():
+            if not run_id.is_file():
+                run_id.write_text(secrets.token_hex(4), encoding="utf-8")
+            wandb.setup(wandb.Settings(silent=True))  # at a terminal it would ask for a key, and wait
             self._run = wandb.init(
                 project=settings.project,
                 entity=settings.entity,
@@ -42,27 +46,34 @@ class WandbBoard:
                 id=run_id.read_text(encoding="utf-8"),
                 resume="allow",
                 config=dict(config),
-                settings=wandb.Settings(silent=True, console="off", init_timeout=INIT_TIMEOUT_S),
+                settings=wandb.Settings(
+                    silent=True, console="off", init_timeout=INIT_TIMEOUT_S, finish_timeout=FINISH_TIMEOUT_S
+                ),
             )
-        except wandb.errors.Error as error:
-            self._lose(error)
 
     def step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """A step's numbers."""
         if self._run is None:
             return
-        if stage not in self._stages:
-            self._stages.add(stage)
-            self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
-        self._run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
+        with self._losing():
+            if stage not in self._stages:
+                self._stages.add(stage)
+                self._run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
+            self._run.log({f"{stage}/{name}": value for name, value in values.items()} | {f"{stage}/step": step})
 
     def close(self) -> None:
-        """Waits until all is sent or, offline, written."""
+        """Waits until all is sent or, offline, written, but not for ever."""
         if self._run is not None:
-            self._run.finish()
+            with self._losing():
+                self._run.finish()
 
-    def _lose(self, error: Exception) -> None:
-        self._run = None
-        self._warn(
-            f"Weights & Biases: {' '.join(str(error).split())}; training goes on without it (logging.wandb.mode=offline writes it here)"
-        )
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Numbers on a page are not worth a run, whatever its library raises: its process may be gone, or the disk full."""
+        try:
+            yield
+        except Exception as error:
+            self._run = None
+            told = " ".join(str(error).split()) or type(error).__name__
+            way = " (logging.wandb.mode=offline writes it here)" if self._mode == "online" else ""
+            self._warn(f"Weights & Biases: {told}; training goes on without it{way}")

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from wandb.proto import wandb_internal_pb2
@@ -82,6 +83,21 @@ def test_without_a_server_training_goes_on(tmp_path: Path, monkeypatch: pytest.M
     assert told == [
         "Weights & Biases: no server there; training goes on without it (logging.wandb.mode=offline writes it here)"
     ]
+
+
+@pytest.mark.parametrize("failing", ["define_metric", "log", "finish"])
+def test_what_its_process_does_costs_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """wandb hands what it gets to a process of its own. Once that was killed, its calls raise this (wandb 0.31)."""
+    import wandb
+
+    page = Mock(**{f"{failing}.side_effect": ConnectionResetError("Connection lost")})
+    monkeypatch.setattr(wandb, "init", lambda **_options: page)
+    told: list[str] = []
+    board = WandbBoard(WandbConfig(project="sts", mode="offline"), tmp_path, {}, told.append)
+    for step in range(3):
+        board.step("finetune", step, {"loss": 1.0})
+    board.close()
+    assert told == ["Weights & Biases: Connection lost; training goes on without it"]
 
 
 def test_a_missing_package_is_told_before_ranks_start(
