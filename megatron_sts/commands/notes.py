@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from megatron_sts.config.replicated import without_replicas
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.lds.effective import CHANGING_SAMPLERS, effective_probabilities
@@ -23,6 +24,7 @@ LARGE_SCALE = 10.0
 def notes(resolved: Resolved) -> Iterator[str]:
     """One line each."""
     yield from never_saved(resolved)
+    yield from without_replicas(resolved)
     for stage in resolved.stages:
         if (lds := stage.config.lds) is not None:
             yield from blocks(resolved, stage, lds)

@@ -111,7 +111,8 @@ class Checkpointer:
                 self._newest = checkpoint
                 return read_progress(checkpoint)
             if self._settings.strict or number == len(names):
-                raise CheckpointError(f"checkpoint {name} cannot be read ({damage}); {remedy(checkpoint)}")
+                way = remedy(checkpoint, is_only=number == len(names))
+                raise CheckpointError(f"checkpoint {name} cannot be read ({damage}); {way}")
             on_rank_zero(partial(self._set_aside, checkpoint, damage))
         return Progress()
 

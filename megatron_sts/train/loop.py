@@ -59,6 +59,7 @@ def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
         log.event("kernels", **asdict(kernels))
         checkpointer = Checkpointer(resolved, run_dir / CHECKPOINTS, log, board.check)
         progress = checkpointer.find()
+        log.tell_start(resolved, is_anew=progress == Progress())
         gate = SkipGate()
         chunks = build_model(resolved, gate, load_init=progress == Progress())
         with stop.heeding_term():

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_sts.config.logs import WandbConfig
-from megatron_sts.config.resolve import ResolvedStage
+from megatron_sts.config.replicated import without_replicas
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.data.records import SkippedSample
 from megatron_sts.report.run import read_run
 from megatron_sts.report.trace import write_trace
@@ -36,6 +37,12 @@ def _ends_whole(path: Path) -> bool:
         return file.read() in (b"", b"\n")
 
 
+def _open_board(run_dir: Path) -> SummaryWriter:
+    from torch.utils.tensorboard import SummaryWriter  # half a second
+
+    return SummaryWriter(str(run_dir / "tensorboard"))
+
+
 class RunLog:
     """Writes a run's lines. ``enabled=False`` (every rank but 0) turns all of it off."""
 
@@ -53,13 +60,10 @@ class RunLog:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
         self._lines, self._unwritten = (run_dir / "metrics.jsonl").open("ab", buffering=0), b""
+        self._has_earlier_lines = self._lines.tell() > 0
         if not _ends_whole(run_dir / "metrics.jsonl"):  # a crash in the middle of a line
             self._unwritten = b"\n"
-        self._board: SummaryWriter | None = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # half a second
-
-            self._board = SummaryWriter(str(run_dir / "tensorboard"))
+        self._has_board, self._board = tensorboard, _open_board(run_dir) if tensorboard else None
         self._wandb = WandbBoard(wandb[0], run_dir, wandb[1], self.warn) if wandb else None
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -91,12 +95,21 @@ class RunLog:
             rate=f"{line['tokens_per_s']:,.0f}",
         )
         values = {name: float(v) for name, v in line.items() if name not in _NO_SCALARS and v is not None}
-        with self._losing():
-            for name, value in values.items():
-                if self._board:
-                    self._board.add_scalar(f"{line['stage']}/{name}", value, line["step"])
+        if self._has_board:
+            with self._losing():
+                self._board_step(line["stage"], line["step"], values)
         if self._wandb:
             self._wandb.step(line["stage"], line["step"], values)
+
+    def _board_step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
+        """A writer that could not write writes no more: the next step opens another."""
+        self._board = self._board or _open_board(self._run_dir)
+        try:
+            for name, value in values.items():
+                self._board.add_scalar(f"{stage}/{name}", value, step)
+        except OSError:
+            self._board = None
+            raise
 
     def skipped_samples(self, stage: str, step: int, samples: Iterable[SkippedSample]) -> None:
         """Says on the console and in the lines which samples were not used, and why."""
@@ -109,6 +122,15 @@ class RunLog:
         """Says at once that a step learnt nothing, whether or not its line is due."""
         self.warn(f"stage {stage}, step {step}: not updated: {reason}")
         self.event("not_updated", stage=stage, step=step, reason=reason)
+
+    def tell_start(self, resolved: Resolved, *, is_anew: bool) -> None:
+        """What a user may not expect of this start. ``is_anew``: it goes on from no checkpoint."""
+        if self._enabled and is_anew and self._has_earlier_lines:
+            self.say(
+                "an earlier start wrote metrics.jsonl here, and no checkpoint is left: starting from the beginning"
+            )
+        for line in without_replicas(resolved):
+            self.warn(line)
 
     def say(self, line: str) -> None:
         """A line on the console."""

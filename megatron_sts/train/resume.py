@@ -125,8 +125,10 @@ def newest(resolved: Resolved, run_dir: Path) -> tuple[Path, Progress] | None:
     return found, read_progress(found)
 
 
-def remedy(checkpoint: Path) -> str:
-    """What to do about a checkpoint that cannot be read."""
+def remedy(checkpoint: Path, *, is_only: bool = False) -> str:
+    """What to do about a checkpoint that cannot be read; ``is_only``: no other one is left that could be."""
+    if is_only:
+        return f"no other one is left: delete {checkpoint} to start from the beginning, or give another --run-dir"
     return f"delete {checkpoint} to go on from the checkpoint before it, or from the start without one"
 
 
