@@ -60,6 +60,8 @@ class Member:
     """Their names in the order of ranks; empty if unknown."""
     per_node: int = 1
     """How many of them are on a node; 0 if unknown."""
+    start: str = "0"
+    """Which one this is, where a launcher that keeps the store starts them again: what an earlier one left there is not theirs."""
 
     @property
     def name(self) -> str:
@@ -128,6 +130,7 @@ def rank_member(environment: Mapping[str, str]) -> Member:
         remedy="look whether they started, and at their logs",
         nodes=tuple(expand(environment.get("SLURM_JOB_NODELIST", ""))),
         per_node=int(environment.get("LOCAL_WORLD_SIZE", "0")),
+        start=environment.get("TORCHELASTIC_RESTART_COUNT", "0"),
     )
 
 
@@ -153,7 +156,7 @@ def meet(member: Member, timeout_s: float) -> dist.Store:
     Raises:
         MeetingError: naming the members, and nodes as far as they are known, that did not come within ``timeout_s``.
     """
-    store = _open(member, timeout_s)
+    store = dist.PrefixStore(f"start {member.start}", _open(member, timeout_s))
     try:
         store.set(member.key(member.number), "here")
         store.add(member.count, 1)

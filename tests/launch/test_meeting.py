@@ -74,6 +74,18 @@ def two_of_four() -> None:
     print("SAID", said.value, "ECHO", said.value.is_echo)
 
 
+def test_a_start_does_not_meet_those_of_the_one_before() -> None:
+    """torchrun --max-restarts keeps one store for all starts."""
+    kept = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(kept.port)}
+    place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    meeting.meet(rank_member(place), 5.0).set("address", "of a rank that is gone")
+    again = meeting.meet(rank_member(place | {"TORCHELASTIC_RESTART_COUNT": "1"}), 5.0)
+    assert not again.check(["address"])
+    with pytest.raises(MeetingError, match="rank 1 of 2 did not come"):
+        meeting.meet(rank_member(place | {"WORLD_SIZE": "2", "TORCHELASTIC_RESTART_COUNT": "2"}), 0.5)
+
+
 class Counting(dist.TCPStore):
     """Counts what it is asked."""
 
