@@ -114,6 +114,6 @@ def test_refusals_are_one_line(played: tuple[Path, list[str]]) -> None:
     strict = stagehand.told(outputs, "is not as it was written); delete")
     assert strict.startswith(f"checkpoint {NEWEST} cannot be read (rank ")
     every = stagehand.told(outputs, "checkpoint 0-finetune-0000001 cannot be read")
-    assert f"(rank 0: it has no {MANIFEST}); delete" in every
+    assert f"(rank 0: it has no {MANIFEST}); no other one is left: delete" in every
     assert not (folder / "planted" / "marker").exists()
     assert (folder / "strict" / "checkpoints" / NEWEST).is_dir()
