@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_config, add_folder, add_group, positive
+from megatron_sts.commands.interrupted import INTERRUPTED
+from megatron_sts.commands.launch_options import ARRAY, PASSED_ON, check_options, warn_of_holder
 from megatron_sts.commands.train import default_run_dir
 from megatron_sts.config.errors import ConfigError, refuse
 
 if TYPE_CHECKING:
     from megatron_sts.config.resolve import Resolved
+    from megatron_sts.config.schema import RunConfig
     from megatron_sts.launch.slurm_script import Job
-
-ARRAY = "{array}"
-"""Stands for a job array's number."""
-PASSED_ON = {
-    "partition": "where to run",
-    "account": "who pays",
-    "qos": "quality of service",
-    "time": "limit: D-HH:MM:SS; the run saves three minutes before it and goes back into the queue",
-    "constraint": "features of the nodes",
-    "nodelist": "these nodes",
-    "exclude": "not these nodes",
-    "reservation": "a reservation",
-    "mem": "memory a node; 0: all of it",
-    "array": f"numbers of a job array: {ARRAY} in --run-dir and in overrides is replaced by them",
-    "dependency": "jobs to wait for",
-}
-"""Options of sbatch that people need often; the others through --sbatch."""
 
 
 def add(commands: Commands) -> None:
@@ -89,21 +77,56 @@ def run(args: argparse.Namespace) -> int:
     if args.container and not slurm_submit.has_pyxis():
         refuse("--container", args.container, "srun has no --container-image here (the pyxis plugin of enroot)",
                "install it, or leave out --container and give --python of an environment that the nodes have")  # fmt: skip
-    script, code = _write(args, job, folder, resolved)
-    if not args.untested:
-        print(f"megatron-sts: {slurm_submit.check_startable(script)}")
-    numbers = [slurm_submit.submit(script)]
-    for _ in range(args.chain - 1):
-        numbers.append(slurm_submit.submit(script, f"--dependency=afterany:{numbers[-1]}", STS_CHAINED="1"))
+    with _removed_if_refused(folder):
+        script, code = _write(args, job, folder, resolved)
+        if not args.untested:
+            print(f"megatron-sts: {slurm_submit.check_startable(script)}")
+        numbers = [slurm_submit.submit(script)]
+    _submit_chain(script, numbers, args.chain)
     log = folder / f"job-{numbers[0]}.out"
-    shown = folder / f"job-{numbers[0]}_*.out" if args.array else log
+    shown = f"{shlex.quote(str(folder))}/job-{numbers[0]}{'_*' if args.array else ''}.out"  # the shell's * stays one
     print(f"megatron-sts: job {', '.join(numbers)}: {resolved.world_size} ranks on {args.nodes} nodes, {code}")
     print(f"megatron-sts: log {shown} (each rank's: {job.run_dir}/logs), script {script}")
     print(f"megatron-sts: follow it with: tail -F {shown}; save and end it with: scancel {numbers[0]}", flush=True)
     if not args.follow:
         return 0
-    slurm_submit.follow(numbers[0], log)
+    try:
+        slurm_submit.follow(numbers[0], log)
+    except KeyboardInterrupt:
+        told = f"no longer following; job {numbers[0]} goes on (scancel {numbers[0]} ends it)"
+        print(f"\nmegatron-sts: {told}", file=sys.stderr)
+        return INTERRUPTED
     return 0 if slurm_submit.outcome(run_dir) == "done" else 1
+
+
+@contextmanager
+def _removed_if_refused(folder: Path) -> Iterator[None]:
+    """What SLURM did not take leaves nothing behind."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except Exception:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in missing[1:]:
+            with suppress(OSError):
+                parent.rmdir()
+        raise
+
+
+def _submit_chain(script: Path, numbers: list[str], length: int) -> None:
+    """Submits the other jobs of a chain, whose ids ``numbers`` then has too.
+
+    Raises:
+        ConfigError: sbatch refused one; those before it are submitted.
+    """
+    from megatron_sts.launch import slurm_submit
+
+    while len(numbers) < length:
+        try:
+            numbers.append(slurm_submit.submit(script, f"--dependency=afterany:{numbers[-1]}", STS_CHAINED="1"))
+        except ConfigError as error:
+            told = f"of the {length} jobs of --chain only {', '.join(numbers)} were submitted, which scancel ends"
+            raise ConfigError(f"{told}: {error}") from None
 
 
 def _check(args: argparse.Namespace) -> Resolved:
@@ -113,41 +136,47 @@ def _check(args: argparse.Namespace) -> Resolved:
         ConfigError: they do not fit, or an option is no option.
     """
     from megatron_sts.config.load import load
-    from megatron_sts.config.resolve import resolve
     from megatron_sts.launch.slurm_submit import array_numbers
-    from megatron_sts.plan.layout import choose_layout
     from megatron_sts.train.resume import check_same_run
 
-    if args.gpus_per_node < 0:
-        refuse("--gpus-per-node", args.gpus_per_node, "not a number of GPUs", "give 0 or more")
-    if args.gpus_per_node == 0 and args.ranks_per_node is None:
-        refuse("--gpus-per-node", 0, "nothing says how many ranks a node has", "add --ranks-per-node")
-    if args.gpus_per_node and (args.ranks_per_node or args.gpus_per_node) > args.gpus_per_node:
-        refuse(
-            "--ranks-per-node", args.ranks_per_node, f"more than a node's {args.gpus_per_node} GPUs", "a rank has a GPU"
-        )
-    if args.array and args.follow:
-        refuse("--follow", "", "an array has a log for each of its numbers", "leave it out")
+    check_options(args)
     if args.array and args.run_dir is not None and ARRAY not in str(args.run_dir):
         refuse("--run-dir", args.run_dir, "all numbers of the array would write one folder", f"put {ARRAY} into it")
-    for word in args.env:
-        name, equals, _ = word.partition("=")
-        if not equals or not name.isidentifier():
-            refuse("--env", word, "not NAME=VALUE", "name a variable and its value")
-    world_size = args.nodes * (args.ranks_per_node or args.gpus_per_node)
+    for word in [] if args.array else [*args.overrides, f"--run-dir={args.run_dir}"]:
+        if ARRAY in word:
+            raise ConfigError(
+                f"{word}: {ARRAY} stands for the number of a job array; it needs --array, as in --array 0-3"
+            )
     checked: Resolved | None = None
     for number in array_numbers(args.array) if args.array else [None]:
         overrides = [word if number is None else word.replace(ARRAY, str(number)) for word in args.overrides]
-        resolved = resolve(load(args.config, overrides), world_size=world_size, choose_layout=choose_layout)
-        check_same_run(resolved, Path(str(_run_dir(args)).replace(ARRAY, str(number))), extend=args.extend)
+        resolved = _on_nodes(load(args.config, overrides), args)
+        run_dir = Path(str(_run_dir(args)).replace(ARRAY, str(number)))
+        check_same_run(resolved, run_dir, extend=args.extend)
+        warn_of_holder(run_dir)
         checked = checked or resolved
     assert checked is not None
     return checked
 
 
-def _told_of_dry_run(args: argparse.Namespace, resolved: Resolved, folder: Path) -> str:
-    from megatron_sts.launch.slurm_submit import array_numbers
+def _on_nodes(config: RunConfig, args: argparse.Namespace) -> Resolved:
+    """The config with the ranks that the nodes give.
 
+    Raises:
+        ConfigError: naming --nodes where it is they that do not fit.
+    """
+    from megatron_sts.config.resolve import resolve
+    from megatron_sts.plan.layout import choose_layout
+
+    num_ranks = args.ranks_per_node or args.gpus_per_node
+    try:
+        return resolve(config, world_size=args.nodes * num_ranks, choose_layout=choose_layout)
+    except ConfigError as error:
+        resolve(config, choose_layout=choose_layout)  # raises what is wrong on any nodes
+        raise ConfigError(f"--nodes={args.nodes} (x {num_ranks} ranks a node): {error}") from None
+
+
+def _told_of_dry_run(args: argparse.Namespace, resolved: Resolved, folder: Path) -> str:
     parallel = resolved.config.parallel
     sizes = {
         "tensor": parallel.tensor_model_parallel_size,
@@ -156,11 +185,10 @@ def _told_of_dry_run(args: argparse.Namespace, resolved: Resolved, folder: Path)
         "data": resolved.data_parallel_size,
     }
     shape = " x ".join(f"{name} {size}" for name, size in sizes.items())
-    jobs = "a job"
+    jobs = f"an array of jobs ({args.array})" if args.array else "a job"
     if args.chain > 1:
-        jobs = f"{args.chain} jobs, each going on from the one before,"
-    if args.array:
-        jobs += f" array of {len(list(array_numbers(args.array)))}"
+        kind = f"arrays of jobs ({args.array} each)" if args.array else "jobs"
+        jobs = f"{args.chain} {kind}, each going on once the one before has ended,"
     return (
         f"the config fits {args.nodes} nodes x {resolved.world_size // args.nodes} ranks = {shape}; without --dry-run "
         f"{jobs} would be submitted as {folder / 'job.sbatch'}; nothing was written or submitted, and SLURM was not asked"
@@ -212,7 +240,9 @@ def _directives(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
     per_task = 1 if args.srun_ranks else num_ranks
     name = default_run_dir(args.config).name
     output = str(folder / ("job-%A_%a.out" if args.array else "job-%j.out"))
-    yield "job-name", "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
+    given = dict(options_of(args.sbatch))
+    if "job-name" not in given:
+        yield "job-name", "".join(character if character.isalnum() or character in "-_." else "-" for character in name)
     yield "nodes", str(args.nodes)
     yield "ntasks-per-node", str(num_ranks if args.srun_ranks else 1)
     if args.gpus_per_node:
@@ -225,7 +255,6 @@ def _directives(args: argparse.Namespace, folder: Path) -> Iterator[tuple[str, s
     if args.exclusive:
         yield "exclusive", None
     yield "output", str(folder).replace("%", "%%") + output.removeprefix(str(folder))
-    given = dict(options_of(args.sbatch))
     for option, value in lasting():
         if option == "requeue" and (args.no_requeue or args.chain > 1):
             option = "no-requeue"

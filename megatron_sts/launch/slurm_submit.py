@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.launch.slurm_refusal import explain
 
 POLL_S = 2.0
 OVER = ("", "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -25,13 +26,13 @@ def check_startable(script: Path) -> str:
         ConfigError: SLURM could not start it.
     """
     done = _sbatch("--test-only", str(script))
-    told = " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
     if done.returncode:
-        raise ConfigError(
-            f"SLURM could not start this job ({told}); ask for nodes, GPUs, CPUs and a partition that there are (sinfo), or, if "
-            "the nodes are only down or drained now, give --untested to queue it all the same"
+        remedy = (
+            "ask for nodes, GPUs, CPUs and memory that there are (sinfo), or, if the nodes are only down or drained now, give "
+            "--untested to queue it all the same"
         )
-    return told
+        raise ConfigError(explain(done.stderr, "SLURM could not start this job", remedy))
+    return " ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in done.stderr.splitlines())
 
 
 def submit(script: Path, *options: str, **environment: str) -> str:
@@ -42,7 +43,7 @@ def submit(script: Path, *options: str, **environment: str) -> str:
     """
     done = _sbatch("--parsable", *options, str(script), **environment)
     if done.returncode:
-        raise ConfigError(f"sbatch refused {script} ({' '.join(done.stderr.split())}); correct what it names")
+        raise ConfigError(explain(done.stderr, "sbatch refused this job", "correct what it names"))
     return done.stdout.strip().partition(";")[0]
 
 

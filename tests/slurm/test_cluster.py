@@ -201,7 +201,8 @@ def test_a_job_that_can_never_start_is_refused(cluster, tmp_path: Path, capsys) 
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "SLURM could not start this job" in told and "not available" in told
     assert main(["launch", "slurm", QUICKSTART, *place, "--untested", "--partition", "none"]) == 2
-    assert "invalid partition specified: none" in capsys.readouterr().err
+    assert "sbatch refused --partition (invalid partition specified: none" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_usr1_puts_the_job_back_into_the_queue(cluster, stand_in: str, tmp_path: Path, capsys, monkeypatch) -> None:
@@ -252,6 +253,7 @@ def test_a_job_that_fails_again_and_again_is_not_requeued_for_ever(
     log = (run / f"launch/001/job-{job}.out").read_text()
     assert "start 2," in log and "start 3," not in log
     assert "failed 2 times with the same newest checkpoint (0-only-0000010)" in log
+    assert log.endswith(f"to go on, submit again with the same run folder: {run} (why it ended: outcome.json there)\n")
 
 
 def homes(run: Path) -> list[str]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
-import stat
 import subprocess
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sts.cli import main
-from megatron_sts.commands.launch_slurm import PASSED_ON
+from megatron_sts.commands.launch_options import PASSED_ON
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.launch import slurm_script, slurm_submit
 from megatron_sts.launch.slurm_submit import array_numbers
@@ -88,7 +86,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: py
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--nodes", "3", *ON_CPUS), "3 ranks"),
+        (("--nodes", "3", *ON_CPUS), "--nodes=3 (x 1 ranks a node): parallel.data_parallel_size=null: 3 ranks"),
         (("--nodes", "2", "--gpus-per-node", "0"), "--ranks-per-node"),
         (("--nodes", "2", "--gpus-per-node", "1", "--ranks-per-node", "2"), "--ranks-per-node=2"),
         (("--nodes", "2", *ON_CPUS, "sead=1"), "did you mean seed?"),
@@ -105,21 +103,6 @@ def test_refused_before_it_is_submitted(words: tuple[str, ...], said: str, capsy
     status, out, error = launch(*words, "--dry-run", capsys=capsys)
     assert (status, out) == (2, "")
     assert error.count("\n") == 1 and error.startswith("megatron-sts: error: ") and said in error
-
-
-def test_without_slurm_it_says_so(tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    mask = os.umask(0o077)
-    try:
-        status, _, error = launch("--nodes", "2", *ON_CPUS, "--run-dir", str(tmp_path / "run"), capsys=capsys)
-    finally:
-        os.umask(mask)
-    assert stat.S_IMODE((tmp_path / "run/launch/001/job.sbatch").stat().st_mode) == 0o700
-    assert status == 2 and "sbatch: no such program here" in error
-    status, _, error = launch("--nodes", "2", *ON_CPUS, "--container", "image", capsys=capsys)
-    assert status == 2 and "pyxis" in error
-    # What was to be submitted is kept: the code too, though there is no git on this PATH.
-    assert json.loads((tmp_path / "run/launch/001/code.json").read_text())["version"]
 
 
 def test_a_port_on_which_somebody_listens_is_left_alone() -> None:
