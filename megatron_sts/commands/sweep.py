@@ -18,6 +18,8 @@ from megatron_sts.config.errors import ConfigError, refuse
 if TYPE_CHECKING:
     from megatron_sts.config.sweep import SweepRun
 
+SWEEP_NAME = "sweep.yaml"
+"""The file that a folder is taken for."""
 LOG = "sweep.log"
 """In a run's folder: what its ``train`` printed."""
 
@@ -32,7 +34,7 @@ def add(commands: Commands) -> None:
         description="Train every run of a sweep file (config, overrides, cases, grid, seeds; see megatron_sts/config/README.md) into DIR/NAME, and write "
         "DIR/results.csv and results.jsonl. Runs that are finished are not repeated, others go on from their checkpoints.",
     )
-    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help="YAML file")
+    sweep.add_argument("sweep", metavar="SWEEP", type=Path, help=f"YAML file, or a folder that holds {SWEEP_NAME}")
     add_overrides(sweep, "those of every run")
     add_folder(sweep, "--out", "where runs and tables are written (default: runs/NAME of the file)")
     sweep.add_argument("--jobs", type=positive, metavar="N", default=1, help="runs at a time (default: 1)")
@@ -47,12 +49,13 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sts.config.sweep import config_of, read, runs_of
     from megatron_sts.report.sweep import rows_of, write
 
-    sweep = read(args.sweep)
+    file = args.sweep / SWEEP_NAME if args.sweep.is_dir() else args.sweep
+    sweep = read(file)
     sweep = sweep.model_copy(update={"overrides": (*sweep.overrides, *args.overrides)})
-    config, runs = config_of(sweep, args.sweep), runs_of(sweep)
+    config, runs = config_of(sweep, file), runs_of(sweep)
     mine = part_of(runs, args.part)
     check(config, runs)
-    out = args.out or Path("runs") / args.sweep.stem
+    out = args.out or Path("runs") / file.stem
     if args.dry_run:
         for each in mine:
             print(f"{each.name}: {' '.join(each.overrides)}")

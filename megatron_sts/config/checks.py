@@ -42,9 +42,7 @@ def check_run(config: RunConfig) -> None:
     check_evaluation(config)
     check_checkpoints(config.checkpoint)
     check_way_back(config)
-    if config.data != DataConfig() and all(stage.data is not None for stage in config.stages):
-        refuse("data", f"{{source: {config.data.source}, ...}}", "every stage has data of its own, so nothing reads it",
-               "set stages.NAME.data, or leave theirs out")  # fmt: skip
+    check_data_is_read(config)
     for stage in config.stages:
         check_parts(stage, config.model)
         check_decay(stage)
@@ -52,6 +50,16 @@ def check_run(config: RunConfig) -> None:
         check_keeping(stage)
         check_skipping(stage, config.model.language.num_layers)
         check_data(stage, config)
+
+
+def check_data_is_read(config: RunConfig) -> None:
+    """Stages with data of their own read nothing of the run's."""
+    default = DataConfig()
+    if config.data == default or any(stage.data is None for stage in config.stages):
+        return
+    keys = [key for key in DataConfig.model_fields if getattr(config.data, key) != getattr(default, key)]
+    refuse(f"data.{keys[0]}", getattr(config.data, keys[0]), "every stage has data of its own, so nothing reads it",
+           f"set stages.*.data.{keys[0]}, or leave out the stages' own data")  # fmt: skip
 
 
 def check_tensor_parallel(config: RunConfig) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ CONFIG_NAME = "config.yaml"
 
 DERIVED_KEY = "resolved"
 """Top-level key of derived values in a dumped config; ignored when it is read again."""
+
+NULL_REMEDIES = {"evaluation": "evaluation.num_questions=0 does without it"}
+"""What is meant by null where a group of keys has to be."""
 
 
 def load(path: Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> RunConfig:
@@ -140,6 +145,9 @@ def _explain(errors: Sequence[ErrorDetails], values: Any) -> str:
     ]
     if len(asked) > 1:
         message = f"Input should be {' or '.join(asked)}"
+    message = re.sub(r"a valid dictionary or instance of \w+", "a group of keys", message)
+    if error["type"] == "model_type":
+        message += "; " + NULL_REMEDIES.get(field if value is None else "", f"write {field}.KEY=VALUE, or leave it out")
     return _one_line(f"{field}={_short(value)}: {message.replace('Input should', 'it should', 1)}")
 
 
@@ -174,7 +182,7 @@ def _nearest(location: Sequence[str | int]) -> str:
 
 def _short(value: object) -> str:
     """A value for an error line."""
-    text = _one_line(value)
+    text = json.dumps(value) if value is None or isinstance(value, bool) else _one_line(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 

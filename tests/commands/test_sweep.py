@@ -60,7 +60,7 @@ def test_a_wrong_file_is_one_line(
 
 def test_the_quickstarts_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(runs_of(read(QUICKSTART))) == 12
-    assert main(["sweep", str(QUICKSTART), "--dry-run", "--part", "2/5"]) == 0
+    assert main(["sweep", str(QUICKSTART.parent), "--dry-run", "--part", "2/5"]) == 0
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
         "dense-seed=2", "lds-seed=1", "sts-seed=3", "3 of 12 runs, into runs/sweep",
     ]  # fmt: skip

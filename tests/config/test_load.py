@@ -65,7 +65,11 @@ def test_interpolation_sees_overrides(path: Path) -> None:
         ("stages.0.name=finetune", "stages: names must differ"),
         ("stages.0.name=a/b", "stages.a/b.name=a/b: String should match pattern"),
         ("stages=3", "stages=3: it should be a valid tuple"),
-        ("stages.0=3", "stages.0=3: it should be a valid dictionary"),
+        ("stages.0=3", "stages.0=3: it should be a group of keys; write stages.0.KEY=VALUE, or leave it out"),
+        (
+            "evaluation=null",
+            "evaluation=null: it should be a group of keys; evaluation.num_questions=0 does without it",
+        ),
     ],
 )
 def test_wrong_override_is_one_line(path: Path, override: str, message: str) -> None:
@@ -76,7 +80,7 @@ def test_wrong_override_is_one_line(path: Path, override: str, message: str) -> 
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [1", "not valid YAML"), ("- 1", "holds a list"), ("a", "a=None: unknown key"), ("", "model: missing")],
+    [("a: [1", "not valid YAML"), ("- 1", "holds a list"), ("a", "a=null: unknown key"), ("", "model: missing")],
 )
 def test_wrong_file_is_one_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "config.yaml"

@@ -131,7 +131,7 @@ def test_rows_without_padding_may_hold_as_many_words_as_without_vtc(path: Path) 
 
 
 def test_data_that_nobody_reads_are_refused(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data=\{source: scenes, \.\.\.\}: every stage has data of its own"):
+    with pytest.raises(ConfigError, match=r"^data\.num_turns=2: every stage .* set stages\.\*\.data\.num_turns, or"):
         resolve(load(path, ["data.num_turns=2", "stages.*.data={mode: caption}"]))
 
 
