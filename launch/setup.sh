@@ -95,7 +95,9 @@ sts_install() {
     sts_say "error: the installation failed (see above); start again to resume it"
     return 1
   }
-  sts_fingerprint "$root" >"$venv/.megatron-sts"
+  # A new file in the old one's place: a copy of the environment may share its files by hard links.
+  sts_fingerprint "$root" >"$venv/.megatron-sts.new" || return 1
+  mv -f "$venv/.megatron-sts.new" "$venv/.megatron-sts" || return 1
   sts_say "ready"
 }
 
@@ -117,3 +119,8 @@ sts_setup() {
   export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
   unset PYTHONHOME
 }
+
+if [ "${BASH_SOURCE[0]}" = "$0" ]; then
+  sts_say "error: $0 only defines sts_setup for scripts that source it; run launch/local.sh or tests/run.sh, which make the environment"
+  exit 2
+fi
