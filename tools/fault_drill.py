@@ -266,10 +266,19 @@ def described(trial: Trial) -> str:
     return f"{where}: {seconds}took {trial.took_s:g} s: {'; '.join(trial.wrong) or 'ok'}"
 
 
+class Parser(argparse.ArgumentParser):
+    """Knows the kinds only when it is asked for help: they import what runs must not have."""
+
+    def format_help(self) -> str:
+        from faults.kinds import KINDS
+
+        return f"{super().format_help()}\nkinds: {' '.join(kind.name for kind in KINDS)}\n"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=100, help="faults in all (default: 100)")
-    parser.add_argument("--kinds", nargs="+", default=[], metavar="NAME", help="only these")
+    parser.add_argument("--kinds", nargs="+", default=[], metavar="NAME", help="only these, of those below")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/fault_drill"), help="what failed trials left stays there"
