@@ -38,9 +38,12 @@ WAITING = (
     "p2p_communication.py",
     "param_and_grad_buffer.py",
     "mcore/relay.py",
+    "mcore/collectives.py",
     f"{ROOT}/launch/",
 )
 """Parts of the files whose functions wait for other ranks, or tell that one did not come."""
+TIMING = tuple(f"{ROOT}/{file}" for file in ("mcore/collectives.py", "mcore/passes.py", "runtime/clock.py"))
+"""Files of functions that only time what others do: where a rank is, those say that called them."""
 READING = "torch/distributed/checkpoint/"
 """Reads and writes files: what waits in there calls torch/distributed/ itself."""
 NUM_INNER = 3
@@ -154,8 +157,8 @@ def _waits(file: str) -> bool:
 
 
 def _place_in(frame: FrameType, line: int) -> str:
-    """The line of this package, but not of the room that looks; empty elsewhere."""
+    """The line of this package, but not of the room that looks, nor of a timer; empty elsewhere."""
     file = frame.f_code.co_filename
-    if not file.startswith(f"{ROOT}/") or file.startswith(f"{ROOT}/launch/"):
+    if not file.startswith(f"{ROOT}/") or file.startswith((f"{ROOT}/launch/", *TIMING)):
         return ""
     return f"{file.removeprefix(f'{ROOT}/')}:{line} ({frame.f_code.co_name})"

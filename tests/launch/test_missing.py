@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -146,26 +147,54 @@ def test_a_busy_ranks_time_is_by_its_own_clock(tmp_path: Path) -> None:
     assert " did not come: for 7 s it has been in " in said
 
 
-def test_reading_a_checkpoint_is_no_wait_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A rank whose disk hangs is to be named, though torch reads in torch/distributed/."""
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, bool]]:
+    """What is seen of a main thread with a function of each of these files on its stack, outermost first."""
 
     def look(frame: object) -> tuple[str, bool]:
         monkeypatch.setattr(sys, "_current_frames", lambda: {threading.main_thread().ident: frame})
         return trail.where()
 
-    def seen(*files: str) -> bool:
-        """With a function of each of these files on the main thread's stack, outermost first."""
+    def on_stack(*files: str) -> tuple[str, bool]:
         call, space = "found = look(sys._getframe())", {"look": look, "sys": sys}
         for number, file in enumerate(reversed(files)):
             exec(compile(f"def f{number}():\n    global found\n    {call}", file, "exec"), space)
             call = f"f{number}()"
         exec(call, space)
-        return space["found"][1]
+        found: tuple[str, bool] = space["found"]
+        return found
 
-    # In a checkout that is called as the package is.
-    package, torch = f"{trail.ROOT}/mcore/checkpoint.py", "/x/megatron_sts/.venv/lib/torch/distributed"
-    assert not seen(package, f"{torch}/checkpoint/filesystem.py")
-    assert seen(package, f"{torch}/checkpoint/utils.py", f"{torch}/c10d_logger.py", f"{torch}/distributed_c10d.py")
+    return on_stack
+
+
+# In a checkout that is called as the package is.
+PACKAGE, TORCH, CORE = trail.ROOT, "/x/megatron_sts/.venv/lib/torch/distributed", "/x/lib/megatron/core"
+
+
+def test_reading_a_checkpoint_is_no_wait_for_others(seen: Callable[..., tuple[str, bool]]) -> None:
+    """A rank whose disk hangs is to be named, though torch reads in torch/distributed/."""
+    here = f"{PACKAGE}/mcore/checkpoint.py"
+    assert not seen(here, f"{TORCH}/checkpoint/filesystem.py")[1]
+    assert seen(here, f"{TORCH}/checkpoint/utils.py", f"{TORCH}/c10d_logger.py", f"{TORCH}/distributed_c10d.py")[1]
+
+
+def test_timers_hide_neither_a_wait_nor_where_it_is(seen: Callable[..., tuple[str, bool]]) -> None:
+    """Overlapped transfers, of which the last function in Python is the timer's; collectives; and what waits for nobody."""
+    run, timer = f"{PACKAGE}/mcore/pipeline.py", f"{PACKAGE}/mcore/collectives.py"
+    assert seen(run, f"{CORE}/pipeline_parallel/schedules.py", timer) == ("mcore/pipeline.py:3 (f2)", True)
+    gather = (
+        f"{PACKAGE}/mcore/attention.py",
+        f"{CORE}/tensor_parallel/mappings.py",
+        timer,
+        f"{TORCH}/distributed_c10d.py",
+    )
+    assert seen(run, *gather) == ("mcore/attention.py:3 (f3)", True)
+    backward = (
+        f"{CORE}/pipeline_parallel/schedules.py",
+        f"{PACKAGE}/runtime/clock.py",
+        f"{CORE}/pipeline_parallel/schedules.py",
+    )
+    assert seen(run, *backward) == ("mcore/pipeline.py:3 (f3)", False)
 
 
 def test_a_beat_says_where_the_process_is(tmp_path: Path) -> None:
