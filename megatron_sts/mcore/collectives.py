@@ -48,7 +48,7 @@ def timing_collectives(clock: StepClock) -> Iterator[None]:
 
 def _timed(plain: Callable[..., Any], groups: Sequence[dist.ProcessGroup], clock: StepClock) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("group") not in groups:
+        if kwargs.get("group") not in groups or not clock.is_in_pass:
             return plain(*args, **kwargs)
         with clock.running("layer_communication"):
             work = plain(*args, **kwargs)

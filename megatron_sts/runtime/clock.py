@@ -17,6 +17,7 @@ pipeline_wait: for what other stages send and receive, and for the slowest stage
 data-parallel copies and shared weights, as far as nothing else runs meanwhile. optimizer: finishing gradients, their norm, the update.
 """
 KINDS: tuple[Kind, ...] = get_args(Kind)
+PASSES: tuple[Kind, ...] = ("forward", "backward")
 
 _Mark = float | torch.cuda.Event
 _Timed = tuple[Kind, Kind | None, _Mark, _Mark]
@@ -47,6 +48,11 @@ class StepClock:
     def begin(self) -> None:
         """Where ``spans`` begin to count."""
         self._began: tuple[_Mark, _Mark] = time.perf_counter(), _now("forward")
+
+    @property
+    def is_in_pass(self) -> bool:
+        """Whether what runs now is a pass, and nothing else that is timed within it."""
+        return bool(self._open) and self._open[-1] in PASSES
 
     @contextmanager
     def running(self, kind: Kind) -> Iterator[None]:
