@@ -142,16 +142,17 @@ def train_stage(
             checkpointer.settle()
         ranks.step(result, own_time_s, is_last=bool(is_last))
         check(stage, checkpointer, progress)
-        if result.not_updated is None and (back := way_back(stage, checkpointer, progress, log)) is not None:
+        back = way_back(stage, checkpointer, progress, log) if result.not_updated is None else None
+        if back is not None and not stopping:
             end(stage, progress, log)
             return back
-        is_late = bool(stopping) and is_too_late(stop, checkpointer)
-        if (is_last or checkpointer.is_due(step)) and not is_late:
+        unsaved = why_not_saved(stop, checkpointer, has_leapt=back is not None) if stopping else None
+        if (is_last or checkpointer.is_due(step)) and unsaved is None:
             is_end = stage.is_last and progress.step == spec.num_steps
             checkpointer.save(stage, progress, must=bool(stopping) or is_end, wait=bool(is_last))
         if stopping:
             stop.agreed = signal.Signals(int(stopping))
-            tell_stop(stop.agreed, spec, progress, log, would_take_s=checkpointer.last_save_s if is_late else None)
+            tell_stop(stop.agreed, spec, progress, log, unsaved)
             break
     end(stage, progress, log)
     return None
@@ -164,13 +165,13 @@ def mean_times(result: StepResult, step_s: float) -> tuple[dict[Kind, float], fl
 
 
 def tell_stop(
-    number: signal.Signals, spec: ResolvedStage, progress: Progress, log: RunLog, *, would_take_s: float | None
+    number: signal.Signals, spec: ResolvedStage, progress: Progress, log: RunLog, unsaved: str | None
 ) -> None:
-    """That the run ends as it was asked to. ``would_take_s``: what a save would have taken and did not have; None: it is saved."""
-    is_saved = would_take_s is None
+    """That the run ends as it was asked to. ``unsaved``: why it is not saved; None: it is."""
+    is_saved = unsaved is None
     log.event("stop", stage=spec.name, step=progress.step, signal=number.name, is_saved=is_saved)
     done = f"{progress.step} of {spec.num_steps} steps of stage {spec.name}"
-    why = "" if is_saved else f" (the last save took {would_take_s:.1f} s, and SIGKILL comes sooner)"
+    why = "" if is_saved else f" ({unsaved})"
     log.say(f"asked to stop: {'saved' if is_saved else 'did not save'} {done}{why}; the same command goes on")
 
 
@@ -184,9 +185,15 @@ def end(stage: Stage, progress: Progress, log: RunLog) -> None:
         )
 
 
-def is_too_late(stop: StopRequest, checkpointer: Checkpointer) -> bool:
-    """Whether a save that takes as long as the last one would be killed; a collective."""
-    return max_over_ranks([checkpointer.last_save_s - (stop.ends_at - time.monotonic())])[0] > 0
+def why_not_saved(stop: StopRequest, checkpointer: Checkpointer, *, has_leapt: bool) -> str | None:
+    """Why a stop saves nothing, if so: a save that takes as long as the last one would be killed, or its loss has just leapt, and
+    the next start goes back as this one would have. A collective."""
+    if has_leapt:
+        return "its loss has just leapt"
+    seconds = checkpointer.last_save_s
+    if max_over_ranks([seconds - (stop.ends_at - time.monotonic())])[0] > 0:
+        return f"the last save took {seconds:.1f} s, and SIGKILL comes sooner"
+    return None
 
 
 def without_suspects(stage: Stage, checkpointer: Checkpointer, error: DivergedError) -> DivergedError:

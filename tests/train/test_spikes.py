@@ -93,6 +93,20 @@ def test_a_leap_soon_after_a_way_back_goes_back_further(tmp_path: Path) -> None:
         assert digests(dying, rank) == digests(further, rank)
 
 
+@pytest.mark.timeout(600)
+def test_a_stop_in_the_step_that_leaps_saves_nothing(tmp_path: Path) -> None:
+    back, stopped = tmp_path / "back", tmp_path / "stopped"
+    leap = {"leap": [0, LEAP_AT]}
+    stop = scene(stopped, written(), **leap, stop=[0, LEAP_AT])
+    assert act(2, scene(back, written(), **leap), stop, scene(stopped, written(), **leap)) == [[0, 0, 0]] * 2
+    (event,) = events(stopped, "stop")
+    assert (event["step"], event["is_saved"]) == (LEAP_AT + 1, False)
+    assert next(event["checkpoint"] for event in events(stopped, "resume")) == f"0-finetune-{BACK_TO:07d}"
+    assert len(events(stopped, "spike")) == 2 and steps(stopped) == steps(back)
+    for rank in range(2):
+        assert digests(stopped, rank) == digests(back, rank)
+
+
 def test_what_a_leap_is() -> None:
     guard = GuardConfig(spike_factor=2.0, spike_window_steps=3)
     assert usual_loss(guard, Progress(recent_losses=[1.0, 2.0, 9.0])) is None  # too few
