@@ -79,23 +79,38 @@ def _communicated(
 
 
 def print_bytes(facts: dict[str, Any], console: Console) -> None:
-    """A table a stage, and what does not fit."""
+    """Two tables a stage, which fit 80 columns, and what does not fit a device."""
     device = facts["device_gib"]
     for name, stage in facts["stages"].items():
         unit, size = _unit(stage)
-        table = Table(
-            *("pipeline rank", "weights", "gradients", "optimizer", "activations", "other", "total"),
-            *(() if device is None else ("head-room",)),
-            *(group.upper() for group in GROUPS if _has(stage, group)),
-            title=f"{name}: {unit} of a rank at its peak, and what it exchanges in a mean step (dense)",
-            caption=_caption(facts, unit),
+        held = Table(
+            *("rank", "weights", "grads", "Adam", "activations", "other", "total"),
+            *(() if device is None else ("free",)),
+            title=f"{name}: {unit} of a pipeline rank at its peak",
+            caption=_caption_of_memory(facts),
+        )
+        groups = [group for group in GROUPS if _has(stage, group)]
+        sent = Table(
+            "rank",
+            *(group.upper() for group in groups),
+            title=f"{name}: {unit} that it exchanges in a mean step (dense)",
+            caption=_caption_of_traffic(unit),
         )
         for rank, memory in enumerate(stage["memory_per_rank"]):
-            table.add_row(str(rank), *_cells(memory, size), *_exchanged(stage, rank, size))
-        console.print(table)
+            held.add_row(str(rank), *_cells(memory, size))
+            sent.add_row(str(rank), *_exchanged(stage, rank, size))
+        console.print(held)
+        if groups:
+            console.print(sent)
         for rank, memory in enumerate(stage["memory_per_rank"]):
             if (memory["headroom_bytes"] or 0) < 0:
                 console.print(f"[bold]Does not fit[/]: {name}, {_too_large(rank, memory, device)}", highlight=False)
+
+
+def fits(facts: dict[str, Any]) -> bool:
+    """Whether every rank of every stage fits the device, if one is known."""
+    ranks = (memory for stage in facts["stages"].values() for memory in stage["memory_per_rank"])
+    return all((memory["headroom_bytes"] or 0) >= 0 for memory in ranks)
 
 
 def _unit(stage: dict[str, Any]) -> tuple[str, int]:
@@ -104,14 +119,18 @@ def _unit(stage: dict[str, Any]) -> tuple[str, int]:
     return ("GiB", GIB) if largest >= GIB else ("MiB", MIB)
 
 
-def _caption(facts: dict[str, Any], unit: str) -> str:
+def _caption_of_memory(facts: dict[str, Any]) -> str:
     kernels = {"torch": "torch's", "engine": "Transformer Engine's"}[facts["kernels"]]
     assumed = (
         f", and {facts['context_bytes'] / GIB:.0f} GiB assumed for CUDA and NCCL" if facts["context_bytes"] else ""
     )
+    return f"{kernels} layers. other: logits, weights' gradients, FP8 copies, buffers{assumed}."
+
+
+def _caption_of_traffic(unit: str) -> str:
     return (
-        f"{kernels} layers. other: logits, weights' gradients, FP8 copies, buffers{assumed}. Exchanged in tensor-, context-, "
-        f"pipeline- and data-parallel groups: {unit} of whole tensors handed to collectives, and what is sent to other stages."
+        f"In tensor-, context-, pipeline- and data-parallel groups: {unit} of whole tensors handed to collectives, and what is "
+        "sent to other stages."
     )
 
 

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan as tables or as one JSON object."""
     from rich.console import Console
 
-    from megatron_sts.commands.bytes import outline_bytes, print_bytes
+    from megatron_sts.commands.bytes import fits, outline_bytes, print_bytes
     from megatron_sts.commands.seconds import (
         assumptions_from,
         has_rates,
@@ -78,5 +78,5 @@ def run(args: argparse.Namespace) -> int:
     if facts["time"] is not None:
         print_seconds(facts["time"], Console())
     if args.search:
-        print_search(facts["search"], facts["time"]["hours"], Console())
+        print_search(facts["search"], facts["time"]["hours"], Console(), fits=fits(facts["memory"]))
     return 0

@@ -45,8 +45,8 @@ def outline_search(hardware: Hardware, resolved: Resolved, assumptions: Assumpti
     }
 
 
-def print_search(facts: dict[str, Any], hours: float, console: Console) -> None:
-    """A table of what was found; ``hours``: of the config as it stands."""
+def print_search(facts: dict[str, Any], hours: float, console: Console, *, fits: bool = True) -> None:
+    """A table of what was found; ``hours``: of the config as it stands, which ``fits`` the memory or does not."""
     if not facts["found"]:
         console.print(
             f"Search: nothing fits {facts['memory_gib']:.0f} GiB a GPU, however small the micro-batches.",
@@ -56,13 +56,15 @@ def print_search(facts: dict[str, Any], hours: float, console: Console) -> None:
     table = Table(
         "hours",
         "TP",
+        "CP",
         "PP",
-        "chunks a rank",
+        "chunks",
         "DP",
         "micro-batches",
         "recompute",
         "peak, GiB",
         title="The fastest ways that fit",
+        caption="TP x CP within a node, micro-batches of a power of two: a config beyond that may be faster",
     )
     for found in facts["found"][:MOST_SHOWN]:
         sizes = ", ".join(f"{name} {size}" for name, size in found["micro_batch_sizes"].items())
@@ -71,7 +73,8 @@ def print_search(facts: dict[str, Any], hours: float, console: Console) -> None:
     console.print(table)
     best = facts["found"][0]
     console.print(
-        f"The fastest takes {best['hours'] / hours:.2f} of the hours of the config as it stands. To run so:",
+        f"The fastest takes {best['hours'] / hours:.2f} of the hours of the config as it stands"
+        f"{'' if fits else ', which does not fit'}. To run so:",
         highlight=False,
     )
     console.print(" ".join(best["overrides"]), highlight=False, soft_wrap=True, markup=False)

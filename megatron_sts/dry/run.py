@@ -108,7 +108,7 @@ def _account(
             traffic=whole.traffic,
             memory=whole.memory,
             max_passes_in_flight=whole.max_passes_in_flight,
-            notes=tuple(_notes(resolved.config.precision, kernels)),
+            notes=tuple(_notes(resolved, kernels)),
             seconds=time.process_time() - started,
         )
 
@@ -158,7 +158,13 @@ def without_kernels(resolved: Resolved) -> Resolved:
     return resolved.model_copy(update={"config": config.model_copy(update=off)})
 
 
-def _notes(precision: PrecisionConfig, kernels: Kernels) -> Iterator[str]:
+def _notes(resolved: Resolved, kernels: Kernels) -> Iterator[str]:
+    precision, parallel = resolved.config.precision, resolved.config.parallel
+    if kernels == "engine" and parallel.context_parallel_size > 1:
+        yield (
+            "context parallelism is counted as torch's attention does it, which gathers keys and values: Transformer Engine's "
+            "hands them round a ring, and keeps less (plan counts that)"
+        )
     if kernels == "engine":
         yield "Transformer Engine's layers are counted by a table of what they keep and send; torch's were run"
     elif precision.fp8 != "off":

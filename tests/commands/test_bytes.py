@@ -29,9 +29,10 @@ def test_parts_add_up_and_sparse_steps_exchange_less(capsys: pytest.CaptureFixtu
         assert 0 < sum(mean["tp"].values()) < sum(dense["tp"].values())
     [mean], [dense] = (facts["stages"]["finetune"][f"communicated_per_rank{which}"] for which in ("", "_dense"))
     assert mean["dp"]["reduce_scatter"] < dense["dp"]["reduce_scatter"]
-    print_bytes(facts, Console(width=200))
+    print_bytes(facts, Console(width=80))
     said = capsys.readouterr().out
-    assert "head-room" in said and "Does not fit" not in said
+    assert "…" not in said, "a number is cut"
+    assert "free" in said and "Does not fit" not in said
 
 
 def test_what_does_not_fit_is_named_with_a_remedy(capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,7 +50,7 @@ def test_without_a_device_nothing_is_assumed_of_it(capsys: pytest.CaptureFixture
     assert memory["total_bytes"] == memory["allocated_bytes"] and memory["headroom_bytes"] is None
     print_bytes(facts, Console(width=200))
     said = capsys.readouterr().out
-    assert "head-room" not in said and "assumed" not in said
+    assert "free" not in said and "assumed" not in said
 
 
 def test_kernels_are_those_that_gpus_would_run() -> None:

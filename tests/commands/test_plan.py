@@ -57,6 +57,13 @@ def test_search(capsys: pytest.CaptureFixture[str]) -> None:
     print_search(found, 1.0, Console(width=200))
     said = capsys.readouterr().out
     assert "The fastest ways that fit" in said
+    best = found["found"][0]
+    cells = [[cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")] for line in said.splitlines()]
+    [heads] = [row for row in cells if row[0] == "hours"]
+    row = next(row for row in cells if row[0] == f"{best['hours']:.2f}")
+    shown = dict(zip(heads, row, strict=True))
+    keys = {"TP": "tensor", "CP": "context", "PP": "pipeline", "chunks": "chunks", "DP": "data"}
+    assert {name: shown[name] for name in keys} == {name: str(best[key]) for name, key in keys.items()}
     assert said.strip().splitlines()[-1].split() == found["found"][0]["overrides"]
     print_search({**found, "found": []}, 1.0, Console())
     assert "nothing fits 79 GiB" in capsys.readouterr().out
