@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.explain import explain
 from megatron_sts.config.resolve import Layout, Resolved
 from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.timing.example_step import example_step
@@ -36,9 +38,10 @@ def assumptions_from(pairs: list[str]) -> Assumptions:
     values = {key: int(value) if value.isdecimal() else value for key, value in written.items()}
     try:
         return Assumptions.model_validate(values)
-    except ValueError as error:
-        first = str(error).splitlines()
-        refuse("--assume", " ".join(pairs), first[2].strip() if len(first) > 2 else first[0], "give another value")
+    except ValidationError as error:
+        raise ConfigError(
+            f"--assume {explain(error, values, Assumptions)}; megatron_sts/plan/README.md says what it means"
+        ) from None
 
 
 def has_rates(hardware: Hardware, resolved: Resolved) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.nearest import nearest_path
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.section import Section, section_of
 
@@ -59,10 +59,20 @@ def find(name: str) -> list[Key]:
             return [key for key in known if key.name == wanted or _is_right_below(key.name, wanted)]
     if ends := [key for key in known if key.name.endswith(f".{name}")]:
         return ends
-    near = difflib.get_close_matches(name, [key.name for key in known], n=1)
-    near = near or difflib.get_close_matches(parts[-1], [key.name.rsplit(".", 1)[-1] for key in known], n=1)
-    remedy = f"did you mean {near[0]}?" if near else "megatron-sts config lists all"
-    raise ConfigError(f"config {name}: no such key; {remedy}")
+    raise ConfigError(f"config {name}: no such key; {_remedy(spelled, known)}")
+
+
+def _remedy(spelled: Sequence[str], known: Sequence[Key]) -> str:
+    """What to ask for instead of a key that is not there: the nearest by its whole path, else its section, else the nearest by its
+    last piece."""
+    names = [key.name for key in known]
+    if near := next((found for wanted in spelled if (found := nearest_path(wanted, names))), None):
+        return f"did you mean {near}?"
+    above = spelled[0].rpartition(".")[0]
+    if any(key.is_section and key.name == above.removesuffix(f".{LISTED}") for key in known):
+        return f"megatron-sts config {above.removesuffix(f'.{LISTED}')} lists what there is"
+    near = nearest_path(spelled[0].rpartition(".")[2], names)
+    return f"did you mean {near}?" if near else "megatron-sts config lists all"
 
 
 def _is_right_below(name: str, section: str) -> bool:

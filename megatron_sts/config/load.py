@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,21 +10,17 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.explain import explain, one_line
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.config.section import Section, section_of
 
 CONFIG_NAME = "config.yaml"
 """The file that a run's folder is named by."""
 
 DERIVED_KEY = "resolved"
 """Top-level key of derived values in a dumped config; ignored when it is read again."""
-
-NULL_REMEDIES = {"evaluation": "evaluation.num_questions=0 does without it"}
-"""What is meant by null where a group of keys has to be."""
 
 
 def load(path: Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> RunConfig:
@@ -60,9 +53,7 @@ def parse(written: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
-        # A misspelt key comes first: it is why another one is missing.
-        found = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-        raise ConfigError(_explain(found, values)) from None
+        raise ConfigError(explain(error, values, RunConfig, "write {field}.KEY=VALUE, or leave it out")) from None
 
 
 def dump(resolved: Resolved, path: Path, **found: Any) -> None:
@@ -81,9 +72,9 @@ def _read(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a YAML file or a folder that holds {CONFIG_NAME}") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({_one_line(error)}); correct the file") from None
+        raise ConfigError(f"{path}: not valid YAML ({one_line(error)}); correct the file") from None
     except (OSError, ValueError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: not readable ({_one_line(error)}); correct the file") from None
+        raise ConfigError(f"{path}: not readable ({one_line(error)}); correct the file") from None
     if not isinstance(written, dict):
         raise ConfigError(f"{path}: holds a list; a config is a mapping with the keys model and stages")
     return written  # type: ignore[return-value]  # other keys than strings are refused by the schema
@@ -97,7 +88,7 @@ def _apply(written: dict[str, Any], override: str) -> None:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore[index, call-overload]
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{key}={text}: not valid YAML ({_one_line(error)}); correct or quote the value") from None
+        raise ConfigError(f"{key}={text}: not valid YAML ({one_line(error)}); correct or quote the value") from None
     _set(written, key.split("."), value, override)
 
 
@@ -126,65 +117,3 @@ def _matches(node: Any, key: str, override: str) -> Sequence[str | int]:
     if key.isdecimal() and int(key) < len(node):
         return [int(key)]
     raise ConfigError(f"override {override}: no entry {key!r}; choose from {', '.join(names)}, an index, or *")
-
-
-def _explain(errors: Sequence[ErrorDetails], values: Any) -> str:
-    """One line for the first thing that pydantic refused: where it may be of several types, what each asks for."""
-    error = errors[0]
-    location, value, message = error["loc"], error["input"], error["msg"]
-    field = _dotted(location, values)
-    if error["type"] == "missing":
-        return f"{field}: missing; add it"
-    if error["type"] == "value_error":
-        message = message.removeprefix("Value error, ")
-        return f"{field}: {message}" if field else message
-    if error["type"] == "extra_forbidden":
-        return f"{field}={_short(value)}: unknown key; {_nearest(location)}"
-    asked = [
-        other["msg"].removeprefix("Input should be ") for other in errors if _dotted(other["loc"], values) == field
-    ]
-    if len(asked) > 1:
-        message = f"Input should be {' or '.join(asked)}"
-    message = re.sub(r"a valid dictionary or instance of \w+", "a group of keys", message)
-    if error["type"] == "model_type":
-        message += "; " + NULL_REMEDIES.get(field if value is None else "", f"write {field}.KEY=VALUE, or leave it out")
-    return _one_line(f"{field}={_short(value)}: {message.replace('Input should', 'it should', 1)}")
-
-
-def _dotted(location: Sequence[str | int], values: Any) -> str:
-    """A location as the user would write it in an override: stages by name, without pydantic's names of the types that a
-    value may be of."""
-    pieces, node = [], values
-    for piece in location:
-        if isinstance(node, Mapping):
-            node = node.get(piece)
-        elif isinstance(node, list) and isinstance(piece, int):
-            node = node[piece]
-        else:
-            continue
-        pieces.append(str(piece))
-    if len(pieces) > 1 and pieces[0] == "stages":
-        stage = values["stages"][location[1]]
-        pieces[1] = str(stage.get("name", pieces[1])) if isinstance(stage, Mapping) else pieces[1]
-    return ".".join(pieces)
-
-
-def _nearest(location: Sequence[str | int]) -> str:
-    """What to write instead of an unknown key."""
-    section: type[Section] = RunConfig
-    for key in location[:-1]:
-        if isinstance(key, str):
-            section = section_of(section.model_fields[key].annotation) or section
-    known = list(section.model_fields)
-    near = difflib.get_close_matches(str(location[-1]), known, n=1)
-    return f"did you mean {near[0]}?" if near else f"remove it, or choose from {', '.join(known)}"
-
-
-def _short(value: object) -> str:
-    """A value for an error line."""
-    text = json.dumps(value) if value is None or isinstance(value, bool) else _one_line(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError
 
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.explain import explain
 from megatron_sts.config.section import Section
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
@@ -58,11 +59,8 @@ def read(path: Path) -> Sweep:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; give a sweep's YAML file") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(
-            f"{path}: {field}: {first['msg']}; a sweep has the keys {', '.join(Sweep.model_fields)}"
-        ) from None
+        said = explain(error, written, Sweep)
+        raise ConfigError(f"{path}: {said}; a sweep has the keys {', '.join(Sweep.model_fields)}") from None
     except (OSError, yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: not readable ({' '.join(str(error).split())}); correct the file") from None
 

@@ -12,13 +12,20 @@ from pydantic import ValidationError
 
 from megatron_sts.config.architecture import LanguageConfig, Part, ProjectorConfig, QFormerConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.explain import explain
 from megatron_sts.config.load import CONFIG_NAME
 from megatron_sts.config.run_folder import checkpoint_of, config_of, is_of_run
 from megatron_sts.config.schema import ModelConfig
+from megatron_sts.config.section import Section
 
 NORM_EPSILON = {"clip": 1e-5, "siglip": 1e-6}
 """Of our towers, unless a config says otherwise."""
-_SECTIONS = {"vision": VisionConfig, "qformer": QFormerConfig, "projector": ProjectorConfig, "language": LanguageConfig}
+_SECTIONS: dict[Part, type[Section]] = {
+    "vision": VisionConfig,
+    "qformer": QFormerConfig,
+    "projector": ProjectorConfig,
+    "language": LanguageConfig,
+}
 _FREE = {
     "init",
     "init_std",
@@ -50,13 +57,18 @@ def read_sections(folder: Path) -> dict[Part, Any]:
 def _sections_in(path: Path, remedy: str) -> dict[Part, Any]:
     try:
         model = yaml.safe_load(path.read_text(encoding="utf-8"))["model"]
-        return {
-            part: kind.model_validate(model[part])  # type: ignore[misc, attr-defined]
-            for part, kind in _SECTIONS.items()
-            if model.get(part) is not None
-        }
-    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        written = {part: model[part] for part in _SECTIONS if model.get(part) is not None}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: holds no model section ({error}); {remedy}") from None
+    return {part: _section(part, values, path, remedy) for part, values in written.items()}
+
+
+def _section(part: Part, values: Any, path: Path, remedy: str) -> Section:
+    kind = _SECTIONS[part]
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: model.{part}.{explain(error, values, kind)}; {remedy}") from None
 
 
 def other_models(model: ModelConfig) -> Iterator[str]:

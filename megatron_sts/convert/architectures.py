@@ -18,7 +18,8 @@ from megatron_sts.config.architecture import (
     QFormerConfig,
     VisionConfig,
 )
-from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.explain import explain
 from megatron_sts.config.section import Section
 from megatron_sts.config.weights_folder import NORM_EPSILON
 from megatron_sts.convert.features import check_format, refuse_features
@@ -241,9 +242,7 @@ def _made[Kind: Section](kind: type[Kind], source: Path, **values: Any) -> Kind:
     try:
         return kind(**values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        refuse(f"{source}: {name}", first["input"], first["msg"], "this model cannot be converted")
+        raise ConfigError(f"{source}: {explain(error, values, kind)}; this model cannot be converted") from None
 
 
 def _check(config: Any, source: Path) -> None:

@@ -93,7 +93,11 @@ def test_a_trace_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["--hardware", "h1000"], "use a100, h100, h200 or a path"),
         (["--assume", "speed=fast"], "KEY is one of"),
-        (["--assume", "gradient_bytes=3"], "gradient_bytes"),
+        (
+            ["--assume", "gradient_bytes=3"],
+            "error: --assume gradient_bytes=3: it should be 2 or 4; megatron_sts/plan/README.md",
+        ),
+        (["--assume", "fused_attention=maybe"], "error: --assume fused_attention=maybe: it should be true or false; "),
         (["--hardware", "h100", "precision.params=fp32"], "no rates of fp32"),
         (["--search", "precision.params=fp32"], "no rates of fp32"),
         (["--hardware", "a100", "precision.fp8=tensorwise"], "A100 SXM, NVLink, 200 Gb/s InfiniBand has no FP8"),

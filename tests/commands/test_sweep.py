@@ -43,8 +43,11 @@ def test_every_combination_is_a_run() -> None:
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ({"config": ".", "seed": [1]}, "seed: Extra inputs are not permitted; a sweep has the keys config, overrides"),
-        ({"config": ".", "grid": {"seed": []}}, "grid.seed: Tuple should have at least 1 item"),
+        (
+            {"config": ".", "seed": [1]},
+            "seed=[1]: unknown key; did you mean seeds?; a sweep has the keys config, overrides",
+        ),
+        ({"config": ".", "grid": {"seed": []}}, "grid.seed=[]: it should have at least 1 item"),
         ({"config": ".", "cases": {"a/b": []}}, "cases.a/b"),
         ({"config": ".", "seeds": [1, 1]}, "sweep=seed=1: two runs of the sweep have this name"),
     ],

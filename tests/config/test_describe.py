@@ -64,11 +64,27 @@ def test_a_section_of_a_list_shows_its_keys() -> None:
     assert names[:3] == ["stages", "stages.*.name", "stages.*.freeze"] and "stages.*.lds.alpha" not in names
 
 
-@pytest.mark.parametrize(("asked", "near"), [("stages.a.lds.alhpa", "stages.*.lds.alpha"), ("paralel", "parallel")])
-def test_a_misspelt_key_is_named(asked: str, near: str) -> None:
-    with pytest.raises(ConfigError, match="no such key; did you mean") as error:
+@pytest.mark.parametrize(
+    ("asked", "remedy"),
+    [
+        ("stages.a.lds.alhpa", "did you mean stages.*.lds.alpha?"),
+        ("paralel", "did you mean parallel?"),
+        (
+            "parallel.contxt",
+            "did you mean parallel.context_parallel_size?",
+        ),  # by its letters alone: model.projector.type
+        ("stages.0.lsd.alpha", "did you mean stages.*.lds.alpha?"),
+        ("vision.patch", "did you mean model.vision.patch_size?"),
+        ("paralell.keep_lst", "did you mean checkpoint.keep_last?"),
+        ("parallel.tp", "megatron-sts config parallel lists what there is"),
+        ("stages.finetune.qqq", "megatron-sts config stages lists what there is"),
+        ("foo.qqq", "megatron-sts config lists all"),
+    ],
+)
+def test_a_misspelt_key_is_named(asked: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as error:
         find(asked)
-    assert near in str(error.value)
+    assert str(error.value) == f"config {asked}: no such key; {remedy}"
 
 
 def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,7 +64,7 @@ def test_interpolation_sees_overrides(path: Path) -> None:
         ("stages.0.steps=null", "stages.alignment: stage 'alignment': give exactly one of epochs and steps"),
         ("stages.0.name=finetune", "stages: names must differ"),
         ("stages.0.name=a/b", "stages.a/b.name=a/b: String should match pattern"),
-        ("stages=3", "stages=3: it should be a valid tuple"),
+        ("stages=3", "stages=3: it should be a list"),
         ("stages.0=3", "stages.0=3: it should be a group of keys; write stages.0.KEY=VALUE, or leave it out"),
         (
             "evaluation=null",

@@ -206,7 +206,7 @@ REFUSED = [
         "stages.1.lds={sampler: rounds, rounds: 0}",
         "stages.finetune.lds.rounds=0: it should be 'layout' or greater than 0",
     ),
-    ("parallel.layout=foo", "parallel.layout=foo: it should be 'even' or 'auto' or a valid tuple"),
+    ("parallel.layout=foo", "parallel.layout=foo: it should be 'even' or 'auto' or a list"),
     (
         "stages.1.lds={sampler: rounds, rounds: 3, depth_profile: protect, protect_first: 1, protect_last: 5}",
         "stages.finetune.lds.protect_first=1: with protect_last=5 every round has a protected layer",

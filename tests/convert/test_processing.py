@@ -111,7 +111,7 @@ def test_unknown_and_damaged_processors_are_one_line(said: str, tmp_path: Path) 
 def test_statistics_that_no_run_may_have_are_refused(tmp_path: Path) -> None:
     hf = hf_models.write("llava", tmp_path / "hf")
     (hf / "preprocessor_config.json").write_text('{"image_std": [0, 0, 0]}')
-    with pytest.raises(ConfigError, match=r"^\S+: pixel_std.0=0.0: Input should be greater"):
+    with pytest.raises(ConfigError, match=r"^\S+: pixel_std.0=0.0: it should be greater"):
         hf_to_sts.whole(hf)
 
 

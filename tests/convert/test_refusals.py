@@ -68,7 +68,7 @@ def test_parts_that_ours_cannot_compute_are_refused(tmp_path: Path) -> None:
         # What transformers refuses by an exception of its own, and what it takes and no run of ours may have.
         ({"text_config": written["text_config"] | {"hidden_size": "64"}}, "'hidden_size' expected int, got str"),
         ({"text_config": written["text_config"] | {"hidden_size": 66}}, "hidden size (66) is not a multiple"),
-        ({"text_config": written["text_config"] | {"num_hidden_layers": 0}}, "num_layers=0: Input should be greater"),
+        ({"text_config": written["text_config"] | {"num_hidden_layers": 0}}, "num_layers=0: it should be greater"),
         ({"vision_config": written["vision_config"] | {"image_size": [32, 32]}}, "image_size=[32, 32]: "),
     ):
         hf_models.edit_config(hf, **changes)

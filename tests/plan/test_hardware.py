@@ -26,8 +26,10 @@ def test_a_file_of_ones_own(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (("gpus_per_node: 8", "gpus_per_node: 0"), "gpus_per_node=0"),
-        (("gpus_per_node: 8", "gpus_a_node: 8"), "gpus_per_node"),
-        (("memory_gib: 79.1", "memory_gib: much"), "device.memory_gib='much'"),
+        (("gpus_per_node: 8", "gpus_a_node: 8"), "mine.yaml: gpus_a_node=8: unknown key; did you mean gpus_per_node?"),
+        (("memory_gib: 79.1", "memory_gib: much"), "mine.yaml: device.memory_gib=much: it should be a number; "),
+        (("  memory_gib: 79.1\n", ""), "mine.yaml: device.memory_gib: missing; add it"),
+        (("name:", "- name:"), "is no YAML"),
         (("gpus_per_node: 8", "gpus_per_node: [8"), "is no YAML"),
     ],
 )
@@ -37,6 +39,9 @@ def test_a_wrong_file_is_named_in_a_line(tmp_path: Path, change: tuple[str, str]
     with pytest.raises(ConfigError, match="--hardware=") as error:
         load_hardware(str(path))
     assert message in str(error.value) and "\n" not in str(error.value)
+    path.write_text("[8, gpus]")
+    with pytest.raises(ConfigError, match=r"mine.yaml: holds no keys; copy .*h100.yaml"):
+        load_hardware(str(path))
 
 
 def test_neither_preset_nor_file() -> None:

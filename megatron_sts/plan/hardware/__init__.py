@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.explain import explain
 from megatron_sts.config.section import PositiveInt, Ratio, Section
 
 PRESETS = Path(__file__).parent
@@ -120,11 +121,10 @@ def load_hardware(name_or_path: str) -> Hardware:
         written: Any = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         refuse("--hardware", path, f"is no YAML ({str(error).splitlines()[0]})", "mend the file")
+    if not isinstance(written, dict):
+        refuse("--hardware", path, "holds no keys", f"copy {PRESETS}/h100.yaml and change its values")
     try:
         return Hardware.model_validate(written)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "the file"
-        raise ConfigError(
-            f"--hardware={path}: {place}={first['input']!r:.60}: {first['msg']}; see {PRESETS}/h100.yaml"
-        ) from None
+        said = explain(error, written, Hardware)
+        raise ConfigError(f"--hardware={path}: {said}; {PRESETS}/h100.yaml has all keys") from None
