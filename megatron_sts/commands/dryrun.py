@@ -12,6 +12,7 @@ from megatron_sts.commands.arguments import Commands, add_command, add_config, a
 from megatron_sts.config.errors import ConfigError, refuse
 
 if TYPE_CHECKING:
+    from megatron_sts.config.precision import PrecisionConfig
     from megatron_sts.config.resolve import Resolved
     from megatron_sts.dry.account import Account
 
@@ -68,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         refuse("--rank", args.rank, f"the run has {resolved.world_size} ranks", "count from 0")
     if args.memory_gib is not None and args.memory_gib <= 0:
         refuse("--memory-gib", args.memory_gib, "no device has that", "give what one has")
-    memory_gib = args.memory_gib if args.hardware is None else _usable_gib(args.hardware)
+    memory_gib = args.memory_gib
+    if args.hardware is not None:
+        memory_gib = _usable_gib(args.hardware, resolved.config.precision)
     accounts, problems = _accounts(resolved, stage.name, args, memory_gib)
     if args.json:
         found = {"stage": stage.name, "ranks": [account.as_json() for account in accounts], "problems": problems}
@@ -82,12 +85,14 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _usable_gib(hardware: str) -> float:
-    """Of a device's memory, what its context leaves."""
+def _usable_gib(name: str, precision: PrecisionConfig) -> float:
+    """Of a device's memory, what its context leaves; refuses formats that it does not have, as ``plan`` does."""
     from megatron_sts.cost.peak import CONTEXT_BYTES
-    from megatron_sts.plan.hardware import load_hardware
+    from megatron_sts.plan.hardware import check_formats, load_hardware
 
-    return load_hardware(hardware).device.memory_gib - CONTEXT_BYTES / 2**30
+    hardware = load_hardware(name)
+    check_formats(hardware, precision)
+    return hardware.device.memory_gib - CONTEXT_BYTES / 2**30
 
 
 def _accounts(

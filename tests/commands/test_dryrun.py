@@ -100,6 +100,11 @@ def test_a_step_that_fails_is_told_in_one_line(
         (["--memory-gib", "0"], "--memory-gib=0.0: no device has that"),
         (["--rank", "1", "--stages"], "not allowed with"),
         (["--hardware", "h99"], "--hardware=h99: neither a preset nor a file"),
+        (
+            ["--hardware", "a100", "precision.fp8=delayed"],
+            "precision.fp8=delayed: A100 SXM, NVLink, 200 Gb/s InfiniBand has no FP8",
+        ),
+        (["--hardware", "h200", "precision.fp8=mxfp8"], "cannot scale so; use one of tensorwise, delayed, blockwise"),
         (["parallel.tensor_model_parallel_size=3"], "parallel.tensor_model_parallel_size=3"),
     ],
 )

@@ -101,6 +101,7 @@ def test_a_trace_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--hardware", "h100", "precision.params=fp32"], "no rates of fp32"),
         (["--search", "precision.params=fp32"], "no rates of fp32"),
         (["--hardware", "a100", "precision.fp8=tensorwise"], "A100 SXM, NVLink, 200 Gb/s InfiniBand has no FP8"),
+        (["--hardware", "h100", "precision.fp8=mxfp8"], "cannot scale so; use one of tensorwise, delayed, blockwise"),
         (["--trace", "step.json", "precision.fp8=emulate"], "emulation takes is not modelled"),
         (["--trace", "/nowhere/trace.json"], "--trace=/nowhere/trace.json"),
     ],

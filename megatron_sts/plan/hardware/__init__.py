@@ -13,6 +13,7 @@ from pydantic import Field, ValidationError
 
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.explain import explain
+from megatron_sts.config.precision import Fp8, PrecisionConfig
 from megatron_sts.config.section import PositiveInt, Ratio, Section
 
 PRESETS = Path(__file__).parent
@@ -49,6 +50,8 @@ class Device(Section):
     """Of the data sheet, dense: what MFU divides by."""
     sustained_tflops: Rates
     """Of large matrix products in a long run, at the clock that the power limit leaves."""
+    fp8_recipes: tuple[Fp8, ...] | None = None
+    """Of Transformer Engine, those that it can run; None: any, if it has rates of FP8."""
     attention: Attention
     num_multiprocessors: PositiveInt
     memory_gib: Positive
@@ -128,3 +131,15 @@ def load_hardware(name_or_path: str) -> Hardware:
     except ValidationError as error:
         said = explain(error, written, Hardware)
         raise ConfigError(f"--hardware={path}: {said}; {PRESETS}/h100.yaml has all keys") from None
+
+
+def check_formats(hardware: Hardware, precision: PrecisionConfig) -> None:
+    """Refuses FP8 that the device does not have."""
+    recipe, device = precision.engine_recipe, hardware.device
+    if recipe is None:
+        return
+    if device.sustained_tflops.fp8 is None:
+        refuse("precision.fp8", recipe, f"{hardware.name} has no FP8", "use off, or other --hardware")
+    if device.fp8_recipes is not None and recipe not in device.fp8_recipes:
+        others = ", ".join(device.fp8_recipes)
+        refuse("precision.fp8", recipe, f"{hardware.name} cannot scale so", f"use one of {others}, or other --hardware")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.resolve import Layout, Resolved, with_layout
 from megatron_sts.plan.comparison import with_sampler
-from megatron_sts.plan.hardware import Hardware
+from megatron_sts.plan.hardware import Hardware, check_formats
 from megatron_sts.plan.timing.prediction import StageTime, stage_time
 from megatron_sts.plan.timing.workload import ASSUMED, Assumptions
 
@@ -60,7 +60,7 @@ def run_time(
 
 
 def check_rates(hardware: Hardware, resolved: Resolved) -> None:
-    """Refuses formats of which the hardware has no rates."""
+    """Refuses formats that the hardware does not have, or of which no rates are known."""
     precision = resolved.config.precision
     if precision.params == "fp32":
         refuse("precision.params", "fp32", "no rates of fp32 are known", "use bf16, or plan without --hardware")
@@ -68,8 +68,7 @@ def check_rates(hardware: Hardware, resolved: Resolved) -> None:
         refuse(
             "precision.fp8", "emulate", "how long emulation takes is not modelled", "name a recipe of real FP8, or off"
         )
-    if precision.engine_recipe is not None and hardware.device.sustained_tflops.fp8 is None:
-        refuse("precision.fp8", precision.fp8, f"{hardware.name} has no FP8", "use off, or other --hardware")
+    check_formats(hardware, precision)
 
 
 def dense(resolved: Resolved) -> Resolved:
