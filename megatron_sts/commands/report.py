@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     if args.hardware is None:
         return report(args.run_dirs, args.out)
     plans = [_planned(folder, args) for folder in args.run_dirs]
-    status = report(args.run_dirs, args.out, [stages for stages, _ in plans])
+    status = report(args.run_dirs, args.out, [time for time, _ in plans])
     for folder, (_, steps) in zip(args.run_dirs, plans, strict=True):
         _join_traces(folder, steps)
     return status
@@ -60,7 +60,7 @@ def _planned(run_dir: Path, args: argparse.Namespace) -> tuple[Planned, list[Exa
     config = load(config_of(run_dir), ["stages.*.epochs=null", *steps])
     resolved = resolve(config, world_size=derived["world_size"], choose_layout=choose_layout)
     outlined = outline_run(hardware, run_time(hardware, resolved, assumptions), assumptions)
-    return outlined["stages"], [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]
+    return outlined, [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]
 
 
 def _join_traces(run_dir: Path, planned: list[ExampleStep]) -> None:

@@ -12,7 +12,8 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.run import Line, Run, read_run
 
 Comparison = dict[str, Any]
-"""JSON-ready: ``runs.{dense,sts}.{stages,accuracy,standard_error,pope_f1,mme_accuracy_plus}`` and ``ratios`` (STS / dense)."""
+"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense) and
+``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS."""
 
 
 def compare(dense_dir: Path, sts_dir: Path) -> Comparison:
@@ -33,20 +34,38 @@ def compare(dense_dir: Path, sts_dir: Path) -> Comparison:
             f"{sts_dir}: was evaluated with {settings[1]}, {dense_dir} with {settings[0]}; use the same settings"
         )
     runs = {"dense": describe(dense), "sts": describe(sts)}
-    return {"runs": runs, "ratios": ratios(runs["dense"], runs["sts"])}
+    ways = list(differences(_way(dense), _way(sts), ""))
+    ways_of = [[field.removeprefix("."), in_dense, in_sts] for field, in_dense, in_sts in ways]
+    return {"runs": runs, "ratios": ratios(runs["dense"], runs["sts"]), "ways": ways_of}
 
 
-SHARED = ("seed", "model", "parallel", "precision", "data", "stages")
-"""Sections of the config that two compared runs have in common, save each stage's vtc and lds."""
+SHARED = ("seed", "model", "precision", "data", "stages")
+"""Sections of the config that two compared runs have in common, save each stage's vtc and lds. How the same steps were spread over
+ranks and cut into micro-batches (``parallel``, ``batch.micro_batch_size``) changes no sample and no loss, save that packed rows hold
+others and that padding may be longer: it changes times, which then say so.
+"""
+
+
+def _way(run: Run) -> dict[str, Any]:
+    """How a run's steps were spread over ranks and cut into micro-batches."""
+    sizes = [
+        {"name": stage["name"], "batch": {"micro_batch_size": stage["batch"]["micro_batch_size"]}}
+        for stage in run.config["stages"]
+    ]
+    return {"parallel": {**run.config["parallel"], "timeout_s": None}, "stages": sizes}
 
 
 def _check_same(dense: Run, sts: Run) -> None:
-    """Ratios mean something only if nothing but VTC and LDS differs."""
+    """Ratios mean something only if nothing but VTC and LDS differs, and how ranks shared the work."""
     for section in SHARED:
         dense_value, sts_value = dense.config[section], sts.config[section]
         if section == "stages":
             dense_value, sts_value = (
-                [{**stage, "vtc": None, "lds": None} for stage in stages] for stages in (dense_value, sts_value)
+                [
+                    {**stage, "vtc": None, "lds": None, "batch": {**stage["batch"], "micro_batch_size": None}}
+                    for stage in stages
+                ]
+                for stages in (dense_value, sts_value)
             )
         for field, in_dense, in_sts in differences(dense_value, sts_value, section):
             raise ConfigError(
@@ -63,6 +82,7 @@ def describe(run: Run) -> Comparison:
     return {
         "folder": run.folder.name,
         "split": split,
+        "num_ranks": run.config["resolved"]["world_size"],
         "stages": {name: stage_costs(run, name) for name in run.steps},
         "accuracy": {name: found["accuracy"] for name, found in families.items()},
         "left_out_of_mean": run.config["evaluation"].get("left_out_of_mean", []),
@@ -110,6 +130,9 @@ def ratios(dense: Comparison, sts: Comparison) -> Comparison:
     return {
         "flops": costs("flops_executed", *names),
         "wall": costs("wall_s", *names),
+        "rank_time": _ratio(
+            *(sum(run["stages"][name]["wall_s"] for name in names) * run["num_ranks"] for run in (sts, dense))
+        ),
         "accuracy_mean": _ratio(mean(sts), mean(dense)),
         "accuracy": {name: _ratio(sts["accuracy"][name], value) for name, value in dense["accuracy"].items()},
         "stages": {name: {"flops": costs("flops_executed", name), "wall": costs("wall_s", name)} for name in names},
@@ -144,6 +167,8 @@ def table_rows(comparison: Comparison) -> list[Row]:
         ("all stages: FLOPs", "", "", _times(ratio["flops"])),
         ("all stages: wall-clock", "", "", _times(ratio["wall"])),
     ]
+    if dense["num_ranks"] != sts["num_ranks"]:
+        rows.append(("all stages: wall-clock x ranks", "", "", _times(ratio["rank_time"])))
     rows += [
         (
             f"accuracy: {name}{_mark(dense, name)}",
@@ -195,5 +220,15 @@ def markdown(comparison: Comparison) -> str:
         "",
         f"Accuracies on split `{split}` with their standard errors; FLOPs and seconds are sums over all steps.",
         "",
+        *(f"{line}\n" for line in ways_apart(comparison)),
     ]
     return "\n".join(lines)
+
+
+def ways_apart(comparison: Comparison) -> list[str]:
+    """A sentence where the runs were not run alike, so that times and memory compare more than the scheme; else nothing."""
+    if not comparison["ways"]:
+        return []
+    fields = ", ".join(f"{field} {json.dumps(dense)} and {json.dumps(sts)}" for field, dense, sts in comparison["ways"])
+    ranks = " and ".join(str(comparison["runs"][name]["num_ranks"]) for name in ("dense", "sts"))
+    return [f"Not run alike, on {ranks} ranks, so that seconds, tokens/s and memory compare that too: {fields}."]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from megatron_sts.report.figures import as_svg, planned_figure, run_figures, times_figure, utilisation_figure
-from megatron_sts.report.planned import Planned, beside_plan
+from megatron_sts.report.planned import SHARES, Planned, beside_plan
 from megatron_sts.report.run import Line, Run
 from megatron_sts.report.times import times
 from megatron_sts.report.utilisation import utilisation
@@ -43,7 +44,7 @@ def run_page(run: Run, planned: Planned | None = None) -> str:
         ("Stages", _table(STAGE_COLUMNS, _stage_rows(run))),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
         *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
-        *_planned_sections(run, planned or {}),
+        *_planned_sections(run, planned),
         *((("Executed layers", as_svg(utilisation_figure(used))),) if (used := utilisation(run)) else ()),
         *(_accuracy_sections(run.evaluation) if run.evaluation else ()),
         ("Config", f"<pre>{html.escape(OmegaConf.to_yaml(OmegaConf.create(run.config)))}</pre>"),
@@ -77,25 +78,39 @@ def _executed(run: Run, lines: list[Line]) -> float:
     return 1 - sum(line["layers_skipped"] for line in lines) / (run.num_layers * len(lines))
 
 
-def _planned_sections(run: Run, planned: Planned) -> Iterable[tuple[str, str]]:
-    found = beside_plan(run, planned)
-    if not found:
+def _planned_sections(run: Run, planned: Planned | None) -> Iterable[tuple[str, str]]:
+    if planned is None or not (found := beside_plan(run, planned)):
         return
     rows = [
-        (f"{stage}: {name}", *_measured_beside(beside.measured[name], predicted))
+        (
+            f"{stage}: {name}",
+            *_measured_beside(beside.measured[name], predicted, None if name in SHARES else beside.uncertainty),
+        )
         for stage, beside in found.items()
         for name, predicted in beside.planned.items()
     ]
     yield (
         "Measured beside planned",
-        _table(("", "measured", "planned", "ratio"), rows) + as_svg(planned_figure(found)),
+        f"<p>{html.escape(_planned_where(planned))}</p>"
+        + _table(("", "measured", "planned", "plan's uncertainty", "measured / planned"), rows)
+        + as_svg(planned_figure(found)),
     )
 
 
-def _measured_beside(measured: float | None, planned: float) -> tuple[str, str, str]:
+def _planned_where(planned: Planned) -> str:
+    """On what a prediction is for, and with what in mind."""
+    assumed = ", ".join(f"{key}={json.dumps(value)}" for key, value in planned["assumptions"].items())
+    return (
+        f"Planned for {planned['num_gpus']} x {planned['hardware']}, as megatron-sts plan models it: it is not known whether the run "
+        f"was on that. Assumed: {assumed}."
+    )
+
+
+def _measured_beside(measured: float | None, planned: float, uncertainty: float | None) -> tuple[str, str, str, str]:
+    shown, sure = f"{planned:.4g}", "" if uncertainty is None else f"± {uncertainty:.0%}"
     if measured is None:
-        return "n/a", f"{planned:.4g}", "n/a"
-    return f"{measured:.4g}", f"{planned:.4g}", f"{measured / planned:.3f}" if planned else "n/a"
+        return "n/a", shown, sure, "n/a"
+    return f"{measured:.4g}", shown, sure, f"{measured / planned:.3f}" if planned else "n/a"
 
 
 def _accuracy_sections(evaluation: dict[str, Any]) -> Iterable[tuple[str, str]]:

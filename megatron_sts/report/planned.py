@@ -8,10 +8,12 @@ from typing import Any
 
 from megatron_sts.report.run import Line, Run
 
-Planned = Mapping[str, Mapping[str, Any]]
-"""By stage, what ``megatron-sts plan --json`` has under ``time.stages``."""
+Planned = Mapping[str, Any]
+"""What ``megatron-sts plan --json`` has under ``time``."""
 PARTS = ("passes", "pipeline wait", "communication", "optimizer", "rest")
 """Of a step, in the mean over ranks; passes with the collectives within them."""
+SHARES = ("share of waiting for the pipeline",)
+"""Of what is planned, those whose uncertainty is not that of seconds."""
 FIRST_STEPS = 1
 """Left out: it allocates, and waits for what was not read ahead."""
 
@@ -25,8 +27,10 @@ class Beside:
     planned: dict[str, float]
     measured_parts_s: dict[str, float]
     planned_parts_s: dict[str, float]
+    uncertainty: float
+    """The model's own, relative: of planned seconds, and of what is told a second."""
     planned_range_s: tuple[float, float]
-    """Of a step, by the model's stated uncertainty."""
+    """Of a step, by that."""
 
 
 def beside_plan(run: Run, planned: Planned) -> dict[str, Beside]:
@@ -34,13 +38,14 @@ def beside_plan(run: Run, planned: Planned) -> dict[str, Beside]:
     found = {}
     for stage, lines in run.steps.items():
         timed = [line for line in lines[FIRST_STEPS:] if "forward_s" in line]
-        if timed and stage in planned:
-            plan, ranks = planned[stage], run.config["resolved"]["world_size"]
+        if timed and stage in planned["stages"]:
+            plan, ranks = planned["stages"][stage], run.config["resolved"]["world_size"]
             found[stage] = Beside(
                 measured=_measured(timed, ranks),
                 planned=_predicted(plan),
                 measured_parts_s=_measured_parts(timed),
                 planned_parts_s=_predicted_parts(plan),
+                uncertainty=plan["uncertainty"],
                 planned_range_s=tuple(plan["step_time_s_range"]),
             )
     return found
@@ -55,7 +60,7 @@ def _measured(lines: list[Line], num_ranks: int) -> dict[str, float | None]:
         "images/s": _sum(lines, "images") / seconds,
         "TFLOP/s a device": _sum(lines, "flops_executed") / seconds / num_ranks / 1e12,
         "MFU": sum(line["mfu"] * line["step_time_s"] for line in lines) / seconds if has_mfu else None,
-        "share of waiting for the pipeline": _sum(lines, "pipeline_wait_s") / seconds,
+        SHARES[0]: _sum(lines, "pipeline_wait_s") / seconds,
     }
 
 
@@ -67,7 +72,7 @@ def _predicted(plan: Mapping[str, Any]) -> dict[str, float]:
         "images/s": plan["images_per_s"],
         "TFLOP/s a device": plan["tflops_per_gpu"]["causal_half"],
         "MFU": plan["mfu"],
-        "share of waiting for the pipeline": plan["bubble"] * plan["split_s"]["pipeline"] / seconds,
+        SHARES[0]: plan["bubble"] * plan["split_s"]["pipeline"] / seconds,
     }
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.report.compare import Comparison, compare, markdown, table_rows
+from megatron_sts.report.compare import Comparison, compare, markdown, table_rows, ways_apart
 from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
 from megatron_sts.report.page import run_page
 from megatron_sts.report.planned import Planned
@@ -52,4 +52,6 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     for row in table_rows(comparison):
         table.add_row(*row)
     Console().print(table)
+    for line in ways_apart(comparison):
+        print(line)
     print(folder / "comparison.md")
