@@ -32,7 +32,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.load import load
 from megatron_sts.report.fields import PARTS, RATES
 from megatron_sts.report.run import Line, Run, read_run
@@ -48,6 +48,8 @@ STEADY = (
 """Nothing but steps, each with its line."""
 FIRST_STEPS = 5
 """Left out: they allocate, choose algorithms and fill the readers' queues."""
+LEAST_STEPS = FIRST_STEPS + 2
+"""A stage: of fewer that count there is no spread."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def measure(run: Run) -> Iterator[Steady]:
                 f"{run.folder}: stage {stage} was trained by a version that does not tell where its time went"
             )
         if len(steady) < 2:
-            raise ConfigError(f"{run.folder}: stage {stage} has {len(lines)} steps; {FIRST_STEPS + 2} are needed")
+            raise ConfigError(f"{run.folder}: stage {stage} has {len(lines)} steps; {LEAST_STEPS} are needed")
         ranks = run.ranks.get(stage, {})
         yield Steady(
             run=str(run.folder),
@@ -143,16 +145,30 @@ def machine() -> dict[str, Any]:
     }
 
 
-def command_run(args: argparse.Namespace) -> tuple[list[Path], dict[str, Any]]:
-    """Trains on local ranks."""
+def check_steps(args: argparse.Namespace) -> None:
+    """Refuses runs that would be too short, before they take their time."""
+    for stage in load(args.config, [*steady_settings(args.steps), *args.overrides]).stages:
+        if stage.steps is None or stage.steps < LEAST_STEPS:
+            steps = "null" if stage.steps is None else stage.steps
+            refuse(
+                f"stages.{stage.name}.steps",
+                steps,
+                f"the first {FIRST_STEPS} do not count",
+                f"--steps {LEAST_STEPS} at least",
+            )
+
+
+def command_run(args: argparse.Namespace) -> tuple[list[Steady], dict[str, Any]]:
+    """Trains on local ranks, in a folder that is kept if it was named."""
     facts = machine()
-    folder = args.out or Path(tempfile.mkdtemp(prefix="throughput-"))
-    words = [sys.executable, "-m", "megatron_sts", "train", str(args.config), *steady_settings(args.steps)]
-    words += [*args.overrides, "--run-dir", str(folder), *(["--nproc", str(args.nproc)] if args.nproc else [])]
-    done = subprocess.run(words, stdout=sys.stderr)
-    if done.returncode:
-        raise SystemExit(done.returncode)
-    return [folder], facts
+    with tempfile.TemporaryDirectory(prefix="throughput-") as unnamed:
+        folder = args.out or Path(unnamed)
+        words = [sys.executable, "-m", "megatron_sts", "train", str(args.config), *steady_settings(args.steps)]
+        words += [*args.overrides, "--run-dir", str(folder), *(["--nproc", str(args.nproc)] if args.nproc else [])]
+        done = subprocess.run(words, stdout=sys.stderr)
+        if done.returncode:
+            raise SystemExit(done.returncode)
+        return list(measure(read_run(folder))), facts
 
 
 def command_submit(args: argparse.Namespace) -> None:
@@ -225,8 +241,15 @@ def arguments() -> argparse.ArgumentParser:
     for each, out in ((run, None), (submit, Path("runs/scaling"))):
         each.add_argument("config", type=Path)
         each.add_argument("overrides", nargs="*", help="key.path=value")
-        each.add_argument("--steps", type=int, default=25, help=f"a stage; the first {FIRST_STEPS} do not count")
-        each.add_argument("--out", type=Path, default=out, help="where the runs are written")
+        each.add_argument(
+            "--steps",
+            type=int,
+            default=25,
+            help=f"a stage, {LEAST_STEPS} at least; the first {FIRST_STEPS} do not count",
+        )
+        each.add_argument(
+            "--out", type=Path, default=out, help=f"where the runs are written{' and kept' if out is None else ''}"
+        )
     read = commands.add_parser("read", help="what runs came to")
     read.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR")
     for each in (run, read):
@@ -234,15 +257,21 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+def _read(folders: Sequence[Path]) -> list[Steady]:
+    return [one for folder in folders for one in measure(read_run(folder))]
+
+
 def main() -> None:
     parser = arguments()
     args = parser.parse_args()
     try:
+        if args.command != "read":
+            check_steps(args)
         if args.command == "submit":
             command_submit(args)
             return
-        folders, facts = command_run(args) if args.command == "run" else (args.runs, {})
-        found = with_efficiency([one for folder in folders for one in measure(read_run(folder))])
+        found, facts = command_run(args) if args.command == "run" else (_read(args.runs), {})
+        found = with_efficiency(found)
     except ConfigError as error:
         parser.error(str(error))
     if args.json:

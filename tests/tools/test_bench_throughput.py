@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,32 @@ def test_a_run_on_local_ranks(tmp_path: Path) -> None:
         assert lines[0] <= stage["step_time_s"]["lower"] <= stage["step_time_s"]["upper"] <= lines[2]
         assert stage["rates"].keys() == set(RATES) - {"mfu", "dense_mfu"} and stage["parts_s"].keys() == set(PARTS)
         assert stage["efficiency"] == 1 and stage["slowest_rank"] in (0, 1)
+
+
+@pytest.mark.parametrize("words", [["--steps", "6"], ["stages.finetune.steps=6"]])
+def test_too_few_steps_are_refused_before_they_are_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(stagehand.config()))
+    for command in (["run"], ["submit", "--nodes", "1", "--scaling", "weak"]):
+        monkeypatch.setattr(sys, "argv", ["bench", *command[:1], str(config), *words, *command[1:]])
+        with pytest.raises(SystemExit) as stop:
+            bench_throughput.main()
+        assert stop.value.code == 2
+        assert "steps=6: the first 5 do not count; --steps 7 at least" in capsys.readouterr().err
+
+
+def test_a_run_leaves_nothing_where_no_folder_was_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither if it fails: here because more ranks are asked for than the config has."""
+    config, scratch = tmp_path / "config.yaml", tmp_path / "scratch"
+    config.write_text(yaml.safe_dump(stagehand.config(parallel={"data_parallel_size": 1})))
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(sys, "argv", ["bench", "run", str(config), "--nproc", "3"])
+    with pytest.raises(SystemExit) as stop:
+        bench_throughput.main()
+    assert stop.value.code == 2 and not list(scratch.iterdir())
 
 
 def test_timers(tmp_path: Path) -> None:
