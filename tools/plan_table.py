@@ -1,7 +1,7 @@
 """Writes what ``megatron-sts plan`` predicts for an example as tables: to standard output, or with --write into its README.md.
 
-In the README they stand between two lines, <!-- plan --> and <!-- /plan -->: speed-ups in FLOPs and a simulated schedule, then
-seconds on H100s, dense, with naive layer skipping, and as the example is.
+In the README they stand between two lines, <!-- plan --> and <!-- /plan -->: for a pipeline speed-ups in FLOPs and a simulated schedule, then
+seconds on H100s, dense, with naive layer skipping (of a pipeline), and as the example is.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ COLUMNS = ("", "whole run", "stages that skip", "efficiency", "largest change of
 
 
 def tables(resolved: Resolved) -> str:
-    """All that stands in the README."""
+    """What stands in the README."""
     facts = outline(resolved)
-    return table(facts) + seconds_table(resolved, facts["lds"]["dense_layout"])
+    seconds = seconds_table(resolved, facts["lds"]["dense_layout"])
+    return table(facts) + "\n" + seconds if len(resolved.layers_per_chunk[0]) > 1 else seconds
 
 
 def table(facts: dict[str, Any]) -> str:
@@ -83,13 +84,12 @@ def seconds_table(resolved: Resolved, dense_layout: dict[str, Any]) -> str:
     pp, vpp, chunks = dense_layout["pp"], dense_layout["vpp"], dense_layout["chunks"]
     best: Layout = tuple(tuple(chunks[v * pp : (v + 1) * pp]) for v in range(vpp))
     run = run_time(hardware, resolved, dense_layouts=[best])
-    one_chunk = with_layout(with_sampler(resolved, "bernoulli"), _one_chunk(resolved, pp))
-    naive = run_time(hardware, one_chunk).stages
-    ways: list[tuple[str, tuple[StageTime, ...]]] = [
-        ("dense, in its best layout", run.dense),
-        ("VTC, and naive LDS: `bernoulli`, one chunk a rank", naive),
-        ("as configured", run.stages),
-    ]
+    ways: list[tuple[str, tuple[StageTime, ...]]] = [("dense, in its best layout" if pp > 1 else "dense", run.dense)]
+    if pp > 1:
+        one_chunk = with_layout(with_sampler(resolved, "bernoulli"), _one_chunk(resolved, pp))
+        naive = run_time(hardware, one_chunk).stages
+        ways.append(("VTC, and naive LDS: `bernoulli`, one chunk a rank", naive))
+    ways.append(("as configured", run.stages))
     names = [stage.name for stage in resolved.stages]
     heads = ["", *(f"{name}, s a step" for name in names), *(f"{name}, MFU" for name in names), "hours", "GPU-hours"]
     rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
@@ -104,7 +104,7 @@ def seconds_table(resolved: Resolved, dense_layout: dict[str, Any]) -> str:
         f"On {run.num_gpus} x {hardware.name}, as modelled, ± {run.uncertainty:.0%}: {run.dense_hours / run.hours:.2f} times as "
         "fast as dense. Executed FLOPs count for MFU."
     )
-    return "\n".join(["", *lines, "", sentence]) + "\n"
+    return "\n".join([*lines, "", sentence]) + "\n"
 
 
 def _one_chunk(resolved: Resolved, pp: int) -> Layout:

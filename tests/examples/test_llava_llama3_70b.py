@@ -28,7 +28,7 @@ def test_the_readme_shows_the_plan() -> None:
     assert lds["sampler"] == lds["fastest_sampler"] == "rounds"
     assert lds["efficiency"] >= max(0.9, 2 * EFFICIENCY_BEFORE_ROUNDS)
     text = (EXAMPLE / "README.md").read_text()
-    assert text.count(BEGIN + table(facts) + seconds_table(resolved, lds["dense_layout"]) + END) == 1
+    assert text.count(BEGIN + table(facts) + "\n" + seconds_table(resolved, lds["dense_layout"]) + END) == 1
     # What the text beside the table says.
     assert f"pipeline 8 ({facts['layout']['vpp']} chunks a\nrank)" in text
     assert not lds["relayout"]["proposed"]

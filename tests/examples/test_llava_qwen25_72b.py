@@ -18,4 +18,4 @@ def test_the_readme_shows_the_plan() -> None:
     assert facts["layout"] == facts["configured_layout"]
     assert facts["lds"]["sampler"] == facts["lds"]["fastest_sampler"] == "rounds"
     assert f"({facts['layout']['vpp']} chunks a rank)" in (text := (EXAMPLE / "README.md").read_text())
-    assert text.count(BEGIN + table(facts) + seconds_table(resolved, facts["lds"]["dense_layout"]) + END) == 1
+    assert text.count(BEGIN + table(facts) + "\n" + seconds_table(resolved, facts["lds"]["dense_layout"]) + END) == 1

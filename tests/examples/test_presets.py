@@ -28,6 +28,8 @@ from megatron_sts.cli import main
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.cost.memory import memory_per_rank, parameters
+from megatron_sts.cost.peak import peak_memory
+from tools.plan_table import BEGIN, END, tables
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 H100_BYTES = 80 * 10**9
@@ -143,3 +145,24 @@ def test_state_leaves_an_h100_half_for_activations(name: str) -> None:
     resolved = resolve(load(EXAMPLES / name))
     for stage in resolved.stages:
         assert max(memory.total_bytes for memory in memory_per_rank(resolved, stage)) < H100_BYTES / 2
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_peak_fits_an_h100(name: str) -> None:
+    resolved = resolve(load(EXAMPLES / name))
+    for stage in resolved.stages:
+        for kernels in ("torch", "engine"):
+            assert max(rank.total_bytes for rank in peak_memory(resolved, stage, kernels)) < H100_BYTES
+
+
+@pytest.mark.parametrize("name", ["llava15_7b", "llava15_13b"])
+def test_the_readme_shows_the_plan(name: str) -> None:
+    assert BEGIN + tables(resolve(load(EXAMPLES / name))) + END in (EXAMPLES / name / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "num_nodes"), [("llava15_7b", 1), ("llava15_13b", 1), ("llava_qwen25_72b", 64), ("llava_llama3_70b", 64)]
+)
+def test_its_job_can_be_submitted(name: str, num_nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "slurm", str(EXAMPLES / name), "--nodes", str(num_nodes), "--dry-run"]) == 0
+    assert f"#SBATCH --nodes={num_nodes}\n#SBATCH" in capsys.readouterr().out
