@@ -122,8 +122,9 @@ def _submit_chain(script: Path, numbers: list[str], length: int) -> None:
     from megatron_sts.launch import slurm_submit
 
     while len(numbers) < length:
+        place = {"STS_CHAINED": "1"} | ({"STS_CHAIN_END": "1"} if len(numbers) + 1 == length else {})
         try:
-            numbers.append(slurm_submit.submit(script, f"--dependency=afterany:{numbers[-1]}", STS_CHAINED="1"))
+            numbers.append(slurm_submit.submit(script, f"--dependency=afterany:{numbers[-1]}", **place))
         except ConfigError as error:
             told = f"of the {length} jobs of --chain only {', '.join(numbers)} were submitted, which scancel ends"
             raise ConfigError(f"{told}: {error}") from None

@@ -72,14 +72,21 @@ def launch_local(work: Callable[[], None], num_ranks: int, modules: Sequence[str
             print(f"megatron-sts: stopped by {name}", file=sys.stderr)
             if run_dir is not None and not lease.is_held_elsewhere(run_dir):
                 outcome.write(run_dir, "stopped", name)
+                _say_how_to_go_on(run_dir)
             return 128 + stopped.number
     if not failures:
         return 0
     cause = first(failures)
+    print(f"megatron-sts: error: {cause.describe()}", file=sys.stderr, flush=True)
     if run_dir is not None and not lease.is_held_elsewhere(run_dir):
         outcome.write(run_dir, "failed", cause.describe())
-    print(f"megatron-sts: error: {cause.describe()}", file=sys.stderr, flush=True)
+        if cause.status != 2:  # else the command itself has to change, and the line above says how
+            _say_how_to_go_on(run_dir)
     return 2 if cause.status == 2 else 1
+
+
+def _say_how_to_go_on(run_dir: Path) -> None:
+    print(f"megatron-sts: the same command {outcome.place_to_go_on(run_dir)}", file=sys.stderr, flush=True)
 
 
 def _rank(work: Callable[[], None], num_threads: int | None) -> int:

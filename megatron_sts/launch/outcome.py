@@ -59,6 +59,12 @@ def claim(run_dir: Path, cause: str, *, requeue: bool = False, nodes: Sequence[s
     return True
 
 
+def place_to_go_on(run_dir: Path) -> str:
+    """Where the same command goes on, in words."""
+    newest = whole_checkpoints(run_dir / CHECKPOINTS)[-1:]
+    return f"goes on from {newest[0]}" if newest else "starts from the beginning: there is no checkpoint yet"
+
+
 def clear(run_dir: Path) -> None:
     """Forgets how an earlier start ended."""
     (run_dir / OUTCOME).unlink(missing_ok=True)

@@ -240,6 +240,14 @@ def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys
     assert {end_of(job) for job in (first, second, third)} == {"COMPLETED"}
     assert len(tasks(run, first)) == len(tasks(run, second)) == 2 and not tasks(run, third)
     assert "has done the whole run: nothing is left to do" in (run / f"launch/001/job-{third}.out").read_text()
+    # The last one does not promise a next one.
+    run = tmp_path / "third"
+    launch("--run-dir", str(run), "--python", stand_in, "--chain", "2", "--env", "PLAY=stopped,true,0")
+    first, last = submitted(capsys)
+    assert (end_of(first), end_of(last)) == ("COMPLETED", "COMPLETED")
+    told = [(run / f"launch/001/job-{job}.out").read_text().splitlines()[-1] for job in (first, last)]
+    assert told[0] == "megatron-sts: the next job of the chain goes on"
+    assert told[1].startswith("megatron-sts: this was the last job of the chain; to go on, submit again with the same run")
 
 
 def test_a_job_that_fails_again_and_again_is_not_requeued_for_ever(

@@ -78,7 +78,8 @@ def test_a_stopped_rank_is_named(config: Path, tmp_path: Path) -> None:
         status, _, errors = ends(process, TIMEOUT_S + 10 + 10)
         seconds = time.monotonic() - stopped
     assert status == 1 and not outlived(everything)
-    (line,) = errors
+    line, remedy = errors
+    assert remedy == f"megatron-sts: the same command {outcome.place_to_go_on(run)}"
     assert line.startswith(f"megatron-sts: error: rank 1 ({os.uname().nodename}, pid {rank}) did not answer for ")
     assert "its process is stopped (SIGSTOP?); it was last in stage finetune, step " in line and "SIGKILL" not in line
     assert TIMEOUT_S - 1 < seconds < TIMEOUT_S + 10
@@ -93,12 +94,17 @@ def test_sigterm_saves_and_no_new_start_is_asked_for(config: Path, tmp_path: Pat
         everything = below(process)
         os.kill(process.pid, signal.SIGTERM)
         status, _, errors = ends(process, 60)
-    assert status == 128 + signal.SIGTERM and errors == ["megatron-sts: stopped by SIGTERM"]
+    assert status == 128 + signal.SIGTERM
     assert not outlived(everything)
     (stop,) = events(run, "stop")
     found = outcome.read(run)
     assert found and (found.outcome, found.cause, found.requeue) == ("stopped", "SIGTERM", False)
     assert stop["signal"] == "SIGTERM" and (found.stage, found.step) == ("finetune", stop["step"])
+    saved = run / "checkpoints" / f"1-finetune-{found.step:07d}"
+    assert errors == [
+        "megatron-sts: stopped by SIGTERM",
+        f"megatron-sts: the same command goes on from {saved}",
+    ]
 
 
 def test_a_stop_request_before_any_import_is_kept(config: Path, tmp_path: Path) -> None:
