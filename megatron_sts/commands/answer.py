@@ -11,8 +11,7 @@ from pathlib import Path
 from torch import distributed as dist
 
 from megatron_sts.commands.obstacles import obstacles
-from megatron_sts.config.checks import refuse
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.run_folder import checkpoint_of
 from megatron_sts.config.schema import TemplateName

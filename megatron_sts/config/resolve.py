@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sts.config.alignment import sample_multiple, sequence_multiple, visual_multiple
 from megatron_sts.config.architecture import ModelConfig
-from megatron_sts.config.checks import check_leaps, check_rounds, check_run
+from megatron_sts.config.checks import check_leaps, check_run
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.samples_file import read_entries
@@ -22,6 +22,7 @@ from megatron_sts.config.schema import (
     StageConfig,
 )
 from megatron_sts.config.section import Section
+from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.config.tokens import (
     TokenCounts,
     exact,

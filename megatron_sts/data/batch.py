@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_sts.cost.flops import TokenLoad
+from megatron_sts.data.packing import Packing
 from megatron_sts.data.records import SkippedSample
 
 
@@ -32,8 +33,8 @@ class Batch:
     """bool [b, s]: words of a user, which guide samplers that look."""
     segments: torch.Tensor
     """int32 [b, s]: which of the row's samples a token belongs to, from 1, its padding too; 0 is what follows the last."""
-    packed: bool
-    """Whether rows may hold several samples, which attend to themselves alone."""
+    packing: Packing | None
+    """How samples that attend to themselves alone share rows; None where each has a row of its own."""
     visual_indices: torch.Tensor
     """int64 [v]: the kept tokens, as indices into the n x t tokens of all images in reading order, ascending.
 
@@ -60,11 +61,6 @@ class Batch:
     """Samples that could not be used; without packing their rows are padding."""
 
     @property
-    def segments_if_packed(self) -> torch.Tensor | None:
-        """``segments``, where attention and context parallelism tell them apart."""
-        return self.segments if self.packed else None
-
-    @property
     def sequence_length(self) -> int:
         """Tokens of a row."""
         return self.tokens.shape[1]
@@ -76,4 +72,4 @@ class Batch:
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **moved, packing=None if self.packing is None else self.packing.to(device))

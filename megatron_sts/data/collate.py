@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from megatron_sts.config.tokens import round_up
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
+from megatron_sts.data.packing import describe_packing
 from megatron_sts.data.template import EncodedSample
 
 
@@ -80,7 +81,7 @@ def collate(
         is_visual=torch.zeros(shape, dtype=torch.bool),
         is_instruction=torch.zeros(shape, dtype=torch.bool),
         segments=torch.zeros(shape, dtype=torch.int32),
-        packed=packed,
+        packing=None,
         visual_indices=_flat_indices(rows),
         num_kept=tuple(len(kept) for row in rows for sample in row for kept in sample.visual_indices),
         num_placeholders=sum(sum(sample.encoded.is_visual) for row in rows for sample in row),
@@ -100,7 +101,8 @@ def collate(
             _write(batch, number, start, sample)
             batch.segments[number, start:end] = segment
             start = end
-    return batch
+    # Of a sample in several pieces each context-parallel rank has two.
+    return replace(batch, packing=describe_packing(batch.segments, max(1, sample_multiple // 2))) if packed else batch
 
 
 def _write(batch: Batch, row: int, start: int, sample: PreparedSample) -> None:

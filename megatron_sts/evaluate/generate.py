@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import distributed as dist
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import TemplateName, VtcConfig
 from megatron_sts.config.tokens import TokenCounts, keep_ratios

@@ -24,8 +24,7 @@ from PIL import Image
 from rich.progress import track
 from torch import distributed as dist
 
-from megatron_sts.config.checks import refuse
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.data.image import decode_opened
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling

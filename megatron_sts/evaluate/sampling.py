@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.mcore.vocab import hide_ids_from, vocab_parallel_argmax, whole_vocabulary
 
 

@@ -66,11 +66,11 @@ class LayerBucketGroup(_ParamAndGradBucketGroup):
         self.ends_early = self.runs and self.layer is not None and mask.rows[-1][self.layer]
 
     def empty(self) -> None:
-        """No gradients, nothing reduced; costs nothing where that is so already."""
+        """No gradients, nothing reduced; costs nothing for a layer that no pass has run since it was emptied, nor will."""
         if not self._is_empty:
             for bucket in self.buckets:
                 bucket.grad_data.zero_()
-        self._is_empty = True
+        self._is_empty = not self.runs
         self.reset()
 
     def launch_if_complete(self) -> None:

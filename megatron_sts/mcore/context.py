@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+from megatron_sts.data.packing import Packing
 from megatron_sts.mcore.groups import context_parallel_group, place
 
 
-def own_tokens(rows: torch.Tensor, dim: int, segments: torch.Tensor | None) -> torch.Tensor:
+def own_tokens(rows: torch.Tensor, dim: int, packing: Packing | None) -> torch.Tensor:
     """This rank's tokens of whole rows, whose tokens lie along ``dim``: 1 / cp of them.
 
     The gradient of what other ranks compute is zero here: summed over context-parallel ranks, as parameters' are, it is whole.
@@ -22,13 +23,14 @@ def own_tokens(rows: torch.Tensor, dim: int, segments: torch.Tensor | None) -> t
     Args:
         rows: [b, s] (``dim`` 1) or [s, b, h] (``dim`` 0).
         dim: of the tokens.
-        segments: int [b, s] of packed rows, else None.
+        packing: of packed rows, for as many context-parallel ranks as there are; else None.
     """
     here = place()
     if here.cp_size == 1:
         return rows
-    if segments is not None:
-        own = rank_after_rank(segments, here.cp_size).chunk(here.cp_size, dim=1)[here.cp_rank]
+    if packing is not None:
+        assert packing.order is not None
+        own = packing.order.chunk(here.cp_size, dim=1)[here.cp_rank]
         if dim == 1:
             return rows.gather(1, own)
         # Row by row: a gather of all would keep an index of 8 bytes for each of their elements.
@@ -86,18 +88,3 @@ def in_order(ranks_in_turn: torch.Tensor, num_ranks: int, dim: int) -> torch.Ten
     """Rank after rank -> token after token, of rows that are not packed."""
     pieces = ranks_in_turn.chunk(2 * num_ranks, dim)
     return torch.cat([*pieces[::2], *reversed(pieces[1::2])], dim)
-
-
-def rank_after_rank(segments: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """Which tokens of packed rows the ranks compute, int64 [b, s]: the first rank's s / cp, the second's, and so on.
-
-    ``segments`` int [b, s]; each is a multiple of 2 cp tokens long.
-    """
-    length = segments.shape[1]
-    places = torch.arange(length, device=segments.device)
-    is_first = torch.nn.functional.pad(segments[:, 1:] != segments[:, :-1], (1, 0), value=True)
-    is_last = is_first.roll(-1, dims=1)
-    starts = torch.where(is_first, places, 0).cummax(dim=1).values
-    ends = torch.where(is_last, places + 1, length).flip(1).cummin(dim=1).values.flip(1)
-    piece = (places - starts) * 2 * num_ranks // (ends - starts)
-    return torch.minimum(piece, 2 * num_ranks - 1 - piece).argsort(dim=1, stable=True)

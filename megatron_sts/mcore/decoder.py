@@ -6,6 +6,7 @@ import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from megatron_sts.config.resolve import Resolved
+from megatron_sts.data.packing import Packing
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.config import language_config
 from megatron_sts.mcore.packing import attention_within
@@ -47,14 +48,14 @@ def run_decoder(
     decoder: GPTModel,
     tokens: torch.Tensor,
     position_ids: torch.Tensor,
-    segments: torch.Tensor | None,
+    packing: Packing | None,
     embeddings: torch.Tensor | None,
     labels: torch.Tensor | None,
 ) -> torch.Tensor:
     """``tokens``, ``position_ids``, ``labels`` [b, s] and, on the first stage, ``embeddings`` [s, b, h] of this context-parallel
-    rank's s tokens of each row; ``segments`` [b, s x cp] of whole rows.
+    rank's s tokens of each row; ``packing`` of the whole rows [b, s x cp].
 
-    Tokens attend to earlier ones of their own segment; with ``segments`` None to all earlier ones of their row.
+    Tokens attend to earlier ones of their own segment; without packing to all earlier ones of their row.
     Returns per-token losses [b, s] (with labels) or logits [b, s, vocab / tp] on the last stage, else hidden states [s, b, h].
     """
     output: torch.Tensor = decoder(
@@ -62,6 +63,6 @@ def run_decoder(
         position_ids=position_ids.unsqueeze(0).expand(3, -1, -1),
         decoder_input=embeddings,
         labels=labels,
-        **attention_within(segments, decoder.config),
+        **attention_within(packing, decoder.config),
     )
     return output

@@ -50,11 +50,11 @@ class MultimodalModel(PipelineChunk):
         """
         embeddings, chosen = self.embed(batch) if self.pre_process else (None, None)
         position_ids = self.compression.positions(batch, chosen)
-        segments = batch.segments_if_packed
+        packing = batch.packing
         if labels is not None:
-            labels = own_tokens(labels, 1, segments)
-        tokens, position_ids = own_tokens(batch.tokens, 1, segments), own_tokens(position_ids, 1, segments)
-        return run_decoder(self.language, tokens, position_ids, segments, embeddings, labels)
+            labels = own_tokens(labels, 1, packing)
+        tokens, position_ids = own_tokens(batch.tokens, 1, packing), own_tokens(position_ids, 1, packing)
+        return run_decoder(self.language, tokens, position_ids, packing, embeddings, labels)
 
     def embed(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The decoder's input [s, b, h], text embeddings with the images merged in; and ``see``'s choice.
@@ -70,7 +70,7 @@ class MultimodalModel(PipelineChunk):
                 embeddings = merge_visual(words, visual, batch.is_visual, batch.num_placeholders)
             elif self.awaited and torch.is_grad_enabled():
                 embeddings = words + self.see_nothing(batch)
-        return self.to_sequence_parallel(own_tokens(embeddings, 0, batch.segments_if_packed)), chosen
+        return self.to_sequence_parallel(own_tokens(embeddings, 0, batch.packing)), chosen
 
     def see(self, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The micro-batch's visual tokens [v, h], and which a sampler chose; ``words``: embeddings of its tokens [s, b, h]."""

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_sts.config.checks import check_rounds
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, can_interleave, with_layout
+from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.lds.effective import effective_probabilities
 from megatron_sts.lds.placement import placement
 from megatron_sts.plan.candidates import moves, near_even, shapes

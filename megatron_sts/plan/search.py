@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from megatron_sts.config.checks import check_rounds
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, resolve, with_layout
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.cost.peak import peak_memory
 from megatron_sts.cost.step import longest

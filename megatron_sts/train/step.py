@@ -157,7 +157,7 @@ def forward(gate: SkipGate, numbered: tuple[int, Batch], unit: torch.nn.Module) 
     trail.enter("between")
     if output.requires_grad:  # the schedule calls the backward pass, which begins with this gradient
         output.register_hook(lambda _: trail.enter("backward", microbatch))
-    return output, partial(masked_loss, loss_mask=own_tokens(batch.loss_mask, 1, batch.segments_if_packed))
+    return output, partial(masked_loss, loss_mask=own_tokens(batch.loss_mask, 1, batch.packing))
 
 
 def reduce_totals(

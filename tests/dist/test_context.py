@@ -23,6 +23,7 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.config.schema import ParallelConfig
+from megatron_sts.data.packing import describe_packing
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups, specs
 from megatron_sts.mcore.attention import AllGatherAttention, SdpaCoreAttention
@@ -138,7 +139,9 @@ def check_order(size: int) -> None:
         segments = torch.tensor([[1] * 8 + [2] * 4 + [0] * 4, [3] * 16])
         expected = [[0, 1, 6, 7, 8, 11, 12, 15], [0, 1, 2, 3, 12, 13, 14, 15]]
         others = [[2, 3, 4, 5, 9, 10, 13, 14], [4, 5, 6, 7, 8, 9, 10, 11]]
-        assert own_tokens(torch.arange(16).expand(2, 16), 1, segments).tolist() == (others if rank else expected)
+        assert own_tokens(torch.arange(16).expand(2, 16), 1, describe_packing(segments, 2)).tolist() == (
+            others if rank else expected
+        )
 
 
 def check_attention(size: int) -> None:

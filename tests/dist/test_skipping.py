@@ -175,6 +175,21 @@ def test_updates_are_those_of_torch_adamw(folder: Path, skipped_update: str) -> 
     assert worst["exp_avg"] <= MOMENT_RTOL and worst["exp_avg_sq"] <= MOMENT_RTOL
 
 
+def test_gradients_that_come_after_a_second_emptying_are_emptied_too(folder: Path) -> None:
+    """Scripts on megatron-core call ``zero_grad_buffer`` themselves, perhaps after the step has begun."""
+    with one_stage(written_run(folder, DENSE)) as stage:
+        [chunk] = stage.chunks
+        all_run = stage.mask(0)
+        assert not any(all_run.idle)
+        stage.optimizer.begin_step(all_run)
+        chunk.zero_grad_buffer()
+        for group in chunk.bucket_groups:
+            for bucket in group.buckets:
+                bucket.grad_data.fill_(1.0)
+        stage.optimizer.begin_step(all_run)
+        assert not any(bucket.grad_data.any() for group in chunk.bucket_groups for bucket in group.buckets)
+
+
 def train_with_a_stray_rank() -> None:
     """In each rank: ``megatron-sts train``; rank 1 draws its masks from another seed."""
     import os

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from megatron_sts.data.collate import collate
+from megatron_sts.data.packing import describe_packing
 from megatron_sts.mcore.packing import hidden_pairs, packed_seq_params
 from tests.parity.hf import (
     NUM_KEPT,
@@ -62,10 +63,11 @@ def test_load_counts_pairs_within_samples_only() -> None:
 
 def test_attention_stays_within_segments() -> None:
     segments = torch.tensor([[1, 1, 2, 2, 2, 0]], dtype=torch.int32)
-    visible = ~hidden_pairs(segments)[0, 0]
+    packing = describe_packing(segments)
+    visible = ~hidden_pairs(packing)[0, 0]
     expected = [[segments[0, q] == segments[0, k] and k <= q for k in range(6)] for q in range(6)]
     assert visible.tolist() == expected
-    params = packed_seq_params(segments)
+    params = packed_seq_params(packing)
     assert params.cu_seqlens_q.tolist() == [0, 2, 5, 6] and params.max_seqlen_q == 3
-    alone = packed_seq_params(torch.ones(1, 4, dtype=torch.int32))
+    alone = packed_seq_params(describe_packing(torch.ones(1, 4, dtype=torch.int32)))
     assert alone.cu_seqlens_q.tolist() == [0, 4] and alone.max_seqlen_q == 4

@@ -247,7 +247,9 @@ def test_a_failure_ends_the_chain(cluster, stand_in: str, tmp_path: Path, capsys
     assert (end_of(first), end_of(last)) == ("COMPLETED", "COMPLETED")
     told = [(run / f"launch/001/job-{job}.out").read_text().splitlines()[-1] for job in (first, last)]
     assert told[0] == "megatron-sts: the next job of the chain goes on"
-    assert told[1].startswith("megatron-sts: this was the last job of the chain; to go on, submit again with the same run")
+    assert told[1].startswith(
+        "megatron-sts: this was the last job of the chain; to go on, submit again with the same run"
+    )
 
 
 def test_a_job_that_fails_again_and_again_is_not_requeued_for_ever(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.data.shards import write_atomically
 from megatron_sts.evaluate.benchmarks.question import Answer, Question
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.evaluate.benchmarks.question import (
     SHORT_ANSWER,
     Answer,

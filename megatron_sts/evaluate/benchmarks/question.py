@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import IMAGE_MARKER, ImageSource, Record, Turn
 from megatron_sts.evaluate.metrics import Metrics, average

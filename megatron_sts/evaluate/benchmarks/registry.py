@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sts.config.checks import refuse
+from megatron_sts.config.errors import refuse
 from megatron_sts.evaluate.benchmarks.gqa import GQA
 from megatron_sts.evaluate.benchmarks.mme import MME
 from megatron_sts.evaluate.benchmarks.pope import POPE
