@@ -16,6 +16,7 @@ from megatron_sts.commands import (
     doctor,
     dryrun,
     evaluate,
+    examples,
     generate,
     launch_slurm,
     plan,
@@ -26,7 +27,22 @@ from megatron_sts.commands import (
 )
 from megatron_sts.config.errors import ConfigError
 
-COMMANDS = (train, sweep, launch_slurm, plan, dryrun, data, generate, evaluate, convert, verify, report, config, doctor)
+COMMANDS = (
+    train,
+    sweep,
+    launch_slurm,
+    plan,
+    dryrun,
+    data,
+    generate,
+    evaluate,
+    convert,
+    verify,
+    report,
+    examples,
+    config,
+    doctor,
+)
 """In the order of ``--help``. Each declares its arguments (``add``) and imports what it needs when it runs."""
 
 PROGRAM = "megatron-sts"

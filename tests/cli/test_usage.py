@@ -57,6 +57,7 @@ def test_help_imports_nothing_heavy() -> None:
     "words",
     [
         ["plan", "examples/quickstart"],
+        ["examples"],
         [*LAUNCH, "--dry-run"],
         *(["train", f"examples/{name}", "--dry-run"] for name in DRY_RUNS),
     ],

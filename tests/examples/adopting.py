@@ -43,6 +43,12 @@ def run_briefly() -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def loss_of_step(step: int, printed: str) -> float:
+    """What a script printed of a step."""
+    [loss] = re.findall(rf"step {step} loss ([\d.]+)", printed)
+    return float(loss)
+
+
 @contextlib.contextmanager
 def discarding(skipped: list[int], hidden_size: int) -> Iterator[None]:
     """megatron-core's own layers of that size compute, and these add nothing to the residual stream."""

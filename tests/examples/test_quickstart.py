@@ -13,6 +13,11 @@ from statistics import mean
 import pytest
 import yaml
 
+from megatron_sts.config.load import load
+from megatron_sts.config.resolve import Resolved, ResolvedStage, resolve
+from megatron_sts.cost.flops import planned_load, step_flops
+from megatron_sts.lds.mask import draw_mask
+from megatron_sts.lds.placement import placement
 from tests import warm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +65,26 @@ def test_quickstart_end_to_end_and_again(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert evaluations(runs) == 2
     assert json.loads((runs / "comparison.json").read_text()) == comparison
+
+
+def test_the_kept_flops_are_those_of_the_config() -> None:
+    """Exactly: of the tokens that VTC keeps, and the layers that the masks of its seed leave."""
+    resolved = resolve(load(EXAMPLE))
+    kept = json.loads((EXAMPLE / "expected" / "comparison.json").read_text())["runs"]["sts"]["stages"]
+    found = {
+        stage.name: sum(flops(resolved, stage, step) for step in range(stage.num_steps)) for stage in resolved.stages
+    }
+    assert found == {name: costs["flops_executed"] for name, costs in kept.items()}
+
+
+def flops(resolved: Resolved, stage: ResolvedStage, step: int) -> int:
+    """Of one step."""
+    layers, lds = float(resolved.config.model.language.num_layers), stage.config.lds
+    if lds is not None:
+        place = placement(resolved, stage)
+        mask = draw_mask(lds, resolved.config.seed, stage.index, step, stage.num_steps, place, stage.num_microbatches)
+        layers -= mask.num_skipped
+    return step_flops(resolved, stage, planned_load(resolved, stage, stage.tokens(step)), layers_executed=layers)
 
 
 def test_the_readme_shows_what_rounds_cost() -> None:
