@@ -59,6 +59,7 @@ def collate(
     pad_id: int,
     packed: bool,
     sample_multiple: int = 1,
+    num_context_ranks: int = 1,
     projects_all: bool = False,
 ) -> Batch:
     """Right-pads rows to [b, sequence_length]. All tensors on the CPU.
@@ -70,6 +71,7 @@ def collate(
         pad_id: token id of padding.
         packed: several samples share a row, and each attends to itself alone.
         sample_multiple: tokens that a packed sample takes a multiple of, the last ones of its segment padding.
+        num_context_ranks: that share each packed row.
         projects_all: the projector computes dropped tokens too.
     """
     shape, multiple = (len(rows), sequence_length), sample_multiple if packed else None
@@ -101,8 +103,7 @@ def collate(
             _write(batch, number, start, sample)
             batch.segments[number, start:end] = segment
             start = end
-    # Of a sample in several pieces each context-parallel rank has two.
-    return replace(batch, packing=describe_packing(batch.segments, max(1, sample_multiple // 2))) if packed else batch
+    return replace(batch, packing=describe_packing(batch.segments, num_context_ranks)) if packed else batch
 
 
 def _write(batch: Batch, row: int, start: int, sample: PreparedSample) -> None:

@@ -62,6 +62,7 @@ class PlannedBatches(StageBatches):
             pad_id=0,
             packed=config.packing == "pack",
             sample_multiple=self._stage.sample_multiple,
+            num_context_ranks=self._place.cp_size,
             projects_all=self._projects_all,
         )
 

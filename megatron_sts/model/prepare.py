@@ -26,6 +26,7 @@ class BatchPreparer:
         vtc, vision = stage.config.vtc, resolved.config.model.vision
         self.tokenizer = tokenizer_of(stage, resolved.config.model.language.vocab_size)
         self._stage = stage
+        self._num_context_ranks = resolved.config.parallel.context_parallel_size
         self._fitting = fitting_of(vision) if vision else None
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
         self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
@@ -84,6 +85,7 @@ class BatchPreparer:
             pad_id=self.tokenizer.pad_id,
             packed=batch.packing == "pack",
             sample_multiple=self._stage.sample_multiple,
+            num_context_ranks=self._num_context_ranks,
             projects_all=self._projects_all,
         )
 
