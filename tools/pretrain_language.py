@@ -1,8 +1,9 @@
 """Makes the embedded tiny language model with this framework, from text only. Resumable: run it again after a stop.
 
-Six layers are trained first, then grown to twelve by inserting after each layer a copy that starts as the identity (its two
-output matrices are zero; LLaMA Pro, arXiv 2401.02415), then trained on with random layer skipping (LDS), so that the
-network lives with skipped layers. In the last stages a scene is also given as a map of 64 words, one a patch, the layout of projected visual tokens.
+Six layers are trained first, from heads that already look back (``pretrain/start.py``), then grown to twelve, each layer
+becoming two that add half as much, then trained on with random layer skipping (LDS), so that the network lives with
+skipped layers. In the last stages a scene is also given as a map of 64 words, one a patch, the layout of projected visual
+tokens. At the end all questions are asked again without each layer in turn, which tells what each is worth.
 
     python tools/pretrain_language.py --run-dir runs/pretrain_language
 """
@@ -15,9 +16,9 @@ import sys
 from pathlib import Path
 
 import torch
+from pretrain.start import OUTPUTS, starting_weights
 from safetensors.torch import load_file
 
-from megatron_sts.config.architecture import LanguageConfig
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.lds.gate import SkipGate
@@ -28,38 +29,14 @@ from megatron_sts.runtime.dist import process_group
 
 CONFIGS = Path(__file__).parent / "pretrain"
 EMBEDDED = Path(__file__).parents[1] / "megatron_sts" / "model" / "tiny" / "language.safetensors"
-OUTPUTS = ("self_attention.linear_proj.weight", "mlp.linear_fc2.weight")
-"""The two matrices through which a layer writes to the residual stream."""
-
-
-def starting_weights(language: LanguageConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Unit-length embeddings, a head equal to them (copying a word is then easy), small residual outputs."""
-    torch.manual_seed(seed)
-    hidden, ffn, layers = language.hidden_size, language.ffn_hidden_size, language.num_layers
-    embedding = torch.randn(language.vocab_size, hidden) / hidden**0.5
-    weights = {
-        "language.embedding.word_embeddings.weight": embedding,
-        "language.output_layer.weight": embedding.clone(),
-        "language.decoder.final_layernorm.weight": torch.ones(hidden),
-    }
-    for layer in range(layers):
-        prefix = f"language.decoder.layers.{layer}."
-        shapes = {
-            "self_attention.linear_qkv.weight": (3 * hidden, hidden),
-            "self_attention.linear_proj.weight": (hidden, hidden),
-            "mlp.linear_fc1.weight": (2 * ffn, hidden),
-            "mlp.linear_fc2.weight": (hidden, ffn),
-        }
-        for name, shape in shapes.items():
-            std = 0.5 / shape[1] ** 0.5 * (2 / (2 * layers) ** 0.5 if name in OUTPUTS else 1.0)
-            weights[prefix + name] = torch.randn(shape) * std
-        for norm in ("input_layernorm", "pre_mlp_layernorm"):
-            weights[f"{prefix}{norm}.weight"] = torch.ones(hidden)
-    return weights
 
 
 def grow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Twice the layers, the same function: layer i becomes layer 2i, followed by its copy with zero outputs."""
+    """Twice the layers, nearly the same function: layer i becomes layers 2i and 2i + 1, each adding half of what it added.
+
+    Copies that begin by adding nothing (LLaMA Pro) would keep the function, but a network with such layers can skip half of
+    them for nothing.
+    """
     grown: dict[str, torch.Tensor] = {}
     for name, tensor in weights.items():
         if not name.startswith("language.decoder.layers."):
@@ -67,9 +44,8 @@ def grow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             continue
         *prefix, layer, rest = name.split(".", 4)
         for copy in (0, 1):
-            is_silent = copy == 1 and rest in OUTPUTS
             grown[".".join([*prefix, str(2 * int(layer) + copy), rest])] = (
-                torch.zeros_like(tensor) if is_silent else tensor.clone()
+                tensor / 2 if rest in OUTPUTS else tensor.clone()
             )
     return grown
 
