@@ -1,4 +1,4 @@
-"""``megatron-sts report``: what a run came to, or how two compare."""
+"""``megatron-sts report``: what a run came to, or how several compare."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_hardware
+from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_hardware, positive
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from megatron_sts.plan.timing.example_step import ExampleStep
     from megatron_sts.report.planned import Planned
+    from megatron_sts.report.run import Run
 
 
 def add(commands: Commands) -> None:
@@ -20,29 +23,54 @@ def add(commands: Commands) -> None:
         commands,
         "report",
         run,
-        help="write what a run came to, or compare two runs",
-        description="Write report.html into each run's folder. Two folders, dense then STS, are also compared: "
-        "comparison.json, comparison.md and comparison.png.",
+        help="write what a run came to, or several beside each other",
+        description="Write report.html into each run's folder. Of several runs, or with --out, also write overview.html, overview.csv "
+        "and pictures: loss, gradient norms, accuracy against FLOPs, which layers ran when; runs that differ in their seed alone "
+        "count as one. Two folders, dense then STS, are also compared: comparison.json, comparison.md and comparison.png.",
     )
     report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="folder that train wrote")
-    add_folder(report, "--out", "where to compare (default: the folder above both)")
+    add_folder(report, "--out", "where overview and comparison go (default: the folder above all runs)")
+    report.add_argument(
+        "--kept",
+        type=positive,
+        metavar="N",
+        help="draw which visual tokens every VTC sampler keeps of N embedded scenes, by the eyes of the last run's model",
+    )
     add_hardware(report, "show beside what was measured what plan predicts there")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write pages and pictures."""
-    from megatron_sts.report.write import report
+    from megatron_sts.report.run import read_run
+    from megatron_sts.report.write import above, report
 
-    if args.hardware is None:
-        return report(args.run_dirs, args.out)
-    plans = [_planned(folder, args) for folder in args.run_dirs]
-    status = report(args.run_dirs, args.out, [time for time, _ in plans])
-    for folder, (_, steps) in zip(args.run_dirs, plans, strict=True):
-        _join_traces(folder, steps)
+    runs = [read_run(folder) for folder in args.run_dirs]
+    plans = [_planned(each, args) for each in runs] if args.hardware else None
+    kept = _kept(runs[-1], args.kept)  # refused before anything is written
+    status = report(runs, args.out, None if plans is None else [time for time, _ in plans])
+    for each, (_, steps) in zip(runs, plans or (), strict=False):
+        _join_traces(each.folder, steps)
+    if len(runs) > 1 or args.out or kept:
+        from megatron_sts.commands.expected import expected_of
+        from megatron_sts.report.several import write_overview
+
+        print(write_overview(runs, [expected_of(each) for each in runs], args.out or above(runs), kept))
     return status
 
 
-def _planned(run_dir: Path, args: argparse.Namespace) -> tuple[Planned, list[ExampleStep]]:
+def _kept(run: Run, num_images: int | None) -> dict[str, Figure]:
+    """The picture that ``--kept`` asks for, by its title."""
+    if num_images is None:
+        return {}
+    from megatron_sts.launch import fork
+
+    fork.stay_single_threaded()
+    with fork.uncollected():
+        from megatron_sts.commands.kept import draw_kept
+    return {"Kept visual tokens": draw_kept(run, num_images)}
+
+
+def _planned(run: Run, args: argparse.Namespace) -> tuple[Planned, list[ExampleStep]]:
     """What ``plan`` says of the stages of a run, of as many steps as that has, and of the middle step of each."""
     from megatron_sts.commands.seconds import assumptions_from, outline_run
     from megatron_sts.config.load import load
@@ -52,12 +80,11 @@ def _planned(run_dir: Path, args: argparse.Namespace) -> tuple[Planned, list[Exa
     from megatron_sts.plan.layout import choose_layout
     from megatron_sts.plan.timing.example_step import example_step
     from megatron_sts.plan.timing.run import run_time
-    from megatron_sts.report.run import read_run
 
     hardware, assumptions = load_hardware(args.hardware), assumptions_from(args.assume)
-    derived = read_run(run_dir).config["resolved"]
+    derived = run.config["resolved"]
     steps = [f"stages.{stage['name']}.steps={stage['num_steps']}" for stage in derived["stages"]]
-    config = load(config_of(run_dir), ["stages.*.epochs=null", *steps])
+    config = load(config_of(run.folder), ["stages.*.epochs=null", *steps])
     resolved = resolve(config, world_size=derived["world_size"], choose_layout=choose_layout)
     outlined = outline_run(hardware, run_time(hardware, resolved, assumptions), assumptions)
     return outlined, [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]

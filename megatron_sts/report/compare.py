@@ -4,34 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.report.run import Line, Run, read_run
+from megatron_sts.report.run import Line, Run
 
 Comparison = dict[str, Any]
 """JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense) and
 ``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS."""
 
 
-def compare(dense_dir: Path, sts_dir: Path) -> Comparison:
+def compare(dense: Run, sts: Run) -> Comparison:
     """Compares two finished runs, on the split that they were evaluated on first.
 
     Raises:
-        ConfigError: a folder is not that of a finished, fully logged run, or the two do not match.
+        ConfigError: a run is not finished or not fully logged, or the two do not match.
     """
-    dense, sts = read_run(dense_dir), read_run(sts_dir)
     if list(dense.steps) != list(sts.steps):
         raise ConfigError(
-            f"{sts_dir}: has stages {list(sts.steps)}, {dense_dir} has {list(dense.steps)}; compare runs of one config"
+            f"{sts.folder}: has stages {list(sts.steps)}, {dense.folder} has {list(dense.steps)}; compare runs of one config"
         )
     _check_same(dense, sts)
     settings = [_evaluation(run)["settings"] for run in (dense, sts)]
     if settings[0] != settings[1]:
         raise ConfigError(
-            f"{sts_dir}: was evaluated with {settings[1]}, {dense_dir} with {settings[0]}; use the same settings"
+            f"{sts.folder}: was evaluated with {settings[1]}, {dense.folder} with {settings[0]}; use the same settings"
         )
     runs = {"dense": describe(dense), "sts": describe(sts)}
     ways = list(differences(_way(dense), _way(sts), ""))

@@ -39,9 +39,8 @@ STAGE_COLUMNS = (
 
 def run_page(run: Run, planned: Planned | None = None) -> str:
     """Stages, curves, accuracy and config of a run; and what ``plan`` says of its steps, if that is given."""
-    title = html.escape(f"Run {run.folder.resolve().name}")
     sections = [
-        ("Stages", _table(STAGE_COLUMNS, _stage_rows(run))),
+        ("Stages", table(STAGE_COLUMNS, _stage_rows(run))),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
         *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
         *_planned_sections(run, planned),
@@ -49,8 +48,14 @@ def run_page(run: Run, planned: Planned | None = None) -> str:
         *(_accuracy_sections(run.evaluation) if run.evaluation else ()),
         ("Config", f"<pre>{html.escape(OmegaConf.to_yaml(OmegaConf.create(run.config)))}</pre>"),
     ]
-    body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{content}" for name, content in sections)
-    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n{body}\n</body></html>\n'
+    return page(f"Run {run.folder.resolve().name}", sections)
+
+
+def page(title: str, sections: Iterable[tuple[str, str]]) -> str:
+    """A whole page of sections, each a title and its HTML."""
+    name = html.escape(title)
+    body = "\n".join(f"<h2>{html.escape(heading)}</h2>\n{content}" for heading, content in sections)
+    return f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n{body}\n</body></html>\n'
 
 
 def _stage_rows(run: Run) -> Iterable[tuple[str, ...]]:
@@ -92,7 +97,7 @@ def _planned_sections(run: Run, planned: Planned | None) -> Iterable[tuple[str, 
     yield (
         "Measured beside planned",
         f"<p>{html.escape(_planned_where(planned))}</p>"
-        + _table(("", "measured", "planned", "plan's uncertainty", "measured / planned"), rows)
+        + table(("", "measured", "planned", "plan's uncertainty", "measured / planned"), rows)
         + as_svg(planned_figure(found)),
     )
 
@@ -119,10 +124,12 @@ def _accuracy_sections(evaluation: dict[str, Any]) -> Iterable[tuple[str, str]]:
             (name, f"{found['accuracy']:.3f}", f"{found['standard_error']:.3f}", str(found["num_questions"]))
             for name, found in families.items()
         ]
-        yield f"Accuracy: {split}", _table(("family", "accuracy", "standard error", "questions"), rows)
+        yield f"Accuracy: {split}", table(("family", "accuracy", "standard error", "questions"), rows)
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """As HTML; everything is escaped."""
+
     def row(cells: Iterable[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 

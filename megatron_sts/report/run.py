@@ -36,6 +36,16 @@ class Run:
         """Decoder layers."""
         return int(self.config["model"]["language"]["num_layers"])
 
+    def total(self, field: str, stage: str | None = None) -> float:
+        """A field summed over a stage's steps, or all; a step without a line (``logging.interval_steps``) counts as the next one."""
+        return float(
+            sum(
+                (line["step"] - before) * line[field]
+                for lines in ([self.steps[stage]] if stage else self.steps.values())
+                for before, line in zip([-1, *(line["step"] for line in lines)], lines, strict=False)
+            )
+        )
+
     def num_steps(self, stage: str) -> int:
         """Steps that the config gives a stage."""
         names = [entry["name"] for entry in self.config["resolved"]["stages"]]

@@ -10,23 +10,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.compare import Comparison, compare, markdown, table_rows, ways_apart
 from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
 from megatron_sts.report.page import run_page
 from megatron_sts.report.planned import Planned
-from megatron_sts.report.run import read_run
+from megatron_sts.report.run import Run
 from megatron_sts.report.utilisation import utilisation
 
 
-def report(run_dirs: Sequence[Path], out: Path | None, planned: Sequence[Planned | None] = (None, None)) -> int:
-    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two folders, dense then STS, are also compared. ``planned``: of each, what its page is to have beside
-    what was measured. Returns the exit status."""
-    if len(run_dirs) > 2:
-        raise ConfigError(f"report: {len(run_dirs)} run folders; give one, or two to compare (dense, then STS)")
-    runs = [read_run(folder) for folder in run_dirs]
-    comparison = compare(*run_dirs) if len(run_dirs) == 2 else None  # refused before anything is written
-    pages = {run.folder / "report.html": run_page(run, plan) for run, plan in zip(runs, planned, strict=False)}
+def report(runs: Sequence[Run], out: Path | None, planned: Sequence[Planned | None] | None = None) -> int:
+    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two runs, dense then STS, are also compared.
+    ``planned``: of each, what its page is to have beside what was measured. Returns the exit status."""
+    comparison = compare(*runs) if len(runs) == 2 else None  # refused before anything is written
+    plans = planned or [None] * len(runs)
+    pages = {run.folder / "report.html": run_page(run, plan) for run, plan in zip(runs, plans, strict=True)}
     for path, page in pages.items():
         path.write_text(page, encoding="utf-8")
         print(path)
@@ -35,9 +32,13 @@ def report(run_dirs: Sequence[Path], out: Path | None, planned: Sequence[Planned
             save_png(utilisation_figure(found), run.folder / "utilisation.png")
             print(run.folder / "utilisation.png")
     if comparison is not None:
-        folder = out or Path(os.path.commonpath([path.absolute() for path in run_dirs]))
-        write_comparison(comparison, folder)
+        write_comparison(comparison, out or above(runs))
     return 0
+
+
+def above(runs: Sequence[Run]) -> Path:
+    """The folder that holds all of several runs."""
+    return Path(os.path.commonpath([run.folder.absolute() for run in runs]))
 
 
 def write_comparison(comparison: Comparison, folder: Path) -> None:
