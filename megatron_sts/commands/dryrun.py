@@ -25,7 +25,8 @@ def add(commands: Commands) -> None:
         run,
         help="run a training step of any rank of any world without its devices, and count what it does",
         description="Run a training step of any rank of the config's world: the real code, on tensors without memory and with "
-        "nobody to talk to. Counts FLOPs, bytes of memory and of communication, and says in one line what would fail.",
+        "nobody to talk to. Counts FLOPs, bytes of memory and of communication, and says in one line what would fail. Exit status 0 if "
+        "the step runs and fits, 1 if it would fail or needs more memory than --hardware or --memory-gib has, 2 if the config is refused.",
     )
     add_config(dryrun)
     ranks = dryrun.add_mutually_exclusive_group()

@@ -18,7 +18,7 @@ def add(commands: Commands) -> None:
         help="plan the pipeline layout, show what layer skipping gains with it, and what a run takes",
         description="Plan the pipeline layout of a run for its layer skipping (what parallel.layout=auto chooses), and show "
         "the speed-up of each sampler with its best layout; each rank's memory at its peak and what it exchanges in a step; and seconds "
-        "a step, throughput and GPU-hours on given hardware, dense beside sparse. Runs nothing.",
+        "a step, throughput and GPU-hours on given hardware, dense beside sparse. Runs nothing. Exit status 0 also for a run that does not fit the memory, which is said: dryrun judges.",
     )
     add_config(plan)
     add_nproc(plan, "as many as the config needs")

@@ -19,7 +19,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
-from megatron_sts.cost.peak import peak_memory
+from megatron_sts.cost.peak import CONTEXT_BYTES, peak_memory
 from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.resume import is_begun
@@ -32,7 +32,8 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
     """Layout, token counts, parameters per rank and FLOPs a step.
 
     Per-rank lists have one entry a pipeline rank. FLOPs are for all ranks and a full batch: without VTC and LDS
-    (dense), with VTC (all layers), and with both, in the mean over the stage. ``obstacles``: what would keep a start with
+    (dense), with VTC (all layers), and with both, in the mean over the stage. ``context_bytes``: of a peak, what is assumed for CUDA
+    and NCCL. ``obstacles``: what would keep a start with
     ``run_dir`` from going on, and whether that is this machine's (another may have the files or devices).
     """
     parallel = resolved.config.parallel
@@ -56,6 +57,7 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
         "layers_per_chunk": [list(chunks) for chunks in resolved.layers_per_chunk],
         "parameters": parameters(resolved),
         "parameters_per_rank": parameters_per_rank(resolved),
+        "context_bytes": CONTEXT_BYTES,
         "stages": [_stage(resolved, stage) for stage in resolved.stages],
         "notes": list(notes(resolved)),
         "obstacles": [asdict(obstacle) for obstacle in found],
@@ -149,7 +151,10 @@ def _ranks_table(outline: Outline) -> Table:
     on a GPU (``cost.peak``)."""
     stages = outline["stages"]
     columns = [f"{stage['name']}: state, peak (GiB)" for stage in stages]
-    table = Table("pipeline rank", "layers", "parameters", *columns, title="Each rank", title_justify="left")
+    caption = f"peak: on a GPU, with {CONTEXT_BYTES / 2**30:.0f} GiB assumed for CUDA and NCCL, and without the allocator's fragments."
+    table = Table(
+        "pipeline rank", "layers", "parameters", *columns, title="Each rank", title_justify="left", caption=caption
+    )
     for rank, count in enumerate(outline["parameters_per_rank"]):
         layers = "+".join(str(chunks[rank]) for chunks in outline["layers_per_chunk"])
         of_stages = ([stage[f"{what}_bytes_per_rank"][rank] / 2**30 for what in ("state", "peak")] for stage in stages)

@@ -38,7 +38,10 @@ def add(commands: Commands) -> None:
         "token compression are planned anew for it, from the next step on",
     )
     train.add_argument(
-        "--dry-run", action="store_true", help="check the config and print what it comes to; run nothing"
+        "--dry-run",
+        action="store_true",
+        help="check the config and print what it comes to; run nothing. Exit status 0 if it is sound, though this machine may lack "
+        "files or devices that another has; 2 if it could start nowhere",
     )
     add_json(train, "with --dry-run: ")
 
@@ -135,4 +138,7 @@ def _print_summary(resolved: Resolved, run_dir: Path, *, extend: bool, as_json: 
 
     facts = outline(resolved, run_dir, extend=extend)
     print_json(facts, sys.stdout) if as_json else print_table(facts)
+    for obstacle in facts["obstacles"]:
+        if not obstacle["of_this_machine"]:
+            raise ConfigError(obstacle["problem"])
     return 0

@@ -179,8 +179,10 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(outline["parameters_per_rank"]) == sum(outline["parameters"].values())
     stage = outline["stages"][0]
     assert stage["flops_per_step_dense"] == stage["flops_per_step_all_layers"] == stage["flops_per_step_mean"] > 0
+    assert outline["context_bytes"] == 2 * 2**30
     assert main(["train", str(config), "--dry-run"]) == 0
-    assert "FLOPs a step" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "FLOPs a step" in said and "with 2 GiB assumed for CUDA and NCCL" in " ".join(said.split())
 
 
 def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -254,9 +256,11 @@ def test_dry_run_names_towers_that_cannot_be_built(config: Path, capsys: pytest.
         "pixel_mean: [0.5, 0.5, 0.5], pixel_std: [0.5, 0.5, 0.5], hf_config: {model_type: %s}}"
     )
     for model_type, said in (("nonsense", "transformers knows no such model"), ("vit_mae", "use a plain ViT")):
-        assert main(["train", str(config), tower % model_type, "--dry-run", "--json"]) == 0
-        [found] = json.loads(capsys.readouterr().out)["obstacles"]
+        assert main(["train", str(config), tower % model_type, "--dry-run", "--json"]) == 2  # no machine could start it
+        printed = capsys.readouterr()
+        [found] = json.loads(printed.out)["obstacles"]
         assert said in found["problem"] and not found["of_this_machine"]
+        assert printed.err == f"megatron-sts: error: {found['problem']}\n"
 
 
 def test_dry_run_names_another_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +284,7 @@ def test_weights_and_tokenizers_that_do_not_fit_are_obstacles(
     language = yaml.safe_load(config.read_text())["model"]["language"]
     (weights / "config.yaml").write_text(yaml.safe_dump({"model": {"language": language | {"rotary_base": 500000}}}))
     words = [str(config), f"model.language.init={weights}", "model.language.vocab_size=64"]
-    assert main(["train", *words, "--dry-run", "--json"]) == 0
+    assert main(["train", *words, "--dry-run", "--json"]) == 2
     found = json.loads(capsys.readouterr().out)["obstacles"]
     assert not any(entry["of_this_machine"] for entry in found)
     other_model, small_vocabulary = (entry["problem"] for entry in found)
