@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,27 @@ def test_hardware_and_assumptions_count(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_format_without_rates_has_no_seconds_unless_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, "precision.fp8=emulate")["time"] is None
+
+
+@pytest.mark.parametrize("command", ["plan", "dryrun"])
+def test_text_only_as_the_readme_has_it(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # which dryrun sets for itself: put back afterwards
+    text = (ROOT / "megatron_sts/plan/README.md").read_text()
+    [line] = re.findall(rf"^megatron-sts ({command} .*model.vision=null.*)$", text, re.M)
+    assert main([*shlex.split(line), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    if command == "plan":
+        assert {stage["images_per_s"] for stage in found["time"]["stages"].values()} == {0}
+        weights = [ranks["memory_per_rank"][0]["weights_bytes"] for ranks in found["memory"]["stages"].values()]
+    else:
+        [rank] = found["ranks"]
+        assert not any(name.startswith(("vision", "projector")) for name in rank["work"])
+        weights = [rank["memory"]["weights_bytes"]]
+    # Llama-3.1-8B's 8.03 G parameters in bf16, by four ranks (norms on each).
+    assert weights == pytest.approx([8.03e9 * 2 / 4] * len(weights), rel=1e-3)
 
 
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
