@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from megatron_sts.config.errors import refuse
 from megatron_sts.config.precision import PrecisionConfig
-from megatron_sts.config.schema import ParallelConfig
+from megatron_sts.config.schema import ParallelConfig, StageConfig
 
 
 def fp8_alignment(fp8: str) -> int:
@@ -26,6 +27,16 @@ def sequence_multiple(parallel: ParallelConfig, precision: PrecisionConfig) -> i
     context = parallel.context_parallel_size
     shards = context * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     return shards * math.lcm(2 if context > 1 else 1, fp8_alignment(precision.fp8))
+
+
+def check_padding(parallel: ParallelConfig, stage: StageConfig, multiple: int) -> None:
+    """Refuses context-parallel ranks that would share out more padding than tokens; ``multiple``: ``sequence_multiple``."""
+    size, length = parallel.context_parallel_size, stage.batch.sequence_length
+    padded = -(-length // multiple) * multiple
+    if size > 1 and padded >= 2 * length:
+        refuse("parallel.context_parallel_size", size,
+               f"rows of stages.{stage.name}.batch.sequence_length={length} would be padded to {padded} tokens, for equal shares",
+               "lower it, or raise sequence_length")  # fmt: skip
 
 
 def sample_multiple(parallel: ParallelConfig) -> int:

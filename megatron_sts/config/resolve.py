@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_sts.config.alignment import sample_multiple, sequence_multiple, visual_multiple
+from megatron_sts.config.alignment import check_padding, sample_multiple, sequence_multiple, visual_multiple
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.checks import check_leaps, check_run
 from megatron_sts.config.errors import ConfigError, refuse
@@ -256,6 +256,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
             f"{stage.batch.max_images} x {tokens_in} visual tokens and 2 of text do not fit",
             f"use at least {needed}",
         )
+    check_padding(config.parallel, stage, multiple)
     return ResolvedStage(
         index=index,
         name=stage.name,

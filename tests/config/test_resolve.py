@@ -51,6 +51,8 @@ def test_context_parallel_ranks_belong_to_one_copy(path: Path) -> None:
     assert (resolved.world_size, resolved.data_parallel_size) == (24, 2)
     assert {(stage.token_multiple, stage.sample_multiple) for stage in resolved.stages} == {(4, 4)}
     assert {stage.sample_multiple for stage in resolve(load(path, [])).stages} == {1}
+    most = resolve(load(path, ["parallel.context_parallel_size=191"]))  # of which 190 of 382 tokens are padding
+    assert most.stages[0].uncompressed.sequence_length == 382
     with pytest.raises(ConfigError, match="not a multiple of tensor x pipeline x context = 12"):
         resolve(load(path, [f"parallel.{override}" for override in overrides]), world_size=6)
 
@@ -228,6 +230,11 @@ REFUSED = [
     ("evaluation.families=[category]", "evaluation.families=category: unknown family; choose from existence"),
     ("precision.fp8=tensorwise model.language.ffn_hidden_size=700", "ffn_hidden_size=700: FP8 needs local widths"),
     ("precision.fp8=mxfp8 model.language.num_query_groups=1 model.language.kv_channels=16", "multiples of 32"),
+    (
+        "parallel.context_parallel_size=1000000",
+        "parallel.context_parallel_size=1000000: rows of stages.alignment.batch.sequence_length=192 would be padded to 2000000 tokens",
+    ),
+    ("parallel.context_parallel_size=192", "would be padded to 384 tokens"),
     ("model.vision=null", "stages.alignment.freeze=[vision, language]: model.vision is null"),
     ("model.vision=null stages.*.freeze=[]", "stages.alignment.vtc={keep_ratio: 0.5}: model.vision is null"),
     ("model.vision=null stages.*.freeze=[] stages.*.vtc=null", "data.mode=questions: model.vision is null"),
