@@ -7,6 +7,7 @@ that learns; packed rows, in which each sample is cut by itself. Samples have no
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator
@@ -58,6 +59,23 @@ STAGES: tuple[Written, ...] = (
 PACKED: Written = {"name": "packed", "freeze": ["vision"], "steps": 2, "vtc": {"sampler": "uniform", "keep_ratio": 0.5},
                    "batch": {**BATCH, "sequence_length": 96, "packing": "pack"}}  # fmt: skip
 """Last, as two data-parallel ranks pack other samples than one does."""
+EVERYTHING: tuple[Written, ...] = (
+    {
+        "name": "skipping",
+        "freeze": ["vision"],
+        "steps": 2,
+        "lds": BERNOULLI,
+        "vtc": {"sampler": "random", "keep_ratio": 0.5},
+    },
+    {"name": "whole", "steps": 2},
+)
+"""For other models: what every layout has to get right of them is in whole rows, with all that learns, too."""
+OTHER_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "CP2 PP2 tied": ("tied", {CP: 2, PP: 2}),
+    "CP2 TP2 tied": ("tied", {CP: 2, TP: 2}),
+    "CP2 TP2 SP Q-Former": ("qformer", {CP: 2, TP: 2, "sequence_parallel": True}),
+}
+"""A word embedding on the first and the last stage, whose gradients are those of all context-parallel ranks; queries that read images."""
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {"CP2": {CP: 2}},
     4: {
@@ -75,7 +93,7 @@ ATTENTION_RTOL = 2e-6
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("context")
-    write_inputs(path)
+    write_inputs(path, ["plain", *{model for model, _ in OTHER_MODELS.values()}])
     return path
 
 
@@ -101,9 +119,12 @@ def trained(folder: Path) -> dict[str, Trained]:
     for num_ranks, layouts in LAYOUTS.items():
         jobs = folder / f"jobs{num_ranks}.json"
         written = {name: written_run(folder, *stages_of(name), **layout) for name, layout in layouts.items()}
+        if num_ranks == 4:
+            for name, (model, layout) in OTHER_MODELS.items():
+                written[name] = written_run(folder, *EVERYTHING, model=model, **layout)
         jobs.write_text(json.dumps(written))
         run_ranks(on_ranks, num_ranks, 300, JOBS=jobs)
-        found |= {name: Trained(**torch.load(folder / f"{name}.pt")) for name in layouts}
+        found |= {name: Trained(**torch.load(folder / f"{name}.pt")) for name in written}
     return found
 
 
@@ -114,6 +135,16 @@ def test_context_parallel_ranks_train_as_one(
     num_steps, num_stages = sum(stage["steps"] for stage in stages_of(name)), len(stages_of(name))
     one = [getattr(one_rank, each)[:num_steps] for each in ("losses", "grad_norms", "lrs", "masks")]
     check_same(trained[name], Trained(*one, weights=one_rank.weights[: num_stages + 1]))
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_tied_embeddings_and_queries_train_as_on_one_rank(folder: Path, trained: dict[str, Trained], name: str) -> None:
+    check_same(trained[name], other_alone(folder, OTHER_MODELS[name][0]))
+
+
+@functools.cache
+def other_alone(folder: Path, model: str) -> Trained:
+    return train_alone(written_run(folder, *EVERYTHING, model=model), with_room)
 
 
 def on_ranks() -> None:

@@ -15,7 +15,12 @@ from tests.dist.launch import run_ranks
 
 pytestmark = pytest.mark.timeout(300)  # the first test trains all layouts
 
-BATCH = {"global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 96, "max_images": 2}  # 96: as long with SP
+BATCH = {
+    "global_batch_size": 4,
+    "micro_batch_size": 1,
+    "sequence_length": 64,
+    "max_images": 2,
+}  # 64: as long with SP and CP
 SKIPPING = {
     "name": "skipping",
     "freeze": ["vision"],
@@ -24,11 +29,12 @@ SKIPPING = {
     "lds": {**BERNOULLI, "granularity": "microbatch"},
 }
 STAGES = (SKIPPING, {**DENSE, "batch": BATCH})
-TP, PP = "tensor_model_parallel_size", "pipeline_model_parallel_size"
+TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 LAYOUTS: dict[str, dict[str, Any]] = {
     "TP2": {TP: 2},
     "TP2 SP": {TP: 2, "sequence_parallel": True},
     "PP2": {PP: 2},
+    "CP2": {CP: 2},
 }
 SCALINGS = ("tensorwise", "rowwise")
 
@@ -100,8 +106,8 @@ def test_two_ranks_train_as_one(folder: Path, two_ranks: dict[str, Trained], lay
     found, expected = two_ranks[f"{layout} {scaling}"], alone(folder, scaling)
     assert found.masks == expected.masks
     rounding = apart(expected.losses, alone(folder, None).losses)
-    if layout.startswith("TP2") and scaling == "tensorwise":
-        # Each rank's shard of a weight has a scale of its own: differently rounded, not worse. Measured 0.8 of it.
+    if layout.startswith(("TP2", "CP2")) and scaling == "tensorwise":
+        # Each rank's shard of a weight, or its tokens, have a scale of their own: differently rounded, not worse. Measured 1.1 of it.
         assert apart(found.losses, expected.losses) <= 2 * rounding
         return
     # Powers of two as scales round alike in shards: 5 x the 3e-8 measured, before an update has made anything of it.
