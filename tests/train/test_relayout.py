@@ -44,6 +44,26 @@ def written(layout: dict[str, Any], *, qformer: bool) -> dict[str, Any]:
     return whole
 
 
+def gone_on(whole: Path, run: Path, stage: str, step: int) -> Path:
+    """A copy of a run that knows nothing after this checkpoint."""
+    shutil.copytree(whole, run)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir() if path.is_dir())
+    last = next(name for name in names if name.endswith(f"{stage}-{step:07}"))
+    for name in names[names.index(last) + 1 :]:
+        shutil.rmtree(run / "checkpoints" / name)
+    return run
+
+
+def check_last_steps(run: Path, expected: Path, resumed: tuple[str, int]) -> None:
+    assert [(event["stage"], event["step"]) for event in events(run, "resume")][-1] == resumed
+    for key, wanted in steps(expected).items():
+        if key >= resumed:
+            found = steps(run)[key]
+            assert found["layer_runs"] == wanted["layer_runs"] and found["skip_digest"] == wanted["skip_digest"]
+            assert found["loss"] == pytest.approx(wanted["loss"], rel=LOSS_RTOL), key
+            assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=NORM_RTOL), key
+
+
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_checkpoint_goes_on_in_another_layout(tmp_path: Path, name: str) -> None:
     num_ranks, layouts = LAYOUTS[name]
@@ -51,17 +71,22 @@ def test_a_checkpoint_goes_on_in_another_layout(tmp_path: Path, name: str) -> No
     assert act(num_ranks, scene(whole, configs[0])) == [[0]] * num_ranks
     moved = [tmp_path / f"moved{number}" for number in range(len(layouts))]
     for run in moved:
-        shutil.copytree(whole, run)
-        shutil.rmtree(run / "checkpoints" / "1-finetune-0000004")
+        gone_on(whole, run, "finetune", 2)
     scenes = [scene(run, each) for run, each in zip(moved, configs, strict=True)]
     assert act(num_ranks, *scenes) == [[0] * len(layouts)] * num_ranks
-    expected = steps(whole)
     for run in moved:
-        assert [(event["stage"], event["step"]) for event in events(run, "resume")] == [("finetune", 2)]
-        for step in (2, 3):
-            found, wanted = steps(run)["finetune", step], expected["finetune", step]
-            assert found["layer_runs"] == wanted["layer_runs"] and found["skip_digest"] == wanted["skip_digest"]
-            assert found["loss"] == pytest.approx(wanted["loss"], rel=LOSS_RTOL)
-            assert found["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=NORM_RTOL)
+        check_last_steps(run, whole, ("finetune", 2))
     # The same layout, first of the list: bit for bit.
-    assert steps(moved[0]) == expected
+    assert steps(moved[0]) == steps(whole)
+    if name == "context":
+        check_one_rank(tmp_path, whole, configs[0])
+
+
+def check_one_rank(folder: Path, whole: Path, of_two: dict[str, Any]) -> None:
+    """One rank goes on from two context-parallel ones, in the middle of alignment; and two again from it, within fine-tuning."""
+    alone = gone_on(whole, folder / "alone", "alignment", 2)
+    assert act(1, scene(alone, written({"use_distributed_optimizer": True}, qformer=False))) == [[0]]
+    check_last_steps(alone, whole, ("alignment", 2))
+    back = gone_on(alone, folder / "back", "finetune", 2)
+    assert act(2, scene(back, of_two)) == [[0]] * 2
+    check_last_steps(back, whole, ("finetune", 2))
