@@ -36,6 +36,9 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="draw which visual tokens every VTC sampler keeps of N embedded scenes, by the eyes of the last run's model",
     )
+    report.add_argument(
+        "--why", action="store_true", help="print where each stage's seconds went, what loses most, and what to try"
+    )
     add_hardware(report, "show beside what was measured what plan predicts there")
 
 
@@ -48,6 +51,11 @@ def run(args: argparse.Namespace) -> int:
     plans = [_planned(each, args) for each in runs] if args.hardware else None
     kept = _kept(runs[-1], args.kept)  # refused before anything is written
     status = report(runs, args.out, None if plans is None else [time for time, _ in plans])
+    if args.why:
+        from megatron_sts.commands.why import print_why
+
+        for place, each in enumerate(runs):
+            print_why(each, None if plans is None else plans[place][0])
     for each, (_, steps) in zip(runs, plans or (), strict=False):
         _join_traces(each.folder, steps)
     if len(runs) > 1 or args.out or kept:

@@ -9,11 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from megatron_sts.report.facts import facts_of
 from megatron_sts.report.figures import as_svg, planned_figure, run_figures, times_figure, utilisation_figure
 from megatron_sts.report.planned import SHARES, Planned, beside_plan
 from megatron_sts.report.run import Line, Run
 from megatron_sts.report.times import times
 from megatron_sts.report.utilisation import utilisation
+from megatron_sts.report.why import HEADINGS, NOTHING, Finding, findings, rows
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
@@ -41,6 +43,7 @@ def run_page(run: Run, planned: Planned | None = None) -> str:
     """Stages, curves, accuracy and config of a run; and what ``plan`` says of its steps, if that is given."""
     sections = [
         ("Stages", table(STAGE_COLUMNS, _stage_rows(run))),
+        *_why_sections(run, planned),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
         *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
         *_planned_sections(run, planned),
@@ -81,6 +84,21 @@ def _mean_rate(lines: list[Line], field: str, form: str) -> str:
 
 def _executed(run: Run, lines: list[Line]) -> float:
     return 1 - sum(line["layers_skipped"] for line in lines) / (run.num_layers * len(lines))
+
+
+def _why_sections(run: Run, planned: Planned | None) -> Iterable[tuple[str, str]]:
+    """What each stage loses, most first, below where its seconds went."""
+    for facts in facts_of(run, planned):
+        told = "".join(map(_listed, findings(facts)))
+        yield (
+            f"Why {facts.stage} is not faster",
+            table(HEADINGS, rows(facts)) + (f"<ol>{told}</ol>" if told else f"<p>{NOTHING}</p>"),
+        )
+
+
+def _listed(finding: Finding) -> str:
+    remedies = "".join(f"<li>{html.escape(remedy)}</li>" for remedy in finding.remedies)
+    return f"<li>{html.escape(finding.line)}<ul>{remedies}</ul></li>"
 
 
 def _planned_sections(run: Run, planned: Planned | None) -> Iterable[tuple[str, str]]:

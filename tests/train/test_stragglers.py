@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_sts.report.facts import facts_of
 from megatron_sts.report.fields import PARTS
+from megatron_sts.report.run import read_run
+from megatron_sts.report.why import Finding, findings
 from megatron_sts.train.stragglers import slowest_rank
 from tests.train.driver import SLOW_S
 from tests.train.stagehand import LAYOUTS, act_out, config, events, lines, scene, steps
@@ -56,10 +59,23 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
     assert event["slowest"] is None
     assert event["layer_communication_s"][0] - event["layer_communication_s"][1] > slower_s
     assert event["pass_s"][1] > 2 * slower_s > 2 * event["pass_s"][0]
+
+    # What the report says first of each: the slow copy, and where the other waits for it; the bubble; waits within layers.
+    lost = [{finding.name: finding.seconds for finding in lost_by(run)} for run in runs]
+    assert 0.5 * slower_s < lost[0]["a slow rank"] and lost[0]["communication"] > slower_s / 4
+    assert [next(iter(found)) for found in lost[1:]] == ["bubble", "layer communication"]
+    assert lost[1]["bubble"] > slower_s < lost[2]["layer communication"]
+
     for run, num_stages, num_passes in zip(runs, (1, 2, 1), (2, 4, 4), strict=True):
         check_parts(run)
         check_trace(run, num_stages, num_passes)
     assert [len(steps(run)) for run in runs] == [NUM_STEPS] * 3
+
+
+def lost_by(run: Path) -> list[Finding]:
+    """Padding apart, which these short questions have in every run."""
+    (facts,) = facts_of(read_run(run), None)
+    return [finding for finding in findings(facts) if finding.name != "padding"]
 
 
 def check_trace(run: Path, num_ranks: int, num_passes: int) -> None:
