@@ -1,7 +1,8 @@
 """Checks the examples' cards, or with --write renews them: numbers of what is planned only, and the head of each README.
 
 Planned numbers are those of ``megatron-sts plan EXAMPLE --hardware h100``. They are renewed, with today's date and the commit of the
-code, where one has moved by more than 2 %. What was measured is written by hand, and stays. Without --write it says what is not as it should
+code, where one has moved by more than 2 %. What was measured is written by hand, and stays. A new
+example that is planned only may begin with a copy of another's card: all its numbers are renewed. Without --write it says what is not as it should
 be, and ends with status 1.
 """
 

@@ -18,7 +18,20 @@ ROOT = Path(__file__).parents[2]
 DRY_RUNS = ("quickstart", "smol_vlm", "llava15_7b_fp8")
 """Pictures and a tokenizer of our own; one of another model that is yet to be fetched; shards, and a machine without its GPU."""
 LAUNCH = ["launch", "slurm", "examples/quickstart", "--nodes", "2", "--gpus-per-node", "1"]
-COMMANDS = ("train", "launch", "plan", "dryrun", "data", "convert", "verify", "generate", "eval", "report", "doctor")
+COMMANDS = (
+    "train",
+    "launch",
+    "plan",
+    "dryrun",
+    "data",
+    "convert",
+    "verify",
+    "generate",
+    "eval",
+    "report",
+    "examples",
+    "doctor",
+)
 
 
 @pytest.mark.parametrize(
