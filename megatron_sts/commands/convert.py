@@ -11,12 +11,12 @@ from megatron_sts.config.errors import ConfigError, refuse
 
 
 def add(commands: Commands) -> None:
-    """``convert`` and its two directions."""
+    """``convert``, from and to each format."""
     directions = add_group(
         commands,
         "convert",
-        help="Hugging Face models in and out",
-        description="Turn Hugging Face models into weights folders that any parallel layout loads, and back. "
+        help="models of Hugging Face and megatron-core in and out",
+        description="Turn models of Hugging Face or megatron-core into weights folders that any parallel layout loads, and back. "
         "Goes on where an interrupted call stopped.",
     )
     to_sts = add_command(
@@ -44,6 +44,47 @@ def add(commands: Commands) -> None:
     )
     add_folder(to_hf, "--sts", "a weights folder, a run (its newest checkpoint) or a checkpoint", required=True)
     add_folder(to_hf, "--hf", "where the Hugging Face folder is written", required=True)
+    _add_mcore(directions)
+
+
+def _add_mcore(directions: Commands) -> None:
+    to_sts = add_command(
+        directions,
+        "mcore-to-sts",
+        lambda args: convert_mcore_to_sts(args.mcore, args.config, args.tokenizer, args.sts),
+        help="a checkpoint of megatron-core's LLaVAModel or MimoModel",
+        description="Write a weights folder of a torch_dist checkpoint, from any parallel layout. Only weights are read, and "
+        "nothing is unpickled that could run code.",
+    )
+    add_folder(to_sts, "--mcore", "a checkpoint, or a folder of Megatron-LM's checkpoints (its newest)", required=True)
+    to_sts.add_argument(
+        "--config",
+        type=Path,
+        metavar="CONFIG",
+        required=True,
+        help="a config whose model section describes it: YAML file, or a folder that holds config.yaml",
+    )
+    add_folder(
+        to_sts,
+        "--tokenizer",
+        "a Hugging Face tokenizer to keep beside the weights; sts-to-hf and generate need it there",
+    )
+    add_folder(to_sts, "--sts", "where the weights folder is written", required=True)
+    to_mcore = add_command(
+        directions,
+        "sts-to-mcore",
+        lambda args: convert_sts_to_mcore(args.sts, args.like, args.mcore),
+        help="a weights folder or a checkpoint, for megatron-core's LLaVAModel or MimoModel",
+        description="Write a torch_dist checkpoint without optimizer, which any parallel layout loads.",
+    )
+    add_folder(to_mcore, "--sts", "a weights folder, a run (its newest checkpoint) or a checkpoint", required=True)
+    add_folder(
+        to_mcore,
+        "--like",
+        "a checkpoint of the script that will load it: which names the weights get. What it holds is not read",
+        required=True,
+    )
+    add_folder(to_mcore, "--mcore", "where the folder of a checkpoint is written", required=True)
 
 
 def convert_to_sts(hf: Path | None, vision: Path | None, language: Path | None, sts: Path) -> int:
@@ -73,6 +114,26 @@ def convert_to_hf(sts: Path, hf: Path) -> int:
     if not status and source.extras.lacks_tokenizer:
         print(f"{hf} has no tokenizer: the run's is a SentencePiece file, which transformers does not read")
     return status
+
+
+def convert_mcore_to_sts(mcore: Path, config: Path, tokenizer: Path | None, sts: Path) -> int:
+    """From a checkpoint of megatron-core. Returns the exit status."""
+    from megatron_sts.convert import mcore_to_sts
+
+    for field, path in (("--mcore", mcore), ("--tokenizer", tokenizer)):
+        _check_folder(field, path)
+    origin = mcore_to_sts.open_origin(mcore, config, tokenizer)
+    return _run(lambda: mcore_to_sts.convert(origin, sts), sts)
+
+
+def convert_sts_to_mcore(sts: Path, like: Path, mcore: Path) -> int:
+    """Into a checkpoint of megatron-core. Returns the exit status."""
+    from megatron_sts.convert import sts_to_mcore
+
+    for field, path in (("--sts", sts), ("--like", like)):
+        _check_folder(field, path)
+    target = sts_to_mcore.plan(sts, like)
+    return _run(lambda: sts_to_mcore.convert(target, mcore), mcore)
 
 
 def _run(convert: Callable[[], bool], out: Path) -> int:

@@ -68,6 +68,8 @@ LANGUAGE = (
 QKV_BIAS = (_qkv(f"{_DECODER}.self_attention.linear_qkv", f"{_LAYER}.self_attn", "bias", (), "groups"),)
 HEAD = (Row("language.output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}),)
 """Absent where it is tied to the embedding."""
+VOCABULARY = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
+"""What has a row for each token."""
 
 _ENCODER, _BLOCK = "vision.encoder.decoder.layers.{layer}", "encoder.layers.{layer}"
 VIT = (

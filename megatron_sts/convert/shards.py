@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
 from megatron_sts.config.errors import refuse
@@ -63,9 +64,7 @@ def write_shards(folder: Path, units: Sequence[Unit], shard_bytes: int = SHARD_B
         return False
     plan = list(_plan(units, shard_bytes))
     weight_map: dict[str, str] = {}
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        shown = bar.add_task("weights", total=sum(unit.num_bytes for unit in units))
+    with progress(sum(unit.num_bytes for unit in units)) as (bar, shown):
         for number, shard in enumerate(plan, start=1):
             name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             weight_map |= {tensor: name for unit in shard for tensor in unit.names}
@@ -76,6 +75,14 @@ def write_shards(folder: Path, units: Sequence[Unit], shard_bytes: int = SHARD_B
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
     return True
+
+
+@contextmanager
+def progress(num_bytes: int) -> Iterator[tuple[Progress, TaskID]]:
+    """A bar on stderr."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        yield bar, bar.add_task("weights", total=num_bytes)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -19,7 +19,7 @@ from megatron_sts.config.weights_folder import NORM_EPSILON, read_sections
 from megatron_sts.convert import architectures, hf_configs
 from megatron_sts.convert.extras import Extras
 from megatron_sts.convert.folder import identity, is_weights_folder, read_hf_config
-from megatron_sts.convert.pairing import Sections, sections_of
+from megatron_sts.convert.pairing import Pairing, Sections, sections_of
 from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore.checkpoint import CheckpointError
 from megatron_sts.mcore.saved import SavedWeights
@@ -61,15 +61,44 @@ def open_source(path: Path) -> Source:
     return _of_folder(path) if is_weights_folder(path) else _of_checkpoint(checkpoint_of(path))
 
 
+def open_weights(path: Path) -> tuple[Sections, Sequence[Weights], str]:
+    """The model and its weights alone, and what tells its files from others; ``path`` as above.
+
+    Raises:
+        ConfigError: as above.
+    """
+    if is_weights_folder(path):
+        return read_sections(path), [StoredTensors(path)], identity(path)
+    checkpoint = checkpoint_of(path)
+    run = load(config_of(checkpoint))
+    return *_trained(checkpoint, run, _origins(run)), identity(checkpoint / STATE)
+
+
+def find(weights: Sequence[Weights], pair: Pairing) -> Weights | None:
+    """Which of ``weights`` holds one of ours; None: none does.
+
+    Raises:
+        ConfigError: it has another shape there.
+    """
+    found = next((held for held in weights if pair.ours in held.shapes), None)
+    if found is not None and (shape := found.shapes[pair.ours]) != pair.shape:
+        raise ConfigError(
+            f"{found.path}: tensor {pair.ours} has shape {shape}, but the model's config makes it {pair.shape}"
+        )
+    return found
+
+
 def _of_folder(path: Path) -> Source:
     sections, config = read_sections(path), read_hf_config(path)
+    if "vision" in sections and getattr(config, "image_token_index", 0) < 0:
+        refuse("--sts", path, "nothing says which token stands for an image",
+               "give convert mcore-to-sts a --tokenizer, or export a run that began with these weights")  # fmt: skip
     vocab_size = sections["language"].vocab_size if "language" in sections else 0
     return Source(path, sections, config, [StoredTensors(path)], vocab_size, Extras((path,)), identity(path))
 
 
-def _of_checkpoint(path: Path) -> Source:
-    run = load(config_of(path))
-    origins = _origins(run)
+def _trained(path: Path, run: RunConfig, origins: Mapping[Part, Path]) -> tuple[Sections, list[Weights]]:
+    """The model in a checkpoint, and where its weights are."""
     try:
         saved = SavedWeights(path / STATE)
     except CheckpointError as error:
@@ -79,6 +108,13 @@ def _of_checkpoint(path: Path) -> Source:
     if "vision" in sections and "vision" not in origins:
         sections["vision"] = built_layers(sections["vision"])
         weights.append(IdentityNorm(sections["vision"].hidden_size))
+    return sections, weights
+
+
+def _of_checkpoint(path: Path) -> Source:
+    run = load(config_of(path))
+    origins = _origins(run)
+    sections, weights = _trained(path, run, origins)
     data = run.stages[-1].data or run.data
     tokenizer = load_tokenizer(data.tokenizer, data.template)
     config, vocab_size = _config(sections, origins), run.model.language.vocab_size

@@ -13,12 +13,10 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.convert import shards
 from megatron_sts.convert.extras import write_extras
 from megatron_sts.convert.joining import split
-from megatron_sts.convert.names import pairings
+from megatron_sts.convert.names import VOCABULARY, pairings
 from megatron_sts.convert.pairing import Pairing
-from megatron_sts.convert.sources import Source, Weights
+from megatron_sts.convert.sources import Source, Weights, find
 from megatron_sts.convert.spelling import SPELLINGS
-
-VOCABULARY = ("language.embedding.word_embeddings.weight", "language.output_layer.weight")
 
 
 def convert(source: Source, out: Path, shard_bytes: int = shards.SHARD_BYTES) -> bool:
@@ -51,15 +49,11 @@ def _check(source: Source, pairs: list[Pairing]) -> dict[str, Weights]:
     """Which of the source's weights hold each of ours; all of the first ones are needed."""
     places: dict[str, Weights] = {}
     for pair in pairs:
-        found = next((weights for weights in source.weights if pair.ours in weights.shapes), None)
+        found = find(source.weights, pair)
         if found is None and pair.optional:
             continue
         if found is None:
             raise ConfigError(f"{source.path}: has no tensor {pair.ours}; a fresh {pair.part} must be trained first")
-        if (shape := found.shapes[pair.ours]) != pair.shape:
-            raise ConfigError(
-                f"{found.path}: tensor {pair.ours} has shape {shape}, but the model's config makes it {pair.shape}"
-            )
         places[pair.ours] = found
     for name in source.weights[0].shapes:
         if name not in places:

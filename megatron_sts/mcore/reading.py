@@ -6,7 +6,7 @@ import io
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import PosixPath
+from pathlib import PosixPath, PurePath
 from typing import IO, Any, cast
 
 import numpy as np
@@ -69,9 +69,19 @@ def _read_metadata(self: FileSystemReader, *_: Any, **options: Any) -> Metadata:
             raise PlainDataError(f"{path} {error}") from error
     if not isinstance(metadata, Metadata):
         raise PlainDataError(f"{path} holds a {type(metadata).__name__}, no Metadata")
+    for name in _files_of(metadata):
+        if PurePath(name).name != name:
+            raise PlainDataError(f"{path} names a file outside of its folder: {name}")
     metadata.storage_meta = metadata.storage_meta or StorageMeta()
     metadata.storage_meta.load_id = self.load_id
     return metadata
+
+
+def _files_of(metadata: Metadata) -> set[str]:
+    try:
+        return {str(place.relative_path) for place in metadata.storage_data.values()}
+    except AttributeError as error:
+        raise PlainDataError(f".metadata does not say where its tensors are ({error})") from error
 
 
 def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
@@ -81,14 +91,17 @@ def _load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO
         with torch.serialization.safe_globals([*_NUMPY_STATE, io.BytesIO]):
             found = torch.load(value, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        raise PlainDataError(f"its object {name} holds more than data, or is damaged: {_cause(error)}") from error
+        raise PlainDataError(f"its object {name} holds more than data, or is damaged: {cause(error)}") from error
     if self.flatten_state_dict:
         set_element(self.original_state_dict, self.mappings[name], found)
     else:
         self.state_dict[name] = found
 
 
-def _cause(error: Exception) -> str:
-    """The one line of torch's page that says why."""
-    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
-    return lines[0] if lines else str(error).partition("\n")[0]
+def cause(error: Exception) -> str:
+    """The one line of torch's page that says why a file was not read."""
+    if isinstance(error, OSError):
+        return str(error)
+    said = [line.strip() for line in str(error).splitlines()] or [""]
+    lines = [line for line in said if "GLOBAL" in line or "Unsupported" in line]
+    return lines[0] if lines else f"{type(error).__name__}: {said[0]}"

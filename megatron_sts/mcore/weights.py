@@ -20,8 +20,8 @@ from megatron_sts.mcore.module import unwrap
 _HEAD, _EMBEDDING = "language.output_layer.weight", "language.embedding.word_embeddings.weight"
 _LAYER = re.compile(r"^language\.decoder\.layers\.(\d+)\.")
 _FUSED_NORMS = {
-    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+    "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+    "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
 }
 """Transformer Engine keeps a norm in the linear layer that follows it."""
 
@@ -54,7 +54,7 @@ def named_weights(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torc
 
 
 def unfused(name: str) -> str:
-    """A decoder weight's name without Transformer Engine's."""
+    """A layer's weight by its plain name, where Transformer Engine has another."""
     for fused, plain in _FUSED_NORMS.items():
         name = name.replace(fused, plain)
     return name

@@ -143,6 +143,24 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["convert", "hf-to-sts", "--sts", "out", "--hf", "EMPTY"], "holds no config.json"),
         (["convert", "sts-to-hf", "--sts", "nowhere", "--hf", "out"], "--sts=nowhere: no such folder"),
         (["convert", "sts-to-hf", "--sts", "EMPTY", "--hf", "out"], "neither a run's folder nor a checkpoint"),
+        (["convert", "mcore-to-sts", "--mcore", ".", "--sts", "out"], "--config"),
+        (
+            ["convert", "mcore-to-sts", "--mcore", "nowhere", "--config", "CONFIG", "--sts", "out"],
+            "--mcore=nowhere: no such folder",
+        ),
+        (
+            ["convert", "mcore-to-sts", "--mcore", "EMPTY", "--config", "CONFIG", "--sts", "out"],
+            "holds neither a checkpoint of megatron-core nor",
+        ),
+        (["convert", "sts-to-mcore", "--sts", "EMPTY", "--mcore", "out"], "--like"),
+        (
+            ["convert", "sts-to-mcore", "--sts", "EMPTY", "--like", "nowhere", "--mcore", "out"],
+            "--like=nowhere: no such folder",
+        ),
+        (
+            ["convert", "sts-to-mcore", "--sts", "EMPTY", "--like", "EMPTY", "--mcore", "out"],
+            "neither a run's folder nor a checkpoint",
+        ),
         (["verify", "--hf", "EMPTY", "--sts", "EMPTY"], "not a weights folder"),
         (["eval"], "CHECKPOINT"),
         (["eval", "CONFIG"], "--benchmark"),
