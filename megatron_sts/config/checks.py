@@ -21,6 +21,7 @@ from megatron_sts.config.schema import (
 )
 from megatron_sts.config.siblings import named_alike
 from megatron_sts.config.sparsity_checks import check_sparsity
+from megatron_sts.config.tower import check_tower
 
 DATA_FAMILIES: tuple[str, ...] = DataConfig().families
 """Every question family of ``scenes``: the default draws from all."""
@@ -118,6 +119,7 @@ def check_parallel(config: RunConfig) -> None:
             "set use_distributed_optimizer=true and overlap_grad_reduce=true too, or this to false",
         )
     check_layout(config.model.language.num_layers, parallel)
+    check_tower(config)
 
 
 def check_layout(num_layers: int, parallel: ParallelConfig) -> None:

@@ -12,5 +12,5 @@ def without_replicas(resolved: Resolved) -> Iterator[str]:
     parallel, interval = resolved.config.parallel, resolved.config.guard.checksum_interval_steps
     copies = resolved.data_parallel_size * parallel.context_parallel_size * parallel.tensor_model_parallel_size
     is_tied = resolved.config.model.language.tie_word_embeddings and parallel.pipeline_model_parallel_size > 1
-    if interval is not None and copies == 1 and not is_tied:
+    if interval is not None and copies == 1 and not is_tied and not resolved.spreads_vision:
         yield f"guard.checksum_interval_steps={interval}: no two ranks hold the same weights here, so that nothing is compared"

@@ -24,6 +24,7 @@ from megatron_sts.config.schema import (
 from megatron_sts.config.section import Section
 from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.config.tokens import (
+    LOOKING,
     TokenCounts,
     exact,
     is_full_step,
@@ -32,6 +33,7 @@ from megatron_sts.config.tokens import (
     least_keep_ratio,
     round_up,
 )
+from megatron_sts.config.tower import place_of_tower
 
 DatasetSize = Callable[[DataConfig], int]
 """Number of samples of one epoch."""
@@ -97,7 +99,7 @@ class Resolved(Section):
     """A run with every number that follows from its config."""
 
     config: RunConfig
-    """As written, with parallel.data_parallel_size and a planned number of chunks filled in."""
+    """As written, with parallel.data_parallel_size, parallel.vision and a planned number of chunks filled in."""
     world_size: int
     data_parallel_size: int
     num_vision_layers: int
@@ -106,6 +108,21 @@ class Resolved(Section):
     layer_owner: tuple[int, ...]
     """Pipeline rank of each 0-based decoder layer."""
     stages: tuple[ResolvedStage, ...]
+
+    @property
+    def spreads_vision(self) -> bool:
+        """Whether all ranks of a model copy encode a share of each step's images."""
+        return self.config.parallel.vision == "spread"
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that share one copy of the model."""
+        return _model_parallel_size(self.config.parallel)
+
+    def first_stage_sees_pixels(self, stage: ResolvedStage) -> bool:
+        """Whether all ranks of the first pipeline stage have a step's pixels: the tower runs there, or a sampler looks at them."""
+        vtc = stage.config.vtc
+        return not self.spreads_vision or (vtc is not None and vtc.sampler in LOOKING)
 
     def stage(self, name_or_index: str | int) -> ResolvedStage:
         """The stage with this name or 0-based index."""
@@ -140,7 +157,11 @@ def resolve(
     """
     check_run(config)
     data_parallel_size = _data_parallel_size(config.parallel, world_size)
-    parallel = config.parallel.model_copy(update={"data_parallel_size": data_parallel_size})
+    derived = {
+        "data_parallel_size": data_parallel_size,
+        "vision": place_of_tower(config, _model_parallel_size(config.parallel)),
+    }
+    parallel = config.parallel.model_copy(update=derived)
     config = config.model_copy(update={"parallel": parallel})
     vision = config.model.vision
     layout = _written_layout(config)

@@ -53,6 +53,11 @@ class ParallelConfig(Section):
     """Individual, overlapped stage-to-stage transfers; interleaving with two pipeline ranks is wrong without it."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the decoder."""
+    vision: Literal["first", "spread"] | None = None
+    """Where the vision tower runs. first: on the first pipeline stage, within the passes, its layers split over tensor-parallel
+    ranks. spread: all ranks of a model copy hold the whole tower, and before a step's first pass each encodes an equal share of
+    its images; for towers that never learn. None: first.
+    """
     timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 600.0
     """A collective that waits longer than this fails on every rank instead of hanging. At most a week."""
 

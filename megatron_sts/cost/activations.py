@@ -202,7 +202,8 @@ def _before_merge(resolved: Resolved, stage: ResolvedStage, share: _Share, load:
         before += qformer_bytes(model.qformer, model.vision, size, -(-load.num_images // share.cp))
     passes = bool({"vision", "qformer", "projector"} & set(learning))
     learns = "projector" in learning
-    inputs = size * projected * (model.qformer or model.vision).hidden_size if learns else 0
+    is_held = resolved.spreads_vision and model.qformer is None  # through the step: ``vision.features_bytes``
+    inputs = size * projected * (model.qformer or model.vision).hidden_size if learns and not is_held else 0
     if model.projector.type == "linear":
         return before + inputs
     return before + inputs + size * projected * hidden // share.tp * (passes + learns)

@@ -59,6 +59,8 @@ def chunk_weights(resolved: Resolved, rank: int, chunk: int) -> list[Held]:
     is_shared = language.tie_word_embeddings and len(layout[0]) > 1
 
     def held(part: Part, weights: Weights, layer: int | None = None, *, shared: bool = False) -> list[Held]:
+        if part == "vision" and resolved.spreads_vision:  # whole on each rank
+            return [Held(part, layer, weight.num_elements, is_split=False) for weight in weights]
         return [Held(part, layer, weight.on_rank(tp), weight.is_split, shared) for weight in weights]
 
     first = sum(map(sum, layout[:chunk])) + sum(layout[chunk][:rank])
@@ -68,8 +70,8 @@ def chunk_weights(resolved: Resolved, rank: int, chunk: int) -> list[Held]:
     if is_last:
         found += held("language", final_norm(language)) + held("language", head(language))
         found += held("language", embedding(language), shared=True) if is_shared else []
-    if is_first:
-        for part, weights in before_decoder(config.model, resolved.num_vision_layers).items():
+    for part, weights in before_decoder(config.model, resolved.num_vision_layers).items():
+        if is_first or (part == "vision" and resolved.spreads_vision and chunk == 0):
             found += held(part, weights)
     return found
 

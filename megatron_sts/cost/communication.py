@@ -11,6 +11,7 @@ tp          a layer: 2 e t h forward and 2 backward, all-reduced, or with sequen
 cp          keys and values of whole rows and their gradients; features of images
 pp          e t' h a micro-batch and boundary between chunks, forward and backward
 dp          fp32 gradients, all-reduced, or with the distributed optimizer reduce-scattered, and the weights gathered
+vision      pixels from a copy's first rank to the others, and features to those of the first stage, if the tower is spread
 embedding   the fp32 gradient of a tied word embedding, between first and last stage
 mp, world   the batch without its images, the gradient norm, a step's counts and, with LDS, digests of masks
 =========== ============================================================================================================
@@ -31,11 +32,12 @@ from megatron_sts.cost.buckets import buckets, num_gradient_ranks, rank_weights
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.cost.memory import GRADIENT_BYTES, learning_parts
 from megatron_sts.cost.step import StepShape, microbatch_load
+from megatron_sts.cost.vision import features_bytes, image_share, images_of_copy
 from megatron_sts.cost.weights import head_width, num_groups
 
-Group = Literal["tp", "cp", "tp-cp", "pp", "relay", "dp", "embedding", "mp", "world"]
-"""Ranks that share layers' matrices (tp), the tokens of a row (cp), either (tp-cp), the pipeline (pp), and beside it through host memory (relay); gradients (dp); a tied word
-embedding (first and last stage); one copy of the model (mp); all."""
+Group = Literal["tp", "cp", "tp-cp", "pp", "relay", "vision", "dp", "embedding", "mp", "world"]
+"""Ranks that share layers' matrices (tp), the tokens of a row (cp), either (tp-cp), the pipeline (pp), and beside it through host memory
+(relay); a step's images (vision); gradients (dp); a tied word embedding (first and last stage); one copy of the model (mp); all."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
 
 MASK_BLOCK_STEPS, MASK_HEADER_FIELDS, NUM_TOTALS = 64, 5, 17
@@ -58,7 +60,7 @@ class Traffic:
 def communication(
     resolved: Resolved, stage: ResolvedStage, step: StepShape, kernels: Kernels
 ) -> list[tuple[Traffic, ...]]:
-    """Of a rank of each pipeline stage."""
+    """Of the first tensor- and context-parallel rank of each pipeline stage: only with a tower that is spread others have other images."""
     ranks = range(resolved.config.parallel.pipeline_model_parallel_size)
     return [tuple(_of_rank(_Run(resolved, stage, step, kernels, rank))) for rank in ranks]
 
@@ -116,6 +118,8 @@ def _of_rank(run: _Run) -> Iterator[Traffic]:
         yield from _contexts(run)
     if run.cp * parallel.tensor_model_parallel_size > 1:
         yield from _rows(run)
+    if run.resolved.spreads_vision:
+        yield from _spread_images(run)
     if parallel.pipeline_model_parallel_size > 1:
         yield from _boundaries(run)
         yield from _tied_embedding(run)
@@ -181,7 +185,7 @@ def _images(run: _Run) -> Iterator[Traffic]:
     if not run.is_first or model.vision is None:
         return
     load, count = run.load, run.stage.num_microbatches
-    if model.vision.tower != "hf" and load.num_images:
+    if model.vision.tower != "hf" and load.num_images and not run.resolved.spreads_vision:
         calls = (4 if "vision" in learning else 2) * run.resolved.num_vision_layers * count
         features = (model.vision.image_size // model.vision.patch_size) ** 2 + (model.vision.tower != "siglip")
         size = run.element_bytes * -(-load.num_images // run.cp) * features * model.vision.hidden_size
@@ -202,15 +206,33 @@ def _rows(run: _Run) -> Iterator[Traffic]:
     if not run.is_first or model.vision is None or not load.num_images:
         return
     group: Group = "tp" if run.cp == 1 else "tp-cp"
-    yield Traffic(group, "broadcast", "pixels", count, count * 3 * load.num_images * model.vision.image_size**2)
+    if run.resolved.first_stage_sees_pixels(run.stage):
+        yield Traffic(group, "broadcast", "pixels", count, count * 3 * load.num_images * model.vision.image_size**2)
     if vtc is not None and vtc.sampler in LOOKING and load.num_visual_tokens < load.num_projected_tokens:
         yield Traffic(group, "broadcast", "chosen tokens", count, count * INDEX_BYTES * load.num_visual_tokens)
-    if run.cp > 1:
+    if run.cp > 1 and (model.qformer is not None or not run.resolved.spreads_vision):
         of_image = run.stage.visual_tokens_in * (model.qformer or model.vision).hidden_size
         size = count * run.element_bytes * of_image * -(-load.num_images // run.cp) * run.cp
         yield Traffic("cp", "all_gather", "features", count, size)
         if {"vision", "qformer"} & set(learning_parts(run.resolved, run.stage)):
             yield Traffic("cp", "reduce_scatter", "features", count, size)
+
+
+def _spread_images(run: _Run) -> Iterator[Traffic]:
+    """Pixels from the very first rank, features of a rank's own images to each of the first stage's."""
+    parallel, vision, counts = run.resolved.config.parallel, run.resolved.config.model.vision, run.step.counts
+    num_ranks, num_images = run.resolved.model_parallel_size, images_of_copy(run.resolved, run.stage, counts)
+    if vision is None or not num_images:
+        return
+    num_receivers = parallel.tensor_model_parallel_size * run.cp
+    shares = [image_share(num_images, rank, num_ranks) for rank in range(num_ranks)]
+    own = shares[run.rank * num_receivers]
+    if run.is_first:
+        dealt = [3 * len(share) * vision.image_size**2 for share in shares[1:] if share]
+        yield Traffic("vision", "send", "pixels", len(dealt), sum(dealt))
+    num_sends = num_receivers - run.is_first if own else 0
+    size = features_bytes(run.resolved, run.stage, counts, own)
+    yield Traffic("vision", "send", "features", num_sends, num_sends * size)
 
 
 def _contexts(run: _Run) -> Iterator[Traffic]:

@@ -120,7 +120,9 @@ class StepWork:
     """Training FLOPs of one global step, over all ranks, by where they are spent."""
 
     tower: int
-    """Vision tower and Q-Former: on the first pipeline rank."""
+    """The vision tower: on the first pipeline rank, or spread over all ranks of a model copy."""
+    qformer: int
+    """On the first pipeline rank."""
     projector: int
     """On the first pipeline rank."""
     layer: int
@@ -130,8 +132,8 @@ class StepWork:
 
     @property
     def before(self) -> int:
-        """All that the first pipeline rank computes before the decoder."""
-        return self.tower + self.projector
+        """All that comes before the decoder."""
+        return self.tower + self.qformer + self.projector
 
 
 def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, causal: Causal = "half") -> StepWork:
@@ -153,8 +155,8 @@ def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, caus
     before_decoder = before_projector or projector or language  # the word embedding is part of the language model
     return StepWork(
         tower=pieces.patch_embedding.training(trains=vision, gradient_passes=False)
-        + pieces.vision_layers.training(trains=vision, gradient_passes=vision)
-        + pieces.qformer_in.training(trains=qformer, gradient_passes=vision)
+        + pieces.vision_layers.training(trains=vision, gradient_passes=vision),
+        qformer=pieces.qformer_in.training(trains=qformer, gradient_passes=vision)
         + pieces.qformer.training(trains=qformer, gradient_passes=before_projector),
         projector=pieces.projector_in.training(trains=projector, gradient_passes=before_projector)
         + pieces.projector_out.training(trains=projector, gradient_passes=before_projector or projector),
@@ -164,14 +166,16 @@ def step_work(resolved: Resolved, stage: ResolvedStage, load: TokenLoad, *, caus
 
 
 def work_besides_layers(resolved: Resolved, stage: ResolvedStage, work: StepWork) -> tuple[float, float]:
-    """What a rank of the first and one of the last pipeline stage compute besides decoder layers, in units of their part of one layer.
+    """What a rank of the first and one of the last pipeline stage compute in passes besides decoder layers, in units of their part of
+    one layer.
 
     Context-parallel ranks share out the tokens of layers and head, the tower by whole images of a micro-batch, and the projector
-    not at all: each has all of its visual tokens.
+    not at all: each has all of its visual tokens. A tower that is spread runs before the passes, on all ranks alike.
     """
     size, batch = resolved.config.parallel.context_parallel_size, stage.config.batch
     num_images = batch.micro_batch_size * batch.max_images
-    towers = work.tower * size * -(-num_images // size) // num_images
+    before_projector = work.qformer + (0 if resolved.spreads_vision else work.tower)
+    towers = before_projector * size * -(-num_images // size) // num_images
     return (towers + size * work.projector) / work.layer, work.after / work.layer
 
 
@@ -199,15 +203,17 @@ def rank_flops(
         stage: which stage.
         load: of the rank's copy of the model, all micro-batches.
         layer_runs: micro-batches in which each decoder layer ran.
-        pp_rank: its pipeline rank. Tensor- and context-parallel ranks share equally.
+        pp_rank: its pipeline rank. Tensor- and context-parallel ranks share equally, and with a tower that is spread all ranks of a
+            copy its images.
         causal: how much of the decoder's score matrix counts.
     """
     work, parallel = step_work(resolved, stage, load, causal=causal), resolved.config.parallel
     own = sum(count for count, owner in zip(layer_runs, resolved.layer_owner, strict=True) if owner == pp_rank)
-    flops = own / stage.num_microbatches * work.layer
+    num_stages, spread = parallel.pipeline_model_parallel_size, work.tower if resolved.spreads_vision else 0
+    flops = own / stage.num_microbatches * work.layer + spread / num_stages
     if pp_rank == 0:
-        flops += work.before
-    if pp_rank + 1 == parallel.pipeline_model_parallel_size:
+        flops += work.before - spread
+    if pp_rank + 1 == num_stages:
         flops += work.after
     return flops / (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
 

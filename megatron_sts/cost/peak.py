@@ -18,6 +18,7 @@ from megatron_sts.cost.activations import Kernels, Saved, multiplies_in_fp8, sav
 from megatron_sts.cost.memory import RankMemory, learning_parts, memory_per_rank
 from megatron_sts.cost.pass_order import grouped, pass_order
 from megatron_sts.cost.step import longest, microbatch_load
+from megatron_sts.cost.vision import features_bytes
 from megatron_sts.cost.weights import decoder_layer, embedding
 
 CONTEXT_BYTES = 2 * 2**30
@@ -37,6 +38,8 @@ class PeakMemory:
     """What the worst moment has above that: logits beside their fp32 copies, a weight's gradient before it is added up."""
     fp8_bytes: int
     """Copies of weights in FP8, beyond the bytes of weights that they replace (``fp8_params``)."""
+    features_bytes: int
+    """Of all images of a step, on the first stage, where a tower that is spread encodes them before the first pass."""
     buffers_bytes: int
     """The gathered sequence under sequence parallelism, which megatron-core keeps a buffer for."""
     num_in_flight: int
@@ -45,7 +48,7 @@ class PeakMemory:
     @property
     def allocated_bytes(self) -> int:
         """What torch's allocator counts (``torch.cuda.max_memory_allocated``)."""
-        others = self.activations_bytes + self.running_bytes + self.fp8_bytes + self.buffers_bytes
+        others = self.activations_bytes + self.running_bytes + self.fp8_bytes + self.features_bytes + self.buffers_bytes
         return self.state.total_bytes + others
 
     @property
@@ -86,6 +89,7 @@ def peak_memory(
                 activations_bytes=most.kept,
                 running_bytes=worst.total - most.kept,
                 fp8_bytes=fp8_bytes(resolved, stage, rank, kernels, counts),
+                features_bytes=features_bytes(resolved, stage, counts) if resolved.spreads_vision and rank == 0 else 0,
                 buffers_bytes=_gathered(resolved, stage, counts),
                 num_in_flight=num_in_flight,
             )

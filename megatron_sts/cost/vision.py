@@ -1,8 +1,12 @@
-"""What autograd keeps of images in tower and Q-Former, where these learn. Torch-free; conventions as in ``cost/activations.py``."""
+"""What is kept of images: by autograd in tower and Q-Former, where these learn, and from before a step by the first stage, if a
+frozen tower is spread. Torch-free; conventions as in ``cost/activations.py``."""
 
 from __future__ import annotations
 
 from megatron_sts.config.architecture import QFormerConfig, VisionConfig
+from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
+from megatron_sts.cost.flops import planned_load
 
 FP32_BYTES = 4
 
@@ -38,3 +42,30 @@ def qformer_bytes(qformer: QFormerConfig, vision: VisionConfig, element_bytes: i
     looking = 4 * qformer.num_query_tokens * hidden + 2 * features * hidden
     elements = qformer.num_layers * layer + num_looking * looking + features * vision.hidden_size
     return element_bytes * num_images * elements
+
+
+def image_share(num_images: int, rank: int, num_ranks: int) -> range:
+    """Which of a copy's images in a step one of its ranks encodes, if the tower is spread: as many as others or one more."""
+    return range(num_images * rank // num_ranks, num_images * (rank + 1) // num_ranks)
+
+
+def images_of_copy(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) -> int:
+    """Images that one copy of the model sees in a step of full rows."""
+    return planned_load(resolved, stage, counts).num_images // resolved.data_parallel_size
+
+
+def features_bytes(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, images: range | None = None) -> int:
+    """Of some of a step's ``images`` (None: all of a copy's), as a spread tower hands them to the first stage, which holds those of all
+    micro-batches at once: e d a token; of the kept tokens where nothing that follows sees the others."""
+    model, vtc, batch = resolved.config.model, stage.config.vtc, stage.config.batch
+    if model.vision is None:
+        return 0
+    images = range(images_of_copy(resolved, stage, counts)) if images is None else images
+    if model.qformer is not None:
+        of_image = (model.vision.image_size // model.vision.patch_size) ** 2 + (model.vision.tower != "siglip")
+        num_tokens = len(images) * of_image
+    elif vtc is not None and vtc.sampler in BEFORE_PROJECTOR:
+        num_tokens = sum(counts.of_image(image % batch.max_images) for image in images)
+    else:
+        num_tokens = len(images) * stage.visual_tokens_in
+    return (4 if resolved.config.precision.params == "fp32" else 2) * num_tokens * model.vision.hidden_size

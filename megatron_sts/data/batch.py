@@ -16,7 +16,7 @@ from megatron_sts.data.records import SkippedSample
 class Batch:
     """One micro-batch. Shapes: b rows, s tokens, n images of t tokens each, v kept visual tokens of all images together.
 
-    All fields are the same on every rank of a model copy, except that ``pixels`` is filled on the first stage only.
+    All fields are the same on every rank of a model copy, except that ``pixels`` and ``features`` are filled on the first stage only.
     """
 
     tokens: torch.Tensor
@@ -44,7 +44,7 @@ class Batch:
     num_placeholders: int
     """Of ``is_visual``, counted where no device is waited for."""
     pixels: torch.Tensor | None
-    """uint8 [n, 3, h, w], images in reading order."""
+    """uint8 [n, 3, h, w], images in reading order. With ``parallel.vision: spread`` only where something looks at them in a pass."""
     num_samples: int
     """Those that were used."""
     num_truncated: int
@@ -55,6 +55,9 @@ class Batch:
     """What the model computes, padding included."""
     dense_load: TokenLoad
     """The same without VTC."""
+    features: torch.Tensor | None = None
+    """What the tower made of the images before the step (``parallel.vision: spread``), on the first stage: [n, t, d], or [v, d] of the
+    kept tokens alone where nothing that follows needs the others."""
     number: int = 0
     """Of the micro-batch in its step."""
     skipped: tuple[SkippedSample, ...] = ()

@@ -25,6 +25,7 @@ class PlannedBatches(StageBatches):
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
         self.wait_s = 0.0
         self._stage, self._place, self._vision = stage, place, resolved.config.model.vision
+        self._first_stage_sees_pixels = resolved.first_stage_sees_pixels(stage)
         vtc = stage.config.vtc
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
         self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
@@ -34,8 +35,8 @@ class PlannedBatches(StageBatches):
         """The step's micro-batches. Tensor- and context-parallel ranks get their pixels from the first of them, as in training."""
         batch = self._batch(self._stage.tokens(step))
         batches = [replace(batch, number=number) for number in range(self._stage.num_microbatches)]
-        if not self._place.is_first_stage:
-            return [replace(one, pixels=None) for one in batches]
+        if not (self._place.is_first_stage and self._first_stage_sees_pixels):
+            return batches if self._place.is_first_of_copy else [replace(one, pixels=None) for one in batches]
         if self._place.tp_size * self._place.cp_size == 1 or batch.pixels is None:
             return batches
         mine = [batch.pixels] * len(batches) if self._place.is_first_of_copy else []
@@ -47,6 +48,7 @@ class PlannedBatches(StageBatches):
         """What each micro-batch holds on the device for the whole step: pixels that tensor- and context-parallel ranks share."""
         pixels = self._batch(self._stage.uncompressed).pixels
         is_shared = self._place.is_first_stage and self._place.tp_size * self._place.cp_size > 1
+        is_shared &= self._first_stage_sees_pixels
         return pixels.nbytes if is_shared and pixels is not None else 0
 
     def close(self) -> None:

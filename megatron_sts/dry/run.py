@@ -21,6 +21,7 @@ from megatron_sts.dry.counter import Counter
 from megatron_sts.dry.engine import Fp8Linears, Kernels, fp8_linears
 from megatron_sts.dry.extend import Counted, extended
 from megatron_sts.dry.modules import ModuleNames
+from megatron_sts.dry.tower import PlannedTower
 from megatron_sts.dry.verdict import failure
 from megatron_sts.launch import trail
 from megatron_sts.lds.gate import SkipGate
@@ -125,7 +126,8 @@ def _numbers_to_run(parallel: ParallelConfig, spec: ResolvedStage, *, run_all: b
 def _count(stage: Stage, step: int, num_microbatches: int, counter: Counter, in_fp8: Sequence[Fp8Linears]) -> Counted:
     """Runs the step with so many micro-batches."""
     spec = stage.spec.model_copy(update={"num_microbatches": num_microbatches})
-    stage = replace(stage, spec=spec, batches=PlannedBatches(stage.resolved, spec, stage.place))
+    tower = stage.tower and PlannedTower(stage.tower, stage.spec.num_microbatches, counter.ledger.persist)
+    stage = replace(stage, spec=spec, batches=PlannedBatches(stage.resolved, spec, stage.place), tower=tower)
     with PassesInFlight() as passes:
         stage.mask(step)  # agreed on for a block of steps: not part of most
         _as_after_a_step(stage)

@@ -94,6 +94,7 @@ class Ledger:
     def _ending(self, key: int) -> Callable[[object], None]:
         def ended(_reference: object) -> None:
             self.live_bytes -= self._sizes.pop(key)
+            self._persistent.discard(key)  # another storage may come to lie there
             del self._ends[key]
 
         return ended

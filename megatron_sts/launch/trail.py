@@ -16,6 +16,7 @@ NUM_KEPT = 512
 PHASES = {
     "start": "starting",
     "data": "reading data",
+    "vision": "encoding the step's images",
     "forward": "forward pass",
     "backward": "backward pass",
     "between": "between two passes",
@@ -28,7 +29,7 @@ PHASES = {
     "end": "ending",
 }
 """What a rank may be doing, in words."""
-COMPUTING = ("forward", "backward", "between", "reduce", "checksums", "optimizer", "log")
+COMPUTING = ("vision", "forward", "backward", "between", "reduce", "checksums", "optimizer", "log")
 """Phases that take a step's time, not that of a disk."""
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,7 @@ WAITING = (
     "p2p_communication.py",
     "param_and_grad_buffer.py",
     "mcore/relay.py",
+    "mcore/exchange.py",
     "mcore/collectives.py",
     f"{ROOT}/launch/",
 )

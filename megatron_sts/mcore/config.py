@@ -119,12 +119,13 @@ def _head_width(resolved: Resolved) -> int:
 
 
 def vision_config(resolved: Resolved) -> TransformerConfig:
-    """The ViT: LayerNorm, biases, its tower's GELU; tensor-parallel with the decoder, whole on the first pipeline stage."""
+    """The ViT: LayerNorm, biases, its tower's GELU; tensor-parallel with the decoder, unless it is spread: then whole on each rank."""
     vision = resolved.config.model.vision
     assert vision is not None
     activation, epsilon = {"clip": (quick_gelu, 1e-5), "siglip": (tanh_gelu, 1e-6)}[vision.tower]
+    whole = {"tensor_model_parallel_size": 1} if resolved.spreads_vision else {}
     return TransformerConfig(
-        **_common(resolved),
+        **(_common(resolved) | whole),
         num_layers=resolved.num_vision_layers,
         hidden_size=vision.hidden_size,
         num_attention_heads=vision.num_attention_heads,

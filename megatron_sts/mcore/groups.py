@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -12,6 +13,10 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_sts.config.schema import ParallelConfig
 from megatron_sts.mcore.relay import RELAY
+
+VISION = "vision"
+"""How the groups are called in which images and their features travel."""
+_vision_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,8 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.timeout_s / 60,
     )
+    if parallel.vision == "spread":
+        _make_vision_group(parallel)
     # Initial weights: stages must not repeat each other's draws; data-parallel ranks must share theirs, and tensor-parallel
     # ranks those of what they all hold whole. On CUDA, sharded weights come from megatron-core's tracker.
     stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
@@ -66,6 +73,19 @@ def initialize(parallel: ParallelConfig, seed: int) -> Place:
     random.seed(stage_seed)
     np.random.seed(stage_seed % 2**32)
     return place()
+
+
+def _make_vision_group(parallel: ParallelConfig) -> None:
+    """A group of each copy of the model, over which nothing else is sent; a collective of all ranks."""
+    global _vision_group
+    here = place()
+    sizes = {"tp": here.tp_size, "ep": 1, "dp": here.dp_size, "pp": here.pp_size, "cp": here.cp_size}
+    copies = parallel_state.RankGenerator(**sizes, order="tp-cp-ep-dp-pp").get_ranks("tp-cp-pp")
+    for ranks in copies:
+        timeout = timedelta(seconds=parallel.timeout_s)
+        group = parallel_state.create_group(ranks, timeout=timeout, group_desc=VISION)  # ``destroy`` ends it
+        if dist.get_rank() in ranks:
+            _vision_group = group
 
 
 def destroy() -> None:
@@ -103,7 +123,7 @@ def pipeline_group() -> dist.ProcessGroup:
 
 def name_of(group: dist.ProcessGroup) -> str:
     """tp, pp, dp (with cp, over which gradients are summed), cp, tp-cp (one row), mp (tp and pp), embedding (first and last stage),
-    world; else the name it was made with.
+    world; else the name it was made with (relay, vision).
 
     megatron-core has several groups of the same ranks: one that is none of these by itself has the name of the first
     with its ranks.
@@ -121,8 +141,8 @@ def name_of(group: dist.ProcessGroup) -> str:
     for name, one in known.items():
         if one is group or (one is not None and one.group_name == group.group_name):
             return name
-    if group.group_desc == RELAY:
-        return RELAY
+    if group.group_desc in (RELAY, VISION):
+        return group.group_desc
     ranks = dist.get_process_group_ranks(group)
     same = (name for name, one in known.items() if one is not None and dist.get_process_group_ranks(one) == ranks)
     return next(same, group.group_desc)
@@ -147,6 +167,18 @@ def model_parallel_group() -> dist.ProcessGroup:
     """Tensor- and pipeline-parallel ranks, which share one copy of the model but for context parallelism; the first one has the
     first tensor-parallel shard of the first stage."""
     return parallel_state.get_model_parallel_group()
+
+
+def vision_group() -> dist.ProcessGroup:
+    """All ranks of this one's copy of the model, tensor-parallel ones next to each other, then context- and pipeline-parallel
+    ones; only with ``parallel.vision: spread``."""
+    assert _vision_group is not None
+    return _vision_group
+
+
+def own_group() -> dist.ProcessGroup:
+    """This rank alone: what is not split has it for its tensor-parallel group."""
+    return parallel_state.get_expert_model_parallel_group()  # of which no model here has more than one rank
 
 
 def broadcast_from_last_stage(tensor: torch.Tensor) -> None:

@@ -9,11 +9,15 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.module import MegatronModule
 
+from megatron_sts.mcore.groups import place
+
 
 class PipelineChunk(MegatronModule):
     """A module that contains one chunk of the decoder as ``language`` and whatever runs before it."""
 
     language: GPTModel
+    held_by_all: tuple[str, ...] = ()
+    """Parts that each rank of a model copy holds whole, in its first chunk."""
 
     def __init__(self, language: GPTModel) -> None:
         super().__init__(config=language.config)
@@ -29,6 +33,16 @@ class PipelineChunk(MegatronModule):
     def shared_embedding_or_output_weight(self) -> torch.Tensor | None:
         """The tied word embedding, which first and last stage keep equal."""
         return self.language.shared_embedding_or_output_weight()
+
+    def sharded_state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """For checkpoints. Of what each rank holds whole, the very first one's is stored."""
+        state: dict[str, Any] = super().sharded_state_dict(*args, **options)
+        of_parts = tuple(f"{part}." for part in self.held_by_all)
+        here = place()
+        for key, shard in state.items():
+            if key.startswith(of_parts):
+                shard.replica_id = (here.pp_rank, here.tp_rank, here.dp_rank * here.cp_size + here.cp_rank)
+        return state
 
     def to_sequence_parallel(self, embeddings: torch.Tensor) -> torch.Tensor:
         """[s, b, h] -> this tensor-parallel rank's slice of the sequence, when sequence parallelism is on."""

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.models.vision.clip_vit_model import CLIPViTModel
 from megatron.core.models.vision.multimodal_projector import MultimodalProjector
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore.config import projector_config, vision_config
+from megatron_sts.mcore.groups import own_group
 from megatron_sts.mcore.layer import TorchNorm
 from megatron_sts.mcore.specs import torch_layer_spec
 
@@ -21,6 +27,7 @@ def build_encoder(resolved: Resolved) -> CLIPViTModel:
     assert vision is not None
     has_class_token = vision.tower == "clip"
     num_pixels = vision.image_size // vision.patch_size * vision.patch_size  # those that fill patches
+    spreads = resolved.spreads_vision
     encoder = CLIPViTModel(
         vision_config(resolved),
         torch_layer_spec(AttnMaskType.no_mask),
@@ -32,8 +39,32 @@ def build_encoder(resolved: Resolved) -> CLIPViTModel:
         patch_dim=vision.patch_size,
         img_h=num_pixels,
         img_w=num_pixels,
+        pg_collection=_alone() if spreads else None,
     )
+    if spreads:
+        for parameter in encoder.parameters():
+            parameter.tensor_model_parallel = False  # as megatron-core marks it whatever its group
     return encoder.to(torch.bfloat16) if resolved.config.precision.params == "bf16" else encoder
+
+
+@contextmanager
+def without_drawing() -> Iterator[None]:
+    """What the block draws is not missed by what is built after it: random states are afterwards as before."""
+    tracker = tensor_parallel.get_cuda_rng_tracker()
+    on_host, on_device, tracked = torch.get_rng_state(), torch.cuda.get_rng_state(), tracker.get_states()
+    try:
+        yield
+    finally:
+        torch.cuda.set_rng_state(on_device)
+        torch.set_rng_state(on_host)
+        tracker.set_states(tracked)
+
+
+def _alone() -> ProcessGroupCollection:
+    """The groups of a module that no rank shares with another."""
+    groups = ProcessGroupCollection()
+    groups.tp = groups.pp = groups.cp = own_group()
+    return groups
 
 
 def build_projector(resolved: Resolved) -> MultimodalProjector:

@@ -31,6 +31,11 @@ class Compression:
         self._num_tokens_in = num_tokens_in
         self._relay = relay
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether what is kept needs no look at any token, and no mean of several."""
+        return self._looking is None and not self._pools
+
     def begin_step(self) -> None:
         """Before the first forward pass of a step."""
         if self._relay is not None:
@@ -62,8 +67,10 @@ class Compression:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Projected visual tokens [v, h] and, where a sampler looked, which of the n x t they are, int64 [v].
 
-        ``features`` [n, t, d]; ``words``: embeddings of the micro-batch's tokens [s, b, h], for samplers that look.
+        ``features`` [n, t, d], or [v, d] of what is kept; ``words``: embeddings of the micro-batch's tokens [s, b, h], for samplers that look.
         """
+        if features.dim() == 2:
+            return project(features), None
         num_images, num_tokens_in, _ = features.shape
         if len(batch.visual_indices) == num_images * num_tokens_in:
             return project(features.flatten(0, 1)), None

@@ -16,6 +16,8 @@ from megatron_sts.config.run_folder import STATE, checkpoint_of, is_of_run
 from megatron_sts.config.weights_folder import other_models
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.checkpoint import CheckpointError
+from megatron_sts.mcore.exchange import share_weights
+from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.pipeline import build_chunks
 from megatron_sts.mcore.saved import SavedWeights
 from megatron_sts.mcore.weights import load_part
@@ -30,6 +32,8 @@ def build_model(resolved: Resolved, gate: SkipGate, *, load_init: bool = True) -
     ``load_init``: False leaves random weights where ``init`` names some, for a caller that loads a checkpoint next.
     """
     chunks = build_chunks(resolved, partial(MultimodalModel, resolved, gate))
+    if resolved.spreads_vision:
+        share_weights(unwrap(chunks[0]).get_submodule("vision"))
     if not load_init:
         return chunks
     model = resolved.config.model

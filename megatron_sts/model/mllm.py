@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from megatron_sts.config.resolve import Resolved
@@ -10,7 +12,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.context import all_images, own_images, own_tokens
 from megatron_sts.mcore.decoder import build_decoder, run_decoder
 from megatron_sts.mcore.module import PipelineChunk
-from megatron_sts.mcore.vision import build_projector
+from megatron_sts.mcore.vision import build_projector, without_drawing
 from megatron_sts.model.compression import Compression
 from megatron_sts.model.merge import merge_visual
 from megatron_sts.vision.qformer import QFormer
@@ -36,8 +38,13 @@ class MultimodalModel(PipelineChunk):
         self.vision: VisionTower | HuggingFaceTower | None = None
         self.qformer: QFormer | None = None
         model = resolved.config.model
+        if resolved.spreads_vision and not vp_stage:
+            self.held_by_all = ("vision",)
+            with nullcontext() if pre_process else without_drawing():
+                self.vision = build_tower(resolved)
         if pre_process and model.vision is not None:
-            self.vision = build_tower(resolved)
+            if self.vision is None:
+                self.vision = build_tower(resolved)
             self.qformer = QFormer(resolved) if model.qformer is not None else None
             self.projector = build_projector(resolved)
             self.image_size = model.vision.image_size
@@ -65,7 +72,7 @@ class MultimodalModel(PipelineChunk):
         words = self.language.embedding(input_ids=batch.tokens, position_ids=batch.position_ids)
         embeddings, chosen = words, None
         if self.vision is not None:
-            if batch.pixels is not None:
+            if batch.num_kept:
                 visual, chosen = self.see(batch, words)
                 embeddings = merge_visual(words, visual, batch.is_visual, batch.num_placeholders)
             elif self.awaited and torch.is_grad_enabled():
@@ -74,8 +81,7 @@ class MultimodalModel(PipelineChunk):
 
     def see(self, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The micro-batch's visual tokens [v, h], and which a sampler chose; ``words``: embeddings of its tokens [s, b, h]."""
-        assert batch.pixels is not None
-        return self.compression(self.features(batch.pixels), self.project, batch, words)
+        return self.compression(self.features(batch.pixels, batch.features), self.project, batch, words)
 
     def see_nothing(self, batch: Batch) -> torch.Tensor:
         """A zero that depends on tower, Q-Former and projector.
@@ -86,16 +92,22 @@ class MultimodalModel(PipelineChunk):
         few_tokens = torch.arange(self.vision_multiple, device=batch.tokens.device)
         return 0.0 * self.project(compress(self.features(blank), few_tokens)).sum()
 
-    def features(self, pixels: torch.Tensor) -> torch.Tensor:
+    def features(self, pixels: torch.Tensor | None, encoded: torch.Tensor | None = None) -> torch.Tensor:
         """``pixels`` [n, 3, h, w] -> the features [n, t, d] of the tower, or of the Q-Former that follows it.
 
-        Context-parallel ranks share the images out: the gradients of tower and Q-Former are those of a rank's own images.
+        ``encoded``: what the tower gave before the step (``Batch.features``), if it did. Context-parallel ranks share the images
+        out: the gradients of tower and Q-Former are those of a rank's own images.
         """
-        assert self.vision is not None
-        features = run_part(self.vision, own_images(pixels))
+        if self.qformer is None and encoded is not None:
+            return encoded
+        if encoded is None:
+            assert self.vision is not None and pixels is not None
+            own, num_images = run_part(self.vision, own_images(pixels)), len(pixels)
+        else:
+            own, num_images = own_images(encoded), len(encoded)
         if self.qformer is not None:
-            features = run_part(self.qformer, features)
-        return all_images(features, len(pixels))
+            own = run_part(self.qformer, own)
+        return all_images(own, num_images)
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` [v, d] -> [v, h]."""

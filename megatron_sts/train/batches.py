@@ -35,6 +35,7 @@ class StageBatches:
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
         self._stage, self._place, self._timeout_s = stage, place, resolved.config.parallel.timeout_s
+        self._first_stage_sees_pixels = resolved.first_stage_sees_pixels(stage)
         self._feed = Feed(resolved, stage, place) if place.is_first_of_copy else None
         self._reader = None if self._feed is None else Ahead(self._feed.step, "feed")
         self._next: tuple[int, Future[Fed]] | None = None
@@ -52,7 +53,7 @@ class StageBatches:
         if self._reader is not None:
             fed = self._take(step, self._reader)
             self._state, batches = fed.state, fed.batches
-        shared = share(batches, self._place)
+        shared = share(batches, self._place, first_stage_sees_pixels=self._first_stage_sees_pixels)
         check_shapes(self._stage, step, shared)
         return shared
 
@@ -112,8 +113,9 @@ def _read(file: Path) -> dict[str, Any]:
     return state
 
 
-def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
-    """The first rank's micro-batches on every rank of the model copy, pixels on those of the first stage; a collective."""
+def share(batches: list[Batch] | None, place: Place, *, first_stage_sees_pixels: bool = True) -> list[Batch]:
+    """The first rank's micro-batches on every rank of the model copy, pixels on those of the first stage, or where these need
+    none on the first rank alone; a collective."""
     if place.tp_size * place.cp_size * place.pp_size == 1:
         assert batches is not None
         return batches
@@ -125,8 +127,8 @@ def share(batches: list[Batch] | None, place: Place) -> list[Batch]:
     if place.cp_size > 1 and place.is_first_stage and place.tp_rank == 0:
         header = broadcast_object(header, groups.context_parallel_group())
     bare, shapes = broadcast_object(header, groups.model_parallel_group())
-    if not place.is_first_stage:
-        return list(bare)
+    if not (place.is_first_stage and first_stage_sees_pixels):
+        return list(bare) if batches is None else batches
     if place.tp_size * place.cp_size > 1:
         pixels = [share_pixels(number, pixels, shape) for number, shape in enumerate(shapes)]
     return [replace(batch, pixels=image) for batch, image in zip(bare, pixels, strict=True)]

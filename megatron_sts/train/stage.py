@@ -18,6 +18,7 @@ from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
 from megatron_sts.model.compression import Compression, build_compression
+from megatron_sts.model.spread import SpreadTower, build_spread_tower
 from megatron_sts.runtime.clock import StepClock
 from megatron_sts.runtime.device import current_device
 from megatron_sts.train.batches import StageBatches
@@ -39,6 +40,8 @@ class Stage:
     masks: MaskPlan | None
     fp8: Fp8Modules
     compression: Compression
+    tower: SpreadTower | None
+    """What encodes a step's images before its passes; None: the first stage does in its passes."""
     replicas: ReplicaCheck
     clock: StepClock
 
@@ -102,6 +105,7 @@ def build_stage(
         masks=build_masks(resolved, spec) if spec.config.lds else None,
         fp8=Fp8Modules(chunks, watch_order=resolved.config.precision.fp8 == "delayed" and not gate.has_started),
         compression=compression,
+        tower=build_spread_tower(resolved, spec, chunks, compression, clock),
         replicas=ReplicaCheck(
             spec.name, spec.num_steps, wrapped, optimizer, resolved.config.guard.checksum_interval_steps
         ),

@@ -1,4 +1,4 @@
-"""One training step, top to bottom: mask, micro-batches through the pipeline, optimizer, totals."""
+"""One training step, top to bottom: mask, images, micro-batches through the pipeline, optimizer, totals."""
 
 from __future__ import annotations
 
@@ -109,6 +109,8 @@ def train_step(stage: Stage, step: int) -> StepResult:
     stage.compression.begin_step()
     with stage.clock.running("optimizer"):
         stage.optimizer.begin_step(mask)
+    if stage.tower is not None:
+        batches = stage.tower.encode(batches)
     stage.fp8.begin_step()
     device = current_device().torch_device
     trail.enter("between")

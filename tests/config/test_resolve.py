@@ -164,6 +164,14 @@ REFUSED = [
         "parallel.overlap_param_gather=true",
         "parallel.overlap_param_gather=true: it gathers the shards of the distributed",
     ),
+    (
+        "parallel.vision=spread parallel.pipeline_model_parallel_size=2 stages.1.freeze=[]",
+        "parallel.vision=spread: the tower learns in stages.finetune; set it to first or null, or add vision to its freeze",
+    ),
+    (
+        "parallel.vision=spread model.vision=null stages.*.freeze=[] stages.*.vtc=null",
+        "parallel.vision=spread: model.vision is null, so there is no tower; set it to first or null",
+    ),
     ("parallel.data_parallel_size=3", "stages.alignment.batch.global_batch_size=8: not a multiple of"),
     ("stages.0.batch.micro_batch_size=3", "global_batch_size=8: not a multiple of micro_batch_size x"),
     ("stages.0.batch.sequence_length=145", "stages.alignment.batch.sequence_length=145: 1 x 144 visual tokens"),
@@ -252,6 +260,21 @@ def test_refused_in_one_line(path: Path, overrides: str, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         resolve(load(path, separated))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "where"),
+    [
+        (["parallel.vision=spread"], "first"),  # one rank
+        (["parallel.vision=spread", "parallel.data_parallel_size=2"], "first"),
+        (["parallel.vision=spread", "parallel.tensor_model_parallel_size=2"], "spread"),
+        (["parallel.vision=first", "parallel.pipeline_model_parallel_size=2"], "first"),
+        (["parallel.pipeline_model_parallel_size=2"], "first"),
+    ],
+)
+def test_where_the_tower_runs_is_resolved(path: Path, overrides: list[str], where: str) -> None:
+    resolved = resolve(load(path, overrides))
+    assert resolved.config.parallel.vision == where and resolved.spreads_vision == (where == "spread")
 
 
 def test_text_only_model(path: Path) -> None:

@@ -224,9 +224,9 @@ def watch_batches(mishaps: dict[str, tuple[int, int]], patch: pytest.MonkeyPatch
         is_planted = mishaps.get("nan") == now[0] and is_last
         return (loss_sum * float("nan") if is_planted else loss_sum, *others)
 
-    def shorter(*args: Any) -> list[Batch]:
+    def shorter(*args: Any, **options: Any) -> list[Batch]:
         cut = 8 if mishaps.get("shapes") == now[0] and is_last else 0
-        found = share(*args)
+        found = share(*args, **options)
         return [replace(batch, tokens=batch.tokens[:, : batch.sequence_length - cut]) for batch in found]
 
     def fewer(*args: Any, num_microbatches: int, **options: Any) -> Any:

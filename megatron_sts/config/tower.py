@@ -1,0 +1,27 @@
+"""Where the vision tower runs: what of ``parallel.vision`` makes sense, and what follows where it is not written. Torch-free."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from megatron_sts.config.errors import refuse
+from megatron_sts.config.schema import RunConfig
+
+
+def check_tower(config: RunConfig) -> None:
+    """Only a tower that never learns is spread: no backward pass goes through what is encoded before the passes."""
+    if config.parallel.vision != "spread":
+        return
+    field, remedy = "parallel.vision", "set it to first or null"
+    if config.model.vision is None:
+        refuse(field, "spread", "model.vision is null, so there is no tower", remedy)
+    for stage in config.stages:
+        if "vision" not in stage.freeze:
+            refuse(
+                field, "spread", f"the tower learns in stages.{stage.name}", f"{remedy}, or add vision to its freeze"
+            )
+
+
+def place_of_tower(config: RunConfig, model_parallel_size: int) -> Literal["first", "spread"]:
+    """As written; on the first stage where a copy of the model has one rank only."""
+    return (config.parallel.vision or "first") if model_parallel_size > 1 else "first"
