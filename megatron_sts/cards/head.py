@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_sts.cards.card import Card, Evidence, Figure, Needs, Result
 
 BEGIN, END = "<!-- card -->\n", "<!-- /card -->\n"
@@ -49,12 +47,13 @@ def result_in_words(result: Result) -> str:
 
 
 def figure_in_words(figure: Figure) -> str:
-    """A number as far as it is known: to two digits of its tolerance; exact ones as they are."""
+    """A number as far as it is known: to two digits of its tolerance, or one if the second is 0; exact ones as they are."""
     if figure.tolerance is None:
         return f"{figure.value:.3g}"
     if not figure.tolerance:
         return f"{figure.value:g}"
-    decimals = max(0, 1 - math.floor(math.log10(figure.tolerance)))
+    mantissa, _, exponent = f"{figure.tolerance:.1e}".partition("e")
+    decimals = max(0, (0 if mantissa.endswith("0") else 1) - int(exponent))
     return f"{figure.value:.{decimals}f} ± {figure.tolerance:.{decimals}f}"
 
 
