@@ -123,7 +123,10 @@ def print_tables(facts: dict[str, Any]) -> None:
     if (lds := facts["lds"]) is None:
         console.print("No stage draws layers to skip: nothing is gained or lost.")
         return
-    console.print(f"[bold]Layout planned for {lds['sampler']}[/]: {_words(facts['layout'])}", highlight=False)
+    console.print(
+        f"[bold]Layout planned for {lds['sampler']}[/], in FLOPs, as parallel.layout=auto is (in seconds: --search): {_words(facts['layout'])}",
+        highlight=False,
+    )
     console.print(
         f"Speed-up of the run over the best dense layout: FLOPs {lds['flops_speedup']:.3f}, bernoulli in one chunk a rank "
         f"{lds['naive_speedup']:.3f}, the config as it stands {lds['configured_speedup']:.3f}, in the planned layout "

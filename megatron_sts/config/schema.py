@@ -41,7 +41,8 @@ class ParallelConfig(Section):
     """Decoder layers of each pipeline chunk, in the order in which data pass (chunk v x pp + p is pipeline rank p's).
 
     even: as many in each; auto: planned for the run's LDS schedule, in as many chunks a rank as are written or, with
-    ``virtual_pipeline_model_parallel_size: null``, as many as are best (``megatron-sts plan`` shows these).
+    ``virtual_pipeline_model_parallel_size: null``, as many as are best (``megatron-sts plan`` shows these). Planned in FLOPs of
+    matrix products, so that it is the same layout on any hardware; ``plan --search`` plans in seconds of one.
     """
     use_distributed_optimizer: bool = False
     """Data-parallel ranks share the optimizer's state (ZeRO-1)."""
