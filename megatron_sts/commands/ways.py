@@ -64,7 +64,7 @@ def print_search(facts: dict[str, Any], hours: float, console: Console, *, fits:
         "recompute",
         "peak, GiB",
         title="The fastest ways that fit",
-        caption="TP x CP within a node, micro-batches of a power of two: a config beyond that may be faster",
+        caption="TP within a node, CP too unless rows are long, micro-batches of a power of two: a config beyond that may be faster",
     )
     for found in facts["found"][:MOST_SHOWN]:
         sizes = ", ".join(f"{name} {size}" for name, size in found["micro_batch_sizes"].items())

@@ -36,6 +36,9 @@ MOST_CHUNKS = 12
 MOST_MICRO_BATCH = 64
 USABLE_MEMORY = 0.95
 """Of the device's memory: the allocator's fragmentation is in no model."""
+LONG_SHARE = 8192
+"""Tokens of a row on each context-parallel rank from which on these may lie on several nodes: attention, whose work grows with the
+whole row, then hides what they exchange."""
 MOST_TIMED = 12
 """Ways whose layouts are simulated, the roughly fastest."""
 Recompute = Literal["none", "selective", "full"]
@@ -139,10 +142,16 @@ class _Search:
         self.too_large: dict[tuple[int, int, int, Recompute, int], list[tuple[int, int]]] = {}
 
     def ways(self) -> Iterator[Way]:
-        """All for which the config's checks let pass some micro-batches of each stage. Tensor- and context-parallel ranks share a node."""
-        most = self.hardware.gpus_per_node
-        for tp, cp, pp in itertools.product(_powers_of_two(most), _powers_of_two(most), range(1, self.num_layers + 1)):
-            if tp * cp > most or self.start.world_size % (tp * cp * pp):
+        """All for which the config's checks let pass some micro-batches of each stage. Tensor-parallel ranks share a node, and
+        context-parallel ones with them unless rows are long."""
+        most, longest_row = (
+            self.hardware.gpus_per_node,
+            max(each.uncompressed.sequence_length for each in self.start.stages),
+        )
+        most_apart = longest_row // LONG_SHARE
+        sizes = _powers_of_two(most), _powers_of_two(max(most, most_apart)), range(1, self.num_layers + 1)
+        for tp, cp, pp in itertools.product(*sizes):
+            if cp > max(most // tp, most_apart) or self.start.world_size % (tp * cp * pp):
                 continue
             for vpp in range(1, min(self.num_layers // pp, MOST_CHUNKS if pp > 1 else 1) + 1):
                 run = self.run(tp, cp, pp, vpp)
