@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_sts.dry.account import Traffic, Work
-from megatron_sts.dry.engine import FP8, KEEP_IN_FP8
+from megatron_sts.dry.engine import FP8, KEEP_IN_FP8, RING
 from megatron_sts.dry.modules import ModuleNames, is_backward
 from megatron_sts.dry.shapes import KnownShapes
 from megatron_sts.dry.storages import Ledger, Saved
@@ -126,13 +126,20 @@ class Counter(TorchDispatchMode):
         name = self._name_of(group)
         if name == "world" and kind in ("send", "recv"):
             name = "pp"  # with two stages megatron-core sends one way through the group of all ranks
-        counts = self._traffic[name, kind, group.size()]
-        counts[0] += 1
-        counts[1] += (
-            max(sizes) // torch.bfloat16.itemsize
-            if self.modules.current.in_fp8 and kind == "all_gather"
-            else max(sizes)
-        )
+        label, num_bytes = self.modules.current, max(sizes)
+        if label.on_ring and name == "cp":
+            times = RING[kind] * (group.size() - 1)
+            for way in ("send", "recv"):
+                self._exchanged(name, way, group.size(), times, times * num_bytes // group.size())
+            return
+        if label.in_fp8 and kind == "all_gather":
+            num_bytes //= torch.bfloat16.itemsize
+        self._exchanged(name, kind, group.size(), 1, num_bytes)
+
+    def _exchanged(self, group: str, kind: str, size: int, times: int, num_bytes: int) -> None:
+        counts = self._traffic[group, kind, size]
+        counts[0] += times
+        counts[1] += num_bytes
 
 
 def _is_causal(func: Any, args: Any) -> bool:

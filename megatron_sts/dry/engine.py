@@ -11,7 +11,12 @@ all four             keep two FP8 copies of their weight from the first micro-ba
 sequence parallelism gathers their inputs and the gradients of their outputs in FP8; what is reduced stays in bf16
 ==================== ================================================================================================
 
-Scales, and blocks' scales, are left out. Source: Transformer Engine 2.x, ``module/layernorm_linear.py``, ``linear.py``, and megatron-core's
+Attention over n context-parallel ranks hands a rank's keys and values on n - 1 times in a forward pass, and in a backward pass these
+and their gradients (``cp_comm_type`` p2p), where torch's gathers those of all ranks and reduce-scatters the gradients: ``RING``. What it keeps for
+the backward pass, a rank's own, is not in the table: torch's is counted, which is more.
+
+Scales, and blocks' scales, are left out. Source: Transformer Engine 2.x, ``module/layernorm_linear.py``, ``linear.py``,
+``attention/dot_product_attention/context_parallel.py``, and megatron-core's
 ``extensions/transformer_engine.py``; peaks of an H200 with tensorwise scaling agree (``tests/dry/test_against_h200.py``).
 """
 
@@ -25,6 +30,7 @@ import torch
 
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import ResolvedStage
+from megatron_sts.mcore.attention import AllGatherAttention
 from megatron_sts.mcore.layer import SkippableTransformerLayer
 
 Kernels = Literal["torch", "engine"]
@@ -33,6 +39,9 @@ FP8 = torch.float8_e4m3fn
 """Any format of one byte."""
 KEEP_IN_FP8 = ("linear_qkv", "linear_fc1", "linear_fc2")
 MULTIPLY_IN_FP8 = (*KEEP_IN_FP8, "linear_proj")
+RING = {"all_gather": 1, "reduce_scatter": 2}
+"""Tensors, each as large as a rank's own share, that go round where torch's attention does this: keys and values; these and their
+gradients."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,11 @@ def fp8_linears(
     modules = frozenset(_linears(model, precision.first_last_layers_bf16, num_layers))
     weights = [module.get_parameter("weight") for module in modules if not precision.fp8_params]
     return Fp8Linears(modules, tuple(torch.empty(2, *w.shape, dtype=FP8, device=w.device) for w in weights))
+
+
+def ring_attentions(model: torch.nn.Module) -> frozenset[torch.nn.Module]:
+    """The core attentions of a chunk that span context-parallel ranks."""
+    return frozenset(module for module in model.modules() if isinstance(module, AllGatherAttention))
 
 
 def _linears(model: torch.nn.Module, num_outer: int, num_layers: int) -> Iterator[torch.nn.Module]:

@@ -24,6 +24,8 @@ class Label:
     name: str
     in_fp8: bool = False
     """Whether it is a matrix that multiplies in FP8."""
+    on_ring: bool = False
+    """Whether it is an attention whose keys and values go round the context-parallel ranks instead of being gathered."""
 
 
 NOWHERE = Label(OUTSIDE)
@@ -37,10 +39,16 @@ class ModuleNames:
         self._stack: list[Label] = []
         self._last_saver = NOWHERE
 
-    def add(self, model: torch.nn.Module, in_fp8: Collection[torch.nn.Module] = ()) -> None:
+    def add(
+        self,
+        model: torch.nn.Module,
+        in_fp8: Collection[torch.nn.Module] = (),
+        on_ring: Collection[torch.nn.Module] = (),
+    ) -> None:
         """The modules of a chunk, by their names without numbers of layers."""
         for name, module in model.named_modules():
-            self._labels[module] = Label(re.sub(r"\.\d+(?=\.|$)", "", name) or ROOT, module in in_fp8)
+            short = re.sub(r"\.\d+(?=\.|$)", "", name) or ROOT
+            self._labels[module] = Label(short, module in in_fp8, module in on_ring)
 
     @property
     def current(self) -> Label:

@@ -18,7 +18,7 @@ from megatron_sts.data.batch import Batch
 from megatron_sts.dry.account import Account, Memory
 from megatron_sts.dry.batches import PlannedBatches
 from megatron_sts.dry.counter import Counter
-from megatron_sts.dry.engine import Fp8Linears, Kernels, fp8_linears
+from megatron_sts.dry.engine import Fp8Linears, Kernels, fp8_linears, ring_attentions
 from megatron_sts.dry.extend import Counted, extended
 from megatron_sts.dry.modules import ModuleNames
 from megatron_sts.dry.tower import PlannedTower
@@ -79,7 +79,7 @@ def _account(
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         built = _build(without_kernels(resolved), spec, place, counter)
         precision = resolved.config.precision if kernels == "engine" else built.resolved.config.precision
-        in_fp8 = _name_modules(built, precision, step, counter)
+        in_fp8 = _name_modules(built, precision, step, counter, kernels)
         counted = [
             _count(built, step, number, counter, in_fp8)
             for number in _numbers_to_run(resolved.config.parallel, spec, run_all=run_all)
@@ -164,8 +164,8 @@ def _notes(resolved: Resolved, kernels: Kernels) -> Iterator[str]:
     precision, parallel = resolved.config.precision, resolved.config.parallel
     if kernels == "engine" and parallel.context_parallel_size > 1:
         yield (
-            "context parallelism is counted as torch's attention does it, which gathers keys and values: Transformer Engine's "
-            "hands them round a ring, and keeps less (plan counts that)"
+            "context parallelism: memory is that of torch's attention, which keeps the keys and values of whole rows; Transformer Engine's "
+            "keeps a rank's own (plan counts that)"
         )
     if kernels == "engine":
         yield "Transformer Engine's layers are counted by a table of what they keep and send; torch's were run"
@@ -182,12 +182,14 @@ def _build(resolved: Resolved, spec: ResolvedStage, place: Place, counter: Count
     return stage
 
 
-def _name_modules(stage: Stage, precision: PrecisionConfig, step: int, counter: Counter) -> list[Fp8Linears]:
-    """Tells the counter the modules' names, and which of them multiply in FP8 with this ``precision``."""
+def _name_modules(
+    stage: Stage, precision: PrecisionConfig, step: int, counter: Counter, kernels: Kernels
+) -> list[Fp8Linears]:
+    """Tells the counter the modules' names, and which of them multiply in FP8 with this ``precision`` or hand keys round a ring."""
     found = []
     for chunk in map(unwrap, stage.chunks):
         found.append(fp8_linears(chunk, precision, stage.spec, step, stage.num_layers))
-        counter.modules.add(chunk, found[-1].modules)
+        counter.modules.add(chunk, found[-1].modules, ring_attentions(chunk) if kernels == "engine" else ())
     return found
 
 

@@ -63,3 +63,24 @@ def test_few_tokens_and_weights_in_fp8_make_no_copies() -> None:
     [plain, _] = accounts_of(run_of(parallel=distributed, precision={"fp8": "tensorwise"}, **ROWS))
     assert first.memory.fp8_weights_bytes == 0 < plain.memory.fp8_weights_bytes
     assert first.memory.activations_bytes == plain.memory.activations_bytes
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_keys_and_values_go_round_a_ring(recompute: str) -> None:
+    """Of four context-parallel ranks, on one of two stages each: 3/4 of them forward (again where that is recomputed), and backward
+    with their gradients. Features of images are gathered as before."""
+    resolved = run_of(parallel={"context_parallel_size": 4, "pipeline_model_parallel_size": 2, "recompute": recompute})
+    [stage] = resolved.stages
+    language = MODEL["language"]
+    kept = 2 * language["num_query_groups"] * language["hidden_size"] // language["num_attention_heads"]
+    passes = 1 if recompute == "none" else 2
+    of_ranks = communication.communication(resolved, stage, step_shape(resolved, stage, 9), "engine")
+    for account, torch, lines in zip(accounts_of(resolved), accounts_of(resolved, "torch"), of_ranks, strict=True):
+        # bf16, rows of 64 tokens, micro-batches of 2, 4 of them, two layers
+        one_way = 2 * kept * 64 * 2 * 4 * 2 * 3 // 4
+        expected = (passes + 2) * one_way
+        assert account.bytes_of("cp", "send") == account.bytes_of("cp", "recv") == expected
+        assert sum(line.num_bytes for line in lines if (line.group, line.kind) == ("cp", "send")) == expected
+        gathered = sum(line.num_bytes for line in lines if (line.group, line.kind) == ("cp", "all_gather"))
+        assert account.bytes_of("cp", "all_gather", "reduce_scatter") == gathered
+        assert torch.bytes_of("cp", "send") == 0 and (account.memory, account.work) == (torch.memory, torch.work)
