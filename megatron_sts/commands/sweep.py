@@ -16,6 +16,7 @@ from megatron_sts.commands.arguments import Commands, add_command, add_folder, a
 from megatron_sts.config.errors import ConfigError, refuse
 
 if TYPE_CHECKING:
+    from megatron_sts.config.resolve import Resolved
     from megatron_sts.config.sweep import SweepRun
 
 SWEEP_NAME = "sweep.yaml"
@@ -41,11 +42,22 @@ def add(commands: Commands) -> None:
     sweep.add_argument(
         "--part", metavar="K/N", help="only every N-th run, from the K-th (1 to N) on, as for a job array"
     )
-    sweep.add_argument("--dry-run", action="store_true", help="check and list the runs; train nothing")
+    sweep.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check and list the runs, their FLOPs and about how long they take; train nothing",
+    )
+    sweep.add_argument(
+        "--gflops",
+        type=positive,
+        metavar="N",
+        help="--dry-run: billion FLOPs a second of a run (default: as of the runs that are finished in DIR)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Check every run's config before the first one starts; then train, and write the table after each."""
+    from megatron_sts.commands.sweep_costs import told
     from megatron_sts.config.sweep import config_of, read, runs_of
     from megatron_sts.report.sweep import rows_of, write
 
@@ -54,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
     sweep = sweep.model_copy(update={"overrides": (*sweep.overrides, *args.overrides)})
     config, runs = config_of(sweep, file), runs_of(sweep)
     mine = part_of(runs, args.part)
-    check(config, runs)
+    resolved = check(config, runs)
     out = args.out or Path("runs") / file.stem
     if args.dry_run:
         for each in mine:
             print(f"{each.name}: {' '.join(each.overrides)}")
-        print(f"{len(mine)} of {len(runs)} runs, into {out}")
+        of_mine = [resolved[runs.index(each)] for each in mine]
+        costs = told(of_mine, [out / each.name for each in mine], args.jobs, args.gflops)
+        print(f"{len(mine)} of {len(runs)} runs, into {out}: {costs}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
     failed = []
@@ -83,8 +97,8 @@ def part_of(runs: Sequence[SweepRun], part: str | None) -> Sequence[SweepRun]:
     return runs[int(words[0]) - 1 :: int(words[1])]
 
 
-def check(config: Path, runs: Sequence[SweepRun]) -> None:
-    """Refuses a sweep of which a run could not start.
+def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
+    """Refuses a sweep of which a run could not start; what each run comes to.
 
     Raises:
         ConfigError: naming the run.
@@ -93,11 +107,13 @@ def check(config: Path, runs: Sequence[SweepRun]) -> None:
     from megatron_sts.config.resolve import resolve
     from megatron_sts.plan.layout import choose_layout
 
+    found = []
     for each in runs:
         try:
-            resolve(load(config, each.overrides), choose_layout=choose_layout)
+            found.append(resolve(load(config, each.overrides), choose_layout=choose_layout))
         except ConfigError as error:
             raise ConfigError(f"run {each.name} of the sweep: {error}") from None
+    return found
 
 
 def train(config: Path, one: SweepRun, out: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,11 @@ def test_a_wrong_file_is_one_line(
 def test_the_quickstarts_sweep(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(runs_of(read(QUICKSTART))) == 12
     assert main(["sweep", str(QUICKSTART.parent), "--dry-run", "--part", "2/5"]) == 0
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == [
         "dense-seed=2", "lds-seed=1", "sts-seed=3", "3 of 12 runs, into runs/sweep",
     ]  # fmt: skip
+    assert told[-1].endswith(" FLOPs; minutes are told once one is finished, or for --gflops")
     for wrong in ("0/2", "3/2", "half"):
         assert main(["sweep", str(QUICKSTART), "--dry-run", "--part", wrong]) == 2
         assert f"--part={wrong}" in capsys.readouterr().err
@@ -107,6 +110,18 @@ def test_runs_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.Capture
     file.write_text(yaml.safe_dump(sweep | {"cases": {"good": []}}))
     assert main(["sweep", str(file), "--out", str(out)]) == 0
     assert (out / "good-seed=1" / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run is not repeated"
+    capsys.readouterr()
+    file.write_text(yaml.safe_dump(sweep | {"cases": {"good": []}, "seeds": [1, 2, 3]}))
+    assert main(["sweep", str(file), "--out", str(out), "--dry-run", "--jobs", "2"]) == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    # The third run is to execute what the first two are expected to: their layers are drawn with other seeds.
+    assert re.search(
+        r"3 of 3 runs, .*: 1 of them not finished, (\S+) FLOPs; about 1 min at the pace of 2 finished ones", said
+    )
+    flops = float(said.split(" FLOPs")[0].split()[-1])
+    assert flops == pytest.approx(sum(line["flops_dense"] for line in steps), rel=0.5)
+    assert main(["sweep", str(file), "--out", str(out), "--dry-run", "--gflops", "1"]) == 0
+    assert f"about {max(1, round(flops / 60e9))} min of training at 1 GFLOP/s" in capsys.readouterr().out
 
 
 def test_a_run_that_could_not_start_keeps_all_from_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
