@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import numpy as np
 
 from megatron_sts.config.replicated import without_replicas
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LdsConfig
+from megatron_sts.cost.flops import forward_flops, planned_load, step_flops
 from megatron_sts.lds.effective import CHANGING_SAMPLERS, effective_probabilities
 from megatron_sts.lds.placement import placement
 from megatron_sts.lds.rounds import blocks_are_rounds
@@ -26,6 +28,7 @@ def notes(resolved: Resolved) -> Iterator[str]:
     yield from never_saved(resolved)
     yield from without_replicas(resolved)
     for stage in resolved.stages:
+        yield from validated(resolved, stage)
         if (lds := stage.config.lds) is not None:
             yield from blocks(resolved, stage, lds)
             yield from rarely_run(resolved, stage, lds)
@@ -38,6 +41,23 @@ def never_saved(resolved: Resolved) -> Iterator[str]:
         if (value := getattr(checkpoint, name)) is not None and value > longest:
             what = "only the ends of stages are saved" if name == "interval_steps" else "it keeps nothing"
             yield f"checkpoint.{name}={value}: no stage has more than {longest} steps, so that {what}"
+
+
+def validated(resolved: Resolved, stage: ResolvedStage) -> Iterator[str]:
+    """How often a stage is validated, and what that costs beside its training: forward passes of rows that are full."""
+    settings, held_out = stage.config.validation, stage.held_out
+    if settings is None or held_out is None:
+        return
+    model, load = resolved.config.model, planned_load(resolved, stage, stage.uncompressed)
+    passes = forward_flops(model, load, num_vision_layers=resolved.num_vision_layers)
+    runs = {"decoder_layer": model.language.num_layers}
+    forward = sum(getattr(passes, piece.name).forward * runs.get(piece.name, 1) for piece in fields(passes))
+    training = step_flops(resolved, stage, load, layers_executed=model.language.num_layers)
+    number, samples = -(-stage.num_steps // settings.interval_steps), held_out.num_samples
+    share = number * samples / stage.config.batch.global_batch_size * forward / (stage.num_steps * training)
+    yield (
+        f"stages.{stage.name}.validation: {number:,} times {samples:,} samples, about {share:.1%} of what the stage takes dense"
+    )
 
 
 def blocks(resolved: Resolved, stage: ResolvedStage, lds: LdsConfig) -> Iterator[str]:

@@ -62,6 +62,9 @@ def unreadable_data(resolved: Resolved) -> Iterator[Obstacle]:
     for path, num_workers in dict.fromkeys((data.path, data.num_workers) for data in stored):
         num_readers = resolved.data_parallel_size * max(num_workers, 1)
         yield from _refusals(partial(check_stored, Path(str(path)), num_readers), of_this_machine=True)
+    held = [stage.held_out for stage in resolved.stages if stage.held_out is not None]
+    for path, split in dict.fromkeys((each.data.path, each.split) for each in held if each.data.source == "energon"):
+        yield from _refusals(partial(check_stored, Path(str(path)), 1, split), of_this_machine=True)
 
 
 def other_run(resolved: Resolved, run_dir: Path, *, extend: bool) -> Iterator[Obstacle]:

@@ -92,7 +92,9 @@ def _planned(run: Run, args: argparse.Namespace) -> tuple[Planned, list[ExampleS
     hardware, assumptions = load_hardware(args.hardware), assumptions_from(args.assume)
     derived = run.config["resolved"]
     steps = [f"stages.{stage['name']}.steps={stage['num_steps']}" for stage in derived["stages"]]
-    config = load(config_of(run.folder), ["stages.*.epochs=null", *steps])
+    config = load(
+        config_of(run.folder), ["stages.*.epochs=null", "stages.*.validation=null", "checkpoint.keep_best=0", *steps]
+    )
     resolved = resolve(config, world_size=derived["world_size"], choose_layout=choose_layout)
     outlined = outline_run(hardware, run_time(hardware, resolved, assumptions), assumptions)
     return outlined, [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]

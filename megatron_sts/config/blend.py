@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sts.config.errors import refuse
-from megatron_sts.config.prepared import BLEND_SUFFIXES, check_code, read_yaml
+from megatron_sts.config.prepared import BLEND_SUFFIXES, check_code, read_yaml, shards_by_split
 
 ENERGON = "megatron.energon"
 CLASSES = ("MetadatasetV2", "Metadataset")
@@ -47,13 +47,26 @@ class Member:
         return stop - begin
 
 
-def members(path: Path) -> list[Member]:
-    """The folders that training reads; those on other file systems (``s3://...``) are left out.
+def members(path: Path, split_part: str = "train") -> list[Member]:
+    """The folders of which a split is made; those on other file systems (``s3://...``) are left out.
 
     Raises:
-        ConfigError: a blend is not readable, names itself, has no training split, or has weights that are none.
+        ConfigError: a blend is not readable, names itself, has no such split, or has weights that are none.
     """
-    return list(_members(Member(path), ()))
+    return list(_members(Member(path, split_part), ()))
+
+
+def has_split(path: Path, split_part: str) -> bool:
+    """Whether a blend lists datasets for a split, or a folder shards.
+
+    Raises:
+        ConfigError: it is not readable.
+    """
+    if not (path.suffix in BLEND_SUFFIXES and path.is_file()):
+        return bool(shards_by_split(path).get(split_part))
+    written = read_yaml(path, path)
+    splits = written.get("splits") if isinstance(written, dict) else None
+    return isinstance(splits, dict) and isinstance(splits.get(split_part), dict)
 
 
 def _members(member: Member, within: tuple[Path, ...]) -> Iterator[Member]:

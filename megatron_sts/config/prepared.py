@@ -61,18 +61,7 @@ def shard_counts(folder: Path, split_part: str = "train", split_config: str = "s
     Raises:
         ConfigError: there is no shard in it, or Energon's files do not say.
     """
-    split = _split(folder, split_config)
-    counts = all_shard_counts(folder)
-    try:
-        excluded = _expanded(split.get("exclude") or ())
-        parts = {part: _expanded(patterns) - excluded for part, patterns in split["split_parts"].items()}
-    except (AttributeError, KeyError, TypeError) as error:
-        refuse(
-            "data.path",
-            folder,
-            f"{split_config} is damaged ({type(error).__name__}: {error})",
-            "energon prepare writes it anew",
-        )
+    parts, counts = shards_by_split(folder, split_config), all_shard_counts(folder)
     names = parts.get(split_part, set())
     if not names:
         found = ", ".join(f"{len(names)} in {part}" for part, names in parts.items() if names) or "none"
@@ -86,6 +75,25 @@ def shard_counts(folder: Path, split_part: str = "train", split_config: str = "s
             "energon prepare writes it anew",
         )
     return {name: counts[name] for name in sorted(names)}
+
+
+def shards_by_split(folder: Path, split_config: str = "split.yaml") -> dict[str, set[str]]:
+    """Names of the shards in each split.
+
+    Raises:
+        ConfigError: Energon's file does not say.
+    """
+    split = _split(folder, split_config)
+    try:
+        excluded = _expanded(split.get("exclude") or ())
+        return {part: _expanded(patterns) - excluded for part, patterns in split["split_parts"].items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        refuse(
+            "data.path",
+            folder,
+            f"{split_config} is damaged ({type(error).__name__}: {error})",
+            "energon prepare writes it anew",
+        )
 
 
 def all_shard_counts(folder: Path) -> dict[str, int]:

@@ -13,6 +13,7 @@ from megatron_sts.config.alignment import check_padding, sample_multiple, sequen
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.checks import check_leaps, check_run
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.held_out import HeldOut, check_validation, held_out
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.samples_file import read_entries
 from megatron_sts.config.schema import (
@@ -63,6 +64,8 @@ class ResolvedStage(Section):
     """A sample takes a multiple of so many tokens in a packed row: what context parallelism needs."""
     visual_multiple: int
     """Kept tokens of an image are a multiple of this, or all: what FP8 needs of the projector's rows."""
+    held_out: HeldOut | None
+    """What it is validated on."""
 
     def tokens(self, step: int) -> TokenCounts:
         """The shape of a step. Only padded rows get shorter by VTC: packed ones hold more samples, and those that are as
@@ -156,6 +159,7 @@ def resolve(
         choose_layout: asked for ``parallel.layout: auto``, which is refused without it.
     """
     check_run(config)
+    check_validation(config)
     data_parallel_size = _data_parallel_size(config.parallel, world_size)
     derived = {
         "data_parallel_size": data_parallel_size,
@@ -290,6 +294,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         token_multiple=multiple,
         sample_multiple=sample_multiple(config.parallel),
         visual_multiple=of_visual,
+        held_out=held_out(stage, data),
     )
 
 

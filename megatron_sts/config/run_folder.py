@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
 
@@ -26,6 +28,10 @@ BROKEN_PREFIX = "broken-"
 """Of the name of a checkpoint that was set aside: it is not whole, or not as it was written."""
 SUSPECT_PREFIX = "suspect-"
 """Of the name of one that is as it was written, but may hold what went wrong before: ranks that differed, a loss that leapt again."""
+BEST = "best"
+"""RUN_DIR/checkpoints/STAGE/best: the stage's checkpoint with the lowest validation loss. There is no such file."""
+LOSS = "validation_loss"
+"""In a checkpoint's progress."""
 _NAME = re.compile(r"\d+-.+-\d+")
 
 
@@ -71,13 +77,32 @@ def stage_of(checkpoint: Path) -> str:
     return checkpoint.name.split("-", 1)[1].rsplit("-", 1)[0]
 
 
+def validation_loss(checkpoint: Path) -> float | None:
+    """Of a checkpoint's weights; None: not known, or its progress is damaged."""
+    try:
+        found = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))[LOSS]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if isinstance(found, float) else None
+
+
+def best_checkpoints(checkpoints: Sequence[Path], count: int) -> list[Path]:
+    """Of each stage so many with the lowest validation losses, the best one first; the earlier of two with the same."""
+    known = [(loss, path) for path in checkpoints if (loss := validation_loss(path)) is not None]
+    stages = dict.fromkeys(position(path)[0] for path in checkpoints)
+    of_stages = [[each for each in known if position(each[1])[0] == stage] for stage in stages]
+    ranked = (sorted(found, key=lambda each: (each[0], position(each[1]))) for found in of_stages)
+    return [path for found in ranked for _, path in found[:count]]
+
+
 def is_of_run(path: Path) -> bool:
     """Whether ``path`` is one that ``checkpoint_of`` looks into."""
-    return (path / COMPLETE).is_file() or (path / CONFIG).is_file() or _is_stage(path)
+    return (path / COMPLETE).is_file() or (path / CONFIG).is_file() or _is_stage(path) or _is_best(path)
 
 
 def checkpoint_of(path: Path) -> Path:
-    """A checkpoint itself, the newest whole one of a run, or the one of a stage's end: RUN_DIR/checkpoints/STAGE.
+    """A checkpoint itself, the newest whole one of a run, the one of a stage's end: RUN_DIR/checkpoints/STAGE, or the stage's best
+    one: RUN_DIR/checkpoints/STAGE/best.
 
     Raises:
         ConfigError: ``path`` is none of these.
@@ -86,6 +111,8 @@ def checkpoint_of(path: Path) -> Path:
         return path
     if _is_stage(path):
         return _end_of_stage(path)
+    if _is_best(path):
+        return _best_of_stage(path)
     if not (path / CONFIG).is_file():
         raise ConfigError(f"{path}: neither a run's folder nor a checkpoint in one")
     checkpoints = whole_checkpoints(path / CHECKPOINTS)
@@ -102,7 +129,7 @@ def config_of(path: Path) -> Path:
     """
     if (path / CONFIG).is_file():
         return path / CONFIG
-    config = path.resolve().parents[1] / CONFIG
+    config = (path.absolute().parent if _is_best(path) else path).resolve().parents[1] / CONFIG
     if not config.is_file():
         raise ConfigError(f"{path}: no {CONFIG} two folders above it; leave checkpoints in their run's folder")
     return config
@@ -113,14 +140,35 @@ def _is_stage(path: Path) -> bool:
     return folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file() and not path.exists()
 
 
-def _end_of_stage(path: Path) -> Path:
-    """The checkpoint of the end of the stage that ``path`` names."""
+def _is_best(path: Path) -> bool:
+    return path.name == BEST and _is_stage(path.absolute().parent)
+
+
+def _numbers(path: Path) -> tuple[int, int]:
+    """Index and number of steps of the stage that ``path`` names."""
     stages = yaml.safe_load(config_of(path).read_text(encoding="utf-8"))["resolved"]["stages"]
     numbers = {stage["name"]: (stage["index"], stage["num_steps"]) for stage in stages}
     if path.name not in numbers:
         raise ConfigError(f"{path}: that run has no such stage; choose from {', '.join(numbers)}, or give a checkpoint")
+    return numbers[path.name]
+
+
+def _best_of_stage(path: Path) -> Path:
+    """The checkpoint with the lowest validation loss of the stage that ``path``'s folder names."""
+    index, _ = _numbers(path.parent)
+    of_stage = [each for each in whole_checkpoints(path.parents[1]) if position(each)[0] == index]
+    if not (best := best_checkpoints(of_stage, 1)):
+        raise ConfigError(
+            f"{path}: none of the stage's {len(of_stage)} checkpoints has a validation loss; give one of them, or set "
+            f"stages.{path.parent.name}.validation.interval_steps and checkpoint.keep_best next time"
+        )
+    return best[0]
+
+
+def _end_of_stage(path: Path) -> Path:
+    """The checkpoint of the end of the stage that ``path`` names."""
     found = whole_checkpoints(path.parent)
-    index, num_steps = numbers[path.name]
+    index, num_steps = _numbers(path)
     name = f"{index}-{path.name}-{num_steps:07d}"
     if path.with_name(name) not in found:
         names = ", ".join(checkpoint.name for checkpoint in found) or "none"

@@ -15,6 +15,7 @@ from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.logs import LoggingConfig
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.section import Epsilon, Fraction, NonNegativeInt, PositiveInt, Ratio, Section
+from megatron_sts.config.validation import ValidationConfig
 
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Share of a moving average that a step keeps."""
@@ -264,6 +265,8 @@ class StageConfig(Section):
     """Visual Token Compressor. None: the language model sees all tokens."""
     lds: LdsConfig | None = None
     """Layer Dynamic Skipper. None: every layer runs."""
+    validation: ValidationConfig | None = None
+    """None: nothing but the training loss is measured."""
 
     @model_validator(mode="after")
     def _length(self) -> StageConfig:
@@ -278,11 +281,13 @@ class CheckpointConfig(Section):
     interval_steps: PositiveInt | None = None
     """None: at the end of each stage only."""
     keep_last: PositiveInt = 2
-    """Newest checkpoints that stay; that of a stage's end goes like any other. There is no best one to keep: nothing but the
-    training loss is measured while a run trains, and that says little of one checkpoint beside another.
-    """
+    """Newest checkpoints that stay; that of a stage's end goes like any other."""
     keep_every_steps: PositiveInt | None = None
     """Checkpoints after every so many steps of their stage stay too, for good. A multiple of ``interval_steps``."""
+    keep_best: NonNegativeInt = 0
+    """So many checkpoints of each stage with ``validation`` stay too: those with its lowest losses, NaN never. A multiple of
+    the stage's ``validation.interval_steps`` is asked of ``interval_steps``, so that each checkpoint has the loss of its own
+    weights. RUN_DIR/checkpoints/STAGE/best names the best one wherever a checkpoint is taken."""
     asynchronous: bool = False
     """Write while training goes on, from a copy in the host's memory as large as a rank's part of a checkpoint; training waits
     for that copy. The next save waits for the last one; the end of a stage and a stop are written as without it. What could not

@@ -30,14 +30,14 @@ OFFSET = struct.Struct("<Q")
 """Of Energon's ``SHARD.idx``: where each sample begins in the shard, and where the last one ends."""
 
 
-def check_stored(path: Path, num_readers: int) -> None:
-    """Every dataset that ``path`` names can be read by so many readers (data-parallel ranks x data.num_workers).
+def check_stored(path: Path, num_readers: int, split_part: str = "train") -> None:
+    """Every dataset of a split that ``path`` names can be read by so many readers (data-parallel ranks x data.num_workers).
 
     Raises:
         ConfigError: naming the folder or shard, what is wrong, and what to do.
     """
     check_prepared(path)
-    for member in members(path):
+    for member in members(path, split_part):
         check_prepared(member.folder)
         _check_class(member)
         counts = shard_counts(member.folder, member.split_part, member.split_config)
@@ -45,6 +45,17 @@ def check_stored(path: Path, num_readers: int) -> None:
             _check_shard(member.folder / name, count)
         _check_fields(member, counts)
         check_share(member.folder, member.num_kept(sum(counts.values())), num_readers, member.repetitions)
+
+
+def count_stored(path: Path, split_part: str) -> int:
+    """Samples in a split of all datasets that ``path`` names, each counted once.
+
+    Raises:
+        ConfigError: a dataset has no such split, or does not say.
+    """
+    found = members(path, split_part)
+    counts = [sum(shard_counts(each.folder, each.split_part, each.split_config).values()) for each in found]
+    return sum(member.num_kept(count) for member, count in zip(found, counts, strict=True))
 
 
 def check_share(path: Path, num_samples: int, num_readers: int, repetitions: float | None) -> None:

@@ -136,7 +136,7 @@ class EnergonStream:
         try:
             record = next(self._records)
         except Exception as error:  # whatever file systems, Energon and its workers raise
-            raise UnreadableDataError(f"data.path={self._path}: reading failed: {_last_line(error)}") from error
+            raise UnreadableDataError(f"data.path={self._path}: reading failed: {last_line(error)}") from error
         self._num_drawn += 1
         return record
 
@@ -198,7 +198,7 @@ class EnergonStream:
 
 
 @edataclass
-class _StoredSample(Sample):
+class StoredSample(Sample):
     """A sample's files. The shuffle buffer holds these, as pictures are small while encoded."""
 
     text: bytes | None
@@ -214,22 +214,22 @@ class _Encoder(DefaultTaskEncoder):
     def __init__(self, fitting: Fitting | None) -> None:
         super().__init__()
         self._fitting = fitting
-        self.cookers = [Cooker(_stored_sample)]
+        self.cookers = [Cooker(stored_sample)]
 
     @stateless
-    def encode_sample(self, sample: _StoredSample) -> Record | SkippedSample:
-        return _record(sample, self._fitting)
+    def encode_sample(self, sample: StoredSample) -> Record | SkippedSample:
+        return record_of(sample, self._fitting)
 
 
 @stateless
-def _stored_sample(sample: CrudeSample) -> _StoredSample:
+def stored_sample(sample: CrudeSample) -> StoredSample:
     numbered = [name for name in sample if name.partition(".")[0].isdecimal()]
     names = sorted(numbered, key=lambda name: int(name.partition(".")[0]))
     names = names or [name for name in sample if name.lower() in PICTURE_FIELDS]
-    return _StoredSample(**basic_sample_keys(sample), text=sample.get(TEXT), pictures=[sample[name] for name in names])
+    return StoredSample(**basic_sample_keys(sample), text=sample.get(TEXT), pictures=[sample[name] for name in names])
 
 
-def _record(sample: _StoredSample, fitting: Fitting | None) -> Record | SkippedSample:
+def record_of(sample: StoredSample, fitting: Fitting | None) -> Record | SkippedSample:
     key = sample.__key__
     if sample.text is None:
         return SkippedSample(key, f"no file KEY.{TEXT} in its shard")
@@ -320,28 +320,32 @@ def _start_worker(parent: int, initialize: Callable[[int], None], worker: int) -
 
 
 def _load(path: Path, workers: WorkerConfig) -> LoadedDatasetList:
-    """The datasets that ``path`` names, each large enough for all workers."""
-    try:
-        loaded = load_dataset(path).get_datasets(
-            training=True,
-            split_part="train",
-            worker_config=workers,
-            max_samples_per_sequence=SAMPLES_PER_SLICE,
-            decoder=None,
-        )
-    except (OSError, ValueError, AssertionError, KeyError, TypeError, ZeroDivisionError, EmptyDatasetError) as error:
-        # Energon's ways to refuse what a blend says.
-        reason = f"Energon cannot read it ({type(error).__name__}: {error})"
-        refuse("data.path", path, " ".join(reason.split()), "correct it; a blend names prepared datasets")
-    if not loaded.datasets:
-        refuse("data.path", path, "names no dataset", "list some")
+    """The datasets that are trained on, each large enough for all workers."""
+    loaded = load_split(path, "train", workers, training=True, max_samples_per_sequence=SAMPLES_PER_SLICE)
     num_readers = workers.world_size * max(workers.num_workers, 1)
     for found in loaded.datasets:
         check_share(found.dataset.path, len(found.dataset), num_readers, found.repetitions)
     return loaded
 
 
-def _last_line(error: Exception) -> str:
+def load_split(path: Path, split: str, workers: WorkerConfig, **settings: Any) -> LoadedDatasetList:
+    """The datasets of which a split of ``path`` is made.
+
+    Raises:
+        ConfigError: Energon cannot read them, or there are none.
+    """
+    try:
+        loaded = load_dataset(path).get_datasets(split_part=split, worker_config=workers, decoder=None, **settings)
+    except (OSError, ValueError, AssertionError, KeyError, TypeError, ZeroDivisionError, EmptyDatasetError) as error:
+        # Energon's ways to refuse what a blend says.
+        reason = f"Energon cannot read it ({type(error).__name__}: {error})"
+        refuse("data.path", path, " ".join(reason.split()), "correct it; a blend names prepared datasets")
+    if not loaded.datasets:
+        refuse("data.path", path, "names no dataset", "list some")
+    return loaded
+
+
+def last_line(error: Exception) -> str:
     """What went wrong, without the traceback that an error from a worker process has in its text."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if len(lines) > 1 else f"{type(error).__name__}: {''.join(lines)}".rstrip(": ")

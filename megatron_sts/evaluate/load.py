@@ -16,7 +16,15 @@ from megatron_sts.config.load import load, override
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of, is_of_run
-from megatron_sts.config.schema import BatchConfig, DataConfig, ParallelConfig, RunConfig, TemplateName
+from megatron_sts.config.schema import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    GuardConfig,
+    ParallelConfig,
+    RunConfig,
+    TemplateName,
+)
 from megatron_sts.config.weights_folder import read_sections
 from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.formats import FORMATS
@@ -88,7 +96,7 @@ def _of_run(source: Path) -> RunConfig:
     last = config.stages[-1]
     stage = last.model_copy(
         update={
-            **{"steps": 1, "epochs": None, "freeze": (), "lds": None, "data": None},
+            **{"steps": 1, "epochs": None, "freeze": (), "lds": None, "validation": None, "data": None},
             "optimizer": last.optimizer.model_copy(update={"warmup_steps": 0}),
             "batch": BatchConfig(
                 global_batch_size=1,
@@ -107,6 +115,8 @@ def _of_run(source: Path) -> RunConfig:
             "kernels": KernelsConfig(),
             "data": DataConfig(mode="words", tokenizer=data.tokenizer, template=data.template),
             "stages": (stage,),
+            "checkpoint": CheckpointConfig(),
+            "guard": GuardConfig(),
         }
     )
 

@@ -24,12 +24,13 @@ PHASES = {
     "checksums": "comparing checksums between ranks",
     "optimizer": "optimizer step",
     "log": "comparing numbers between ranks",
+    "validation": "validation",
     "save": "saving a checkpoint",
     "evaluation": "evaluation",
     "end": "ending",
 }
 """What a rank may be doing, in words."""
-COMPUTING = ("vision", "forward", "backward", "between", "reduce", "checksums", "optimizer", "log")
+COMPUTING = ("vision", "forward", "backward", "between", "reduce", "checksums", "optimizer", "log", "validation")
 """Phases that take a step's time, not that of a disk."""
 
 ROOT = Path(__file__).parents[1]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,9 @@ class Fp8Modules:
             if hasattr(module, "is_first_microbatch")
         ]
         self._modules: list[Any] = [module for _, module in named]
+        self._scaled: list[Any] = [
+            module for chunk in chunks for module in chunk.modules() if hasattr(module, "fp8_meta")
+        ]
         self._order: list[str] = []
         self._watching = watch_order  # whatever this rank has: the check is a collective of all
         self._hooks = [
@@ -50,6 +53,18 @@ class Fp8Modules:
         """
         for module in self._modules:
             module.is_first_microbatch = True
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Passes within it are of no step: they cast weights anew, and delayed scaling's tables are afterwards what they were."""
+        self.begin_step()
+        tables = [table for module in self._scaled for table in _tables(module.fp8_meta)]
+        before = [table.clone() for table in tables]
+        try:
+            yield
+        finally:
+            for table, values in zip(tables, before, strict=True):
+                table.copy_(values)  # in place: Transformer Engine reduces views of them
 
     def check_order(self) -> None:
         """After the first step: all ranks that share these modules ran them in the same order. A collective, once.
@@ -76,6 +91,14 @@ class Fp8Modules:
     def _ran(self, name: str, _module: torch.nn.Module, _inputs: Any) -> None:
         if name not in self._order:
             self._order.append(name)
+
+
+def _tables(meta: dict[str, Any]) -> Iterator[torch.Tensor]:
+    """Of a module under delayed scaling: its scales, and the largest values that they follow from."""
+    for state in meta.values():
+        for name in ("scale", "amax_history"):
+            if isinstance(table := getattr(state, name, None), torch.Tensor):
+                yield table
 
 
 def fp8_unless_few(config: TransformerConfig, num_tokens: int, min_tokens: int) -> AbstractContextManager[Any]:

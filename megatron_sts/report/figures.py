@@ -61,7 +61,7 @@ def _draw_accuracy(axes: Axes, runs: dict[str, Any]) -> None:
 def run_figures(run: Run) -> dict[str, Figure]:
     """A run's curves over all its steps: loss, share of decoder layers executed, throughput."""
     return {
-        "Loss": _curve(run, "loss", lambda line: line["loss"]),
+        "Loss": _loss_curve(run),
         "Layers executed": _curve(
             run, "share of decoder layers", lambda line: 1 - line["layers_skipped"] / run.num_layers
         ),
@@ -149,6 +149,21 @@ def _draw_ranks(axes: Axes, found: Times) -> None:
 
 def _words(field: str) -> str:
     return field.removesuffix("_s").replace("_", " ")
+
+
+def _loss_curve(run: Run) -> Figure:
+    """Of each step's samples; and at the step that its weights took next, of held-out ones."""
+    figure = _curve(run, "loss", lambda line: line["loss"])
+    [axes], first = figure.axes, 0
+    for number, (name, lines) in enumerate(run.steps.items()):
+        if found := run.validations.get(name):
+            places, label = [first + line["step"] for line in found], f"{name}: validation"
+            values = _values(found, lambda line: line["loss"])
+            axes.plot(places, values, color=f"C{number}", marker="o", markersize=4, linestyle="--", label=label)
+        first += lines[-1]["step"] + 1
+    if run.validations:
+        axes.legend()
+    return figure
 
 
 def _curve(run: Run, label: str, value_of: Any) -> Figure:

@@ -39,10 +39,14 @@ STAGE_COLUMNS = (
 )
 
 
+VALIDATION_COLUMNS = ("stage", "validations", "last loss", "lowest loss", "after step", "samples", "seconds")
+
+
 def run_page(run: Run, planned: Planned | None = None) -> str:
     """Stages, curves, accuracy and config of a run; and what ``plan`` says of its steps, if that is given."""
     sections = [
         ("Stages", table(STAGE_COLUMNS, _stage_rows(run))),
+        *((("Validation", table(VALIDATION_COLUMNS, _validation_rows(run))),) if run.validations else ()),
         *_why_sections(run, planned),
         *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
         *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
@@ -72,6 +76,20 @@ def _stage_rows(run: Run) -> Iterable[tuple[str, ...]]:
             f"{sum(line['tokens'] for line in lines) / seconds:,.0f}",
             *(_mean_rate(lines, field, form) for field, form in SHOWN_RATES.items()),
             f"{seconds:.1f}",
+        )
+
+
+def _validation_rows(run: Run) -> Iterable[tuple[str, ...]]:
+    for name, found in run.validations.items():
+        last, known = found[-1]["loss"], [line for line in found if line["loss"] is not None]
+        lowest = min(known, key=lambda line: float(line["loss"]), default=None)
+        yield (
+            name,
+            str(len(found)),
+            "n/a" if last is None else f"{last:.4f}",
+            *(("n/a", "n/a") if lowest is None else (f"{lowest['loss']:.4f}", str(lowest["step"]))),
+            f"{found[-1]['samples']:,}",
+            f"{sum(line['seconds'] for line in found):.1f}",
         )
 
 

@@ -30,6 +30,8 @@ class Run:
     """For stages with LDS: what was planned, as the event of the stage's last start says."""
     ranks: dict[str, Line]
     """The last ``ranks`` event of each stage that has one."""
+    validations: dict[str, list[Line]]
+    """The ``validation`` events of each stage that has any, in order of steps."""
 
     @property
     def num_layers(self) -> int:
@@ -72,6 +74,7 @@ def read_run(folder: Path) -> Run:
         evaluation=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None,
         skipping=_last_events(lines, "skipping"),
         ranks=_last_events(lines, "ranks"),
+        validations=_validations(lines),
     )
 
 
@@ -89,6 +92,19 @@ def _steps(lines: Iterable[Line]) -> dict[str, list[Line]]:
                 found.popitem()
             found[line["step"]] = line
     return {name: list(found.values()) for name, found in stages.items()}
+
+
+def _validations(lines: Iterable[Line]) -> dict[str, list[Line]]:
+    """By stage. A step takes back those of weights from after it, as it does steps."""
+    stages: dict[str, dict[int, Line]] = {}
+    for line in lines:
+        if line.get("event") == "validation":
+            stages.setdefault(line["stage"], {})[line["step"]] = line
+        elif "step" in line and "event" not in line:
+            found = stages.get(line["stage"], {})
+            while found and next(reversed(found)) > line["step"]:
+                found.popitem()
+    return {name: list(found.values()) for name, found in stages.items() if found}
 
 
 def _parse(text: str) -> Line:

@@ -17,6 +17,7 @@ from megatron_sts.config.run_folder import (
     COMPLETE,
     DATA,
     STATE,
+    best_checkpoints,
     partial_checkpoints,
     position,
     set_aside,
@@ -55,6 +56,7 @@ def advance(progress: Progress, result: StepResult, num_losses: int = 0) -> Prog
     return replace(
         progress,
         step=progress.step + 1,
+        validation_loss=None,
         num_samples=progress.num_samples + result.totals.num_samples,
         num_truncated_samples=progress.num_truncated_samples + result.totals.num_truncated_samples,
         num_skipped_samples=progress.num_skipped_samples + result.totals.num_skipped_samples,
@@ -109,12 +111,29 @@ class Checkpointer:
             damage = self._damage(checkpoint)
             if damage is None:
                 self._newest = checkpoint
+                self._check_best()
                 return read_progress(checkpoint)
             if self._settings.strict or number == len(names):
                 way = remedy(checkpoint, is_only=number == len(names))
                 raise CheckpointError(f"checkpoint {name} cannot be read ({damage}); {way}")
             on_rank_zero(partial(self._set_aside, checkpoint, damage))
         return Progress()
+
+    def _check_best(self) -> None:
+        """Sets damaged ones of the best aside, so that they stand in no other's place; a collective."""
+        if not self._settings.keep_best:
+            return
+
+        def best() -> list[str]:
+            """And those of which nobody can tell."""
+            whole = whole_checkpoints(self._folder)
+            found = best_checkpoints(whole, self._settings.keep_best)
+            found += [path for path in whole if damage_of_progress(path) is not None]
+            return [path.name for path in found if path != self._newest]
+
+        for name in on_rank_zero(best):
+            if (damage := self._damage(self._folder / name)) is not None:
+                on_rank_zero(partial(self._set_aside, self._folder / name, damage))
 
     def _tidy_up(self) -> list[str]:
         """Leaves whole checkpoints only; their names, newest first."""
@@ -311,10 +330,11 @@ class Checkpointer:
         kept, every = self._before_broken(progress), self._settings.keep_every_steps
         whole = whole_checkpoints(self._folder)
         # If ranks turn out to differ, the run has to go on from there.
-        trusted = [path for path in whole if self._equal_at is not None and position(path) <= self._equal_at][-1:]
+        staying = [path for path in whole if self._equal_at is not None and position(path) <= self._equal_at][-1:]
+        staying += best_checkpoints(whole, self._settings.keep_best)
         found = [path for path in whole if path not in kept][: -self._settings.keep_last]
         old = [
-            self._hidden(path) for path in found if path not in trusted and (every is None or position(path)[1] % every)
+            self._hidden(path) for path in found if path not in staying and (every is None or position(path)[1] % every)
         ]
         if beside:
             self._removal = Thread(target=_remove, args=(old,), name="removal", daemon=True)

@@ -50,14 +50,23 @@ def _measures(config: RunConfig) -> Iterator[tuple[str, Callable[[], Content | N
     for field, data in data_sections(config).items():
         if data.tokenizer != EMBEDDED_TOKENIZER:
             yield f"{field}.tokenizer", partial(_of_tokenizer, Path(data.tokenizer))
-        path = Path(str(data.path))
-        if data.source == "energon":
-            yield f"{field}.path", partial(_of_dataset, path)
-        if data.source == "llava_json":
-            entries = read_entries(path, f"{field}.path")
-            folder = Path(data.image_dir) if data.image_dir else path.parent
-            yield f"{field}.path", partial(_of_samples_file, path, len(entries))
-            yield f"{field}.image_dir", partial(_of_pictures, entries, folder)
+        yield from _of_samples(field, data.source, data.path, data.image_dir)
+    for stage in config.stages:
+        if stage.validation is not None and (held := stage.validation.data).path is not None:
+            source = held.source or (stage.data or config.data).source
+            yield from _of_samples(f"stages.{stage.name}.validation.data", source, held.path, held.image_dir, "val")
+
+
+def _of_samples(
+    field: str, source: str, named: str | None, image_dir: str | None, split: str = "train"
+) -> Iterator[tuple[str, Callable[[], Content | None]]]:
+    path = Path(str(named))
+    if source == "energon":
+        yield f"{field}.path", partial(_of_dataset, path, split)
+    if source == "llava_json":
+        entries = read_entries(path, f"{field}.path")
+        yield f"{field}.path", partial(_of_samples_file, path, len(entries))
+        yield f"{field}.image_dir", partial(_of_pictures, entries, Path(image_dir) if image_dir else path.parent)
 
 
 def changes(before: Content, now: Content) -> str:
@@ -113,10 +122,10 @@ def _size(path: Path) -> int | None:
         return None
 
 
-def _of_dataset(path: Path, named_by: tuple[Path, ...] = ()) -> Content | None:
+def _of_dataset(path: Path, split: str, named_by: tuple[Path, ...] = ()) -> Content | None:
     """Of a prepared folder, a blend, or what a blend (the last of ``named_by``) names; None for anything else."""
     if path.suffix in BLEND_SUFFIXES and path.is_file():
-        return None if path in named_by else _of_blend(path, (*named_by, path))
+        return None if path in named_by else _of_blend(path, split, (*named_by, path))
     folder = path / ENERGON_FOLDER
     if not folder.is_dir():
         return _of_large_files([path]) if path.is_file() else None
@@ -145,31 +154,31 @@ def _shard_counts(folder: Path) -> dict[str, int]:
     return counts
 
 
-def _of_blend(path: Path, named_by: tuple[Path, ...]) -> Content | None:
-    """The YAML's train split, with content in place of the paths in it."""
+def _of_blend(path: Path, split: str, named_by: tuple[Path, ...]) -> Content | None:
+    """The YAML's split, with content in place of the paths in it; all of it where there is no such split."""
     try:
         said = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError):
         return None
     splits = said.get("splits") if isinstance(said, dict) else None
-    used = splits["train"] if isinstance(splits, dict) and "train" in splits else said
+    used = splits[split] if isinstance(splits, dict) and split in splits else said
     found: list[Content] = []
-    digest = _digest(_without_paths(used, named_by, found))
+    digest = _digest(_without_paths(used, split, named_by, found))
     sums = {name: sum(each.get(name, 0) for each in found) for name in ("samples", "shards", "bytes")}
     return {"datasets": len(found), **sums, "digest": digest}
 
 
-def _without_paths(said: Any, named_by: tuple[Path, ...], found: list[Content]) -> Any:
+def _without_paths(said: Any, split: str, named_by: tuple[Path, ...], found: list[Content]) -> Any:
     """``found`` gets the content that replaces each path."""
     if isinstance(said, list):
-        return [_without_paths(value, named_by, found) for value in said]
+        return [_without_paths(value, split, named_by, found) for value in said]
     if not isinstance(said, dict):
         return said
-    written = {str(key): _without_paths(value, named_by, found) for key, value in said.items()}
+    written = {str(key): _without_paths(value, split, named_by, found) for key, value in said.items()}
     aux = written["aux"] if isinstance(written.get("aux"), dict) else {}
     for section, key in [(written, "path"), *((aux, key) for key in aux)]:
         path = section.get(key)
-        content = _of_dataset(named_by[-1].parent / path, named_by) if isinstance(path, str) else None
+        content = _of_dataset(named_by[-1].parent / path, split, named_by) if isinstance(path, str) else None
         if content is not None:
             found.append(content)
             section[key] = content

@@ -16,7 +16,7 @@ from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row
 from megatron_sts.data.llava_json import LlavaJsonSource
 from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample, Turn
-from megatron_sts.data.scenes.source import ScenesSource
+from megatron_sts.data.scenes.source import ScenesSource, Split
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.vision.tower import fitting_of
@@ -28,7 +28,12 @@ MAX_SKIPPED = 100
 
 
 class Stream(Protocol):
-    """The samples of one data-parallel rank, without end."""
+    """The samples of one data-parallel rank."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether none is left. What is trained on has no end."""
+        ...
 
     def __next__(self) -> Sample: ...
 
@@ -55,6 +60,8 @@ class Fed:
 
     batches: list[Batch]
     state: dict[str, Any]
+    is_last: bool = False
+    """Nothing is left to be read, nor in no row yet."""
 
 
 class IndexedStream:
@@ -64,10 +71,20 @@ class IndexedStream:
         self._source, self._batch, self._place = source, stage.config.batch, place
         self._num_read = 0
 
-    def __next__(self) -> Sample:
+    @property
+    def is_over(self) -> bool:
+        return False
+
+    @property
+    def next_index(self) -> int:
+        """Of the source."""
         micro, row = divmod(self._num_read, self._batch.micro_batch_size)
+        return (micro * self._place.dp_size + self._place.dp_rank) * self._batch.micro_batch_size + row
+
+    def __next__(self) -> Sample:
+        index = self.next_index
         self._num_read += 1
-        return self.again((micro * self._place.dp_size + self._place.dp_rank) * self._batch.micro_batch_size + row)
+        return self.again(index)
 
     def keep(self, sample: Sample) -> int:
         return sample[0]
@@ -90,6 +107,8 @@ class IndexedStream:
 
 class PreparedStream:
     """A data-parallel rank's part of a prepared dataset, in the order in which Energon reads it."""
+
+    is_over = False
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
         from megatron_sts.data.energon import EnergonStream  # a second
@@ -136,9 +155,10 @@ class PreparedStream:
 class Feed:
     """Turns a stream into steps of ``num_microbatches`` micro-batches."""
 
-    def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
+    def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place, stream: Stream | None = None) -> None:
+        """``stream``: None: that of the stage's data."""
         self._stage = stage
-        self._stream = open_stream(resolved, stage, place)
+        self._stream = open_stream(resolved, stage, place) if stream is None else stream
         self._preparer = BatchPreparer(resolved, stage, needs_pixels=resolved.config.model.vision is not None)
         self._pending: list[Sample] = []
         """Read, but not in a row yet (packing)."""
@@ -161,7 +181,7 @@ class Feed:
         ]
         batches = [replace(batch, number=number) for number, batch in enumerate(batches)]
         batches[0] = replace(batches[0], skipped=tuple(skipped))
-        return Fed(batches, self.state_dict())
+        return Fed(batches, self.state_dict(), is_last=self._stream.is_over and not self._pending)
 
     def state_dict(self) -> dict[str, Any]:
         """Where reading goes on: the stream's own state, and what is pending; plain values."""
@@ -182,6 +202,10 @@ class Feed:
         """Stops what reads in the background."""
         self._stream.close()
 
+    def _next(self) -> Sample | None:
+        """None behind the last sample."""
+        return None if self._stream.is_over else next(self._stream)
+
     def _prepared(self, sample: Sample, counts: TokenCounts, skipped: list[SkippedSample]) -> PreparedSample | None:
         """None for what cannot be used; ``skipped`` then says why."""
         index, record = sample
@@ -196,7 +220,8 @@ class Feed:
 
     def _single_rows(self, num_rows: int, counts: TokenCounts, skipped: list[SkippedSample]) -> list[Row]:
         """A sample a row; what cannot be used leaves its row empty, so that a sample's place never depends on others."""
-        samples = (self._prepared(next(self._stream), counts, skipped) for _ in range(num_rows))
+        read = (self._next() for _ in range(num_rows))
+        samples = (None if sample is None else self._prepared(sample, counts, skipped) for sample in read)
         return [[] if sample is None else [sample] for sample in samples]
 
     def _packed_rows(self, num_rows: int, counts: TokenCounts, skipped: list[SkippedSample]) -> list[Row]:
@@ -204,7 +229,9 @@ class Feed:
         read: list[tuple[Sample, PreparedSample]] = []
         room = num_rows * counts.sequence_length
         while room > 0 and len(skipped) < MAX_SKIPPED:
-            sample = self._pending.pop(0) if self._pending else next(self._stream)
+            sample = self._pending.pop(0) if self._pending else self._next()
+            if sample is None:
+                break
             if (prepared := self._prepared(sample, counts, skipped)) is not None:
                 read.append((sample, prepared))
                 room -= round_up(prepared.length, self._stage.sample_multiple)
@@ -239,15 +266,15 @@ def open_stream(resolved: Resolved, stage: ResolvedStage, place: Place) -> Strea
     return IndexedStream(build_source(stage.data, resolved.config.seed + stage.index), stage, place)
 
 
-def build_source(data: DataConfig, seed: int) -> RecordSource:
-    """The record source that a data config names."""
+def build_source(data: DataConfig, seed: int, split: Split = "train") -> RecordSource:
+    """The record source that a data config names; ``split``: of scenes."""
     if data.source == "llava_json":
         assert data.path is not None
         return LlavaJsonSource(Path(data.path), Path(data.image_dir) if data.image_dir else None, seed)
     return ScenesSource(
         mode=data.mode,
         seed=seed,
-        split="train",
+        split=split,
         families=data.families,
         num_turns=data.num_turns,
         num_samples=data.num_samples,

@@ -40,6 +40,7 @@ from megatron_sts.train.stage import Stage, build_stage
 from megatron_sts.train.step import NotUpdated, StepResult, train_step
 from megatron_sts.train.stops import NotUpdatedError, bad_samples, broken_updates, going_on
 from megatron_sts.train.stragglers import RankTimes
+from megatron_sts.train.validation import Validator
 
 
 def run(resolved: Resolved, run_dir: Path, stop: StopRequest) -> None:
@@ -108,7 +109,7 @@ def train_stage(
     """
     spec, logging, guard = stage.spec, stage.resolved.config.logging, stage.resolved.config.guard
     progress = going_on(spec, checkpointer.restore(stage, progress), log)
-    costs, ranks = StepCosts(stage.resolved, spec), RankTimes(stage, log)
+    costs, ranks, validator = StepCosts(stage.resolved, spec), RankTimes(stage, log), Validator(stage, log)
     reset_peak_memory()
     log.start_stage(spec, progress.step)
     if stage.masks is not None:
@@ -146,6 +147,9 @@ def train_stage(
         if back is not None and not stopping:
             end(stage, progress, log)
             return back
+        if not stopping:
+            progress, stopping = validator.after_step(progress, stop)
+            is_last = is_last or stopping
         unsaved = why_not_saved(stop, checkpointer, has_leapt=back is not None) if stopping else None
         if (is_last or checkpointer.is_due(step)) and unsaved is None:
             is_end = stage.is_last and progress.step == spec.num_steps

@@ -95,11 +95,14 @@ class RunLog:
             rate=f"{line['tokens_per_s']:,.0f}",
         )
         values = {name: float(v) for name, v in line.items() if name not in _NO_SCALARS and v is not None}
+        self._on_boards(line["stage"], line["step"], values)
+
+    def _on_boards(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         if self._has_board:
             with self._losing():
-                self._board_step(line["stage"], line["step"], values)
+                self._board_step(stage, step, values)
         if self._wandb:
-            self._wandb.step(line["stage"], line["step"], values)
+            self._wandb.step(stage, step, values)
 
     def _board_step(self, stage: str, step: int, values: Mapping[str, float]) -> None:
         """A writer that could not write writes no more: the next step opens another."""
@@ -110,6 +113,18 @@ class RunLog:
         except OSError:
             self._board = None
             raise
+
+    def validation(self, line: Mapping[str, Any]) -> None:
+        """Writes and says the loss on held-out samples."""
+        if not self._enabled:
+            return
+        self.event("validation", **line)
+        stage, step, loss = line["stage"], line["step"], line["loss"]
+        said = "n/a" if loss is None else f"{loss:.4f}"
+        counted = f"{line['samples']:,} samples, {line['seconds']:.1f} s"
+        self.say(f"stage {stage}, {step} steps done: validation loss {said} ({counted})")
+        if loss is not None:
+            self._on_boards(stage, step, {"validation_loss": loss})
 
     def skipped_samples(self, stage: str, step: int, samples: Iterable[SkippedSample]) -> None:
         """Says on the console and in the lines which samples were not used, and why."""

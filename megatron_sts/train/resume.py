@@ -40,6 +40,9 @@ MENDABLE = ("data.path", "data.image_dir")
 """Of these, those that may hold something else after a stop for bad samples."""
 LENGTHS = (".steps", ".epochs")
 """Ends of fixed fields that say how long a stage is: its number of steps is compared."""
+INTERVAL, VALIDATION = ".validation.interval_steps", ".validation"
+"""Ends of fixed fields: how often a stage is validated may change, and whether it is, from then on. On what it is stays, as
+checkpoints are compared by it."""
 CONTENT = "content"
 """Under ``resolved`` in RUN_DIR's config: what the files held at the start."""
 
@@ -68,6 +71,8 @@ class Progress:
     """How often the stage went back because of a leap."""
     num_left_out: int = 0
     """Steps whose samples were left out then: step n takes those of step n + this."""
+    validation_loss: float | None = None
+    """Of the weights as they are here, if they were validated and it is finite. ``run_folder`` reads it."""
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -176,7 +181,8 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
         return
     before = load(run_dir / CONFIG)
     for field, old, new in _differences(before, resolved):
-        if not field.endswith((*FREE, *FILES, *LENGTHS)):
+        begins = field.endswith(VALIDATION) and old is None
+        if not begins and not field.endswith((*FREE, *FILES, *LENGTHS, INTERVAL)):
             raise _other_run(field, old, new, run_dir)
     checkpoint, progress = found
     lengths = {stage["name"]: stage["num_steps"] for stage in _derived(run_dir)["stages"]}

@@ -1,6 +1,7 @@
 """Every command explains itself and refuses nonsense with exit status 2 and one line."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -238,6 +239,19 @@ def test_dry_run_notes_numbers_of_steps_that_no_stage_has(config: Path, capsys: 
             + ("it keeps nothing" if number == every else "only the ends of stages are saved")
             for number in noted
         ]
+
+
+def test_dry_run_notes_what_validation_costs(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "stages.only.steps=5",
+        "stages.only.freeze=[]",
+        "stages.only.validation={interval_steps: 2, num_samples: 30}",
+    ]
+    assert main(["train", str(config), *words, "--dry-run"]) == 0
+    size = load(config, []).stages[0].batch.global_batch_size
+    # A forward pass is a third of a step in which all learns, and half of its attention's part two fifths of that.
+    [share] = re.findall(r"validation: 3 times 30 samples, about ([\d.]+)% of what", capsys.readouterr().out)
+    assert 0.3 < float(share) / 100 / (3 * 30 / size / 5) < 0.4
 
 
 def test_dry_run_notes_blocks_that_no_schedule_can_leave_out(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.files import missing_weights
 from megatron_sts.config.run_folder import (
+    best_checkpoints,
     checkpoint_of,
     config_of,
     is_of_run,
@@ -55,6 +56,32 @@ def test_a_path_means_a_checkpoint(run: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not is_of_run(run.parent) and not is_of_run(checkpoints)
     monkeypatch.chdir(checkpoints)
     assert checkpoint_of(Path("alignment")) == Path("0-alignment-0000004")
+
+
+def test_the_best_of_a_stage(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That with the lowest validation loss: not of another stage, and none whose progress cannot be read."""
+    checkpoints = run / "checkpoints"
+    losses = {"0-alignment-0000004": "0.1", "1-finetune-0000002": "2.5", "1-finetune-0000003": "1.5"}
+    losses |= {"1-finetune-0000004": "null", "1-finetune-0000005": "1.5", "1-finetune-0000006": "1.4999, }"}
+    for name, loss in losses.items():
+        (checkpoints / name).mkdir(exist_ok=True)
+        (checkpoints / name / "progress.json").write_text(f'{{"validation_loss": {loss}}}')
+    best = checkpoints / "finetune" / "best"
+    assert is_of_run(best) and checkpoint_of(best) == checkpoints / "1-finetune-0000003"
+    assert config_of(best).samefile(run / "config.resolved.yaml")
+    found = best_checkpoints(whole_checkpoints(checkpoints), 2)
+    assert [path.name for path in found] == ["0-alignment-0000004", "1-finetune-0000003", "1-finetune-0000005"]
+    assert list(missing_weights(RunConfig.model_construct(model=begun_with(best)))) == []
+    monkeypatch.chdir(checkpoints)
+    assert checkpoint_of(Path("finetune/best")) == Path("1-finetune-0000003")
+    for name, said in (
+        ("finetune", "none of the stage's 1 checkpoints has a validation loss"),
+        ("tune", "no such stage"),
+    ):
+        for path in whole_checkpoints(checkpoints)[1 if name == "finetune" else 99 : -1]:
+            (path / "progress.json").unlink()
+        with pytest.raises(ConfigError, match=f"^{checkpoints}/{name}.*{said}"):
+            checkpoint_of(checkpoints / name / "best")
 
 
 @pytest.mark.parametrize(

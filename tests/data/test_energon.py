@@ -344,14 +344,14 @@ from pathlib import Path
 from megatron_sts.data import energon
 from megatron_sts.data.fitting import Fitting
 
-record, calls = energon._record, []
+record, calls = energon.record_of, []
 
 def first_only(*args):
     calls.append(1)
     time.sleep(0 if len(calls) == 1 else 1000)
     return record(*args)
 
-energon._record = first_only
+energon.record_of = first_only
 stream = energon.EnergonStream(Path(sys.argv[1]), seed=1, dp_rank=0, dp_size=1, num_workers=2, shuffle_buffer_size=4,
                                fitting=Fitting(8))
 next(stream)

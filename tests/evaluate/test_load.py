@@ -19,7 +19,7 @@ from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.kernels import KernelsConfig
 from megatron_sts.config.precision import PrecisionConfig
-from megatron_sts.config.run_folder import CONFIG
+from megatron_sts.config.run_folder import CONFIG, checkpoint_of
 from megatron_sts.convert import hf_to_sts
 from megatron_sts.data.image import decode_image
 from megatron_sts.data.records import Record, Turn
@@ -43,11 +43,13 @@ TP2 = "parallel.tensor_model_parallel_size=2"
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of both stages on two pipeline ranks."""
+    """A short run of both stages on two pipeline ranks, with settings that mean nothing once it is trained."""
     folder = tmp_path_factory.mktemp("run")
     written = stagehand.config(parallel={"pipeline_model_parallel_size": 2, "timeout_s": 100})
     for stage in written["stages"]:
-        stage["steps"] = 2
+        stage |= {"steps": 2, "validation": {"interval_steps": 1, "num_samples": 2}}
+    written["checkpoint"] = {"interval_steps": 1, "keep_last": 99, "keep_best": 1}
+    written["guard"] = {"spike_factor": 9.0, "spike_window_steps": 1}
     (folder / "config.yaml").write_text(json.dumps(written))
     command = [sys.executable, "-m", "megatron_sts", "train", str(folder), "--run-dir", str(folder / "run")]
     warm.run(command, check=True, timeout=240)
@@ -61,7 +63,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", [".", "checkpoints/0-alignment-0000002"])
+@pytest.mark.parametrize("name", [".", "checkpoints/0-alignment-0000002", "checkpoints/finetune/best"])
 def test_weights_are_those_of_the_checkpoint(run_dir: Path, name: str) -> None:
     resolved = resolve_source(run_dir / name)
     assert resolved.world_size == 1 and resolved.config.data.template == "chat"
@@ -69,8 +71,7 @@ def test_weights_are_those_of_the_checkpoint(run_dir: Path, name: str) -> None:
         _, _, chunks, _ = load_for_inference(run_dir / name, resolved)
         found = {name: weight.detach().clone() for name, weight in named_weights(chunks)}
         groups.destroy()
-    checkpoint = run_dir / ("checkpoints/1-finetune-0000002" if name == "." else name)
-    saved = SavedWeights(checkpoint / "state")
+    saved = SavedWeights(checkpoint_of(run_dir / name) / "state")
     assert found.keys() == saved.shapes.keys()
     for name, weight in found.items():
         assert torch.equal(weight, saved.read(name).view_as(weight)), name

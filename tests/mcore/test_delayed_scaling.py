@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,3 +95,24 @@ def test_a_layer_that_comes_back_larger_saturates_once() -> None:
     assert table.see("a", torch.tensor([after])).item() == before
     table.end_microbatch()
     assert table.see("a", torch.tensor([after])).item() == after
+
+
+def test_what_runs_apart_leaves_no_trace_in_the_tables() -> None:
+    """As Transformer Engine keeps them: a forward pass notes its largest values in place, with or without gradients."""
+    model, states = torch.nn.ModuleDict({name: Layer() for name in SIZES}), {}
+    for number, (name, layer) in enumerate(model.items()):
+        states[name] = SimpleNamespace(
+            scale=torch.full((3,), number + 0.5), amax_history=torch.full((4, 3), number + 0.25)
+        )
+        layer.fp8_meta = {"recipe": "delayed", "scaling_fwd": states[name]}
+        layer.is_first_microbatch = False
+    before = {name: (state.scale.clone(), state.amax_history.clone()) for name, state in states.items()}
+    tables = [state.amax_history for state in states.values()]
+    with Fp8Modules([model]).kept():
+        assert all(layer.is_first_microbatch for layer in model.values())
+        for state in states.values():
+            state.amax_history[0] = 1000.0
+            state.scale *= 2
+    for name, (scale, history) in before.items():
+        assert torch.equal(states[name].scale, scale) and torch.equal(states[name].amax_history, history)
+    assert all(state.amax_history is table for state, table in zip(states.values(), tables, strict=True))

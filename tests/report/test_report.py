@@ -17,7 +17,7 @@ from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.report.compare import Comparison, compare
 from megatron_sts.report.fields import PARTS
-from megatron_sts.report.figures import times_figure
+from megatron_sts.report.figures import run_figures, times_figure
 from megatron_sts.report.planned import beside_plan
 from megatron_sts.report.run import read_run
 from megatron_sts.report.times import times
@@ -116,6 +116,39 @@ def test_a_step_takes_back_those_after_it(tmp_path: Path) -> None:
     started = [[line("alignment", step, 1.0, flops) for step in range(count)] for flops, count in ((1, 3), (2, 2))]
     run = read_run(write_run(tmp_path / "run", 1, 1.0, 0.5, [*started[0], *started[1]]))
     assert run.steps == {"alignment": started[1]}
+
+
+def test_validation_is_shown_beside_training(tmp_path: Path) -> None:
+    """Of weights as they were taken back, nothing; a loss that is not finite is not the lowest."""
+
+    def event(stage: str, step: int, loss: float | None) -> dict[str, Any]:
+        return {"event": "validation", "stage": stage, "step": step, "loss": loss, "samples": 1234, "seconds": 1.5}
+
+    alignment = [line("alignment", 0, 1.0, 1), event("alignment", 1, 3.25), line("alignment", 1, 1.0, 1)]
+    crashed = [
+        line("finetune", 0, 1.0, 1),
+        event("finetune", 1, 9.0),
+        line("finetune", 1, 1.0, 1),
+        event("finetune", 2, 0.5),
+    ]
+    again = [
+        line("finetune", 0, 1.0, 1),
+        event("finetune", 1, 2.5),
+        line("finetune", 1, 1.0, 1),
+        event("finetune", 2, None),
+    ]
+    folder = write_run(tmp_path / "run", 1, 1.0, 0.5, [*alignment, *crashed[:3], *again[:1]])
+    assert read_run(folder).validations == {"alignment": [alignment[1]]}
+    with (folder / "metrics.jsonl").open("a") as lines:
+        lines.write("\n" + "".join(json.dumps(each) + "\n" for each in again[1:]))
+    run = read_run(folder)
+    assert run.validations == {"alignment": [alignment[1]], "finetune": [again[1], again[3]]}
+    axes = run_figures(run)["Loss"].axes[0]
+    assert [list(drawn.get_xdata()) for drawn in axes.lines] == [[0, 1], [2, 3], [1], [3, 4]]
+    assert [list(drawn.get_ydata())[:1] for drawn in axes.lines[2:]] == [[3.25], [2.5]]
+    assert main(["report", str(folder)]) == 0
+    row = "<td>finetune</td><td>2</td><td>n/a</td><td>2.5000</td><td>1</td><td>1,234</td><td>3.0</td>"
+    assert row in (folder / "report.html").read_text()
 
 
 def test_no_ratio_to_zero(tmp_path: Path) -> None:

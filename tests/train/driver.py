@@ -10,6 +10,8 @@ rows, or runs a micro-batch less; ``flip``: [stage's name, step] after whose com
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
 ``slow_removal``: for how many seconds deleting a whole checkpoint waits;
 ``slow_disk``: for how many seconds writing waits, and in which saves;
+``validations``: the losses that the validations of this start find, null for one that is not finite;
+``stop_in_validation``: after how many steps of the first stage a stop is asked of the last rank, in the middle of their validation;
 ``mend``: [file, where a copy of it is put before the run].
 Every rank prints one line a scene, ``SCENE {status, seconds}``, and writes RUN_DIR/digests.RANK.jsonl: a hash of weights, moments
 and step counters at every checkpoint.
@@ -47,13 +49,14 @@ from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
 from megatron_sts.runtime.integrity import DigestedFile
 from megatron_sts.train import batches as reading
-from megatron_sts.train import same, step
+from megatron_sts.train import same, step, validation
 from megatron_sts.train.batches import StageBatches
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.replicas import ReplicaCheck
 from megatron_sts.train.resume import Progress
 from megatron_sts.train.saving import Saving
 from megatron_sts.train.stage import Stage
+from megatron_sts.train.validation import Validator
 
 Scene = dict[str, Any]
 RANK = int(os.environ.get("RANK", "0"))
@@ -153,6 +156,10 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
         kill_in_save(*scene["kill_in_save"], patch)
     if "slow_removal" in scene:
         slow_removal(scene["slow_removal"], patch)
+    if "validations" in scene:
+        find_losses(scene["validations"], patch)
+    if "stop_in_validation" in scene:
+        stop_in_validation(scene["stop_in_validation"], patch)
     if "slow_disk" in scene:
         slow_down(scene["slow_disk"][0], scene["slow_disk"][1:], patch)
 
@@ -276,6 +283,35 @@ def watch_loss(places: list[tuple[int, int]], run_dir: Path, patch: pytest.Monke
 
     patch.setattr(StageBatches, "step", look)
     patch.setattr(step, "masked_loss", loss)
+
+
+def find_losses(losses: list[float | None], patch: pytest.MonkeyPatch) -> None:
+    """In place of the real ones."""
+    validate, left = Validator.validate, iter(losses)
+
+    def found(self: Validator, *args: Any) -> Any:
+        (real, stopping), loss = validate(self, *args), next(left)
+        assert real is not None
+        return replace(real, loss=float("nan") if loss is None else loss), stopping
+
+    patch.setattr(Validator, "validate", found)
+
+
+def stop_in_validation(num_steps: int, patch: pytest.MonkeyPatch) -> None:
+    """A signal, when the second of its micro-batches comes."""
+    is_due, forward, now = Validator.is_due, validation.forward, [-1]
+
+    def note(self: Validator, step: int) -> bool:
+        now[0] = step
+        return is_due(self, step)
+
+    def signalled(batch: Batch, chunk: Any) -> Any:
+        if batch.number == 1 and now[0] == num_steps and is_last_rank():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return forward(batch, chunk)
+
+    patch.setattr(Validator, "is_due", note)
+    patch.setattr(validation, "forward", signalled)
 
 
 def watch_forward(patch: pytest.MonkeyPatch) -> None:

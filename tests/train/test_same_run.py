@@ -49,6 +49,20 @@ def run_dir(tmp_path: Path) -> Path:
     return tmp_path
 
 
+VALIDATION = {"interval_steps": 2, "num_samples": 8}
+
+
+def test_how_often_is_free_and_on_what_is_not(run_dir: Path) -> None:
+    """Validation may begin, and come more often; checkpoints are compared by it, so that it goes on with the same samples."""
+    validated = resolved(stages=stages(validation=VALIDATION))
+    check_same_run(validated, run_dir)
+    write_config(validated, run_dir, KERNELS, {})
+    check_same_run(resolved(stages=stages(validation={**VALIDATION, "interval_steps": 1})), run_dir)
+    for other, field in (({**VALIDATION, "num_samples": 9}, r"validation\.num_samples=9"), (None, "validation=null")):
+        with pytest.raises(ConfigError, match=rf"^stages\.finetune\.{field}: .* restore that value to go on"):
+            check_same_run(resolved(stages=stages(validation=other)), run_dir)
+
+
 def stages(**finetune: Any) -> list[Any]:
     first, second = stagehand.config()["stages"]
     return [first, second | finetune]
