@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.errors import ConfigError, MissingHereError, refuse
 from megatron_sts.config.files import has_tokenizer, missing_tokenizers, missing_weights
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import RunConfig
@@ -78,7 +78,7 @@ def _refusals(check: Callable[[], object], *, of_this_machine: bool = False) -> 
     try:
         check()
     except ConfigError as error:
-        yield Obstacle(str(error), of_this_machine)
+        yield Obstacle(str(error), of_this_machine or isinstance(error, MissingHereError))
 
 
 def _check_wandb(config: RunConfig) -> None:

@@ -12,6 +12,10 @@ class ConfigError(ValueError):
     """Another rank raised it first, and says it."""
 
 
+class MissingHereError(ConfigError):
+    """What is missing is a package, which another machine may have."""
+
+
 def refuse(field: str, value: object, why: str, remedy: str) -> NoReturn:
     """Stop with the one-line message every wrong config gets."""
     raise ConfigError(f"{field}={value}: {why}; {remedy}")

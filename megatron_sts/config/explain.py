@@ -23,6 +23,7 @@ WORDS = {
     "a valid number": "a number",
     "a valid string": "text",
     "a valid tuple": "a list",
+    "a valid dictionary": "a group of keys",
 }
 """pydantic's for ours; what it adds of parsing is left out."""
 
@@ -50,7 +51,7 @@ def explain(error: ValidationError, values: Any, schema: type[Section], groups: 
     if first["type"] == "model_type":
         message += "; " + NULL_REMEDIES.get(field if value is None else "", groups.format(field=field))
     message = re.sub(r"^\w+ should have", "it should have", message)
-    return one_line(f"{field}={_short(value)}: {message}")
+    return one_line(f"{field}={_short(value)}: {message}" if field else f"{_short(value)}: {message}")
 
 
 def _asked(error: ErrorDetails) -> str:

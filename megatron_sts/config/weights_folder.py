@@ -68,7 +68,7 @@ def _section(part: Part, values: Any, path: Path, remedy: str) -> Section:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"{path}: model.{part}.{explain(error, values, kind)}; {remedy}") from None
+        raise ConfigError(f"{path}: in model.{part}, {explain(error, values, kind)}; {remedy}") from None
 
 
 def other_models(model: ModelConfig) -> Iterator[str]:

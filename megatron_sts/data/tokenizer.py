@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import sentencepiece
 
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, MissingHereError
 from megatron_sts.config.files import EMBEDDED_TOKENIZER
 from megatron_sts.data.scenes.catalog import asset
 
@@ -181,7 +181,7 @@ class _HuggingFaceCodec:
         try:
             from transformers import AutoTokenizer
         except ModuleNotFoundError:
-            raise ConfigError(f"data.tokenizer={folder}: needs transformers; pip install transformers") from None
+            raise MissingHereError(f"data.tokenizer={folder}: needs transformers; pip install transformers") from None
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.errors import ConfigError, MissingHereError
 
 Run = Callable[[torch.nn.Module], torch.Tensor]
 """Computes what is used of a model's output."""
@@ -35,7 +35,7 @@ def make_config(field: str, model_type: str, **options: Any) -> Any:
         from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING
     except ImportError:
-        raise ConfigError(f"{field}={model_type}: needs transformers; pip install transformers") from None
+        raise MissingHereError(f"{field}={model_type}: needs transformers; pip install transformers") from None
     if model_type not in CONFIG_MAPPING:
         raise ConfigError(f"{field}={model_type}: transformers knows no such model; correct it")
     try:

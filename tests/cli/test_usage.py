@@ -308,6 +308,19 @@ def test_dry_run_names_towers_that_cannot_be_built(config: Path, capsys: pytest.
         assert printed.err == f"megatron-sts: error: {found['problem']}\n"
 
 
+def test_a_package_that_is_missing_here_may_be_there_elsewhere(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    tower = (
+        "model.vision={tower: hf, num_layers: 2, hidden_size: 32, num_attention_heads: 4, image_size: 16, patch_size: 8, "
+        "pixel_mean: [0.5, 0.5, 0.5], pixel_std: [0.5, 0.5, 0.5], hf_config: {model_type: vit}}"
+    )
+    assert main(["train", str(config), tower, "--dry-run", "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["obstacles"]
+    assert "needs transformers" in found["problem"] and found["of_this_machine"]
+
+
 def test_dry_run_names_another_run(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whose checkpoints lie where this one would be written."""
     checkpoint = tmp_path / "run" / "checkpoints" / "0-only-1"
