@@ -28,6 +28,7 @@ from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
 
 CONFIGS = Path(__file__).parent / "pretrain"
+WORTH = Path(__file__).parent / "layer_worth.py"
 EMBEDDED = Path(__file__).parents[1] / "megatron_sts" / "model" / "tiny" / "language.safetensors"
 
 
@@ -86,7 +87,15 @@ def main() -> None:
 
     large = resolve(load(CONFIGS / "language_12.yaml", []))
     save_weights(trained_weights(large, arguments.run_dir / "twelve"), arguments.out, torch.bfloat16)
-    print(f"wrote {arguments.out}, {load_file(arguments.out).keys().__len__()} tensors")
+    print(f"wrote {arguments.out}, {len(load_file(arguments.out))} tensors", flush=True)
+    worth = [
+        sys.executable,
+        str(WORTH),
+        str(arguments.run_dir / "twelve"),
+        "--out",
+        str(arguments.run_dir / "layers.json"),
+    ]
+    subprocess.run(worth, check=True)
 
 
 if __name__ == "__main__":
