@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,29 +15,30 @@ from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.plan.candidates import shapes
 from megatron_sts.plan.hardware import load_hardware
 from megatron_sts.plan.timeline import step_seconds
-from megatron_sts.plan.timing.collectives import Group, gather_s, groups_of, send_s
+from megatron_sts.plan.timing.collectives import Group, gather_s, groups_of, latency_s, send_s
+from megatron_sts.plan.timing.ends import head_weight_gradient, last_rank
 from megatron_sts.plan.timing.kernels import FILL_S, attention_s, gemm_s
 from megatron_sts.plan.timing.prediction import stage_time
 from megatron_sts.plan.timing.run import run_time
-from megatron_sts.plan.timing.step import durations, pieces_of, step_of
+from megatron_sts.plan.timing.step import deferred_s, durations, pieces_of, step_of, windows
 from megatron_sts.plan.timing.workload import Workload, workload_of
 from tests.plan.runs import written
-from tools.plan_accuracy import BEGIN, END, README, ROWS, compared, table, workload
+from tools.plan_accuracy import BEGIN, END, README, ROWS, compared, left_out, left_out_uncertainty, table, workload
 
 H100 = load_hardware("h100")
 ROUNDING = 1e-9
 
 
 def test_measured_rows_are_predicted_and_the_readme_shows_them() -> None:
-    """Rows that set rates within 3 %; of the others half within 4 %, all but two (of another software, and of FP8 that was slower than
-    bf16) within 10 %."""
+    """Rows that set rates within 3 %; of the others half within 3 %, all but one (of FP8 that was slower than bf16) within 10 %."""
     rows = compared()
     errors = {
         kind: sorted(abs(row.error) for row in rows if row.kind == kind) for kind in ("calibrated", "seen", "unseen")
     }
     assert errors["calibrated"][-1] < 0.03
-    assert statistics.median(errors["seen"]) < 0.03 and statistics.median(errors["unseen"]) < 0.05
-    assert errors["seen"][-2] < 0.1 and errors["unseen"][-2] < 0.1
+    assert statistics.median(errors["seen"]) < 0.03 and statistics.median(errors["unseen"]) < 0.03
+    assert errors["seen"][-2] < 0.1 and errors["unseen"][-1] < 0.1
+    assert left_out_uncertainty(left_out(rows)) == H100.uncertainty
     shown = README.read_text()
     assert shown[shown.index(BEGIN) + len(BEGIN) : shown.index(END)] == table(rows)
 
@@ -98,9 +100,61 @@ def test_what_costs_time_costs_time() -> None:
         "a larger head": {"model": row(4).model.model_copy(update={"language": row(4).model.language.model_copy(update={"vocab_size": 512_000})})},
     }  # fmt: skip
     times = {name: step_of(H100, row(4).model_copy(update=change)).total_s for name, change in slower.items()}
+    slower_assumed = {"flash_attention_2": True, "gradient_bytes": 4, "deferred_head_gradients": 0}
+    times |= {name: step_of(H100, assuming(row(4), **{name: value})).total_s for name, value in slower_assumed.items()}
     assert all(time > base for time in times.values()), times
     assert times["recomputation"] / base == pytest.approx(4 / 3, rel=0.05)
     assert step_of(H100, row(4).model_copy(update={"fp8": "delayed"})).total_s < 0.8 * base
+
+
+def assuming(work: Workload, **changes: Any) -> Workload:
+    return work.model_copy(update={"assumptions": work.assumptions.model_copy(update=changes)})
+
+
+def test_what_fp8_moves() -> None:
+    """A 405B, which no host holds up: scatters and weights in FP8 save time, scales of more ranks cost it."""
+    work = row(16)
+    assert work.fp8 == "delayed" and work.fp8_weights and work.assumptions.fp8_reduce_scatter
+    base = step_of(H100, work)
+    assert step_of(H100, assuming(work, fp8_reduce_scatter=False)).total_s > base.total_s
+    assert step_of(H100, work.model_copy(update={"fp8_weights": False})).update.gather_s > base.update.gather_s
+    assert latency_s(H100, Group(32, 1)) == pytest.approx(2e-6 * (8 + 2 * 15), rel=ROUNDING), "four nodes: two hops"
+    assert latency_s(H100, Group(4, 1)) == pytest.approx(2e-6 * 8, rel=ROUNDING)
+    assert latency_s(H100, Group(1, 1)) == 0
+    scaled, unscaled = (
+        pieces_of(H100, work.model_copy(update={"fp8": each})).layer for each in ("delayed", "tensorwise")
+    )
+    chunks_a_layer = 63 / 126
+    assert scaled.forward.tensor - unscaled.forward.tensor == pytest.approx(
+        chunks_a_layer * latency_s(H100, Group(64, 1))
+    )
+
+
+def test_head_gradients_that_wait_are_hidden_while_their_rank_would_wait() -> None:
+    """One micro-batch's fits beside the other ranks' last passes; all of them do not, and none is lost."""
+    work = assuming(row(4), deferred_head_gradients=0)
+    gradient = head_weight_gradient(H100, work).total
+    head = {num: last_rank(H100, assuming(work, deferred_head_gradients=num)).backward.total for num in (0, 16, 64)}
+    assert head[0] - head[16] == pytest.approx(gradient * 16 / 64) and head[0] - head[64] == pytest.approx(gradient)
+    run = durations(H100, work, pieces_of(H100, work), np.array(work.layout, dtype=np.float64)[None])
+    shown = {num: deferred_s(H100, assuming(work, deferred_head_gradients=num), run) for num in (0, 1, 64)}
+    assert shown[0] == shown[1] == 0
+    assert shown[64] == pytest.approx(64 * gradient - 3 * float(run.backward[0, 0, 0]))
+
+
+def test_hosts_launch_more_for_rings_and_cut_products() -> None:
+    host, bf16 = H100.host, row(4)
+    plain = assuming(bf16, tp_comm_overlap=False).model_copy(update={"context_parallel_size": 1})
+    launched = [pieces_of(H100, work).layer.forward_launch_s for work in (plain, bf16)]
+    assert launched[0] == pytest.approx(host.layer_forward_ms * 1e-3)
+    assert launched[1] - launched[0] == pytest.approx((host.ring_step_ms + 4 * host.cut_product_ms) * 1e-3)
+
+
+def test_interleaved_ranks_hide_communication_behind_several_microbatches() -> None:
+    work = row(4)
+    run = durations(H100, work, pieces_of(H100, work), np.array(work.layout, dtype=np.float64)[None])
+    a_microbatch = run.forward[0].sum(axis=0).min()
+    assert windows(run).forward_s == pytest.approx(4 * a_microbatch)
 
 
 def test_stages_are_timed_with_what_they_skip() -> None:
@@ -123,7 +177,7 @@ def test_stages_are_timed_with_what_they_skip() -> None:
 @pytest.mark.parametrize("fp8", [None, "tensorwise"])
 def test_a_70b_on_eight_ranks_has_no_faster_written_layout(fp8: str | None) -> None:
     """Twos, a three, and the loss beside one layer: the known way to even out a large head. The planner's shapes have a faster one."""
-    work = row(8, num_gpus=64).model_copy(update={"fp8": fp8})
+    work = assuming(row(8, num_gpus=64), deferred_head_gradients=0).model_copy(update={"fp8": fp8})
     pieces = pieces_of(H100, work)
 
     def seconds(layouts: list[Layout]) -> list[float]:

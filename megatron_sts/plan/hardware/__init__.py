@@ -53,6 +53,8 @@ class Device(Section):
     fp8_recipes: tuple[Fp8, ...] | None = None
     """Of Transformer Engine, those that it can run; None: any, if it has rates of FP8."""
     attention: Attention
+    flash_attention_2: Attention | None = None
+    """None: as ``attention``."""
     num_multiprocessors: PositiveInt
     memory_gib: Positive
     """What one process can allocate."""
@@ -73,6 +75,11 @@ class Host(Section):
     """One decoder layer, forward; its backward pass takes as long."""
     fp8_layer_forward_ms: NonNegative
     """The same with FP8's casts and scales."""
+    ring_step_ms: NonNegative = 0.2
+    """A further step of context parallelism's ring in such a layer: its calls of PyTorch, attention, a send and a receipt. An
+    estimate, as the next one (``h100.yaml``)."""
+    cut_product_ms: NonNegative = 0.05
+    """What a product takes longer that user buffers cut up: its pieces, their sends, receipts and events."""
     tower_layer_forward_ms: NonNegative
     """One layer of a vision tower, forward."""
     step_ms: NonNegative

@@ -40,11 +40,13 @@ class Groups:
     data: Group
     """All copies of a parameter: data- and context-parallel ranks."""
     pipeline: Group
+    scales: Group
+    """Ranks that agree on the scales of ``delayed`` FP8: all but pipeline-parallel ones."""
 
 
 def groups_of(tp: int, cp: int, dp: int, pp: int) -> Groups:
     """Those of a run of tp x cp x dp x pp ranks."""
-    return Groups(Group(tp, 1), Group(cp, tp), Group(cp * dp, tp), Group(pp, tp * cp * dp))
+    return Groups(Group(tp, 1), Group(cp, tp), Group(cp * dp, tp), Group(pp, tp * cp * dp), Group(tp * cp * dp, 1))
 
 
 def gather_s(hardware: Hardware, group: Group, whole_bytes: float) -> float:
@@ -62,6 +64,13 @@ def gather_s(hardware: Hardware, group: Group, whole_bytes: float) -> float:
 def all_reduce_s(hardware: Hardware, group: Group, whole_bytes: float) -> float:
     """A reduce-scatter and an all-gather."""
     return 2 * gather_s(hardware, group, whole_bytes)
+
+
+def latency_s(hardware: Hardware, group: Group) -> float:
+    """Seconds of an all-reduce of next to nothing: gathered in each node, up and down a tree of nodes, handed out in each."""
+    local = group.per_node(hardware)
+    between = (-(-group.size // local) - 1).bit_length()
+    return 2e-6 * ((local > 1) * hardware.node_link.latency_us + between * hardware.network.latency_us)
 
 
 def send_s(hardware: Hardware, group: Group, message_bytes: float) -> float:

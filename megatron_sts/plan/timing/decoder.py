@@ -10,16 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sts.plan.hardware import Format, Hardware
-from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s, send_s
+from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s, latency_s, send_s
 from megatron_sts.plan.timing.kernels import attention_s, gemm_s, memory_s
 from megatron_sts.plan.timing.passes import Passes, Spent
 from megatron_sts.plan.timing.workload import Workload
 
-SUMMED = 8
-"""Bytes a weight gradient that a product adds to in fp32: read and written."""
-ADDED = 10
-"""Bytes a weight gradient that is added by a kernel of its own: bf16 read, fp32 read and written."""
-
+NUM_PIECES = 4
+"""Into which a product beside a reduce-scatter is cut (``num_splits`` of NVIDIA's user-buffer settings), and at most beside a
+gather: those of eight ranks join their pieces in pairs (``aggregate``)."""
 PIECE_LOSS = 0.5
 """Of what products lose when they are cut up, to fit the pieces of a gather: pieces run in several streams, which fill each
 other's last waves in part. An estimate."""
@@ -43,6 +41,16 @@ class Widths:
         return (self.hidden, qkv), (output, self.hidden), (self.hidden, 2 * self.ffn), (self.ffn, self.hidden)
 
 
+def summed_bytes(workload: Workload) -> int:
+    """A weight gradient that a product adds to the sum of micro-batches: read and written."""
+    return 2 * workload.assumptions.gradient_bytes
+
+
+def added_bytes(workload: Workload) -> int:
+    """A weight gradient that is added by a kernel of its own: bf16 read, the sum read and written."""
+    return 2 + summed_bytes(workload)
+
+
 def widths(workload: Workload) -> Widths:
     """Those of the language model."""
     language, tp = workload.model.language, workload.tensor_parallel_size
@@ -55,13 +63,13 @@ def widths(workload: Workload) -> Widths:
 def decoder_layer(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> Passes:
     """One layer for one micro-batch."""
     fmt: Format = "fp8" if is_fp8 else "bf16"
-    launch = (hardware.host.fp8_layer_forward_ms if is_fp8 else hardware.host.layer_forward_ms) * 1e-3
+    launch, scales_s = _launch_s(hardware, workload, is_fp8=is_fp8), _scales_s(hardware, workload, is_fp8=is_fp8)
     products = _products(hardware, workload, fmt)
     forward = Spent(
         gemm=sum(products),
         attention=_attention(hardware, workload),
         memory=_moves(hardware, workload, is_fp8),
-        tensor=_collectives(hardware, workload, fmt, products),
+        tensor=_collectives(hardware, workload, fmt, products) + scales_s,
         context=_context_exchange(hardware, workload),
     )
     if not workload.gradient_passes:
@@ -71,7 +79,7 @@ def decoder_layer(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> Pa
         gemm=sum(products) + _weight_gradients(hardware, workload, fmt),
         attention=_attention(hardware, workload, backward=True),
         memory=_moves_backward(hardware, workload, is_fp8),
-        tensor=_collectives_backward(hardware, workload, fmt, products),
+        tensor=_collectives_backward(hardware, workload, fmt, products) + scales_s,
         context=_context_exchange(hardware, workload, backward=True),
     )
     again = workload.recompute == "full"
@@ -82,16 +90,31 @@ def decoder_layer(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> Pa
     return Passes(forward, backward, launch, launch * (1 + again))
 
 
+def _launch_s(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> float:
+    """A forward pass; a backward one takes as long: of its products two are cut up, and four have a collective beside them."""
+    host = hardware.host
+    cut = 4 * (_num_pieces(workload, is_gather=True) > 1)
+    layer = host.fp8_layer_forward_ms if is_fp8 else host.layer_forward_ms
+    return 1e-3 * (layer + host.ring_step_ms * (workload.context_parallel_size - 1) + host.cut_product_ms * cut)
+
+
+def _scales_s(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> float:
+    """A layer's share of a chunk's all-reduce of largest values, at the end of each of its passes (``delayed`` with
+    ``reduce_amax``; Transformer Engine, ``fp8.py``, ``reduce_and_update_fp8_tensors``)."""
+    if not is_fp8 or workload.fp8 != "delayed":
+        return 0.0
+    num_chunks = workload.num_chunks * workload.pipeline_parallel_size
+    return latency_s(hardware, workload.groups.scales) * num_chunks / workload.model.language.num_layers
+
+
 def _products(hardware: Hardware, workload: Workload, fmt: Format, *, backward: bool = False) -> list[float]:
     """Each of the four of a forward pass; backward those for the inputs' gradients. Gathers are beside column-split ones
-    forward and row-split ones backward."""
+    forward and row-split ones backward, scatters beside row-split ones forward; those backward have whole products beside them."""
     device, tokens, seconds = hardware.device, workload.tokens, []
-    cut = workload.assumptions.tp_comm_overlap and workload.sequence_parallel
-    num_pieces = workload.tensor_parallel_size if cut else 1
     for number, (inner, columns) in enumerate(widths(workload).matrices):
         shape = (columns, inner) if backward else (inner, columns)
-        whole = gemm_s(device, tokens, *shape, fmt)
-        if num_pieces > 1 and (number % 2 == 1) == backward:
+        whole, num_pieces = gemm_s(device, tokens, *shape, fmt), _num_pieces(workload, is_gather=number % 2 == backward)
+        if num_pieces > 1 and (number % 2 == 1 or not backward):
             cut_up = gemm_s(device, tokens / num_pieces, *shape, fmt, num=num_pieces)
             whole = (1 - PIECE_LOSS) * whole + PIECE_LOSS * cut_up
         seconds.append(whole)
@@ -105,8 +128,10 @@ def _weight_gradients(hardware: Hardware, workload: Workload, fmt: Format) -> fl
     device, fused = hardware.device, workload.assumptions.fused_gradient_accumulation
     seconds = 0.0
     for inner, columns in widths(workload).matrices:
-        seconds += gemm_s(device, columns, workload.tokens, inner, fmt, output_bytes=SUMMED if fused else 2)
-        seconds += 0 if fused else memory_s(device, [ADDED * inner * columns])
+        seconds += gemm_s(
+            device, columns, workload.tokens, inner, fmt, output_bytes=summed_bytes(workload) if fused else 2
+        )
+        seconds += 0 if fused else memory_s(device, [added_bytes(workload) * inner * columns])
     return seconds
 
 
@@ -116,7 +141,8 @@ def _attention(hardware: Hardware, workload: Workload, *, backward: bool = False
         return _unfused_attention(hardware, workload, backward=backward)
     at, cp, length = widths(workload), workload.context_parallel_size, workload.sequence_length
     pairs = workload.micro_batch_size * length**2 / 2 / cp
-    seconds = attention_s(hardware.device, pairs, at.heads, at.channels, length / cp, backward=backward)
+    kernel = hardware.device.flash_attention_2 if workload.assumptions.flash_attention_2 else None
+    seconds = attention_s(hardware.device, pairs, at.heads, at.channels, length / cp, backward=backward, kernel=kernel)
     if cp > 1:
         output = workload.tokens * at.heads * at.channels
         seconds += memory_s(hardware.device, [10 * output] * cp)
@@ -171,13 +197,21 @@ def _swiglu(workload: Workload, *, backward: bool = False) -> list[float]:
 
 
 def _casts(workload: Workload, is_fp8: bool, *, backward: bool = False) -> list[float]:
-    """Read bf16, write FP8 and its transpose. A scale of the tensor itself (all but ``delayed``) takes one more reading of
-    gradients; the kernels before find that of inputs."""
+    """Read bf16, write FP8 and its transpose. What is gathered is cast by each rank for itself, and transposed when it is whole.
+    A scale of the tensor itself (all but ``delayed``) takes one more reading of gradients; the kernels before find that of inputs.
+    With ``delayed`` norms write FP8 themselves. Source: Transformer Engine, ``module/layernorm_linear.py``, ``module/base.py``."""
     if not is_fp8:
         return []
-    each = 4 + (2 if backward and workload.fp8 != "delayed" else 0)
-    rows = [columns if backward else inner for inner, columns in widths(workload).matrices]
-    return [each * width * workload.tokens for width in rows]
+    kernels, tokens, delayed = [], workload.tokens, workload.fp8 == "delayed"
+    for number, (inner, columns) in enumerate(widths(workload).matrices):
+        is_gathered = workload.sequence_parallel and number % 2 == backward
+        own = workload.tokens_outside if is_gathered else tokens
+        if delayed and not backward and number % 2 == 0:
+            moved = 2 * tokens - own  # transposed; the norm wrote a byte for two
+        else:
+            moved = (3 * own + 2 * tokens if is_gathered else 4 * tokens) + 2 * own * (backward and not delayed)
+        kernels.append((columns if backward else inner) * moved)
+    return kernels
 
 
 def _collectives(hardware: Hardware, workload: Workload, fmt: Format, products: list[float]) -> float:
@@ -187,8 +221,13 @@ def _collectives(hardware: Hardware, workload: Workload, fmt: Format, products: 
     if not workload.sequence_parallel:
         return 2 * all_reduce_s(hardware, group, whole)
     gather = gather_s(hardware, group, whole / 2 if fmt == "fp8" else whole)
-    scatter = gather_s(hardware, group, whole)
-    return sum(_in_pieces(workload, (gather, scatter)[number % 2], each) for number, each in enumerate(products))
+    scatter = gather_s(
+        hardware, group, whole / 2 if fmt == "fp8" and workload.assumptions.fp8_reduce_scatter else whole
+    )
+    return sum(
+        _in_pieces(workload, (gather, scatter)[number % 2], each, is_gather=number % 2 == 0)
+        for number, each in enumerate(products)
+    )
 
 
 def _collectives_backward(hardware: Hardware, workload: Workload, fmt: Format, products: list[float]) -> float:
@@ -201,15 +240,21 @@ def _collectives_backward(hardware: Hardware, workload: Workload, fmt: Format, p
     scatter = gather_s(hardware, group, whole)
     again = gather if workload.trains("language") else 0.0
     column = sum(_beside(workload, again, each) + _beside(workload, scatter, each) for each in products[::2])
-    return column + sum(_in_pieces(workload, gather, each) for each in products[1::2])
+    return column + sum(_in_pieces(workload, gather, each, is_gather=True) for each in products[1::2])
 
 
-def _in_pieces(workload: Workload, seconds: float, product_s: float) -> float:
-    """What shows of a collective before or after its product. Cut up into tp pieces one of them does, the others run beside."""
+def _num_pieces(workload: Workload, *, is_gather: bool) -> int:
+    """Into which a product and the collective before or after it are cut."""
     tp = workload.tensor_parallel_size
-    if not workload.assumptions.tp_comm_overlap or tp == 1:
-        return seconds
-    return seconds / tp + _beside(workload, seconds * (tp - 1) / tp, product_s)
+    if not workload.assumptions.tp_comm_overlap or not workload.sequence_parallel or tp == 1:
+        return 1
+    return min(tp, NUM_PIECES) if is_gather else NUM_PIECES
+
+
+def _in_pieces(workload: Workload, seconds: float, product_s: float, *, is_gather: bool) -> float:
+    """What shows of a collective before or after its product: one piece, the others run beside."""
+    num = _num_pieces(workload, is_gather=is_gather)
+    return seconds / num + _beside(workload, seconds * (num - 1) / num, product_s)
 
 
 def _beside(workload: Workload, seconds: float, product_s: float) -> float:

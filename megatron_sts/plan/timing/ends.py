@@ -6,7 +6,7 @@ from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.cost.flops import TokenLoad, forward_flops
 from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s
-from megatron_sts.plan.timing.decoder import ADDED, SUMMED, widths
+from megatron_sts.plan.timing.decoder import added_bytes, summed_bytes, widths
 from megatron_sts.plan.timing.kernels import attention_s, gemm_s, memory_s
 from megatron_sts.plan.timing.passes import Passes, Spent
 from megatron_sts.plan.timing.workload import Workload
@@ -35,15 +35,31 @@ def last_rank(hardware: Hardware, workload: Workload) -> Passes:
     )
     if not workload.gradient_passes:
         return Passes(forward)
-    fused = workload.assumptions.fused_gradient_accumulation
-    gemm, moved = (
-        gemm_s(device, tokens, columns, hidden, "bf16"),
-        [6 * hidden * workload.tokens_outside, loss_bytes / 2],
+    backward = Spent(
+        gemm=gemm_s(device, tokens, columns, hidden, "bf16"),
+        memory=memory_s(device, [6 * hidden * workload.tokens_outside, loss_bytes / 2]),
+        tensor=gathers,
     )
-    if workload.trains("language"):
-        gemm += gemm_s(device, columns, tokens, hidden, "bf16", output_bytes=SUMMED if fused else 2)
-        moved.append(0 if fused else ADDED * columns * hidden)
-    return Passes(forward, Spent(gemm=gemm, memory=memory_s(device, moved), tensor=gathers))
+    return Passes(forward, backward + head_weight_gradient(hardware, workload) * (1 - deferred_share(workload)))
+
+
+def head_weight_gradient(hardware: Hardware, workload: Workload) -> Spent:
+    """Of one micro-batch."""
+    if not workload.trains("language"):
+        return Spent()
+    device, hidden = hardware.device, workload.model.language.hidden_size
+    columns = workload.model.language.vocab_size / workload.tensor_parallel_size
+    fused = workload.assumptions.fused_gradient_accumulation
+    output_bytes = summed_bytes(workload) if fused else 2
+    return Spent(
+        gemm=gemm_s(device, columns, workload.tokens, hidden, "bf16", output_bytes=output_bytes),
+        memory=memory_s(device, [0 if fused else added_bytes(workload) * columns * hidden]),
+    )
+
+
+def deferred_share(workload: Workload) -> float:
+    """Of the micro-batches, those whose weight gradient of the head is computed at the end of the step."""
+    return min(workload.assumptions.deferred_head_gradients / workload.num_microbatches, 1)
 
 
 def _embedding(hardware: Hardware, workload: Workload) -> Passes:
@@ -59,7 +75,10 @@ def _embedding(hardware: Hardware, workload: Workload) -> Passes:
     table = workload.model.language.vocab_size * hidden / workload.tensor_parallel_size
     gathered = gather_s(hardware, group, stream) if workload.sequence_parallel else 0.0
     return Passes(
-        forward, Spent(memory=memory_s(hardware.device, [2 * stream + 2 * table, ADDED * table]), tensor=gathered)
+        forward,
+        Spent(
+            memory=memory_s(hardware.device, [2 * stream + 2 * table, added_bytes(workload) * table]), tensor=gathered
+        ),
     )
 
 

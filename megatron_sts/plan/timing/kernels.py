@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from megatron_sts.plan.hardware import Device, Format
+from megatron_sts.plan.hardware import Attention, Device, Format
 
 TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.93), (64, 128, 0.75))
 """Rows and columns of the output that a multiprocessor computes at a time, and the share of the rate that this leaves: smaller
@@ -53,15 +53,17 @@ def gemm_s(
 
 
 def attention_s(
-    device: Device, pairs: float, heads: float, channels: int, length: float, *, backward: bool = False
-) -> float:
+    device: Device, pairs: float, heads: float, channels: int, length: float, *, backward: bool = False,
+    kernel: Attention | None = None,
+) -> float:  # fmt: skip
     """Seconds of fused attention over ``pairs`` query-key pairs (causal ones counted half), 4 x channels FLOPs a pair and head.
 
-    ``length``: tokens of a row, or of the part that a kernel sees: short rows do not reach the plateau.
+    ``length``: tokens of a row, or of the part that a kernel sees: short rows do not reach the plateau. ``kernel``: other than the
+    device's usual one.
     """
     if pairs <= 0:
         return 0.0
-    kernel = device.attention
+    kernel = kernel or device.attention
     plateau = kernel.backward_tflops if backward else kernel.forward_tflops
     rate = (
         plateau

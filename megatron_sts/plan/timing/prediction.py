@@ -20,7 +20,7 @@ from megatron_sts.plan.layout import LEAST_DRAWN, expected_totals
 from megatron_sts.plan.savings import savings
 from megatron_sts.plan.steps import Steps, drawn_steps, grid, num_active, scheduled_work
 from megatron_sts.plan.timeline import idle_share, step_seconds
-from megatron_sts.plan.timing.step import durations, launch_ratio, lead_s, pieces_of, spent, windows
+from megatron_sts.plan.timing.step import deferred_s, durations, launch_ratio, lead_s, pieces_of, spent, windows
 from megatron_sts.plan.timing.update import Share, Update, update
 from megatron_sts.plan.timing.workload import ASSUMED, Assumptions, Workload, workload_of
 
@@ -143,8 +143,9 @@ def _some_steps(
     # As in plan.layout: how many layers the grid's masks happen to skip cancels, how they lie on the ranks remains.
     ratio = (num_layers - layers) / skipped if skipped > LEAST_DRAWN else 0.0
     load = planned_load(resolved, stage, counts)
+    late_s = deferred_s(hardware, workload, dense) + lead_s(pieces)
     return _Part(
-        pipeline_s=dense_s - (dense_s - seconds) * ratio + lead_s(pieces),
+        pipeline_s=dense_s - (dense_s - seconds) * ratio + late_s,
         update=update(hardware, workload, windows(dense), _share(resolved, stage)),
         bubble=idle if skipped > LEAST_DRAWN else dense_idle,
         launch_ratio=float(launch_ratio(pieces, every_layer).max()),

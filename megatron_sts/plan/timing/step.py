@@ -12,7 +12,7 @@ from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.timeline import Durations, idle_share, step_seconds
 from megatron_sts.plan.timing.collectives import send_s
 from megatron_sts.plan.timing.decoder import decoder_layer
-from megatron_sts.plan.timing.ends import first_rank, last_rank
+from megatron_sts.plan.timing.ends import deferred_share, first_rank, head_weight_gradient, last_rank
 from megatron_sts.plan.timing.passes import Passes, Spent
 from megatron_sts.plan.timing.update import DENSE, Share, Update, Windows, update
 from megatron_sts.plan.timing.workload import Workload
@@ -66,16 +66,23 @@ def pieces_of(hardware: Hardware, workload: Workload) -> Pieces:
 def durations(hardware: Hardware, workload: Workload, pieces: Pieces, layers: NDArray[np.float64]) -> Durations:
     """Of passes in which ``layers`` decoder layers run, [..., rows, vpp, pp]; the ends are in the first and the last chunk.
 
-    A host launches ahead of its GPU. Where it cannot keep up with all passes of a micro-batch, all of them are stretched.
+    A host launches ahead of its GPU. Where it cannot keep up with all passes of a micro-batch, all of them are stretched. Hosts are
+    taken to differ as much as GPUs do.
     """
-    slowest = slowest_of(hardware, workload.num_ranks)
-    stretch = np.maximum(launch_ratio(pieces, layers) / slowest, 1)[..., None, None, :] * slowest
+    stretch = np.maximum(launch_ratio(pieces, layers), 1)[..., None, None, :] * slowest_of(hardware, workload.num_ranks)
     forward = _placed(layers, *(piece.forward.total for piece in pieces.all)) * stretch
     backward = _placed(layers, *(piece.backward.total for piece in pieces.all)) * stretch
     stream = 2 * workload.tokens * workload.model.language.hidden_size
     message = stream / (workload.tensor_parallel_size if workload.sequence_parallel else 1)
     send = send_s(hardware, workload.groups.pipeline, message)
     return Durations(forward, backward, send, not workload.overlap_p2p_comm)
+
+
+def deferred_s(hardware: Hardware, workload: Workload, run: Durations) -> float:
+    """What shows of head gradients that were put off: its rank has nothing else to do while the others' last passes follow."""
+    waits = (workload.pipeline_parallel_size - 1) * float(run.backward[..., 0, 0].mean())
+    later = head_weight_gradient(hardware, workload).total * deferred_share(workload) * workload.num_microbatches
+    return max(later - waits, 0.0)
 
 
 def launch_ratio(pieces: Pieces, layers: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -104,7 +111,7 @@ def step_of(hardware: Hardware, workload: Workload, share: Share = DENSE) -> Ste
     layers = np.array(workload.layout, dtype=np.float64)[None]
     run, num = durations(hardware, workload, pieces, layers), workload.num_microbatches
     return Step(
-        float(step_seconds(run, num)) + lead_s(pieces),
+        float(step_seconds(run, num)) + deferred_s(hardware, workload, run) + lead_s(pieces),
         update(hardware, workload, windows(run), share),
         float(idle_share(run, num)),
         spent(workload, pieces, float(layers.sum())),
@@ -117,9 +124,11 @@ def lead_s(pieces: Pieces) -> float:
 
 
 def windows(run: Durations) -> Windows:
-    """A micro-batch's passes on the rank that has the shortest: behind less than that no rank can hide its communication."""
+    """Of the rank that has the shortest: behind less than that no rank can hide its communication."""
+    num_chunks, num_ranks = run.forward.shape[-2:]
+    num = num_ranks if num_chunks > 1 else 1
     forward, backward = (part.mean(axis=-3).sum(axis=-2).min(axis=-1).mean() for part in (run.forward, run.backward))
-    return Windows(float(forward), float(backward))
+    return Windows(num * float(forward), num * float(backward))
 
 
 def spent(workload: Workload, pieces: Pieces, layers: float) -> dict[str, float]:

@@ -10,12 +10,12 @@ from megatron_sts.plan.timing.decoder import widths
 from megatron_sts.plan.timing.kernels import memory_s
 from megatron_sts.plan.timing.workload import Workload
 
-ADAM_BYTES = 30
-"""Moved for each parameter that is updated: gradient, master weight and two moments are read, the last three and a bf16 weight written."""
-GRADIENT_PASSES_BYTES = 8
-"""For each gradient: read for its norm, and set to zero."""
+ADAM_BYTES = 26
+"""Moved for each parameter that is updated, besides its gradient: master weight and two moments are read, they and a bf16 weight written."""
 FP8_WEIGHT_BYTES = 8
 """For each FP8 weight, once a step: read for its scale, read, written twice (as it is and transposed)."""
+FP8_TRANSPOSE_BYTES = 2
+"""The same for a weight that was gathered in FP8: only transposed."""
 WEIGHT_BYTES = 2
 
 
@@ -37,7 +37,8 @@ class Update:
 
 @dataclass(frozen=True)
 class Windows:
-    """What overlapped communication may hide behind: a micro-batch's passes through all chunks of a rank, in seconds."""
+    """What overlapped communication may hide behind: the first or the last micro-batches' passes through all chunks of a rank, in
+    seconds: one micro-batch, or, interleaved, as many as there are ranks, since these go through a chunk before the next one's turn."""
 
     forward_s: float
     backward_s: float
@@ -62,19 +63,20 @@ def update(hardware: Hardware, workload: Workload, windows: Windows, share: Shar
     shards = copies.size if workload.distributed_optimizer else 1
     layer = _layer_parameters(workload) if workload.trains("language") else 0
     reduced, gathered, optimizer = [], [], []
-    for parameters in held:
+    for rank, parameters in enumerate(held):
         gradients = workload.assumptions.gradient_bytes * parameters * share.reduced
-        weights = WEIGHT_BYTES * parameters * share.gathered
+        fp8_weights = layer * _layers_a_rank(workload) * workload.fp8_weights
+        weights = (WEIGHT_BYTES * parameters - min(fp8_weights, parameters)) * share.gathered
         collective = gather_s if workload.distributed_optimizer else all_reduce_s
-        last = min(layer / parameters, 1) if parameters else 0
+        last = min((layer + _table(workload) * (rank == 0)) / parameters, 1) if parameters else 0
         whole = collective(hardware, copies, gradients)
         reduced.append(_exposed(workload, whole, windows.backward_s, last, workload.overlap_grad_reduce))
         whole = gather_s(hardware, copies, weights) if workload.distributed_optimizer else 0.0
         gathered.append(_exposed(workload, whole, windows.forward_s, last, workload.overlap_param_gather))
         moved = [
-            (ADAM_BYTES * parameters / shards) * share.updated,
-            GRADIENT_PASSES_BYTES * parameters,
-            FP8_WEIGHT_BYTES * _layer_parameters(workload) * _layers_a_rank(workload) * (workload.fp8 is not None),
+            (ADAM_BYTES + workload.assumptions.gradient_bytes) * parameters / shards * share.updated,
+            2 * workload.assumptions.gradient_bytes * parameters,  # read for their norm, and set to zero
+            _fp8_weight_bytes(workload) * _layer_parameters(workload) * _layers_a_rank(workload),
         ]
         optimizer.append(memory_s(hardware.device, moved))
     return Update(max(reduced), max(gathered), max(optimizer) + hardware.host.step_ms * 1e-3)
@@ -82,18 +84,17 @@ def update(hardware: Hardware, workload: Workload, windows: Windows, share: Shar
 
 def trained_parameters(workload: Workload) -> list[float]:
     """Of one tensor-parallel rank of each pipeline rank. Norms of the ends and biases are left out: they are small."""
-    language, tp = workload.model.language, workload.tensor_parallel_size
-    table = language.vocab_size * language.hidden_size / tp * workload.trains("language")
+    table = _table(workload)
     layer = _layer_parameters(workload) * workload.trains("language")
     held = [layer * sum(chunks) for chunks in zip(*workload.layout, strict=True)]
     held[0] += table + _before_decoder(workload)
-    held[-1] += table if not language.tie_word_embeddings or len(held) > 1 else 0
+    held[-1] += table if not workload.model.language.tie_word_embeddings or len(held) > 1 else 0
     return held
 
 
 def _exposed(workload: Workload, seconds: float, window_s: float, last: float, is_overlapped: bool) -> float:
-    """What shows of a collective in buckets: the bucket that comes last, what the window cannot hold, and what the others
-    take from the products beside them."""
+    """What shows of a collective in buckets: the bucket that comes last (a gather's: first), what the window cannot hold, and
+    what the others take from the products beside them."""
     if not is_overlapped:
         return seconds
     beside = seconds * (1 - last)
@@ -101,8 +102,20 @@ def _exposed(workload: Workload, seconds: float, window_s: float, last: float, i
     return seconds * last + beside - hidden + workload.assumptions.overlap_interference * hidden
 
 
+def _table(workload: Workload) -> float:
+    """The embedding, whose gradient is there last and which is needed first."""
+    language = workload.model.language
+    return language.vocab_size * language.hidden_size / workload.tensor_parallel_size * workload.trains("language")
+
+
 def _layer_parameters(workload: Workload) -> float:
     return sum(inner * columns for inner, columns in widths(workload).matrices)
+
+
+def _fp8_weight_bytes(workload: Workload) -> int:
+    if workload.fp8 is None:
+        return 0
+    return FP8_TRANSPOSE_BYTES if workload.fp8_weights else FP8_WEIGHT_BYTES
 
 
 def _layers_a_rank(workload: Workload) -> int:

@@ -24,10 +24,17 @@ class Assumptions(Section):
     """RoPE and SwiGLU are single kernels (megatron-core's fusions); ours are several each (``mcore/torch_ops.py``)."""
     fused_attention: bool = True
     """A kernel that keeps scores on the chip (cuDNN, FlashAttention); false: products, softmax and dropout of whole score matrices."""
+    flash_attention_2: bool = False
+    """That kernel is FlashAttention-2 (``NVTE_FUSED_ATTN=0``), where the hardware has a rate of it apart."""
     tp_comm_overlap: bool = False
     """Transformer Engine's user buffers: tensor-parallel collectives run in pieces beside the products that need them."""
+    fp8_reduce_scatter: bool = False
+    """With user buffers and FP8: outputs of row-split products travel in FP8 (``fp8_buf`` of ``proj_fprop`` and ``fc2_fprop``)."""
     gradient_bytes: Literal[2, 4] = 4
-    """Of a gradient that data-parallel ranks reduce."""
+    """Of a gradient that micro-batches add to and data-parallel ranks reduce."""
+    deferred_head_gradients: NonNegativeInt = 0
+    """Of a step's first so many micro-batches the head's weight gradient is computed at the end, when its rank would wait
+    (megatron-core's ``defer_embedding_wgrad_compute`` and ``wgrad_deferral_limit``)."""
     overlap_interference: Ratio = 0.12
     """Of the time of a collective that runs beside products: what these lose to its multiprocessors (16 of 132 on Hopper)."""
     cross_entropy_passes: NonNegativeInt = 8
@@ -59,6 +66,8 @@ class Workload(Section):
     num_projected_tokens: NonNegativeInt = 0
     """Of a row: what the projector computes."""
     fp8: Recipe | None = None
+    fp8_weights: bool = False
+    """Weights are kept and gathered in FP8 (``precision.fp8_params``)."""
     num_bf16_layers: NonNegativeInt = 0
     """Decoder layers that multiply in bf16 where others do in FP8."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -138,6 +147,7 @@ def workload_of(
         num_images=load.num_images // rows,
         num_projected_tokens=load.num_projected_tokens // rows,
         fp8=cast(Recipe, recipe) if is_fp8 else None,
+        fp8_weights=is_fp8 and precision.fp8_params,
         num_bf16_layers=min(2 * precision.first_last_layers_bf16, resolved.config.model.language.num_layers),
         recompute=parallel.recompute,
         distributed_optimizer=parallel.use_distributed_optimizer,
