@@ -63,10 +63,9 @@ def update(hardware: Hardware, workload: Workload, windows: Windows, share: Shar
     shards = copies.size if workload.distributed_optimizer else 1
     layer = _layer_parameters(workload) if workload.trains("language") else 0
     reduced, gathered, optimizer = [], [], []
-    for rank, parameters in enumerate(held):
+    for rank, (parameters, num_layers) in enumerate(zip(held, _layers_a_rank(workload), strict=True)):
         gradients = workload.assumptions.gradient_bytes * parameters * share.reduced
-        fp8_weights = layer * _layers_a_rank(workload) * workload.fp8_weights
-        weights = (WEIGHT_BYTES * parameters - min(fp8_weights, parameters)) * share.gathered
+        weights = (WEIGHT_BYTES * parameters - layer * num_layers * workload.fp8_weights) * share.gathered
         collective = gather_s if workload.distributed_optimizer else all_reduce_s
         last = min((layer + _table(workload) * (rank == 0)) / parameters, 1) if parameters else 0
         whole = collective(hardware, copies, gradients)
@@ -76,7 +75,7 @@ def update(hardware: Hardware, workload: Workload, windows: Windows, share: Shar
         moved = [
             (ADAM_BYTES + workload.assumptions.gradient_bytes) * parameters / shards * share.updated,
             2 * workload.assumptions.gradient_bytes * parameters,  # read for their norm, and set to zero
-            _fp8_weight_bytes(workload) * _layer_parameters(workload) * _layers_a_rank(workload),
+            _fp8_weight_bytes(workload) * _layer_parameters(workload) * num_layers,
         ]
         optimizer.append(memory_s(hardware.device, moved))
     return Update(max(reduced), max(gathered), max(optimizer) + hardware.host.step_ms * 1e-3)
@@ -86,7 +85,7 @@ def trained_parameters(workload: Workload) -> list[float]:
     """Of one tensor-parallel rank of each pipeline rank. Norms of the ends and biases are left out: they are small."""
     table = _table(workload)
     layer = _layer_parameters(workload) * workload.trains("language")
-    held = [layer * sum(chunks) for chunks in zip(*workload.layout, strict=True)]
+    held = [layer * num_layers for num_layers in _layers_a_rank(workload)]
     held[0] += table + _before_decoder(workload)
     held[-1] += table if not workload.model.language.tie_word_embeddings or len(held) > 1 else 0
     return held
@@ -118,8 +117,8 @@ def _fp8_weight_bytes(workload: Workload) -> int:
     return FP8_TRANSPOSE_BYTES if workload.fp8_weights else FP8_WEIGHT_BYTES
 
 
-def _layers_a_rank(workload: Workload) -> int:
-    return max(sum(chunks) for chunks in zip(*workload.layout, strict=True))
+def _layers_a_rank(workload: Workload) -> list[int]:
+    return [sum(chunks) for chunks in zip(*workload.layout, strict=True)]
 
 
 def _before_decoder(workload: Workload) -> float:
