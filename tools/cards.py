@@ -31,7 +31,7 @@ from megatron_sts.plan.timing.workload import ASSUMED
 HARDWARE = "h100"
 OF_PLAN = "steps alone, without starting, waiting for data, checkpoints and evaluation"
 PLAN_RTOL = 0.02
-"""By what share a planned number may move before its card is wrong: less than readers of three digits mind, and a fifth of the least
+"""By what share a planned number may move before its card is wrong: less than readers of three digits mind, and a fourth of the least
 uncertainty that the model of hardware states."""
 RATIO_RTOL = 0.05
 """Of planned ratios STS / dense: seven of eight that were measured on one H200 were within 3.4 %, the last, FP8 with 3/4 of the layers skipped, 14 % off

@@ -102,7 +102,7 @@ class Hardware(Section):
 
     name: str
     uncertainty: Annotated[float, Field(ge=0, lt=1)]
-    """Relative error within which predicted seconds are meant to be: of 95 % of measured rows, each source left out while rates are
+    """Relative error within which predicted seconds are meant to be: of all measured rows, each source left out while rates are
     set, or a guess where fewer sources were measured."""
     device: Device
     host: Host
