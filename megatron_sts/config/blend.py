@@ -32,6 +32,11 @@ class Member:
     share: tuple[float, float] = (0.0, 1.0)
     """Which of these, from 0 to 1."""
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of its samples are read."""
+        return self.samples == (0, None) and self.share == (0.0, 1.0)
+
     def num_kept(self, num_samples: int) -> int:
         """How many of its samples are read, as Energon's ``DatasetSubset`` counts.
 

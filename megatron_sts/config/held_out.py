@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_sts.config.blend import has_split
+from megatron_sts.config.blend import has_split, members
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.prepared import check_prepared
 from megatron_sts.config.samples_file import read_entries
@@ -92,6 +92,7 @@ def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
     if stage.validation is None:
         return None
     field, wanted, named = f"stages.{stage.name}.validation", stage.validation.num_samples, stage.validation.data
+    stored = Path(str(data.path)) if data.source == "energon" else None
     if named.path is not None:
         changes = {"source": named.source or data.source, "path": named.path, "image_dir": named.image_dir}
         data = data.model_copy(update=changes)
@@ -105,6 +106,8 @@ def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
         if split == "val" and not has_split(path, "val"):
             refuse(f"{field}.data.path", "null", f"{path} holds nothing out: it has no split val",
                    "name another dataset, or make that split")  # fmt: skip
+        if stored is not None:
+            _check_apart(field, stored, path, split)
         num_samples = count_stored(path, split)
     else:
         num_samples = len(read_entries(path, f"{field}.data.path"))
@@ -113,3 +116,13 @@ def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
     if wanted is not None and wanted > num_samples:
         refuse(f"{field}.num_samples", wanted, f"{path} holds {num_samples}", "use at most so many, or null for all")
     return HeldOut(data=data, split=split, num_samples=wanted or num_samples)
+
+
+def _check_apart(field: str, trained_on: Path, path: Path, split: str) -> None:
+    """No dataset of a blend is read by both: it names the same shards for both, unless it names subsets of them."""
+    read = {(each.folder.resolve(), each.split_part): each for each in members(trained_on)}
+    for member in members(path, split):
+        other = read.get((member.folder.resolve(), member.split_part))
+        if other is not None and (member.is_whole or other.is_whole):
+            refuse(f"{field}.data.path", path, f"reads {member.folder}, split {member.split_part}, which is trained on",
+                   "name another split or subsets of it there")  # fmt: skip

@@ -142,6 +142,27 @@ def test_shards_hold_out_their_split_val(path: Path, shards: Path) -> None:
     assert keys(path, on(shards / "plain", data={"path": str(shards / "split")})) == held
 
 
+def test_a_blend_that_trains_on_what_it_holds_out_is_refused(path: Path, shards: Path, tmp_path: Path) -> None:
+    def blend(name: str, **parts: dict[str, Any]) -> Path:
+        splits = {part: {"path": str(shards / "plain"), "split_part": "train", **more} for part, more in parts.items()}
+        written = {"__module__": "megatron.energon", "__class__": "MetadatasetV2", "splits": splits}
+        (tmp_path / name).write_text(yaml.safe_dump(written))
+        return tmp_path / name
+
+    said = rf"^{VALIDATION}.data.path=.*\.yaml: reads .*plain, split train, which is trained on; name another split or subsets"
+    for file, more in (
+        (blend("same.yaml", train={}, val={}), {}),
+        (blend("part.yaml", train={}, val={"subset": {"range": ["0%", "10%"]}}), {}),
+        (blend("train.yaml", train={}), {"data": {"path": str(shards / "plain")}}),
+    ):
+        with pytest.raises(
+            ConfigError, match=said if not more else "plain: reads .*plain, split train, which is trained on"
+        ):
+            resolve(load(path, on(file, **more)))
+    apart = {"train": {"subset": {"range": ["10%", "100%"]}}, "val": {"subset": {"range": ["0%", "10%"]}}}
+    assert keys(path, on(blend("apart.yaml", **apart))) == [f"good-{number}" for number in range(6)]
+
+
 def test_pictures_are_those_of_the_sample(path: Path, shards: Path) -> None:
     resolved = resolve(load(path, on(shards / "split")))
     held = resolved.stages[1].held_out

@@ -59,10 +59,12 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What is trained on, random weights, and 22 other samples: the last micro-batches have less of them than rows."""
+    """What is trained on, random weights, and 22 other samples, so that the last micro-batches have less of them than rows, and a
+    bad one."""
     folder = tmp_path_factory.mktemp("validation")
     write_samples(folder, 22)
-    (folder / "samples.json").rename(folder / "held_out.json")
+    entries = json.loads((folder / "samples.json").read_text())
+    (folder / "held_out.json").write_text(json.dumps([*entries, {"id": "bad", "conversations": []}]))
     write_samples(folder)
     write_weights(folder, "plain")
     return folder
@@ -88,7 +90,7 @@ def validated(stage: Stage, packing: str) -> tuple[float, int, int]:
     spec = stage.spec.model_copy(update={"config": stage.spec.config.model_copy(update={"batch": batch})})
     validator = Validator(replace(stage, spec=spec), RunLog(Path(), tensorboard=False, enabled=False))
     (found, _), (again, _) = validator.validate(), validator.validate()
-    assert found is not None and found == again and found.skipped == ()
+    assert found is not None and found == again and [sample.key for sample in found.skipped] == ["bad"]
     assert {"data", "validation"} <= {mark.phase for mark in trail.marks()}
     return found.loss, found.num_tokens, found.num_samples
 
@@ -131,7 +133,9 @@ def one_by_one(stage: Stage) -> tuple[float, int, int]:
     losses = [torch.zeros(0, dtype=torch.float64)]
     model.eval()
     for number in range(len(source)):
-        batch = row_of(preparer, number, source[number], spec.uncompressed)
+        if (record := source[number]).key == "bad":
+            continue
+        batch = row_of(preparer, number, record, spec.uncompressed)
         assert len(batch.visual_indices) == 16 * len(batch.num_kept)  # of every image all tokens
         model.module.set_input_tensor([None])
         logits = model(batch.to(current_device().torch_device), None)[0].double()
@@ -139,7 +143,7 @@ def one_by_one(stage: Stage) -> tuple[float, int, int]:
         losses.append(of_tokens[batch.loss_mask[0] > 0])
     model.train()
     found = torch.cat(losses)
-    return float(found.mean()), len(found), len(source)
+    return float(found.mean()), len(found), len(losses) - 1
 
 
 def row_of(preparer: BatchPreparer, number: int, record: Any, counts: Any) -> Batch:
