@@ -63,14 +63,14 @@ def test_ranks_that_are_too_large_are_named(config: str, capsys: pytest.CaptureF
 
 
 def test_what_a_device_has(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """79.1 GiB of an A100, less what its context takes; two ranks instead of 512 do not hold a 70B model."""
+    """79.1 GiB of an H100, less what its context takes; two ranks instead of 512 do not hold a 70B model."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     sizes = [
         f"parallel.{name}={size}" for name, size in (("pipeline_model_parallel_size", 1), ("data_parallel_size", 1))
     ]
     layout = ["parallel.virtual_pipeline_model_parallel_size=null", "parallel.layout=even", "stages.finetune.lds=null"]
     batch = [f"stages.*.batch.{name}={size}" for name, size in (("global_batch_size", 4), ("micro_batch_size", 2))]
-    words = ["dryrun", str(ROOT / "examples/llava_llama3_70b"), "--hardware", "a100", *sizes, *layout, *batch]
+    words = ["dryrun", str(ROOT / "examples/llava_llama3_70b"), "--hardware", "h100", *sizes, *layout, *batch]
     assert main(words) == 1
     [line] = capsys.readouterr().err.splitlines()
     assert " it may use 77" in line or " it may use 78" in line
