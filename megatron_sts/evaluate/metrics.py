@@ -14,7 +14,8 @@ from typing import Any
 from megatron_sts.evaluate.vqa_text import normalise
 
 Metrics = dict[str, Any]
-"""JSON-ready. Always holds ``accuracy``, ``standard_error`` and ``num_questions``."""
+"""JSON-ready. Always holds ``accuracy``, ``standard_error`` and ``num_questions``; of ``score`` also ``right``: of each question a 1 or a
+0, in order, so that runs can be compared question by question."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class Answered:
 
 def score(family: str, answered: Sequence[Answered]) -> Metrics:
     """The metrics of one reported family; ``relation`` pools the asked families relation and category."""
-    return _SCORES[family](answered)
+    right = "".join("1" if _RIGHT[family](item) else "0" for item in answered)
+    return {**_SCORES[family](answered), "right": right}
 
 
 def proportion(hits: Iterable[bool]) -> Metrics:
@@ -85,7 +87,7 @@ def gqa(answered: Sequence[Answered]) -> Metrics:
 
 def vqa(answered: Sequence[Answered]) -> Metrics:
     """VQA v2 with a single reference: exact match after its text normalisation."""
-    return proportion(normalise(item.prediction) == normalise(item.answer) for item in answered)
+    return proportion(map(_is_equal_normalised, answered))
 
 
 def science_qa(answered: Sequence[Answered]) -> Metrics:
@@ -119,6 +121,10 @@ def _is_equal(item: Answered) -> bool:
     return item.prediction == item.answer
 
 
+def _is_equal_normalised(item: Answered) -> bool:
+    return normalise(item.prediction) == normalise(item.answer)
+
+
 def _is_first_word_right(item: Answered) -> bool:
     """How scenes read an answer: its first word is yes or no, whatever follows."""
     return _first_word(item.prediction) == item.answer
@@ -144,3 +150,12 @@ _SCORES: dict[str, Callable[[Sequence[Answered]], Metrics]] = {
     "paired": mme,
 }
 """The reported families, which are those of ``evaluation.families``."""
+_RIGHT: dict[str, Callable[[Answered], bool]] = {
+    "existence": _is_first_word_right,
+    "relation": _is_equal,
+    "counting": _is_equal_normalised,
+    "ocr": _is_equal_normalised,
+    "choice": _is_equal,
+    "paired": _is_first_word_right,
+}
+"""What their ``accuracy`` counts."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +14,7 @@ from megatron_sts.report.expected import Expected
 from megatron_sts.report.figures import as_svg, save_png
 from megatron_sts.report.groups import Estimate, Group, grouped, left_out_of_means
 from megatron_sts.report.page import page, table
+from megatron_sts.report.paired import ratios_of
 from megatron_sts.report.run import Run
 from megatron_sts.report.several_figures import accuracy_figure, gradient_norms_figure, layers_figure, losses_figure
 
@@ -42,6 +43,7 @@ def write_overview(
     sections = [
         ("Runs", table(COLUMNS, [_row(*each) for each in zip(groups, accuracies, strict=True)]) + _note(left_out)),
         ("Planned beside real", table(PLANNED_COLUMNS, _planned_rows(groups, first))),
+        *_beside_first(groups, left_out),
         *((title, as_svg(figure)) for title, figure in figures.items()),
     ]
     path = folder / f"{OVERVIEW}.html"
@@ -81,7 +83,7 @@ def _row(group: Group, accuracies: Accuracies) -> tuple[str, ...]:
         f"{flops / dense:.3f}",
         f"{group.of_runs('step_time_s'):.1f}",
         "n/a" if (loss := last_loss(group)) is None else f"{loss:.3f}",
-        "n/a" if mean is None else f"{mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f})",
+        "n/a" if mean is None else _shown(mean),
     )
 
 
@@ -98,6 +100,25 @@ def last_loss(group: Group) -> float | None:
 def _note(left_out: frozenset[str]) -> str:
     without = f" The mean leaves out {', '.join(sorted(left_out))}." if left_out else ""
     return html.escape("Intervals are 95 %: over seeds by Student's t, of a single run over its questions." + without)
+
+
+def _beside_first(groups: Sequence[Group], left_out: frozenset[str]) -> Iterable[tuple[str, str]]:
+    """Accuracies as shares of the first group's, of those that can be compared with it."""
+    base = groups[0]
+    found = {group.label: ratios_of(group, base, left_out) for group in groups[1:]}
+    names = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
+    if not names:
+        return
+    rows = [
+        (label, *(_shown(ratios[name]) if name in ratios else "n/a" for name in names))
+        for label, ratios in found.items()
+    ]
+    note = "95 % intervals: pictures and seeds drawn anew, answers to one question and runs of one seed together."
+    yield f"Accuracy / that of {base.label}", table(("", *names), rows) + html.escape(note)
+
+
+def _shown(estimate: Estimate) -> str:
+    return f"{estimate.mean:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
 PLANNED_COLUMNS = ("stage", "layers executed", "planned", "visual tokens kept", "planned", "FLOPs", "planned")

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from megatron_sts.config.checks import EVALUATION_FAMILIES
 from megatron_sts.evaluate.metrics import Answered, average, proportion, score
 from megatron_sts.evaluate.vqa_text import normalise
 
@@ -104,3 +105,12 @@ def test_mme_counts_pairs_with_both_right() -> None:
     assert found["standard_error_plus"] == pytest.approx(math.sqrt(1 / 3 * 2 / 3 / 3))
     assert found["facts"]["count"]["accuracy_plus"] == 1 / 2
     assert found["facts"]["position"]["accuracy_plus"] == 0.0
+
+
+@pytest.mark.parametrize("family", EVALUATION_FAMILIES)
+def test_right_is_what_accuracy_counts(family: str) -> None:
+    """Whatever a family forgives: case of punctuation and numbers' names, words after the first."""
+    said = (("yes", "yes ."), ("2", "two"), ("a", "b"), ("no", "yes"), ("4 7", "4 7"), ("3", ""))
+    found = score(family, answered(family, *said))
+    assert set(found["right"]) == {"0", "1"} and len(found["right"]) == len(said)
+    assert found["right"].count("1") / len(said) == found["accuracy"]
