@@ -7,6 +7,9 @@ from typing import Literal
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import RunConfig
 
+IMAGES_AT_ONCE = 16
+"""A rank's share of a step's images goes through a tower that is spread in so many, for which alone there are activations."""
+
 
 def check_tower(config: RunConfig) -> None:
     """Only a tower that never learns is spread: no backward pass goes through what is encoded before the passes."""

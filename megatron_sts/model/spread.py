@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.tower import IMAGES_AT_ONCE
 from megatron_sts.data.batch import Batch
 from megatron_sts.launch import trail
 from megatron_sts.mcore.exchange import CopyExchange
@@ -23,9 +24,6 @@ from megatron_sts.model.mllm import MultimodalModel
 from megatron_sts.runtime.clock import Kind, StepClock
 from megatron_sts.runtime.device import current_device
 from megatron_sts.vtc.compressor import compress
-
-IMAGES_AT_ONCE = 16
-"""A rank's share goes through the tower in so many, for which alone there are activations."""
 
 
 class SpreadTower:

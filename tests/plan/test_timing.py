@@ -213,3 +213,25 @@ def resolved_bf16(lds: dict[str, object] | None) -> Resolved:
     """A 7B on two pipeline ranks of two chunks."""
     config = written(32, 2, lds, shape="7B", num_microbatches=16, layout="even", virtual_pipeline_model_parallel_size=2)
     return resolve(config.model_copy(update={"precision": config.precision.model_copy(update={"params": "bf16"})}))
+
+
+def test_a_tower_on_all_ranks_is_off_the_pipelines_path() -> None:
+    """A step then takes a rank's share of the tower, launched once for 16 images, and the passes of a model without a tower."""
+    run = {
+        "shape": "7B",
+        "num_microbatches": 128,
+        "layout": "even",
+        "vocab_size": 1024,
+    }  # no head that would hide the tower
+    resolved = [resolve(written(32, 4, None, vision=where, **run)) for where in ("first", "spread")]  # type: ignore[arg-type]
+    of_first, of_spread = (workload_of(each, each.stages[0]) for each in resolved)
+    first, spread = pieces_of(H100, of_first), pieces_of(H100, of_spread)
+    tower_s = first.first.forward.total - spread.first.forward.total
+    launched_s = first.first.forward_launch_s - spread.first.forward_launch_s
+    assert first.before.total == 0 < spread.before.gemm < 32 * tower_s
+    # The host is slower than the GPU; sending features takes 0.3 ms.
+    assert spread.before.total == pytest.approx(2 * launched_s, rel=0.01)
+    steps = {where: step_of(H100, shape).total_s for where, shape in (("first", of_first), ("spread", of_spread))}
+    blind = of_first.model_copy(update={"num_images": 0})
+    assert steps["spread"] == pytest.approx(step_of(H100, blind).total_s + spread.before.total, rel=0.02)
+    assert steps["spread"] < steps["first"] - 0.9 * (128 * tower_s - spread.before.total)

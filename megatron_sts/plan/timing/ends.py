@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from megatron_sts.config.architecture import VisionConfig
+from megatron_sts.config.tower import IMAGES_AT_ONCE
 from megatron_sts.cost.flops import TokenLoad, forward_flops
 from megatron_sts.plan.hardware import Hardware
-from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s
+from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s, send_s
 from megatron_sts.plan.timing.decoder import added_bytes, summed_bytes, widths
 from megatron_sts.plan.timing.kernels import attention_s, gemm_s, memory_s
 from megatron_sts.plan.timing.passes import Passes, Spent
@@ -82,27 +83,50 @@ def _embedding(hardware: Hardware, workload: Workload) -> Passes:
     )
 
 
+def before_passes(hardware: Hardware, workload: Workload) -> Spent:
+    """What a rank does before a step's first pass, where the tower is spread: its share of the images, and to wait for the features."""
+    vision = workload.model.vision
+    num_images = workload.num_microbatches * workload.micro_batch_size * workload.num_images
+    if not workload.spreads_vision or vision is None or not num_images:
+        return Spent()
+    share = -(-num_images // workload.model_parallel_size)
+    tower = _tower(hardware, workload, vision, share)
+    launched = tower.forward_launch_s * -(-share // IMAGES_AT_ONCE)
+    tokens: float = (vision.image_size // vision.patch_size) ** 2 + (vision.tower != "siglip")
+    if workload.model.qformer is None:
+        tokens = workload.num_projected_tokens / workload.num_images
+    group = workload.groups.pipeline if workload.pipeline_parallel_size > 1 else workload.groups.context
+    group = group if group.size > 1 else workload.groups.tensor
+    sent = send_s(hardware, group, 2 * (num_images - share) * tokens * vision.hidden_size)
+    return tower.forward + Spent(memory=max(launched - tower.forward.total, 0.0), tensor=sent)
+
+
 def _vision(hardware: Hardware, workload: Workload) -> Passes:
-    """The tower's layers, and a Q-Former by its FLOPs. Context-parallel ranks deal out whole images."""
+    """The tower, unless it is spread, and a Q-Former by its FLOPs. Context-parallel ranks deal out whole images."""
     vision = workload.model.vision
     num_images = -(-workload.micro_batch_size * workload.num_images // workload.context_parallel_size)
     if vision is None or not num_images:
         return Passes()
-    layer = _vision_layer(hardware, workload, vision, num_images)
-    load = TokenLoad(num_images=num_images)
-    pieces = forward_flops(workload.model, load, num_vision_layers=workload.num_vision_layers)
-    rate = hardware.device.sustained_tflops.bf16 * 1e12
-    patches = Spent(gemm=pieces.patch_embedding.forward / (rate * QFORMER_SHARE))
-    qformer = (pieces.qformer_in.forward + pieces.qformer.forward) / (rate * QFORMER_SHARE)
+    pieces = forward_flops(workload.model, TokenLoad(num_images=num_images), num_vision_layers=0)
+    rate = hardware.device.sustained_tflops.bf16 * 1e12 * QFORMER_SHARE
+    qformer = (pieces.qformer_in.forward + pieces.qformer.forward) / rate
     passes = 2 if workload.trains("qformer") else float(workload.trains("vision"))
-    return layer * workload.num_vision_layers + Passes(
-        patches + Spent(gemm=qformer), Spent(gemm=qformer * passes) + patches * float(workload.trains("vision"))
-    )
+    found = Passes(Spent(gemm=qformer), Spent(gemm=qformer * passes))
+    return found if workload.spreads_vision else _tower(hardware, workload, vision, num_images) + found
+
+
+def _tower(hardware: Hardware, workload: Workload, vision: VisionConfig, num_images: int) -> Passes:
+    """All its layers, and patches."""
+    pieces = forward_flops(workload.model, TokenLoad(num_images=num_images), num_vision_layers=0)
+    rate = hardware.device.sustained_tflops.bf16 * 1e12 * QFORMER_SHARE
+    patches = Spent(gemm=pieces.patch_embedding.forward / rate)
+    layers = _vision_layer(hardware, workload, vision, num_images) * workload.num_vision_layers
+    return layers + Passes(patches, patches * float(workload.trains("vision")))
 
 
 def _vision_layer(hardware: Hardware, workload: Workload, vision: VisionConfig, num_images: int) -> Passes:
     """Full attention within an image, two matrices in the MLP, biases. Backward only where the tower learns."""
-    device, whole = hardware.device, vision.tower == "hf"
+    device, whole = hardware.device, vision.tower == "hf" or workload.spreads_vision
     tp = 1 if whole else workload.tensor_parallel_size
     features = (vision.image_size // vision.patch_size) ** 2 + (vision.tower != "siglip")
     tokens, hidden, ffn = num_images * features, vision.hidden_size, vision.ffn_hidden_size or 4 * vision.hidden_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from statistics import NormalDist
 
 import numpy as np
@@ -12,7 +12,7 @@ from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.timeline import Durations, idle_share, step_seconds
 from megatron_sts.plan.timing.collectives import send_s
 from megatron_sts.plan.timing.decoder import decoder_layer
-from megatron_sts.plan.timing.ends import deferred_share, first_rank, head_weight_gradient, last_rank
+from megatron_sts.plan.timing.ends import before_passes, deferred_share, first_rank, head_weight_gradient, last_rank
 from megatron_sts.plan.timing.passes import Passes, Spent
 from megatron_sts.plan.timing.update import DENSE, Share, Update, Windows, update
 from megatron_sts.plan.timing.workload import Workload
@@ -29,10 +29,12 @@ class Pieces:
     """A decoder layer, in the mean over those that multiply in FP8 and those that do not."""
     first: Passes
     last: Passes
+    before: Spent = field(default_factory=Spent)
+    """Of a rank, once a step: before its passes."""
 
     @property
     def all(self) -> tuple[Passes, Passes, Passes]:
-        """In the order of their names above."""
+        """Of a micro-batch, in the order of their names above."""
         return self.layer, self.first, self.last
 
 
@@ -60,7 +62,9 @@ def pieces_of(hardware: Hardware, workload: Workload) -> Pieces:
     if workload.fp8 is not None and workload.num_bf16_layers:
         share = workload.num_bf16_layers / num_layers
         layer = layer * (1 - share) + decoder_layer(hardware, workload, is_fp8=False) * share
-    return Pieces(layer, first_rank(hardware, workload), last_rank(hardware, workload))
+    return Pieces(
+        layer, first_rank(hardware, workload), last_rank(hardware, workload), before_passes(hardware, workload)
+    )
 
 
 def durations(hardware: Hardware, workload: Workload, pieces: Pieces, layers: NDArray[np.float64]) -> Durations:
@@ -119,8 +123,8 @@ def step_of(hardware: Hardware, workload: Workload, share: Share = DENSE) -> Ste
 
 
 def lead_s(pieces: Pieces) -> float:
-    """What a GPU waits at the start of a step, when its host has no lead yet: for the tower's many small kernels."""
-    return max(pieces.first.forward_launch_s - pieces.first.forward.total, 0.0)
+    """What comes before the first pass of a step, and what a GPU then waits, when its host has no lead yet: for many small kernels."""
+    return pieces.before.total + max(pieces.first.forward_launch_s - pieces.first.forward.total, 0.0)
 
 
 def windows(run: Durations) -> Windows:
@@ -135,6 +139,7 @@ def spent(workload: Workload, pieces: Pieces, layers: float) -> dict[str, float]
     """Of a step in which ``layers`` decoder layers run for each micro-batch, a rank in the mean."""
     all_of_it = pieces.layer * layers + pieces.first + pieces.last
     each = (all_of_it.forward + all_of_it.backward) * (workload.num_microbatches / workload.pipeline_parallel_size)
+    each += pieces.before
     return {kind.name: getattr(each, kind.name) for kind in fields(Spent)}
 
 

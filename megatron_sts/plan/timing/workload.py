@@ -65,6 +65,8 @@ class Workload(Section):
     """Of a row."""
     num_projected_tokens: NonNegativeInt = 0
     """Of a row: what the projector computes."""
+    spreads_vision: bool = False
+    """Whether all ranks of a model copy encode a share of a step's images before its first pass."""
     fp8: Recipe | None = None
     fp8_weights: bool = False
     """Weights are kept and gathered in FP8 (``precision.fp8_params``)."""
@@ -90,8 +92,12 @@ class Workload(Section):
     @property
     def num_ranks(self) -> int:
         """Of the run."""
-        model_copy = self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
-        return model_copy * self.data_parallel_size
+        return self.model_parallel_size * self.data_parallel_size
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks of a copy of the model."""
+        return self.tensor_parallel_size * self.context_parallel_size * self.pipeline_parallel_size
 
     @property
     def tokens(self) -> float:
@@ -146,6 +152,7 @@ def workload_of(
         sequence_length=load.num_tokens // rows,
         num_images=load.num_images // rows,
         num_projected_tokens=load.num_projected_tokens // rows,
+        spreads_vision=resolved.spreads_vision,
         fp8=cast(Recipe, recipe) if is_fp8 else None,
         fp8_weights=is_fp8 and precision.fp8_params,
         num_bf16_layers=min(2 * precision.first_last_layers_bf16, resolved.config.model.language.num_layers),
