@@ -26,6 +26,23 @@ HF_SIZES = {
 """What Hugging Face's vision configs call the sizes of a ViT."""
 
 
+class TilesConfig(Section):
+    """Pictures seen whole and in tiles (AnyRes): the tower sees an overview and each tile, a square of ``image_size`` each; the tokens of
+    the tiles stand row by row, as the picture has them, without what lies in its padding, and a learned newline token ends each row.
+
+    With the resolutions of LLaVA-NeXT (arXiv 2310.03744, section 5.1) or of LLaVA-OneVision (arXiv 2408.03326)."""
+
+    resolutions: Annotated[tuple[tuple[PositiveInt, PositiveInt], ...], Field(min_length=1)]
+    """(height, width) in pixels, multiples of ``image_size``: a picture is scaled to the one that leaves most of its pixels, of such
+    the smallest, and padded (transformers: image_grid_pinpoints)."""
+    anyres_max: PositiveInt | None = None
+    """Rows of more than 1.21 x so many tiles' tokens are interpolated to about so many (LLaVA-OneVision: anyres_max_9). None: never
+    (LLaVA-NeXT)."""
+    several: Literal["tiles", "squares"] = "tiles"
+    """Pictures of a sample that has several. tiles: each in tiles (LLaVA-NeXT); squares: each padded to one square, with a newline token
+    behind it (LLaVA-OneVision)."""
+
+
 class VisionConfig(Section):
     """A ViT: the tower that turns pictures into features."""
 
@@ -58,6 +75,8 @@ class VisionConfig(Section):
     a whole model's from its image processor, an export has it again. None: pad; refused if the weights say otherwise."""
     resample: Resample | None = None
     """Interpolation of pictures that are resized. None: bicubic; refused if the weights say otherwise."""
+    tiles: TilesConfig | None = None
+    """How pictures are cut into tiles. None: each is one square."""
     feature_layer: int = -2
     """Which layer's output is projected: -1 the last, -2 the one before (LLaVA-1.5). Layers after it are not built.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from megatron_sts.config.architecture import LanguageConfig, ModelConfig, VisionConfig
 from megatron_sts.config.errors import refuse
+from megatron_sts.config.tile_checks import check_tiles
 
 
 def check_architecture(model: ModelConfig) -> None:
@@ -11,6 +12,7 @@ def check_architecture(model: ModelConfig) -> None:
     check_language(model.language)
     if model.vision is not None:
         check_vision(model.vision)
+        check_tiles(model.vision, has_qformer=model.qformer is not None)
     check_qformer(model)
 
 

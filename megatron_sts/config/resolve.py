@@ -24,6 +24,7 @@ from megatron_sts.config.schema import (
 )
 from megatron_sts.config.section import Section
 from megatron_sts.config.sparsity_checks import check_rounds
+from megatron_sts.config.tiles import Picture, kept_counts, largest
 from megatron_sts.config.tokens import (
     LOOKING,
     TokenCounts,
@@ -55,7 +56,12 @@ class ResolvedStage(Section):
     num_microbatches: int
     """Per data-parallel rank and step."""
     visual_tokens_in: int
-    """Tokens an image before VTC; 0 without vision."""
+    """Tokens an image before VTC, with tiles of the first of ``pictures``; 0 without vision."""
+    view_tokens: int
+    """Features of one square that the tower sees; as many as ``visual_tokens_in`` without tiles."""
+    pictures: tuple[Picture, ...] = ()
+    """Tiles: the images of a sample for which plans are made, those with most tokens. Of others follows how many they have from
+    their size."""
     uncompressed: TokenCounts
     """The shape of a step without VTC."""
     token_multiple: int
@@ -73,6 +79,8 @@ class ResolvedStage(Section):
         vtc, batch = self.config.vtc, self.config.batch
         if vtc is None:
             return self.uncompressed
+        if self.pictures:
+            return self._tokens_in_tiles(keep_ratios(vtc, step, self.num_steps))
         kept = tuple(
             kept_tokens(vtc, ratio, self.visual_tokens_in, self.visual_multiple)
             for ratio in keep_ratios(vtc, step, self.num_steps)
@@ -82,6 +90,27 @@ class ResolvedStage(Section):
         of_images = [kept[min(number, len(kept) - 1)] for number in range(batch.max_images)]
         length = batch.sequence_length - sum(self.visual_tokens_in - count for count in of_images)
         return TokenCounts(visual_tokens_out=kept, sequence_length=round_up(length, self.token_multiple))
+
+    def _tokens_in_tiles(self, ratios: tuple[float, ...]) -> TokenCounts:
+        """Rows are shorter by what VTC leaves out of ``pictures``."""
+        batch, length = self.config.batch, self.uncompressed.sequence_length
+        kept, projected = zip(*(kept_counts(one, self.config.vtc, ratios) for one in self.pictures), strict=True)
+        if batch.packing == "pad":
+            num_left_out = sum(one.num_tokens for one in self.pictures) - sum(kept)
+            length = round_up(batch.sequence_length - num_left_out, self.token_multiple)
+        return TokenCounts(
+            visual_tokens_out=kept, sequence_length=length, projected_tokens=sum(projected, ()), keep_ratios=ratios
+        )
+
+    @property
+    def num_images(self) -> int:
+        """Of a sample for which plans are made."""
+        return len(self.pictures) or self.config.batch.max_images
+
+    @property
+    def num_views(self) -> int:
+        """Squares of its images that the tower sees."""
+        return sum(picture.num_views for picture in self.pictures) or self.config.batch.max_images
 
     @property
     def is_seekable(self) -> bool:
@@ -269,17 +298,19 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         check_prepared(Path(str(data.path)))
     if data.source == "llava_json" and not dataset_size(data):
         refuse("data.path", data.path, "holds no samples", "use a file that does")
-    tokens_in = _visual_tokens(config.model)
+    view_tokens, vision = _visual_tokens(config.model), config.model.vision
+    pictures = largest(vision, stage.batch.max_images) if vision is not None and vision.tiles is not None else ()
+    counts_in = [picture.num_tokens for picture in pictures] or [view_tokens] * stage.batch.max_images
     multiple = sequence_multiple(config.parallel, config.precision)
     of_visual = visual_multiple(config.precision)
-    check_kept(stage, tokens_in, of_visual)
+    check_kept(stage, view_tokens, of_visual)
     uncompressed = stage.batch.sequence_length
-    if config.model.vision is not None and uncompressed < (needed := stage.batch.max_images * tokens_in + 2):
+    if vision is not None and uncompressed < (needed := sum(counts_in) + 2):
         refuse(
             f"stages.{stage.name}.batch.sequence_length",
             uncompressed,
-            f"{stage.batch.max_images} x {tokens_in} visual tokens and 2 of text do not fit",
-            f"use at least {needed}",
+            f"{len(counts_in)} x {counts_in[0]} visual tokens{' (the most tiles)' if pictures else ''} and 2 of text do not fit",
+            f"use at least {needed}{', or smaller model.vision.tiles.resolutions' if pictures else ''}",
         )
     check_padding(config.parallel, stage, multiple)
     return ResolvedStage(
@@ -289,8 +320,15 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         data=data,
         num_steps=_num_steps(stage, data, dataset_size),
         num_microbatches=_num_microbatches(stage, config.parallel),
-        visual_tokens_in=tokens_in,
-        uncompressed=TokenCounts(visual_tokens_out=(tokens_in,), sequence_length=round_up(uncompressed, multiple)),
+        visual_tokens_in=counts_in[0],
+        view_tokens=view_tokens,
+        pictures=pictures,
+        uncompressed=TokenCounts(
+            visual_tokens_out=tuple(counts_in) if pictures else (view_tokens,),
+            sequence_length=round_up(uncompressed, multiple),
+            projected_tokens=sum((kept_counts(picture, None, (1.0,))[1] for picture in pictures), ()),
+            keep_ratios=(1.0,) if pictures else (),
+        ),
         token_multiple=multiple,
         sample_multiple=sample_multiple(config.parallel),
         visual_multiple=of_visual,

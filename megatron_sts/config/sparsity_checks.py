@@ -8,12 +8,14 @@ from itertools import accumulate, pairwise
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import LdsConfig, StageConfig
+from megatron_sts.config.tile_checks import check_kept_tiles
 
 
 def check_sparsity(stage: StageConfig, model: ModelConfig) -> None:
     """Everything that can be refused without the number of ranks; ``check_rounds`` is the rest."""
     check_compressed(stage, model)
     check_keeping(stage)
+    check_kept_tiles(stage, model)
     check_skipping(stage, model.language.num_layers)
 
 
@@ -48,10 +50,6 @@ def check_keeping(stage: StageConfig) -> None:
     if vtc.keep_ratio_by_image and vtc.schedule != "constant":
         refuse(f"{field}.keep_ratio_by_image", list(vtc.keep_ratio_by_image), f"schedule={vtc.schedule} moves keep_ratio",
                "set schedule=constant or remove it")  # fmt: skip
-    if (count := len(vtc.keep_ratio_by_image)) > stage.batch.max_images:
-        refuse(f"{field}.keep_ratio_by_image", list(vtc.keep_ratio_by_image),
-               f"{count} ratios, but a sample has at most batch.max_images={stage.batch.max_images} images",
-               "remove some, or raise batch.max_images")  # fmt: skip
     if vtc.full_every is not None and vtc.full_fraction:
         refuse(f"{field}.full_fraction", vtc.full_fraction, f"full_every={vtc.full_every} says which steps already",
                "set one of the two")  # fmt: skip

@@ -22,6 +22,11 @@ class TokenCounts(Section):
     """Kept tokens of a sample's first, second, ... image; the last number counts for all further ones."""
     sequence_length: int
     """Tokens of a row, padding included."""
+    projected_tokens: tuple[int, ...] = ()
+    """Tiles: of each view of the images for which plans are made, the features that are projected; ``visual_tokens_out`` is of these
+    images too."""
+    keep_ratios: tuple[float, ...] = ()
+    """Tiles: shares of their tokens that overview, tiles and frames keep (``config.tiles``)."""
 
     def of_image(self, number: int) -> int:
         """Kept tokens of a sample's image ``number`` (0-based)."""

@@ -36,12 +36,19 @@ _FREE = {
     "pixel_std",
     "processing",
     "resample",
+    "tiles",
     "hf_config",
 }
 """What a run may choose for the same weights."""
 _FREE_AFTER_TRAINING = _FREE - {"pixel_mean", "pixel_std"}
 """The same for weights that a run trained: its configs say in full how pictures were shown to them."""
-_PREPROCESSING: dict[str, Any] = {"pixel_mean": None, "pixel_std": None, "processing": "pad", "resample": "bicubic"}
+_PREPROCESSING: dict[str, Any] = {
+    "pixel_mean": None,
+    "pixel_std": None,
+    "processing": "pad",
+    "resample": "bicubic",
+    "tiles": None,
+}
 """What it chooses by saying so, not by its defaults: these are what null means, where that is known without the tower."""
 
 
@@ -133,7 +140,7 @@ def _check_chosen(vision: VisionConfig, kept: VisionConfig, folder: Path) -> Non
     for name, default in _PREPROCESSING.items():
         theirs = getattr(kept, name)
         if getattr(vision, name) is None and theirs not in (None, default):
-            said = list(theirs) if isinstance(theirs, tuple) else theirs
+            said = list(theirs) if isinstance(theirs, tuple) else "some" if name == "tiles" else theirs
             refuse(f"model.vision.{name}", "null", f"the weights in {folder} were made with {said}",
                    "write that, or what the run shall do instead")  # fmt: skip
 

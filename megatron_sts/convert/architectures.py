@@ -5,6 +5,7 @@ transformers reads config.json: it knows the defaults that files leave out, and 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -16,19 +17,22 @@ from megatron_sts.config.architecture import (
     Part,
     ProjectorConfig,
     QFormerConfig,
+    TilesConfig,
     VisionConfig,
 )
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.explain import explain
 from megatron_sts.config.section import Section
 from megatron_sts.config.weights_folder import NORM_EPSILON
-from megatron_sts.convert.features import check_format, refuse_features
+from megatron_sts.convert.features import TILED, check_format, refuse_features
 from megatron_sts.convert.image_processor import channels
 from megatron_sts.convert.pairing import Sections
 from megatron_sts.convert.spelling import SPELLINGS
 from megatron_sts.vision.tower import CHANNEL_STATISTICS
 
 CONFIG = "config.json"
+LLAVAS = ("llava", *TILED)
+"""Tower, MLP and decoder."""
 REQUIRED: dict[str, dict[str, Any]] = {
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "qwen2": {"hidden_act": "silu"},
@@ -36,7 +40,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "siglip_vision_model": {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3},
     "blip_2_vision_model": {},  # runs in transformers
     "blip_2_qformer": {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "use_qformer_text_input": False},
-    "llava": {"projector_hidden_act": "gelu", "multimodal_projector_bias": True},
+    **{kind: {"projector_hidden_act": "gelu", "multimodal_projector_bias": True} for kind in ("llava", *TILED)},
     "blip-2": {"use_decoder_only_language_model": True},
 }
 """What config.json must say for our model to compute the same."""
@@ -106,13 +110,15 @@ def sections_of_whole(config: Any, source: Path) -> Sections:
         ConfigError: our model computes something else.
     """
     inner, sections = halves(config), dict[Part, Any]()
-    if config.model_type in ("llava", "blip-2"):
+    if config.model_type in (*LLAVAS, "blip-2"):
         _check(config, source)
     if "vision" in inner:
         sections["vision"] = vision_section(inner["vision"], source, _feature_layer(config, source))
     if "qformer" in inner:
         sections["qformer"] = _qformer_section(inner["qformer"], config.num_query_tokens, source)
-    if config.model_type == "llava":
+    if config.model_type in TILED:
+        sections["vision"] = sections["vision"].model_copy(update={"tiles": _tiles_section(config, source)})
+    if config.model_type in LLAVAS:
         wanted = TOKENS_LEFT_OUT[sections["vision"].tower]
         if (strategy := config.vision_feature_select_strategy) != wanted:
             _refuse(source, "vision_feature_select_strategy", strategy, f"only {wanted} can be computed")
@@ -122,6 +128,16 @@ def sections_of_whole(config: Any, source: Path) -> Sections:
     if "language" in inner:
         sections["language"] = language_section(inner["language"], source)
     return sections
+
+
+def _tiles_section(config: Any, source: Path) -> TilesConfig:
+    written: dict[str, Any] = {"resolutions": config.image_grid_pinpoints}
+    if config.model_type == "llava_onevision":
+        said = config.vision_aspect_ratio
+        if (found := re.fullmatch(r"anyres_max_(\d+)", said)) is None:
+            _refuse(source, "vision_aspect_ratio", said, "only anyres_max_N is known")
+        written |= {"anyres_max": int(found[1]), "several": "squares"}
+    return _made(TilesConfig, source, **written)
 
 
 def language_section(config: Any, source: Path) -> LanguageConfig:
@@ -222,7 +238,7 @@ def _feature_layer(config: Any, source: Path) -> int:
     """The projected layer, counted from the end. BLIP-2 projects the last, a vision model alone will be LLaVA's."""
     if config.model_type == "blip-2":
         return -1
-    if config.model_type != "llava":
+    if config.model_type not in LLAVAS:
         return FEATURE_LAYER
     chosen, num_layers = config.vision_feature_layer, config.vision_config.num_hidden_layers
     if not isinstance(chosen, int):

@@ -10,10 +10,10 @@ from typing import Any
 
 from megatron_sts.config.architecture import Part, VisionConfig
 from megatron_sts.config.schema import TemplateName
-from megatron_sts.convert.architectures import import_transformers
+from megatron_sts.convert.architectures import LLAVAS, import_transformers
 from megatron_sts.convert.chat_template import jinja
 from megatron_sts.convert.image_processor import IMAGE_PROCESSOR, PROCESSOR
-from megatron_sts.convert.processing import image_processor
+from megatron_sts.convert.processing import image_processor, video_processor
 from megatron_sts.convert.shards import write_atomically
 from megatron_sts.data.template import answer_ends
 from megatron_sts.data.tokenizer import Tokenizer
@@ -84,7 +84,7 @@ def write_extras(extras: Extras, out: Path) -> None:
     _write_generation(extras, extras.tokenizer, out)
     pictures = None if extras.vision is None else image_processor(extras.vision)
     hf = extras.tokenizer.hugging_face()
-    if pictures is not None and (hf is None or extras.config.model_type != "llava"):
+    if pictures is not None and (hf is None or extras.config.model_type not in LLAVAS):
         pictures.save_pretrained(out)
     if hf is None:
         return
@@ -92,7 +92,7 @@ def write_extras(extras: Extras, out: Path) -> None:
         others = hf.chat_template if isinstance(hf.chat_template, dict) else {}
         hf.chat_template = {**others, "default": template} if others else template
     hf.model_max_length = _longest(hf, extras.config)
-    if extras.config.model_type == "llava":
+    if extras.config.model_type in LLAVAS:
         _processor(extras, hf, pictures).save_pretrained(out)
     else:
         hf.save_pretrained(out)
@@ -121,13 +121,18 @@ def _processor(extras: Extras, hf: Any, pictures: Any) -> Any:
     """Of texts with pictures."""
     transformers, tokenizer, config = import_transformers(), extras.tokenizer, extras.config
     assert tokenizer is not None
-    strategy = config.vision_feature_select_strategy
-    return transformers.LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=hf,
-        patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=int(strategy == "default"),  # the class token, which it then leaves out
-        image_token=hf.convert_ids_to_tokens(tokenizer.image_id),
-        chat_template=hf.chat_template,
+    strategy, image_token = config.vision_feature_select_strategy, hf.convert_ids_to_tokens(tokenizer.image_id)
+    options: dict[str, Any] = {"chat_template": hf.chat_template, "image_token": image_token}
+    if config.model_type == "llava_onevision":
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        options |= {"num_image_tokens": side**2, "vision_aspect_ratio": config.vision_aspect_ratio}
+        options["video_processor"] = video_processor(pictures)
+    else:
+        options["patch_size"] = config.vision_config.patch_size
+        options["num_additional_image_tokens"] = int(strategy == "default")  # the class token, which it then leaves out
+    kind = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}.get(
+        config.model_type, "LlavaOnevisionProcessor"
+    )
+    return getattr(transformers, kind)(
+        image_processor=pictures, tokenizer=hf, vision_feature_select_strategy=strategy, **options
     )

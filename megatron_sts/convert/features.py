@@ -10,6 +10,8 @@ from typing import Any
 from megatron_sts.config.errors import ConfigError, refuse
 
 ADAPTER = "adapter_config.json"
+TILED = ("llava_next", "llava_onevision")
+"""Models that see pictures in tiles as ours do."""
 _Said = Mapping[str, Any]
 
 
@@ -47,6 +49,10 @@ def _rope(said: _Said) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _tiles(said: _Said) -> str | None:
+    return None if said.get("model_type") in TILED else _key("image_grid_pinpoints")(said)
+
+
 def _key(*names: str) -> Callable[[_Said], str | None]:
     return lambda said: next((name for name in names if said.get(name)), None)
 
@@ -62,7 +68,7 @@ FORMATS: tuple[tuple[Callable[[_Said], str | None], str, str], ...] = (
 FEATURES: tuple[tuple[Callable[[_Said], str | None], str], ...] = (
     (_experts, "a mixture of experts"),
     (_m_rope, "M-RoPE (positions in time, height and width)"),
-    (_key("image_grid_pinpoints"), "pictures in tiles (AnyRes)"),
+    (_tiles, "pictures in tiles (AnyRes) of another kind than LLaVA-NeXT's and LLaVA-OneVision's"),
     (_soft_capping, "soft-capping of logits"),
     (_local_attention, "sliding-window or chunked attention"),
     (_partial_rotary, "partial rotary embeddings"),

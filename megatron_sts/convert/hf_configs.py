@@ -6,6 +6,7 @@ from typing import Any
 
 from megatron_sts.config.architecture import LanguageConfig, VisionConfig
 from megatron_sts.config.errors import refuse
+from megatron_sts.config.tiles import patches_along
 from megatron_sts.config.weights_folder import NORM_EPSILON
 from megatron_sts.convert.architectures import TOKENS_LEFT_OUT, import_transformers
 from megatron_sts.convert.pairing import Sections
@@ -26,15 +27,30 @@ def composed(vision: Any, language: Any, sections: Sections) -> Any:
             tie_word_embeddings=language.tie_word_embeddings,
         )
     section: VisionConfig = sections["vision"]
-    return transformers.LlavaConfig(
+    kind, options = _kind_of_llava(section)
+    return getattr(transformers, f"{kind}Config")(
         vision_config=vision,
         text_config=language,
-        image_seq_length=(section.image_size // section.patch_size) ** 2,
         vision_feature_layer=section.feature_layer,
         vision_feature_select_strategy=TOKENS_LEFT_OUT[section.tower],
-        architectures=["LlavaForConditionalGeneration"],
+        architectures=[f"{kind}ForConditionalGeneration"],
         tie_word_embeddings=language.tie_word_embeddings,
+        **options,
     )
+
+
+def _kind_of_llava(vision: VisionConfig) -> tuple[str, dict[str, Any]]:
+    """The beginning of its classes' names, and what its config says besides."""
+    length, tiles = {"image_seq_length": patches_along(vision) ** 2}, vision.tiles
+    if tiles is None:
+        return "Llava", length
+    pinpoints = {"image_grid_pinpoints": [list(resolution) for resolution in tiles.resolutions]}
+    if tiles.anyres_max is None and tiles.several == "tiles":
+        return "LlavaNext", {**length, **pinpoints}
+    if tiles.anyres_max is None or tiles.several == "tiles":
+        refuse("model.vision.tiles.several", tiles.several, f"transformers has none with anyres_max={tiles.anyres_max}",
+               "such a model cannot be exported")  # fmt: skip
+    return "LlavaOnevision", {**pinpoints, "vision_aspect_ratio": f"anyres_max_{tiles.anyres_max}"}
 
 
 def _check_kind(sections: Sections) -> None:

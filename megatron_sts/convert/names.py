@@ -108,6 +108,9 @@ MLP2X = (
     *_linear("projector.encoder.linear_fc2", "linear_2", "projected", "projected"),
 )
 
+NEWLINE = (Row("projector.newline", {"image_newline": ("projected",)}),)
+"""Of pictures in tiles."""
+
 
 def pairings(sections: Sections) -> list[Pairing]:
     """All weights of the given parts, whatever a run builds of them."""
@@ -119,6 +122,7 @@ def pairings(sections: Sections) -> list[Pairing]:
     if projector := sections.get("projector"):
         seen = sections["qformer" if "qformer" in sections else "vision"].hidden_size
         rows = {"linear": LINEAR, "mlp2x_gelu": MLP2X}[projector.type]
+        rows += NEWLINE * (sections["vision"].tiles is not None)
         found += _expanded("projector", rows, {"seen": seen, "projected": sections["language"].hidden_size}, 0)
     if language := sections.get("language"):
         rows = LANGUAGE + QKV_BIAS * language.add_qkv_bias + HEAD * (not language.tie_word_embeddings)

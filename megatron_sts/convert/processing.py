@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from PIL import Image
 
-from megatron_sts.config.architecture import Processing, Resample, VisionConfig
+from megatron_sts.config.architecture import Processing, Resample, TilesConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.convert.architectures import import_transformers
 from megatron_sts.convert.image_processor import read_image_processor
@@ -49,10 +49,11 @@ def with_processing(vision: VisionConfig, folder: Path, *, is_whole: bool) -> Vi
     processor = load_image_processor(folder)
     if processor is None:
         return vision
-    found: dict[str, Any] = {
-        "processing": _processing(processor, vision.image_size, folder),
-        "resample": _resample(processor.resample, folder),
-    }
+    found: dict[str, Any] = {"resample": _resample(processor.resample, folder)}
+    if vision.tiles is None:
+        found["processing"] = _processing(processor, vision.image_size, folder)
+    else:
+        _check_tiles(processor, vision, vision.tiles, folder)
     statistics = tuple(processor.image_mean), tuple(processor.image_std)  # its kind's own where the file says nothing
     if processor.do_normalize and statistics != channel_statistics(vision):
         found |= dict(zip(("pixel_mean", "pixel_std"), statistics, strict=True))
@@ -63,6 +64,16 @@ def image_processor(vision: VisionConfig) -> Any:
     """One of transformers that does to pictures what a run with this tower did."""
     mean, std = channel_statistics(vision)
     square = {"height": vision.image_size, "width": vision.image_size}
+    if vision.tiles is not None:
+        kind = getattr(import_transformers(), _kind_of(vision.tiles))
+        return kind(
+            size=square if vision.tiles.several == "squares" else {"shortest_edge": vision.image_size},
+            crop_size=square,
+            image_grid_pinpoints=[list(resolution) for resolution in vision.tiles.resolutions],
+            resample=RESAMPLING[vision.resample or "bicubic"],
+            image_mean=list(mean),
+            image_std=list(std),
+        )
     processing = vision.processing or "pad"
     return import_transformers().LlavaImageProcessor(
         do_pad=processing == "pad",
@@ -73,6 +84,12 @@ def image_processor(vision: VisionConfig) -> Any:
         image_mean=list(mean),
         image_std=list(std),
     )
+
+
+def video_processor(pictures: Any) -> Any:
+    """One that does to frames what the image processor ``pictures`` does to overviews; LLaVA-OneVision's."""
+    names = "size", "resample", "image_mean", "image_std"
+    return import_transformers().LlavaOnevisionVideoProcessor(**{name: getattr(pictures, name) for name in names})
 
 
 def _resample(number: int, folder: Path) -> Resample:
@@ -106,6 +123,28 @@ def _processing(processor: Any, image_size: int, folder: Path) -> Processing:
     if not crops:
         _refuse(folder, "do_center_crop", False, "pictures that are not square would stay so")
     return "crop"
+
+
+def _kind_of(tiles: TilesConfig) -> str:
+    return "LlavaOnevisionImageProcessor" if tiles.several == "squares" else "LlavaNextImageProcessor"
+
+
+def _check_tiles(processor: Any, vision: VisionConfig, tiles: TilesConfig, folder: Path) -> None:
+    """It cuts pictures as the model's config says, and tiles stay as they are cut."""
+    kind, side = type(processor).__name__.removesuffix("Pil"), vision.image_size
+    if kind != _kind_of(tiles):
+        _refuse(folder, "image_processor_type", kind, f"the model's pictures are cut by a {_kind_of(tiles)}")
+    pinpoints = tuple(tuple(resolution) for resolution in processor.image_grid_pinpoints)
+    if pinpoints != tiles.resolutions:
+        _refuse(folder, "image_grid_pinpoints", f"<{len(pinpoints)} entries>", "config.json has others")
+    for name, size in (("size", processor.size), ("crop_size", processor.crop_size)):
+        if name == "crop_size" and size is None and not processor.do_center_crop:
+            continue
+        lengths = {} if size is None else {key: value for key, value in vars(size).items() if value}
+        if not lengths or set(lengths.values()) != {side} or "longest_edge" in lengths:
+            _refuse(folder, name, lengths or None, f"the tower sees {side} x {side} pixels")
+    if not processor.do_resize:
+        _refuse(folder, "do_resize", False, "the overview would be no square")
 
 
 def _refuse(folder: Path, key: str, value: object, why: str) -> NoReturn:

@@ -23,11 +23,12 @@ class Spelling:
 
     def spelt(self, part: Part, name: str) -> str:
         """The whole name of a tensor inside a part's own model."""
-        return name if name == QUERIES else self.prefixes[part] + name
+        return name if name in BESIDE else self.prefixes[part] + name
 
 
 QUERIES = "query_tokens"
-"""BLIP-2 has the Q-Former's queries beside it."""
+BESIDE = (QUERIES, "image_newline")
+"""BLIP-2 has the Q-Former's queries beside it, LLaVA-NeXT the newline beside its projector."""
 _DECODER = Spelling({"language": ""})
 _VISION_PREFIX = (r"^(?!vision_model\.|text_|visual_|logit_)", "vision_model.")
 """Vision models have no prefix in transformers 5."""
@@ -37,6 +38,20 @@ _VISION_OF_TWO = Spelling(
     {"vision": "vision_model."},
     (_VISION_PREFIX,),
     _DECODER.ignored + r"|^(text_model\.|text_projection|visual_projection|logit_)",
+)
+_LLAVA = Spelling(
+    {
+        "vision": "vision_tower.vision_model.",
+        "projector": "multi_modal_projector.",
+        "language": "language_model.",
+    },
+    (
+        (r"^model\.language_model\.", "language_model.model."),  # as transformers 5 has them in memory
+        (r"^model\.(vision_tower|multi_modal_projector|image_newline)\b", r"\1"),
+        (r"^lm_head\.", "language_model.lm_head."),
+        (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+        (r"^image_newline$", "multi_modal_projector.image_newline"),
+    ),
 )
 SPELLINGS: dict[str, Spelling] = {
     "llama": _DECODER,
@@ -58,19 +73,9 @@ SPELLINGS: dict[str, Spelling] = {
             (r"^query_tokens$", "qformer.query_tokens"),
         ),
     ),
-    "llava": Spelling(
-        {
-            "vision": "vision_tower.vision_model.",
-            "projector": "multi_modal_projector.",
-            "language": "language_model.",
-        },
-        (
-            (r"^model\.language_model\.", "language_model.model."),  # as transformers 5 has them in memory
-            (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
-            (r"^lm_head\.", "language_model.lm_head."),
-            (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-        ),
-    ),
+    "llava": _LLAVA,
+    "llava_next": _LLAVA,
+    "llava_onevision": _LLAVA,
 }
 """By the model_type of config.json. What we write is how the hub spells it, which all versions of transformers read."""
 

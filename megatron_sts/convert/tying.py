@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_sts.config.architecture import Part
-from megatron_sts.convert.architectures import halves
+from megatron_sts.convert.architectures import LLAVAS, halves
 from megatron_sts.runtime.stored import StoredTensors
 
 Names = Mapping[tuple[Part, str], str]
@@ -30,7 +30,7 @@ def settle(config: Any, names: Names, stored: StoredTensors, path: Path) -> Name
     text = halves(config).get("language")
     if text is None:
         return names
-    is_tied = (config if config.model_type == "llava" else text).tie_word_embeddings
+    is_tied = (config if config.model_type in LLAVAS else text).tie_word_embeddings
     if is_tied and {EMBEDDING, HEAD} <= names.keys() and not _are_equal(stored, names[EMBEDDING], names[HEAD]):
         note = f"{names[HEAD]} is not the embedding that config.json ties it to: it is taken as it is, as transformers does"
         print(f"megatron-sts: {path}: {note}", file=sys.stderr)

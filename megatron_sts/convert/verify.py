@@ -6,7 +6,8 @@ Pictures go through the Hugging Face folder's own image processor there, and thr
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,21 +20,25 @@ from megatron_sts.config.architecture import VisionConfig
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.config.tiles import largest, patches_along
+from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.config.weights_folder import read_sections
 from megatron_sts.convert import architectures
 from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.convert.pairing import Sections
-from megatron_sts.convert.processing import load_image_processor
+from megatron_sts.convert.processing import image_processor, load_image_processor
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
 from megatron_sts.data.template import EncodedSample
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
+from megatron_sts.model.images import SampleImages, Squares, cut
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.vision.tower import channel_statistics, fitting_of, normalise
+from megatron_sts.vtc.samplers import UniformSampler
 
 BOUND = 1e-4
 """Of the largest logit. fp32 sums in another order differ by 1e-6 to 1e-5 of it, a weight in the wrong place by about 1."""
@@ -41,6 +46,13 @@ IMAGES = ("", "I", "ttIt", "tI", "II", "ItIttI")
 """The samples: an ``I`` is an image, a ``t`` a stretch of text, and text follows unless the sample ends with an image."""
 STRETCH = 5
 """Tokens of a stretch of text."""
+HF_MODELS = {
+    "llava": "LlavaForConditionalGeneration",
+    "llava_next": "LlavaNextForConditionalGeneration",
+    "llava_onevision": "LlavaOnevisionForConditionalGeneration",
+    "blip-2": "Blip2ForConditionalGeneration",
+}
+"""The classes of whole models; others have words alone."""
 SHAPES = ((2, 3), (1, 1), (5, 2), (2, 2), (1, 4))
 """Height and width of the pictures, in halves of the tower's square."""
 
@@ -93,9 +105,10 @@ def resolved_model(sections: Sections, sts: Path, parallel: dict[str, Any]) -> R
     written = {part: {**section.model_dump(exclude_unset=True), **init} for part, section in sections.items()}
     vision = sections.get("vision")
     length = STRETCH * 4
-    if vision is not None:
-        num_patches = (vision.image_size // vision.patch_size) ** 2
-        length += 3 * (sections["qformer"].num_query_tokens if "qformer" in sections else num_patches)
+    if vision is not None and vision.tiles is not None:
+        length += max(sum(one.num_tokens for one in largest(vision, count)) for count in (1, 3))
+    elif vision is not None:
+        length += 3 * (sections["qformer"].num_query_tokens if "qformer" in sections else patches_along(vision) ** 2)
     size = len(IMAGES)
     stage = {
         "name": "verify",
@@ -130,33 +143,45 @@ def random_batch(resolved: Resolved, image_id: int, pictures: list[np.ndarray]) 
 def _sample(
     resolved: Resolved, kinds: str, image_id: int, random: np.random.Generator, pictures: Iterator[np.ndarray]
 ) -> PreparedSample:
-    vision, num_visual = resolved.config.model.vision, resolved.stages[0].visual_tokens_in
+    vision, num_visual = resolved.config.model.vision, resolved.stages[0].view_tokens
     tokens: list[int] = []
+    num_images = kinds.count("I") if vision else 0
+    mine = [next(pictures) for _ in range(num_images)]
+    images = _images(vision, mine, num_visual)
+    counts = iter(images.counts_in)
     for kind in kinds if kinds.endswith("tI") else f"{kinds}t":
         if kind == "I":
-            tokens += [image_id] * num_visual
+            tokens += [image_id] * next(counts, num_visual)
         else:
             drawn = random.integers(1, resolved.config.model.language.vocab_size - 1, STRETCH)
             tokens += (drawn + (drawn >= image_id)).tolist()
-    num_images = kinds.count("I") if vision else 0
-    pixels = tuple(fitting_of(vision).fit(next(pictures)) for _ in range(num_images)) if vision else ()
     is_visual = [vision is not None and token == image_id for token in tokens]
     encoded = EncodedSample(tokens, [not visual for visual in is_visual], is_visual, num_images, [False] * len(tokens))
+    pixels = images.pixels() if mine else None
     return PreparedSample(
-        encoded, torch.arange(len(tokens)), (torch.arange(num_visual),) * num_images, num_visual, pixels or None
+        encoded, torch.arange(len(tokens)), images.kept, num_visual, pixels, arrangements=images.arrangements
     )
+
+
+def _images(vision: VisionConfig | None, pictures: Sequence[np.ndarray], num_visual: int) -> SampleImages:
+    fitting = None if vision is None else fitting_of(vision)
+    sources = tuple(partial(np.asarray, picture) for picture in pictures)
+    if vision is not None and fitting is not None and vision.tiles is not None:
+        return cut(0, sources, (1.0,), vision=vision, fitting=fitting, vtc=None, draws=(0, 0))
+    counts = TokenCounts(visual_tokens_out=(num_visual,), sequence_length=0)
+    return Squares(0, sources, counts, num_visual, UniformSampler(), fitting)
 
 
 def _hf_logits(
     hf: Path, config: Any, vision: VisionConfig | None, batch: Batch, pictures: list[np.ndarray]
 ) -> torch.Tensor:
     transformers, device = architectures.import_transformers(), current_device().torch_device
-    name = {"llava": "LlavaForConditionalGeneration", "blip-2": "Blip2ForConditionalGeneration"}.get(config.model_type)
-    kind = getattr(transformers, name or "AutoModelForCausalLM")
+    kind = getattr(transformers, HF_MODELS.get(config.model_type, "AutoModelForCausalLM"))
     model = kind.from_pretrained(hf, dtype=torch.float32).to(device).eval()
     images = {}
     if vision is not None and batch.pixels is not None:
-        images["pixel_values"] = _pixel_values(hf, vision, batch.pixels, pictures).to(device)
+        found = _in_tiles(hf, vision, pictures) if vision.tiles else _squares(hf, vision, batch.pixels, pictures)
+        images = {name: tensor.to(device) for name, tensor in found.items()}
     with torch.no_grad():
         output = model(input_ids=batch.tokens.to(device), position_ids=batch.position_ids.to(device), **images)
     logits: torch.Tensor = output.logits.float().cpu()
@@ -165,15 +190,24 @@ def _hf_logits(
     return logits
 
 
-def _pixel_values(hf: Path, vision: VisionConfig, fitted: torch.Tensor, pictures: list[np.ndarray]) -> torch.Tensor:
-    """fp32 [n, 3, h, w] by the folder's image processor; by ours of pixels ``fitted`` (uint8) if it has none."""
+def _squares(
+    hf: Path, vision: VisionConfig, fitted: torch.Tensor, pictures: list[np.ndarray]
+) -> dict[str, torch.Tensor]:
+    """``pixel_values`` fp32 [n, 3, h, w] by the folder's image processor; by ours of pixels ``fitted`` (uint8) if it has none."""
     processor = load_image_processor(hf)
     if processor is None:
-        return normalise(fitted, *channel_statistics(vision))
-    values: torch.Tensor = processor(
-        [Image.fromarray(picture) for picture in pictures], return_tensors="pt"
-    ).pixel_values
-    return values
+        return {"pixel_values": normalise(fitted, *channel_statistics(vision))}
+    opened = [Image.fromarray(picture) for picture in pictures]
+    return {"pixel_values": processor(opened, return_tensors="pt").pixel_values}
+
+
+def _in_tiles(hf: Path, vision: VisionConfig, pictures: list[np.ndarray]) -> dict[str, torch.Tensor]:
+    """What a tiled model's ``forward`` takes: pixels [n, most views, 3, h, w], sizes, and of LLaVA-OneVision images a sample."""
+    processor, left = load_image_processor(hf) or image_processor(vision), map(Image.fromarray, pictures)
+    if vision.tiles is None or vision.tiles.several == "tiles":
+        return dict(processor(list(left), return_tensors="pt"))
+    counts = [kinds.count("I") for kinds in IMAGES if "I" in kinds]
+    return dict(processor([[next(left) for _ in range(count)] for count in counts], return_tensors="pt"))
 
 
 def logits_of(resolved: Resolved, batch: Batch) -> torch.Tensor | None:

@@ -211,7 +211,7 @@ def _rows(run: _Run) -> Iterator[Traffic]:
     if vtc is not None and vtc.sampler in LOOKING and load.num_visual_tokens < load.num_projected_tokens:
         yield Traffic(group, "broadcast", "chosen tokens", count, count * INDEX_BYTES * load.num_visual_tokens)
     if run.cp > 1 and (model.qformer is not None or not run.resolved.spreads_vision):
-        of_image = run.stage.visual_tokens_in * (model.qformer or model.vision).hidden_size
+        of_image = run.stage.view_tokens * (model.qformer or model.vision).hidden_size
         size = count * run.element_bytes * of_image * -(-load.num_images // run.cp) * run.cp
         yield Traffic("cp", "all_gather", "features", count, size)
         if {"vision", "qformer"} & set(learning_parts(run.resolved, run.stage)):

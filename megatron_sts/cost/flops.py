@@ -74,10 +74,11 @@ class TokenLoad:
     num_pairs: int = 0
     """Query-key pairs without the causal mask: the squared lengths of what attends to itself, summed."""
     num_images: int = 0
+    """Squares that the tower sees: with tiles an image is several."""
     num_visual_tokens: int = 0
     """Those of ``num_tokens`` that are images'."""
     num_projected_tokens: int = 0
-    """What the projector computes: samplers that look need all tokens of an image."""
+    """What the projector computes: samplers that look need all tokens of an image; newline tokens need none."""
 
     def __add__(self, other: TokenLoad) -> TokenLoad:
         return TokenLoad(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -173,7 +174,7 @@ def work_besides_layers(resolved: Resolved, stage: ResolvedStage, work: StepWork
     not at all: each has all of its visual tokens. A tower that is spread runs before the passes, on all ranks alike.
     """
     size, batch = resolved.config.parallel.context_parallel_size, stage.config.batch
-    num_images = batch.micro_batch_size * batch.max_images
+    num_images = batch.micro_batch_size * stage.num_views
     before_projector = work.qformer + (0 if resolved.spreads_vision else work.tower)
     towers = before_projector * size * -(-num_images // size) // num_images
     return (towers + size * work.projector) / work.layer, work.after / work.layer
@@ -219,17 +220,24 @@ def rank_flops(
 
 
 def planned_load(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) -> TokenLoad:
-    """A global batch of full rows with as many images as the stage can hold."""
-    batch = stage.config.batch
-    has_images = stage.data.source != "scenes" or stage.data.mode in IMAGE_MODES
-    per_row = batch.max_images if resolved.config.model.vision is not None and has_images else 0
-    visual = sum(counts.of_image(number) for number in range(per_row))
+    """A global batch of full rows with as many images as the stage can hold, with tiles of the size with most tokens."""
+    batch, vtc = stage.config.batch, stage.config.vtc
+    has_images = resolved.config.model.vision is not None and shows_images(stage)
+    numbers = range(stage.num_images if has_images else 0)
+    visual, visual_in = (sum(each.of_image(number) for number in numbers) for each in (counts, stage.uncompressed))
     rows, length = batch.global_batch_size, counts.sequence_length
     if batch.packing == "none":
-        length -= per_row * stage.visual_tokens_in - visual
-    vtc = stage.config.vtc
-    projected = visual if vtc is None or vtc.sampler in BEFORE_PROJECTOR else per_row * stage.visual_tokens_in
-    return TokenLoad(rows * length, rows * length**2, rows * per_row, rows * visual, rows * projected)
+        length -= visual_in - visual
+    projected = visual if vtc is None or vtc.sampler in BEFORE_PROJECTOR else visual_in
+    if stage.pictures:
+        projected = sum(counts.projected_tokens) if has_images else 0
+    num_views = stage.num_views if has_images else 0
+    return TokenLoad(rows * length, rows * length**2, rows * num_views, rows * visual, rows * projected)
+
+
+def shows_images(stage: ResolvedStage) -> bool:
+    """Whether its samples may have images, if the model has a tower."""
+    return stage.data.source != "scenes" or stage.data.mode in IMAGE_MODES
 
 
 def device_peak_tflops(device_name: str, dtype: str) -> float | None:

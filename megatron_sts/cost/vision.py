@@ -64,6 +64,8 @@ def features_bytes(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts
     if model.qformer is not None:
         of_image = (model.vision.image_size // model.vision.patch_size) ** 2 + (model.vision.tower != "siglip")
         num_tokens = len(images) * of_image
+    elif stage.pictures:
+        num_tokens = sum(counts.projected_tokens[image % stage.num_views] for image in images)
     elif vtc is not None and vtc.sampler in BEFORE_PROJECTOR:
         num_tokens = sum(counts.of_image(image % batch.max_images) for image in images)
     else:

@@ -128,9 +128,9 @@ def _qformer(qformer: QFormerConfig, vision: VisionConfig) -> Weights:
 
 
 def _projector(model: ModelConfig, vision: VisionConfig) -> Weights:
-    """linear: one column-split matrix; mlp2x_gelu: a column-split and a row-split one; with biases."""
+    """With tiles the newline. linear: one column-split matrix; mlp2x_gelu: a column-split and a row-split one; with biases."""
     hidden, features = model.language.hidden_size, (model.qformer or vision).hidden_size
     first = (Weight(features * hidden, is_split=True), Weight(hidden, is_split=True))
-    return (
-        first if model.projector.type == "linear" else (*first, Weight(hidden * hidden, is_split=True), Weight(hidden))
-    )
+    second = () if model.projector.type == "linear" else (Weight(hidden * hidden, is_split=True), Weight(hidden))
+    newline = (Weight(hidden),) if vision.tiles is not None else ()
+    return (*newline, *first, *second)

@@ -14,7 +14,8 @@ from megatron_sts.data.records import SkippedSample
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. Shapes: b rows, s tokens, n images of t tokens each, v kept visual tokens of all images together.
+    """One micro-batch. Shapes: b rows, s tokens, n squares that the tower sees (images, views of images in tiles, frames) of t features
+    each, p of these that are projected, v kept visual tokens of all images together; without tiles p = v.
 
     All fields are the same on every rank of a model copy, except that ``pixels`` and ``features`` are filled on the first stage only.
     """
@@ -36,15 +37,15 @@ class Batch:
     packing: Packing | None
     """How samples that attend to themselves alone share rows; None where each has a row of its own."""
     visual_indices: torch.Tensor
-    """int64 [v]: the kept tokens, as indices into the n x t tokens of all images in reading order, ascending.
+    """int64 [p]: the kept tokens, as indices into the n x t features of all squares in reading order, ascending.
 
     A sampler that looks at images replaces them in the model; until then they are evenly spaced."""
     num_kept: tuple[int, ...]
-    """Visual tokens that each image keeps, [n]."""
+    """Visual tokens that each image keeps."""
     num_placeholders: int
     """Of ``is_visual``, counted where no device is waited for."""
     pixels: torch.Tensor | None
-    """uint8 [n, 3, h, w], images in reading order. With ``parallel.vision: spread`` only where something looks at them in a pass."""
+    """uint8 [n, 3, h, w], in reading order. With ``parallel.vision: spread`` only where something looks at them in a pass."""
     num_samples: int
     """Those that were used."""
     num_truncated: int
@@ -56,8 +57,14 @@ class Batch:
     dense_load: TokenLoad
     """The same without VTC."""
     features: torch.Tensor | None = None
-    """What the tower made of the images before the step (``parallel.vision: spread``), on the first stage: [n, t, d], or [v, d] of the
+    """What the tower made of the squares before the step (``parallel.vision: spread``), on the first stage: [n, t, d], or [p, d] of the
     kept tokens alone where nothing that follows needs the others."""
+    visual_sources: torch.Tensor | None = None
+    """int64 [c, f], with tiles: which of the p each visual token but newlines is made of, in reading order; in one row all distinct."""
+    visual_weights: torch.Tensor | None = None
+    """float32 [c, f]: the sources' weights; None: c is 1, and each token its source."""
+    is_newline: torch.Tensor | None = None
+    """bool [v], with tiles."""
     number: int = 0
     """Of the micro-batch in its step."""
     skipped: tuple[SkippedSample, ...] = ()

@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from megatron_sts.config.tiles import kept_counts
 from megatron_sts.config.tokens import round_up
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.packing import describe_packing
 from megatron_sts.data.template import EncodedSample
+from megatron_sts.vtc.tiles import Arrangement, join_arrangements
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,13 @@ class PreparedSample:
     visual_indices: tuple[torch.Tensor, ...]
     """For each image the kept tokens, int64 [k]."""
     visual_tokens_in: int
-    """Tokens of an image before VTC."""
+    """Tokens of an image before VTC; with tiles features of a view."""
     pixels: tuple[np.ndarray, ...] | None
-    """uint8 [h, w, 3] each; None on ranks that use none."""
+    """uint8 [h, w, 3] each, with tiles those of all views; None on ranks that use none."""
     is_truncated: bool = False
     """The end of the conversation was left out."""
+    arrangements: tuple[Arrangement, ...] = ()
+    """Tiles: of each image its tokens, whose places ``visual_indices`` has too."""
 
     @property
     def length(self) -> int:
@@ -44,7 +48,26 @@ class PreparedSample:
     @property
     def num_dropped(self) -> int:
         """Visual tokens that VTC leaves out."""
+        if self.arrangements:
+            return sum(one.picture.num_tokens for one in self.arrangements) - self.num_kept
         return len(self.visual_indices) * self.visual_tokens_in - self.num_kept
+
+    @property
+    def num_views(self) -> int:
+        """Squares that the tower sees."""
+        return sum(one.picture.num_views for one in self.arrangements) or len(self.visual_indices)
+
+    @property
+    def num_projected(self) -> int:
+        """Features of which kept tokens are made."""
+        return sum(one.num_projected for one in self.arrangements) if self.arrangements else self.num_kept
+
+    @property
+    def num_projected_in(self) -> int:
+        """The same without VTC."""
+        if self.arrangements:
+            return sum(sum(kept_counts(one.picture, None, (1.0,))[1]) for one in self.arrangements)
+        return self.num_kept + self.num_dropped
 
 
 Row = Sequence[PreparedSample]
@@ -96,6 +119,7 @@ def collate(
             rows, _dense_lengths(rows, sequence_length, dense_length), multiple, dense=True, projects_all=True
         ),
     )
+    batch = _with_arrangements(batch, rows)
     for number, row in enumerate(rows):
         start = 0
         for segment, sample in enumerate(row, start=1):
@@ -115,6 +139,21 @@ def _write(batch: Batch, row: int, start: int, sample: PreparedSample) -> None:
     batch.position_ids[row, here] = sample.position_ids
     batch.is_visual[row, here] = torch.tensor(sample.encoded.is_visual)
     batch.is_instruction[row, here] = torch.tensor(sample.encoded.is_instruction)
+
+
+def _with_arrangements(batch: Batch, rows: Sequence[Row]) -> Batch:
+    """With tiles, which features are projected and what becomes of them."""
+    samples = [sample for row in rows for sample in row if sample.arrangements]
+    if not samples:
+        return batch
+    joined = join_arrangements([one for sample in samples for one in sample.arrangements], samples[0].visual_tokens_in)
+    return replace(
+        batch,
+        visual_indices=torch.from_numpy(joined.features),
+        visual_sources=torch.from_numpy(joined.sources),
+        visual_weights=None if joined.weights is None else torch.from_numpy(joined.weights),
+        is_newline=torch.from_numpy(joined.is_newline),
+    )
 
 
 def _flat_indices(rows: Sequence[Row]) -> torch.Tensor:
@@ -142,13 +181,14 @@ def _load(
         for row, length in zip(rows, lengths, strict=True):
             parts = [round_up(sample.length, multiple) + (sample.num_dropped if dense else 0) for sample in row]
             pairs += sum(part**2 for part in [*parts, length - sum(parts)])
-    kept, dropped = (sum(counts) for counts in ((s.num_kept for s in samples), (s.num_dropped for s in samples)))
     return TokenLoad(
         num_tokens=sum(lengths),
         num_pairs=pairs,
-        num_images=sum(len(sample.visual_indices) for sample in samples),
-        num_visual_tokens=kept + (dropped if dense else 0),
-        num_projected_tokens=kept + (dropped if projects_all else 0),
+        num_images=sum(sample.num_views for sample in samples),
+        num_visual_tokens=sum(sample.num_kept + (sample.num_dropped if dense else 0) for sample in samples),
+        num_projected_tokens=sum(
+            sample.num_projected_in if projects_all else sample.num_projected for sample in samples
+        ),
     )
 
 

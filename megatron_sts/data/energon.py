@@ -11,7 +11,7 @@ import io
 import json
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from queue import Empty
@@ -42,7 +42,7 @@ from megatron_sts.config.stored_samples import TEXT, check_share
 from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.image import decode_bytes
 from megatron_sts.data.llava_json import entry_key, parse_entry
-from megatron_sts.data.records import Record, SkippedSample, UnreadableDataError
+from megatron_sts.data.records import Record, SkippedSample, UnreadableDataError, Views
 from megatron_sts.launch.follow import end_with_parent
 from megatron_sts.runtime import plain
 from megatron_sts.runtime.plain import ARRAYS, Names, PlainDataError
@@ -238,13 +238,19 @@ def record_of(sample: StoredSample, fitting: Fitting | None) -> Record | Skipped
         key = entry_key(entry, key)
         turns, _ = parse_entry(entry)
         images = [decode_bytes(encoded, f"{place} of {key}").pixels for place, encoded in enumerate(sample.pictures)]
-        fitted = images if fitting is None else [fitting.fit(image) for image in images]
+        fitted = images if fitting is None else _fitted(images, fitting)
     except (ValueError, RecursionError) as error:  # of JSON, or a BadSampleError
         return SkippedSample(key, str(error))
     return Record(key, turns, tuple(partial(_same, image) for image in fitted))
 
 
-def _same(image: np.ndarray) -> np.ndarray:
+def _fitted(images: Sequence[np.ndarray], fitting: Fitting) -> Sequence[np.ndarray | Views]:
+    if fitting.tiles is None:
+        return [fitting.fit(image) for image in images]
+    return [fitting.views(image, is_alone=len(images) == 1) for image in images]
+
+
+def _same[Image](image: Image) -> Image:
     return image
 
 

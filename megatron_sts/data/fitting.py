@@ -1,14 +1,16 @@
-"""Fits decoded pictures to the tower's square. Knows no files and no tensors."""
+"""Fits decoded pictures to the tower's square, or cuts them into several. Knows no files and no tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
-from megatron_sts.config.architecture import Processing, Resample
+from megatron_sts.config.architecture import Processing, Resample, TilesConfig
+from megatron_sts.config.tiles import best_resolution, scaled
+from megatron_sts.data.records import BadSampleError, Clip, Views
 
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""
@@ -33,12 +35,41 @@ class Fitting:
     processing: Processing = "pad"
     resample: Resample = "bicubic"
     padding: Colour = (0, 0, 0)
+    tiles: TilesConfig | None = None
+    """How pictures are cut by ``views``; then ``processing`` is that of pictures that are not."""
 
     def fit(self, image: np.ndarray) -> np.ndarray:
         """uint8 [height, width, 3], no strip (``data.image.check_shape``) -> uint8 [size, size, 3]."""
         if image.shape[:2] == (self.size, self.size):
             return image
         return np.asarray(_SQUARES[self.processing](Image.fromarray(image), self))
+
+    def views(self, image: np.ndarray | Clip | Views, *, is_alone: bool) -> Views:
+        """A picture as its overview, not padded but distorted, and tiles; as the image processors of LLaVA-NeXT and LLaVA-OneVision in
+        transformers (backend pil) give it. One of several may be a padded square (``TilesConfig.several``); frames are distorted squares.
+
+        Args:
+            image: uint8 [height, width, 3], a clip, or what this has returned.
+            is_alone: the sample has no other.
+
+        Raises:
+            BadSampleError: it was cut already, into other squares than the tower's.
+        """
+        assert self.tiles is not None
+        if isinstance(image, Views):
+            if (found := image.pixels.shape[1:3]) != (self.size, self.size):
+                sides = f"model.vision.image_size={self.size}"
+                raise BadSampleError(f"cut into squares of {found[1]} x {found[0]} pixels, not {sides}; cut it anew")
+            return image
+        if isinstance(image, Clip):
+            frames = [np.asarray(_squashed(Image.fromarray(frame), self)) for frame in image.frames]
+            return Views(np.stack(frames), "clip", image.frames[0].shape[1], image.frames[0].shape[0])
+        height, width, _ = image.shape
+        if not is_alone and self.tiles.several == "squares":
+            return Views(self.fit(image)[None], "square", width, height)
+        picture = Image.fromarray(image)
+        squares = [np.asarray(_squashed(picture, self)), *_cut(picture, self.tiles, self)]
+        return Views(np.stack(squares), "tiles", width, height)
 
 
 def _padded(picture: Image.Image, fitting: Fitting) -> Image.Image:
@@ -66,6 +97,18 @@ def _cropped(picture: Image.Image, fitting: Fitting) -> Image.Image:
 
 def _squashed(picture: Image.Image, fitting: Fitting) -> Image.Image:
     return picture.resize((fitting.size, fitting.size), RESAMPLING[fitting.resample])
+
+
+def _cut(picture: Image.Image, tiles: TilesConfig, fitting: Fitting) -> Iterator[np.ndarray]:
+    """Scaled to fill its resolution in one direction, padded with black in the other, and cut, row by row."""
+    high, wide = best_resolution(*picture.size, tiles.resolutions)
+    resized = picture.resize(scaled(*picture.size, (high, wide)), RESAMPLING[fitting.resample])
+    canvas = Image.new("RGB", (wide, high))
+    canvas.paste(resized, ((wide - resized.width) // 2, (high - resized.height) // 2))
+    pixels, side = np.asarray(canvas), fitting.size
+    for top in range(0, high, side):
+        for left in range(0, wide, side):
+            yield pixels[top : top + side, left : left + side]
 
 
 _SQUARES: dict[Processing, Callable[[Image.Image, Fitting], Image.Image]] = {

@@ -14,8 +14,31 @@ IMAGE_MARKER = "<image>"
 
 Role = Literal["system", "user", "assistant"]
 
-ImageSource = Callable[[], np.ndarray]
-"""Decodes one picture when it is needed: uint8 ``[height, width, 3]``, RGB. Only ranks that use pixels call it."""
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video, which share one ``<image>`` marker."""
+
+    frames: tuple[np.ndarray, ...]
+    """uint8 ``[height, width, 3]`` each, RGB; at least one."""
+
+
+@dataclass(frozen=True)
+class Views:
+    """A picture or a clip as the tower sees it, where that is more than one square, and what its number of tokens follows from."""
+
+    pixels: np.ndarray
+    """uint8 ``[views, side, side, 3]``: the overview, then tiles row by row; or frames."""
+    way: Literal["tiles", "square", "clip"]
+    """How it was cut; see ``config.tiles``."""
+    width: int
+    """Of the picture, in pixels."""
+    height: int
+
+
+ImageSource = Callable[[], "np.ndarray | Clip | Views"]
+"""Decodes one picture when it is needed: uint8 ``[height, width, 3]``, RGB, or what was made of that already. Only ranks that use
+pixels call it, unless a picture's number of tokens depends on its size."""
 
 
 class Reason(StrEnum):

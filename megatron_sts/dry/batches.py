@@ -12,11 +12,15 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts, round_up
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
+from megatron_sts.data.records import Views
 from megatron_sts.data.template import EncodedSample
 from megatron_sts.mcore.groups import Place
+from megatron_sts.model.images import SampleImages, Squares, Tiles
 from megatron_sts.train.batches import StageBatches, share_pixels
+from megatron_sts.vision.tower import fitting_of
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
+from megatron_sts.vtc.tiles import arrange
 
 
 class PlannedBatches(StageBatches):
@@ -70,22 +74,37 @@ class PlannedBatches(StageBatches):
 
     def _sample(self, counts: TokenCounts) -> PreparedSample:
         """One that fills its row: its images, then words, the first half of them a user's."""
-        num_in, config = self._stage.visual_tokens_in, self._stage.config.batch
-        has_images = self._stage.data.source != "scenes" or self._stage.data.mode in IMAGE_MODES
-        numbers = range(config.max_images if self._vision is not None and has_images else 0)
-        kept = tuple(self._sampler.indices([(0, number)], num_in, counts.of_image(number))[0] for number in numbers)
+        images = self._images(counts)
+        kept = images.kept
         num_visual = sum(map(len, kept))
         length = counts.sequence_length
-        if config.packing == "none":  # rows are as long as their samples, which VTC makes shorter
-            length -= len(kept) * num_in - num_visual
+        if self._stage.config.batch.packing == "none":  # rows are as long as their samples, which VTC makes shorter
+            length -= sum(images.counts_in) - num_visual
         is_visual = [place < num_visual for place in range(length)]
         is_user = [num_visual <= place < (length + num_visual) // 2 for place in range(length)]
         is_target = [not (visual or user) for visual, user in zip(is_visual, is_user, strict=True)]
         encoded = EncodedSample([0] * length, is_target, is_visual, len(kept), is_user)
-        places = position_ids(torch.tensor(is_visual), kept, num_in, self._positions)
-        return PreparedSample(encoded, places, kept, num_in, self._pixels(len(kept)))
+        places = position_ids(torch.tensor(is_visual), kept, images.counts_in, self._positions)
+        pixels = None if self._vision is None else images.pixels()
+        return PreparedSample(encoded, places, kept, self._stage.view_tokens, pixels, arrangements=images.arrangements)
 
-    def _pixels(self, num_images: int) -> tuple[np.ndarray, ...] | None:
-        if self._vision is None:
-            return None
-        return (np.zeros((self._vision.image_size, self._vision.image_size, 3), dtype=np.uint8),) * num_images
+    def _images(self, counts: TokenCounts) -> SampleImages:
+        """Black ones."""
+        has_images = self._vision is not None and (
+            self._stage.data.source != "scenes" or self._stage.data.mode in IMAGE_MODES
+        )
+        if self._stage.pictures and self._vision is not None:
+            black = np.zeros((self._vision.image_size, self._vision.image_size, 3), dtype=np.uint8)
+            pictures = self._stage.pictures if has_images else ()
+            arranged = tuple(
+                arrange(one, self._stage.config.vtc, counts.keep_ratios, (0, 0, (0, number)))
+                for number, one in enumerate(pictures)
+            )
+            views = [Views(np.stack([black] * one.num_views), "tiles", 0, 0) for one in pictures]
+            return Tiles(views, arranged)
+        side = 0 if self._vision is None else self._vision.image_size
+        black = np.zeros((side, side, 3), dtype=np.uint8)
+        num_images = self._stage.config.batch.max_images if has_images else 0
+        fitting = None if self._vision is None else fitting_of(self._vision)
+        sources = (lambda: black,) * num_images
+        return Squares(0, sources, counts, self._stage.visual_tokens_in, self._sampler, fitting)

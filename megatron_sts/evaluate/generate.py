@@ -7,7 +7,7 @@ choice goes to the other ranks, so that all of them see the same answers grow, a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,13 +17,12 @@ from torch import distributed as dist
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.config.schema import TemplateName, VtcConfig
+from megatron_sts.config.schema import VtcConfig
 from megatron_sts.config.tokens import TokenCounts, keep_ratios
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample
 from megatron_sts.data.records import BadSampleError, Record
-from megatron_sts.data.template import answer_ends, encode_prompt
-from megatron_sts.data.tokenizer import Tokenizer
+from megatron_sts.data.template import answer_ends
 from megatron_sts.evaluate.answers import Answer, Request
 from megatron_sts.evaluate.sampling import Sampling, next_tokens
 from megatron_sts.evaluate.scenes import asking_data, inference
@@ -83,7 +82,7 @@ class Generator:
 
     def generate_tokens(self, requests: Sequence[Request], sampling: Sampling = GREEDY) -> list[list[int]]:
         """As ``generate``: each answer's tokens, without an end token."""
-        lengths = [prompt_length(request.record, self._tokenizer, self._template, self._counts) for request in requests]
+        lengths = self._lengths(requests)
         order = sorted(range(len(requests)), key=lambda number: (lengths[number], requests[number].max_new_tokens))
         said: dict[int, list[int]] = {}
         with inference(self._chunks, self._gate), self._compressing(), cached_attention(self._chunks) as cache:
@@ -121,24 +120,25 @@ class Generator:
             firsts = [start + (number * here.dp_size + here.dp_rank) * size for number in range(here.pp_size)]
             yield [list(order[first : first + size]) for first in firsts]
 
+    def _lengths(self, requests: Sequence[Request]) -> list[int]:
+        """Tokens of the prompts; a collective with tiles, whose pictures each rank decodes for it."""
+
+        def lengths() -> list[int]:
+            return [prompt_length(request.record, self._preparer, self._counts) for request in requests]
+
+        return on_all_ranks(lengths) if self._counts.keep_ratios else lengths()
+
     def _prepare(
         self, requests: Sequence[Request], mine: Sequence[Sequence[int]], longest: int
     ) -> list[list[PreparedSample]]:
         """A round's prompts; a collective of all ranks, because only some decode an image, but none may go on without."""
         counts = self._counts.model_copy(update={"sequence_length": longest})
-        samples: list[list[PreparedSample]] = []
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        reason = None
-        try:
-            for numbers in mine:
-                samples.append([self._preparer.prepare_prompt(i, requests[i].record, counts) for i in numbers])
-        except BadSampleError as error:
-            reason = str(error)
-        dist.all_gather_object(reasons, reason)
-        for found in reasons:
-            if found is not None:
-                raise BadSampleError(found)
-        return samples
+        return on_all_ranks(
+            lambda: [
+                [self._preparer.prepare_prompt(number, requests[number].record, counts) for number in numbers]
+                for numbers in mine
+            ]
+        )
 
     def _ask(
         self,
@@ -216,6 +216,26 @@ class Generator:
         return [everything[number] for number in range(num_requests)]
 
 
+def on_all_ranks[Made](make: Callable[[], Made]) -> Made:
+    """``make()``; a collective, because files that one rank lacks must end all.
+
+    Raises:
+        BadSampleError: on every rank, if any raised it.
+    """
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    made, reason = None, None
+    try:
+        made = make()
+    except BadSampleError as error:
+        reason = str(error)
+    dist.all_gather_object(reasons, reason)
+    for found in reasons:
+        if found is not None:
+            raise BadSampleError(found)
+    assert made is not None
+    return made
+
+
 @dataclass(frozen=True)
 class Asked:
     """A micro-batch of requests that are being answered."""
@@ -259,11 +279,11 @@ def choose(
     return next_tokens(logits.squeeze(1), sampling, [*numbers, *of_padding], step, num_ids)
 
 
-def prompt_length(record: Record, tokenizer: Tokenizer, template: TemplateName, counts: TokenCounts) -> int:
+def prompt_length(record: Record, preparer: BatchPreparer, counts: TokenCounts) -> int:
     """Tokens of a prompt. Raises BadSampleError if it cannot be asked."""
     if record.images and not counts.of_image(0):
         raise BadSampleError("an image, but model.vision is null")
-    return len(encode_prompt(record, tokenizer, template, counts.of_image).tokens)
+    return preparer.length(record, counts, is_prompt=True)
 
 
 def check_record(record: Record, resolved: Resolved, *, compress: bool = False) -> None:
@@ -275,7 +295,7 @@ def check_record(record: Record, resolved: Resolved, *, compress: bool = False) 
     """
     stage = answering_stage(resolved.stages[-1], compress=compress)
     preparer, counts = BatchPreparer(resolved, stage, needs_pixels=True), stage.tokens(0)
-    length = prompt_length(record, preparer.tokenizer, stage.data.template, counts)
+    length = prompt_length(record, preparer, counts)
     preparer.prepare_prompt(0, record, counts.model_copy(update={"sequence_length": length}))
 
 

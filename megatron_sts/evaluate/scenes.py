@@ -20,7 +20,7 @@ from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.data.scenes.render import Style
 from megatron_sts.data.scenes.source import EvalQuestion, Split, evaluation_questions
 from megatron_sts.data.scenes.words import words_prompt
-from megatron_sts.data.template import encode, load_tokenizer
+from megatron_sts.data.template import load_tokenizer
 from megatron_sts.evaluate.metrics import Answered, score
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.context import whole_rows
@@ -127,8 +127,11 @@ class Examiner:
 
     def _longest(self, records: Sequence[Record]) -> int:
         stage = self._resolved.stages[-1]
-        counts = stage.uncompressed.of_image
-        return max(len(encode(record, self._tokenizer, self._template, counts).tokens) for record in records)
+        dense = stage.model_copy(
+            update={"config": stage.config.model_copy(update={"vtc": None}), "data": asking_data(stage)}
+        )
+        preparer = BatchPreparer(self._resolved, dense, needs_pixels=False)
+        return max(preparer.length(record, stage.uncompressed, is_prompt=False) for record in records)
 
     def _batches(self, preparer: BatchPreparer, stage: ResolvedStage, records: Sequence[Record]) -> Iterator[Batch]:
         """This data-parallel rank's micro-batches; rows behind the last question are padding."""

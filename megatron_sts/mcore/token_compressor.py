@@ -11,9 +11,9 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import VtcConfig
 from megatron_sts.config.tokens import kept_tokens
+from megatron_sts.config.uniform import uniform_tokens
 from megatron_sts.vtc.compressor import compress
 from megatron_sts.vtc.positions import position_ids
-from megatron_sts.vtc.uniform import uniform_tokens
 
 
 class TokenCompressor:

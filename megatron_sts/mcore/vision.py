@@ -15,10 +15,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 
 from megatron_sts.config.resolve import Resolved
-from megatron_sts.mcore.config import projector_config, vision_config
+from megatron_sts.mcore.config import PARAMS_DTYPE, projector_config, vision_config
 from megatron_sts.mcore.groups import own_group
 from megatron_sts.mcore.layer import TorchNorm
 from megatron_sts.mcore.specs import torch_layer_spec
+from megatron_sts.runtime.device import current_device
 
 
 def build_encoder(resolved: Resolved) -> CLIPViTModel:
@@ -80,4 +81,14 @@ def build_projector(resolved: Resolved) -> MultimodalProjector:
     if model.projector.type == "linear":
         # Else megatron-core adds a rank's slice of the bias to outputs that it has gathered already.
         projector.encoder.skip_bias_add = False
+    if model.vision.tiles is not None:
+        projector.newline = torch.nn.Parameter(_newline(resolved))
     return projector
+
+
+def _newline(resolved: Resolved) -> torch.Tensor:
+    """The token that ends a row of tiles, [hidden], as LLaVA-NeXT begins with it; the same on all tensor-parallel ranks."""
+    hidden = resolved.config.model.language.hidden_size
+    generator = torch.Generator().manual_seed(resolved.config.seed % 2**63)
+    drawn = torch.randn(hidden, generator=generator) * hidden**-0.5
+    return drawn.to(current_device().torch_device, PARAMS_DTYPE[resolved.config.precision.params])

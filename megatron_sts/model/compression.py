@@ -65,10 +65,13 @@ class Compression:
     def __call__(
         self, features: torch.Tensor, project: Callable[[torch.Tensor], torch.Tensor], batch: Batch, words: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Projected visual tokens [v, h] and, where a sampler looked, which of the n x t they are, int64 [v].
+        """Projected visual tokens [v, h] (with tiles those that are no newlines) and, where a sampler looked, which of the n x t they are, int64 [v].
 
         ``features`` [n, t, d], or [v, d] of what is kept; ``words``: embeddings of the micro-batch's tokens [s, b, h], for samplers that look.
         """
+        if batch.is_newline is not None:
+            kept = features if features.dim() == 2 else compress(features, batch.visual_indices)
+            return arrange(project(kept), batch), None
         if features.dim() == 2:
             return project(features), None
         num_images, num_tokens_in, _ = features.shape
@@ -83,6 +86,28 @@ class Compression:
         projected = project(features.flatten(0, 1)).view(num_images, num_tokens_in, -1)
         chosen = choose(self._looking, projected, batch, words)
         return compress(projected, chosen), chosen
+
+
+def arrange(projected: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Visual tokens of tiles, [f, h], of the ``projected`` features [p, h]: in reading order, interpolated in at least fp32.
+
+    Sources are gathered row by row, in each of which they are distinct: so the backward pass adds in one order on any device.
+    """
+    assert batch.visual_sources is not None
+    if batch.visual_weights is None:
+        return projected.index_select(0, batch.visual_sources[0])
+    dtype = torch.promote_types(projected.dtype, torch.float32)
+    parts = (
+        projected.index_select(0, sources).to(dtype) * weights.to(dtype).unsqueeze(1)
+        for sources, weights in zip(batch.visual_sources, batch.visual_weights, strict=True)
+    )
+    return sum(parts, projected.new_zeros((), dtype=dtype)).to(projected.dtype)
+
+
+def with_newlines(visual: torch.Tensor, newline: torch.Tensor, is_newline: torch.Tensor) -> torch.Tensor:
+    """``visual`` [f, h], and the learned token ``newline`` [h] where ``is_newline`` [v] says so: [v, h]."""
+    tokens = newline.to(visual.dtype).expand(len(is_newline), -1)
+    return tokens.masked_scatter(~is_newline.unsqueeze(1), visual)
 
 
 def build_compression(resolved: Resolved, spec: ResolvedStage) -> Compression:

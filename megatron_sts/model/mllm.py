@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import torch
+from torch.nn import functional
 
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.data.batch import Batch
@@ -13,7 +14,7 @@ from megatron_sts.mcore.context import all_images, own_images, own_tokens
 from megatron_sts.mcore.decoder import build_decoder, run_decoder
 from megatron_sts.mcore.module import PipelineChunk
 from megatron_sts.mcore.vision import build_projector, without_drawing
-from megatron_sts.model.compression import Compression
+from megatron_sts.model.compression import Compression, with_newlines
 from megatron_sts.model.merge import merge_visual
 from megatron_sts.vision.qformer import QFormer
 from megatron_sts.vision.tower import HuggingFaceTower, VisionTower, build_tower
@@ -48,6 +49,7 @@ class MultimodalModel(PipelineChunk):
             self.qformer = QFormer(resolved) if model.qformer is not None else None
             self.projector = build_projector(resolved)
             self.image_size = model.vision.image_size
+            self.has_newline = model.vision.tiles is not None
             self.vision_multiple = max(stage.visual_multiple for stage in resolved.stages)
 
     def forward(self, batch: Batch, labels: torch.Tensor | None) -> torch.Tensor:
@@ -81,7 +83,10 @@ class MultimodalModel(PipelineChunk):
 
     def see(self, batch: Batch, words: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The micro-batch's visual tokens [v, h], and which a sampler chose; ``words``: embeddings of its tokens [s, b, h]."""
-        return self.compression(self.features(batch.pixels, batch.features), self.project, batch, words)
+        visual, chosen = self.compression(self.features(batch.pixels, batch.features), self.project, batch, words)
+        if batch.is_newline is not None:
+            visual = with_newlines(visual, self.projector.newline, batch.is_newline)
+        return visual, chosen
 
     def see_nothing(self, batch: Batch) -> torch.Tensor:
         """A zero that depends on tower, Q-Former and projector.
@@ -90,7 +95,8 @@ class MultimodalModel(PipelineChunk):
         """
         blank = torch.zeros(1, 3, self.image_size, self.image_size, dtype=torch.uint8, device=batch.tokens.device)
         few_tokens = torch.arange(self.vision_multiple, device=batch.tokens.device)
-        return 0.0 * self.project(compress(self.features(blank), few_tokens)).sum()
+        nothing = 0.0 * self.project(compress(self.features(blank), few_tokens)).sum()
+        return nothing + 0.0 * self.projector.newline.sum() if self.has_newline else nothing
 
     def features(self, pixels: torch.Tensor | None, encoded: torch.Tensor | None = None) -> torch.Tensor:
         """``pixels`` [n, 3, h, w] -> the features [n, t, d] of the tower, or of the Q-Former that follows it.
@@ -111,8 +117,11 @@ class MultimodalModel(PipelineChunk):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` [v, d] -> [v, h]."""
-        projected: torch.Tensor = self.projector(features.unsqueeze(1))
-        return projected.squeeze(1)
+        num_missing = (
+            -len(features) % self.vision_multiple if self.has_newline else 0
+        )  # of tiles any number may be visible
+        projected: torch.Tensor = self.projector(functional.pad(features, (0, 0, 0, num_missing)).unsqueeze(1))
+        return projected.squeeze(1)[: len(features)]
 
 
 def run_part(part: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:

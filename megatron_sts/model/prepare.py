@@ -14,6 +14,7 @@ from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.records import BadSampleError, Record
 from megatron_sts.data.template import EncodedSample, encode, encode_prompt, tokenizer_of
 from megatron_sts.data.truncation import truncated
+from megatron_sts.model.images import SampleImages, Squares, cut
 from megatron_sts.vision.tower import fitting_of
 from megatron_sts.vtc.positions import position_ids
 from megatron_sts.vtc.samplers import UniformSampler, make_sampler
@@ -28,6 +29,7 @@ class BatchPreparer:
         self._stage = stage
         self._num_context_ranks = resolved.config.parallel.context_parallel_size
         self._fitting = fitting_of(vision) if vision else None
+        self._vision, self._draws = vision, (resolved.config.seed, stage.index)
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
         self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
         self._positions = vtc.positions if vtc else "original"
@@ -43,21 +45,34 @@ class BatchPreparer:
             raise BadSampleError("an image, but model.vision is null")
         data, max_tokens = self._stage.data, counts.sequence_length
 
+        images = self._images(index, record, counts)
+
         def encoding(conversation: Record) -> EncodedSample:
-            return encode(conversation, self.tokenizer, data.template, counts.of_image)
+            return encode(conversation, self.tokenizer, data.template, images.num_kept)
 
         encoded, shorter = encoding(record), None
         if len(encoded.tokens) > max_tokens and data.too_long == "truncate":
             shorter = truncated(record, max_tokens, encoding)
-        prepared = self._prepared(index, record, shorter or encoded, counts)
+        prepared = self._prepared(images, shorter or encoded, counts)
         return prepared if shorter is None else replace(prepared, is_truncated=True)
 
     def prepare_prompt(self, index: int, record: Record, counts: TokenCounts) -> PreparedSample:
         """As ``prepare`` for a record that ends with the user's turn: what the model reads before it answers."""
-        encoded = encode_prompt(record, self.tokenizer, self._stage.data.template, counts.of_image)
-        return self._prepared(index, record, encoded, counts)
+        images = self._images(index, record, counts)
+        encoded = encode_prompt(record, self.tokenizer, self._stage.data.template, images.num_kept)
+        return self._prepared(images, encoded, counts)
 
-    def _prepared(self, index: int, record: Record, encoded: EncodedSample, counts: TokenCounts) -> PreparedSample:
+    def length(self, record: Record, counts: TokenCounts, *, is_prompt: bool) -> int:
+        """Tokens of a record, however many a row may have; with tiles its pictures are decoded for it.
+
+        Raises:
+            BadSampleError: it cannot be used.
+        """
+        images = self._images(0, record, counts)
+        encoding = encode_prompt if is_prompt else encode
+        return len(encoding(record, self.tokenizer, self._stage.data.template, images.num_kept).tokens)
+
+    def _prepared(self, images: SampleImages, encoded: EncodedSample, counts: TokenCounts) -> PreparedSample:
         stage = self._stage
         if (excess := len(encoded.tokens) - counts.sequence_length) > 0:
             cut = "set data.too_long=truncate"
@@ -68,12 +83,22 @@ class BatchPreparer:
                 f"{len(encoded.tokens)} tokens exceed the stage's {counts.sequence_length}; raise "
                 f"stages.{stage.name}.batch.sequence_length={length} to {length + excess}, or {cut}"
             )
-        kept = self._kept(index, encoded, counts)
-        pixels = None
-        if self._needs_pixels and self._fitting is not None:
-            pixels = tuple(self._fitting.fit(decode()) for decode in record.images)
-        places = position_ids(torch.tensor(encoded.is_visual), kept, stage.visual_tokens_in, self._positions)
-        return PreparedSample(encoded, places, kept, stage.visual_tokens_in, pixels)
+        kept = images.kept
+        places = position_ids(torch.tensor(encoded.is_visual), kept, images.counts_in, self._positions)
+        pixels = images.pixels() if self._needs_pixels else None
+        return PreparedSample(encoded, places, kept, stage.view_tokens, pixels, arrangements=images.arrangements)
+
+    def _images(self, index: int, record: Record, counts: TokenCounts) -> SampleImages:
+        """Those of a record.
+
+        Raises:
+            BadSampleError: one cannot be decoded; with tiles only, else when its pixels are asked for.
+        """
+        if self._vision is None or self._fitting is None or self._fitting.tiles is None:
+            num_in = self._stage.visual_tokens_in
+            return Squares(index, record.images, counts, num_in, self._sampler, self._fitting)
+        vtc, ratios = self._stage.config.vtc, counts.keep_ratios
+        return cut(index, record.images, ratios, vision=self._vision, fitting=self._fitting, vtc=vtc, draws=self._draws)
 
     def collate(self, rows: Sequence[Row], counts: TokenCounts, *, longest: int | None = None) -> Batch:
         """One micro-batch; with ``packing: none`` its rows are padded to ``longest`` only."""
@@ -88,8 +113,3 @@ class BatchPreparer:
             num_context_ranks=self._num_context_ranks,
             projects_all=self._projects_all,
         )
-
-    def _kept(self, index: int, encoded: EncodedSample, counts: TokenCounts) -> tuple[torch.Tensor, ...]:
-        num_in = self._stage.visual_tokens_in
-        keys = [(index, number) for number in range(encoded.num_images)]
-        return tuple(self._sampler.indices([key], num_in, counts.of_image(key[1]))[0] for key in keys)

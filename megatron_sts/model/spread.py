@@ -122,14 +122,15 @@ def build_spread_tower(
     chunk = unwrap(chunks[0])
     assert isinstance(chunk, MultimodalModel) and chunk.vision is not None
     return SpreadTower(
-        chunk.vision, model.vision.image_size, stage.visual_tokens_in, clock,
+        chunk.vision, model.vision.image_size, stage.view_tokens, clock,
         keeps_some=compression.is_blind and model.qformer is None, keeps_pixels=resolved.first_stage_sees_pixels(stage),
     )  # fmt: skip
 
 
 def kept_tokens(batch: Batch, num_tokens_in: int) -> Iterator[torch.Tensor]:
-    """For each image of a micro-batch which of its own tokens stay, int64 [k]."""
-    for number, tokens in enumerate(batch.visual_indices.split(list(batch.num_kept))):
+    """For each image of a micro-batch (with tiles each square) which of its own tokens stay, int64 [k]."""
+    counts = torch.bincount(batch.visual_indices // num_tokens_in, minlength=batch.load.num_images)
+    for number, tokens in enumerate(batch.visual_indices.split(counts.tolist())):
         yield tokens - number * num_tokens_in
 
 
@@ -137,7 +138,7 @@ def _given(batches: Sequence[Batch], features: torch.Tensor | None, starts: Sequ
     """Each micro-batch with its part of all ``features`` (None: not on this rank); ``starts``: where each image's rows begin."""
     image = 0
     for batch in batches:
-        end = image + len(batch.num_kept)
+        end = image + batch.load.num_images
         some = features is not None and end > image
         yield replace(batch, features=features[starts[image] : starts[end]] if features is not None and some else None)
         image = end

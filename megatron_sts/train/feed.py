@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
@@ -15,7 +16,16 @@ from megatron_sts.config.tokens import TokenCounts, round_up
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row
 from megatron_sts.data.llava_json import LlavaJsonSource
-from megatron_sts.data.records import BadSampleError, Record, RecordSource, SkippedSample, Turn
+from megatron_sts.data.records import (
+    BadSampleError,
+    Clip,
+    ImageSource,
+    Record,
+    RecordSource,
+    SkippedSample,
+    Turn,
+    Views,
+)
 from megatron_sts.data.scenes.source import ScenesSource, Split
 from megatron_sts.mcore.groups import Place
 from megatron_sts.model.prepare import BatchPreparer
@@ -134,12 +144,12 @@ class PreparedStream:
         index, record = sample
         assert isinstance(record, Record)
         turns = [[turn.role, turn.text] for turn in record.turns]
-        images = [torch.from_numpy(decode()) for decode in record.images]
+        images = [_plain(decode()) for decode in record.images]
         return {"index": index, "key": record.key, "turns": turns, "images": images}
 
     def again(self, kept: dict[str, Any]) -> Sample:
         turns = tuple(Turn(role, text) for role, text in kept["turns"])
-        return kept["index"], Record(kept["key"], turns, tuple(image.numpy for image in kept["images"]))
+        return kept["index"], Record(kept["key"], turns, tuple(map(_source, kept["images"])))
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_read": self._num_read, "energon": self._stream.state_dict()}
@@ -150,6 +160,26 @@ class PreparedStream:
 
     def close(self) -> None:
         self._stream.close()
+
+
+def _plain(image: np.ndarray | Clip | Views) -> Any:
+    """As tensors and values."""
+    if isinstance(image, np.ndarray):
+        return torch.from_numpy(image)
+    if isinstance(image, Clip):
+        return {"frames": [torch.from_numpy(frame) for frame in image.frames]}
+    return {**vars(image), "pixels": torch.from_numpy(image.pixels)}
+
+
+def _source(kept: Any) -> ImageSource:
+    """The inverse of ``_plain``."""
+    if isinstance(kept, torch.Tensor):
+        return kept.numpy
+    if "frames" in kept:
+        clip = Clip(tuple(frame.numpy() for frame in kept["frames"]))
+        return lambda: clip
+    views = Views(**{**kept, "pixels": kept["pixels"].numpy()})
+    return lambda: views
 
 
 class Feed:

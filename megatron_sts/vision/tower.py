@@ -122,7 +122,8 @@ def normalise(pixels: torch.Tensor, mean: Channels, std: Channels) -> torch.Tens
 
 def fitting_of(vision: VisionConfig) -> Fitting:
     """How pictures are fitted to the tower's square."""
-    return Fitting(vision.image_size, vision.processing or "pad", vision.resample or "bicubic", padding_colour(vision))
+    resample, colour = vision.resample or "bicubic", padding_colour(vision)
+    return Fitting(vision.image_size, vision.processing or "pad", resample, colour, vision.tiles)
 
 
 def padding_colour(vision: VisionConfig) -> Colour:

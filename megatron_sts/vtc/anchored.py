@@ -11,11 +11,11 @@ from math import floor, isqrt
 
 import torch
 
+from megatron_sts.config.uniform import uniform_tokens
 from megatron_sts.vtc.diversity import condition, greedy_map, quality_kernel
 from megatron_sts.vtc.guided import relevance
 from megatron_sts.vtc.seen import SeenImages
 from megatron_sts.vtc.text_density import text_density
-from megatron_sts.vtc.uniform import uniform_tokens
 
 TEMPERATURE = 1.0
 """Of relevance, which runs from 0 to 1 in each image: the most relevant token has e^(1/T) times the least one's quality."""

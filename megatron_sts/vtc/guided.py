@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from megatron_sts.config.uniform import uniform_tokens
 from megatron_sts.vtc.seen import SeenImages
-from megatron_sts.vtc.uniform import uniform_tokens
 
 
 class GuidedSampler:

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_sts.config.schema import VtcConfig
+from megatron_sts.config.uniform import check_counts, uniform_tokens
 from megatron_sts.vtc.pooled import pooled_tokens
-from megatron_sts.vtc.uniform import check_counts, uniform_tokens
 
 STREAM = 2
 """Last counter word: keeps these draws apart from those of other rooms that share seed and stage."""

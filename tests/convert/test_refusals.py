@@ -87,7 +87,7 @@ NAMED = {
     "gemma3": "needs sliding-window or chunked attention",
     "phi": "partial_rotary_factor=0.5: needs partial rotary embeddings",
     "glm4": "partial_rotary_factor=0.5: needs partial rotary embeddings",
-    "llava_next": "image_grid_pinpoints=<5 entries>: needs pictures in tiles (AnyRes)",
+    "llava_next_video": "image_grid_pinpoints=<5 entries>: needs pictures in tiles (AnyRes) of another kind",
     "t5": "is_encoder_decoder=True: needs a text encoder",
     "qwen3": "model_type=qwen3: not supported; known are llama, qwen2",
 }

@@ -26,6 +26,7 @@ from tests.dry.configs import MODEL, run_of
 EXAMPLES = Path(__file__).parents[2] / "examples"
 VTC = {"keep_ratio": 0.5}
 TEXT = {"vision": None}
+TILES = {"resolutions": [[32, 64], [64, 64]]}
 CASES: dict[str, dict[str, Any]] = {
     "dense": {},
     "fp32, everything trains": {"params": "fp32", "freeze": []},
@@ -88,6 +89,19 @@ CASES: dict[str, dict[str, Any]] = {
         "freeze": ["vision", "language"],
         "vtc": VTC,
         "batch": {"sequence_length": 264},
+    },
+    "tiles, VTC": {"model": {"vision": {**MODEL["vision"], "tiles": TILES}}, "batch": {"sequence_length": 160}, "vtc": VTC},
+    "tiles of two images, TP2 SP, everything trains": {
+        "freeze": [],
+        "model": {"vision": {**MODEL["vision"], "tiles": {**TILES, "anyres_max": 1}}},
+        "batch": {"sequence_length": 256, "max_images": 2, "packing": "none"},
+        "parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    },
+    "tiles, CP2, random VTC": {
+        "model": {"vision": {**MODEL["vision"], "tiles": TILES}},
+        "batch": {"sequence_length": 160},
+        "vtc": {**VTC, "sampler": "random"},
+        "parallel": {"context_parallel_size": 2},
     },
     "SigLIP trains, TP2 SP": {
         "freeze": [],

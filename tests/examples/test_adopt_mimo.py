@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_sts.cards.card import read_card
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.schema import VtcConfig
-from megatron_sts.vtc.uniform import uniform_tokens
+from megatron_sts.config.uniform import uniform_tokens
 from tests.dist.launch import run_ranks
 from tests.examples.adopting import check_change, discarding, load_script, loss_of_step, run_briefly
 

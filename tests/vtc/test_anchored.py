@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import given
 
+from megatron_sts.config.uniform import uniform_tokens
 from megatron_sts.vtc.anchored import AnchoredSampler, part, spread
 from megatron_sts.vtc.diversity import greedy_map, quality_kernel
 from megatron_sts.vtc.guided import relevance
 from megatron_sts.vtc.text_density import text_density
-from megatron_sts.vtc.uniform import uniform_tokens
 from tests.vtc.images import draw_images, seeds, shares, sizes
 
 

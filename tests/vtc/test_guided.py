@@ -5,9 +5,9 @@ import pytest
 import torch
 from hypothesis import given
 
+from megatron_sts.config.uniform import uniform_tokens
 from megatron_sts.vtc.guided import GuidedSampler, relevance, top_tokens
 from megatron_sts.vtc.seen import SeenImages
-from megatron_sts.vtc.uniform import uniform_tokens
 from tests.vtc.images import draw_images, seeds, sizes
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from megatron_sts.vtc.uniform import uniform_tokens
+from megatron_sts.config.uniform import uniform_tokens
 
 TOLERANCE = 1.3
 """How much farther than in the reference the farthest dropped token may lie."""
