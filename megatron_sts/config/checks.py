@@ -16,6 +16,7 @@ from megatron_sts.config.schema import (
     DataConfig,
     GuardConfig,
     ParallelConfig,
+    PartsOptimizerConfig,
     RunConfig,
     StageConfig,
 )
@@ -45,6 +46,7 @@ def check_run(config: RunConfig) -> None:
     for stage in config.stages:
         check_parts(stage, config.model)
         check_decay(stage)
+        check_rates_of_parts(stage, config.model)
         check_sparsity(stage, config.model)
         check_data(stage, config)
 
@@ -225,6 +227,21 @@ def check_parts(stage: StageConfig, model: ModelConfig) -> None:
         refuse(field, value, f"{null} is null, so there is no {absent[0]}", f"remove {', '.join(absent)}")
     if set(stage.freeze) == set(model.parts):
         refuse(field, value, "nothing is left to train", "remove a part")
+
+
+def check_rates_of_parts(stage: StageConfig, model: ModelConfig) -> None:
+    """A part with a rate of its own is there and learns."""
+    for part in PartsOptimizerConfig.model_fields:
+        if getattr(stage.optimizer.parts, part) is None:
+            continue
+        if part not in model.parts or part in stage.freeze:
+            why = f"frozen by stages.{stage.name}.freeze" if part in model.parts else "the model has none"
+            refuse(
+                f"stages.{stage.name}.optimizer.parts.{part}",
+                "{...}",
+                f"no {part} learns here: {why}",
+                "set it to null",
+            )
 
 
 def check_decay(stage: StageConfig) -> None:

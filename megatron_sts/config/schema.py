@@ -112,6 +112,28 @@ class DataConfig(Section):
     on, and at the stage's end). A stage that used none always fails."""
 
 
+class PartOptimizerConfig(Section):
+    """What differs for one part of the model. None: as the stage's."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Largest learning rate; it rises and falls as the stage's does, ``min_lr`` in proportion."""
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    """AdamW's, times the part's learning rate; biases and norms have none."""
+
+
+class PartsOptimizerConfig(Section):
+    """Parts that learn at a rate of their own, as the towers of LLaVA-NeXT and LLaVA-OneVision do. None: as the stage says."""
+
+    vision: PartOptimizerConfig | None = None
+    """Of the tower."""
+    qformer: PartOptimizerConfig | None = None
+    """Of the Q-Former."""
+    projector: PartOptimizerConfig | None = None
+    """Of the projector, with the newline token of tiles."""
+    language: PartOptimizerConfig | None = None
+    """Of the decoder."""
+
+
 class OptimizerConfig(Section):
     """Adam(W) with warm-up and decay."""
 
@@ -133,6 +155,8 @@ class OptimizerConfig(Section):
     """Adam's averages of gradients and of their squares."""
     eps: Epsilon = 1e-8
     """Added to the root of Adam's second moment."""
+    parts: PartsOptimizerConfig = PartsOptimizerConfig()
+    """Learning rate and weight decay of single parts."""
 
 
 class BatchConfig(Section):

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import gc
 import math
+import re
 from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from megatron.core import optimizer as core_optimizer
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import OptimizerConfig as StageOptimizerConfig
+from megatron_sts.config.schema import PartsOptimizerConfig
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.config import PARAMS_DTYPE
@@ -65,6 +70,25 @@ def _forget_wrapping(chunks: Sequence[torch.nn.Module]) -> None:
     gc.collect()
 
 
+def _of_parts(settings: StageOptimizerConfig) -> Iterator[tuple[ParamKey, ParamGroupOverride]]:
+    """What ``optimizer.parts`` changes of the groups of parameters."""
+    for part in PartsOptimizerConfig.model_fields:
+        own = getattr(settings.parts, part)
+        if own is None:
+            continue
+        override = ParamGroupOverride()
+        if own.lr is not None:
+            override |= ParamGroupOverride(max_lr=own.lr, min_lr=settings.min_lr * own.lr / settings.lr)
+        if own.weight_decay is not None:
+            override |= ParamGroupOverride(start_wd=own.weight_decay, end_wd=own.weight_decay)
+        yield ParamKey(with_name_predicate=ParamWithNamePredicate(part, partial(_is_of, part))), override
+
+
+def _is_of(part: str, parameter: torch.nn.Parameter, name: str) -> bool:
+    """Of a parameter inside DDP and precision wrappers."""
+    return re.sub(r"^(module\.)+", "", name).startswith(f"{part}.")
+
+
 class StageOptimizer:
     """Adam over what trains in a stage, with clipping, the learning-rate schedule and frozen skipped layers."""
 
@@ -77,23 +101,22 @@ class StageOptimizer:
         self._freeze_skipped = stage.config.lds is not None and stage.config.lds.skipped_update == "freeze"
         kernels = kernels_for(resolved.config)
         _use_adam(kernels.optimizer)
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=settings.lr,
-                min_lr=settings.min_lr,
-                weight_decay=settings.weight_decay,
-                adam_beta1=settings.betas[0],
-                adam_beta2=settings.betas[1],
-                adam_eps=settings.eps,
-                clip_grad=settings.clip_grad,
-                bf16=dtype is torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=resolved.config.parallel.use_distributed_optimizer,
-                fp8_recipe=resolved.config.precision.engine_recipe,
-            ),
-            list(chunks),
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.betas[0],
+            adam_beta2=settings.betas[1],
+            adam_eps=settings.eps,
+            clip_grad=settings.clip_grad,
+            bf16=dtype is torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=resolved.config.parallel.use_distributed_optimizer,
+            fp8_recipe=resolved.config.precision.engine_recipe,
         )
+        overrides = {**get_standard_config_overrides(config), **dict(_of_parts(settings))}
+        self.optimizer = get_megatron_optimizer(config, list(chunks), overrides)
         if current_device().torch_device.type == "cpu":
             for group in self.optimizer.param_groups:
                 group["fused"] = True  # torch's fused CPU Adam: one pass over memory instead of one an operation
