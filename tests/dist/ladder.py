@@ -57,6 +57,9 @@ MODELS: dict[str, dict[str, Written]] = {
     "plain": {},
     "tied": {"language": {"tie_word_embeddings": True}},
     "aligned": {"language": {"ffn_hidden_size": 192}},  # on two tensor-parallel ranks a multiple of 16, for FP8
+    "tiles": {
+        "vision": {"tiles": {"resolutions": [[32, 64], [64, 32], [64, 64]], "anyres_max": 1, "several": "squares"}}
+    },
     "siglip": {
         "vision": {"tower": "siglip"},
         "language": {
