@@ -117,11 +117,11 @@ class MultimodalModel(PipelineChunk):
 
     def project(self, features: torch.Tensor) -> torch.Tensor:
         """``features`` [v, d] -> [v, h]."""
-        num_missing = (
-            -len(features) % self.vision_multiple if self.has_newline else 0
-        )  # of tiles any number may be visible
-        projected: torch.Tensor = self.projector(functional.pad(features, (0, 0, 0, num_missing)).unsqueeze(1))
-        return projected.squeeze(1)[: len(features)]
+        num_tokens, num_missing = len(features), -len(features) % self.vision_multiple
+        if self.has_newline and num_missing:  # of tiles any number may be visible
+            features = functional.pad(features, (0, 0, 0, num_missing))
+        projected: torch.Tensor = self.projector(features.unsqueeze(1))
+        return projected.squeeze(1)[:num_tokens]
 
 
 def run_part(part: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:

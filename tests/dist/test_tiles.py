@@ -21,6 +21,7 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "PP2": {PP: 2},
     "DP2 all overlap": ALL_OVERLAP,
     "CP2": {"context_parallel_size": 2, **ALL_OVERLAP},
+    "PP2, the tower on both": {PP: 2, "vision": "spread"},
 }
 BATCH = {"global_batch_size": 4, "micro_batch_size": 1, "sequence_length": 128, "max_images": 2}
 SPARSE = {
@@ -47,14 +48,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, layout: dict[str, object]) -> Written:
-    last = (PACKED,) if {PP, TP} & layout.keys() or not layout else ()
-    return written_run(folder, SPARSE, UNIFORM, *last, model="tiles", **layout)
+    stages = [SPARSE, UNIFORM, PACKED] if {PP, TP} & layout.keys() else [SPARSE, UNIFORM]
+    if "vision" in layout:
+        stages = [SPARSE, {**UNIFORM, "freeze": ["vision"], "vtc": None}]
+    return written_run(folder, *stages, model="tiles", **layout)
 
 
 @functools.cache
-def alone(folder: Path, num_stages: int) -> Trained:
-    written = config(folder, {})
-    return train_alone({**written, "stages": written["stages"][:num_stages]})
+def alone(folder: Path, stages: str) -> Trained:
+    return train_alone({**config(folder, {}), "stages": json.loads(stages)})
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,6 @@ def two_ranks(folder: Path) -> dict[str, Trained]:
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_two_ranks_train_as_one(two_ranks: dict[str, Trained], folder: Path, name: str) -> None:
-    expected = alone(folder, len(config(folder, LAYOUTS[name])["stages"]))
+    expected = alone(folder, json.dumps(config(folder, LAYOUTS[name])["stages"]))
     assert not torch.equal(expected.weights[0]["projector.newline"], expected.weights[1]["projector.newline"])
     check_same(two_ranks[name], expected)

@@ -14,8 +14,8 @@ from megatron_sts.cost.step import dense_step
 from megatron_sts.cost.vision import image_share, images_of_copy
 from megatron_sts.dry.account import Account
 from megatron_sts.dry.run import run
-from tests.dry.configs import run_of
-from tests.dry.test_against_cost import ACTIVATIONS_RTOL, NOT_COUNTED, TRAFFIC_RTOL, summed
+from tests.dry.configs import MODEL, run_of
+from tests.dry.test_against_cost import ACTIVATIONS_RTOL, NOT_COUNTED, TILES, TRAFFIC_RTOL, summed
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 QFORMER = {
@@ -47,6 +47,12 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": {"global_batch_size": 2},
     },
     "CP2 PP2": {"parallel": {CP: 2, PP: 2}, "batch": {"sequence_length": 128}},
+    "PP2, tiles, VTC": {
+        **ALIGNED,
+        "model": {"vision": {**MODEL["vision"], "tiles": TILES}},
+        "batch": {"sequence_length": 160, "global_batch_size": 6},
+        "parallel": {PP: 2},
+    },
     "CP2, a Q-Former": {"freeze": ["vision", "qformer", "language"], "model": QFORMER, "parallel": {CP: 2}},
 }
 
