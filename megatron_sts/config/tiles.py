@@ -169,8 +169,8 @@ def row_shares(num_kept: int, num_rows: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=4096)
 def kept_counts(picture: Picture, vtc: VtcConfig | None, ratios: tuple[float, ...]) -> tuple[int, tuple[int, ...]]:
-    """A picture's tokens after VTC, newline tokens included, and of each view how many patches' features are projected for them; the
-    latter about, where interpolated tokens that are drawn at random share them."""
+    """A picture's tokens after VTC, newline tokens included, and of each view how many patches' features are projected for them: about,
+    where they are drawn at random, but as many in all, unless interpolated tokens share them."""
     masks = [mask(block, vtc, ratios) for block in picture.blocks]
     pairs = list(zip(picture.blocks, masks, strict=True))
     newlines = sum(int(kept.any(axis=1).sum()) for block, kept in pairs if block.has_newlines)

@@ -94,9 +94,11 @@ def test_a_newline_for_each_row_that_keeps_a_token(vision: VisionConfig, vtc: Vt
         found = arrange(picture, vtc, ratios, (1, 2, (draw, 0)))
         num_kept, by_view = kept_counts(picture, vtc, ratios)
         assert num_kept == len(found.places)
-        if found.weights is None or vtc is None or vtc.sampler == "uniform":
+        if vtc is None or vtc.sampler == "uniform":
             views = np.unique(found.sources) // overview_tokens(vision)
             assert by_view == tuple(np.bincount(views, minlength=picture.num_views))
+        elif found.weights is None:
+            assert sum(by_view) == found.num_projected
         assert (np.diff(found.places) > 0).all() and found.places[-1] < picture.num_tokens
         overview, mosaic = picture.blocks
         start, length = overview.rows_out * overview.columns_out, mosaic.columns_out + 1
