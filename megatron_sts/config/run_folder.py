@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from itertools import count
@@ -83,7 +84,7 @@ def validation_loss(checkpoint: Path) -> float | None:
         found = json.loads((checkpoint / COMPLETE).read_text(encoding="utf-8"))[LOSS]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found if isinstance(found, float) else None
+    return found if isinstance(found, float) and math.isfinite(found) else None
 
 
 def best_checkpoints(checkpoints: Sequence[Path], count: int) -> list[Path]:

@@ -99,10 +99,10 @@ def end_stopped(folder: Path, num_ranks: int, me: int) -> None:
 
 def disagreement(folder: Path, num_ranks: int) -> str | None:
     """Which ranks of one model copy exchange other micro-batches in the same step than the most, in words; None: none is known to."""
-    found: dict[tuple[str | None, int | None, int], list[tuple[Beat, Work]]] = {}
+    found: dict[tuple[str | None, int | None, int | None, int], list[tuple[Beat, Work]]] = {}
     for beat in (read(folder, rank) for rank in range(num_ranks)):
         if beat is not None and (work := beat.work) is not None and work.step is not None:
-            found.setdefault((work.stage, work.step, work.copy), []).append((beat, work))
+            found.setdefault((work.stage, work.step, work.round, work.copy), []).append((beat, work))
     for held in found.values():
         (usual, _), *others = Counter(work for _, work in held).most_common()
         if others:
@@ -110,7 +110,7 @@ def disagreement(folder: Path, num_ranks: int) -> str | None:
             odd = [f"{beat.name} has {work.describe()}" for beat, work in held if work != usual]
             more = f" and {len(odd) - NUM_SHOWN} more ranks others" if len(odd) > NUM_SHOWN else ""
             return (
-                f"{', '.join(odd[:NUM_SHOWN])}{more}, but {most.name} {usual.describe()} in stage {usual.stage}, step {usual.step}, "
+                f"{', '.join(odd[:NUM_SHOWN])}{more}, but {most.name} {usual.describe()} in {usual.place}, "
                 "of the same model copy"
             )
     return None

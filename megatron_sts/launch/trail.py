@@ -86,6 +86,14 @@ class Work:
     """Of a micro-batch."""
     num_tokens: int
     """Of a row."""
+    round: int | None = None
+    """Of the validation after the step; None: the step's own passes."""
+
+    @property
+    def place(self) -> str:
+        """As in: stage finetune, step 7, round 0 of its validation."""
+        after = "" if self.round is None else f", round {self.round} of its validation"
+        return f"stage {self.stage}, step {self.step}{after}"
 
     def describe(self) -> str:
         """As in: 4 micro-batches of 2 x 104 tokens."""
@@ -93,14 +101,21 @@ class Work:
 
 
 _place: tuple[str | None, int | None] = (None, None)
+_round: int | None = None
 _work: Work | None = None
 _marks: deque[Mark] = deque([Mark(time.time(), None, None, "start", None)], maxlen=NUM_KEPT)
 
 
 def at(stage: str | None, step: int | None) -> None:
     """The marks to come are of this step."""
-    global _place
-    _place = stage, step
+    global _place, _round
+    _place, _round = (stage, step), None
+
+
+def at_round(number: int) -> None:
+    """The passes to come are of this round of the step's validation."""
+    global _round
+    _round = number
 
 
 def enter(phase: str, microbatch: int | None = None) -> None:
@@ -109,9 +124,9 @@ def enter(phase: str, microbatch: int | None = None) -> None:
 
 
 def hand_over(*, copy: int, num_microbatches: int, num_rows: int, num_tokens: int) -> None:
-    """The passes of a step begin: what they are made of."""
+    """The passes of a step, or of a round, begin: what they are made of."""
     global _work
-    _work = Work(*_place, copy, num_microbatches, num_rows, num_tokens)
+    _work = Work(*_place, copy, num_microbatches, num_rows, num_tokens, _round)
 
 
 def work() -> Work | None:

@@ -98,6 +98,7 @@ class Validator:
         with closing(rounds), inference(stage.chunks, stage.gate), stage.fp8.kept():
             number, is_left, stopping = 0, 1.0, 0.0
             while is_left and not stopping:
+                trail.at_round(number)
                 trail.enter("data")
                 batches = rounds.round(number)
                 totals += self._sums(batches)

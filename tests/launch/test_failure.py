@@ -138,7 +138,22 @@ def test_ranks_with_other_micro_batches_are_named(board, tmp_path: Path) -> None
     )
 
 
-@pytest.mark.parametrize("other", [{"copy": 1}, {"step": 6}, {"step": None, "stage": None}])
+def test_so_are_those_of_a_validation(board, tmp_path: Path) -> None:
+    trail.at("finetune", 7)
+    trail.at_round(1)
+    trail.hand_over(copy=0, num_microbatches=4, num_rows=2, num_tokens=104)
+    write_peer(tmp_path, work=trail.Work("finetune", 7, 0, 4, 2, 96, round=1), time=time.time())
+    board._heart.write()
+    said = missing.disagreement(tmp_path / heartbeat.FOLDER / "start", 2)
+    assert said is not None and said.endswith(
+        "in stage finetune, step 7, round 1 of its validation, of the same model copy"
+    )
+    trail.at("finetune", 8)
+    trail.hand_over(copy=0, num_microbatches=4, num_rows=2, num_tokens=104)
+    assert (work := trail.work()) is not None and work.round is None
+
+
+@pytest.mark.parametrize("other", [{"copy": 1}, {"step": 6}, {"round": 0}, {"step": None, "stage": None}])
 def test_other_copies_and_steps_may_have_other_ones(board, tmp_path: Path, other: dict[str, object]) -> None:
     trail.at(None if "stage" in other else "finetune", None if "stage" in other else 7)
     trail.hand_over(copy=0, num_microbatches=4, num_rows=2, num_tokens=104)

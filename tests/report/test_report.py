@@ -15,6 +15,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.report import sweep
 from megatron_sts.report.compare import Comparison, compare
 from megatron_sts.report.fields import PARTS
 from megatron_sts.report.figures import run_figures, times_figure
@@ -143,6 +144,8 @@ def test_validation_is_shown_beside_training(tmp_path: Path) -> None:
         lines.write("\n" + "".join(json.dumps(each) + "\n" for each in again[1:]))
     run = read_run(folder)
     assert run.validations == {"alignment": [alignment[1]], "finetune": [again[1], again[3]]}
+    row = sweep._found(run)
+    assert (row["alignment.validation_loss"], row["finetune.validation_loss"]) == (3.25, None)
     axes = run_figures(run)["Loss"].axes[0]
     assert [list(drawn.get_xdata()) for drawn in axes.lines] == [[0, 1], [2, 3], [1], [3, 4]]
     assert [list(drawn.get_ydata())[:1] for drawn in axes.lines[2:]] == [[3.25], [2.5]]
