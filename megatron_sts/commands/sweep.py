@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     """Check every run's config before the first one starts; then train, and write the table after each."""
     from megatron_sts.commands.sweep_costs import told
     from megatron_sts.config.sweep import config_of, read, runs_of
-    from megatron_sts.report.sweep import rows_of, write
+    from megatron_sts.report.sweep import update
 
     file = args.sweep / SWEEP_NAME if args.sweep.is_dir() else args.sweep
     sweep = read(file)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         for each, status in zip(mine, pool.map(lambda one: train(config, one, out), mine), strict=True):
             failed += [each.name] if status else []
-            write(rows_of(runs, out), out)
+            update(runs, out)
     print(f"megatron-sts: {out}/results.csv has {len(runs)} runs")
     if failed:
         print(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", file=sys.stderr)

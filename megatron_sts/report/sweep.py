@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import json
 import os
 from collections.abc import Sequence
@@ -19,6 +20,13 @@ NUM_LOSSES = 20
 """Logged steps at a stage's start, and at its end, whose mean loss is told."""
 RESULTS = "results"
 Row = dict[str, Any]
+
+
+def update(runs: Sequence[SweepRun], out: Path) -> None:
+    """Both tables anew. Of the parts of a sweep that end at once each waits for the other, so that the last one sees all runs."""
+    with (out / f".{RESULTS}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        write(rows_of(runs, out), out)
 
 
 def rows_of(runs: Sequence[SweepRun], out: Path) -> list[Row]:

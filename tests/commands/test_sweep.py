@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import yaml
 from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.sweep import Sweep, read, runs_of
+from megatron_sts.report import sweep as table
 from tests.train.stagehand import config as small_config
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart" / "sweep.yaml"
@@ -131,6 +134,34 @@ def test_a_run_that_could_not_start_keeps_all_from_starting(tmp_path: Path, caps
     assert main(["sweep", str(file), "--out", str(tmp_path / "out")]) == 2
     assert "run alpha=1.5 of the sweep: stages.finetune.lds.alpha=1.5" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_that_end_at_once_leave_a_table_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one reads, then a run of the other ends, whose table must not be overwritten by what the first one read."""
+    runs = runs_of(Sweep(config=".", seeds=(1, 2)))
+    for run in runs:
+        (tmp_path / run.name).mkdir()
+    read, reads = threading.Event(), iter((True, False))
+
+    def rows(of: Any, out: Path) -> list[dict[str, Any]]:
+        found = [
+            {"run": run.name, "status": "done" if (out / run.name / "ended").exists() else "missing"} for run in of
+        ]
+        if next(reads):
+            read.set()
+            time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(table, "rows_of", rows)
+    (tmp_path / runs[0].name / "ended").touch()
+    first = threading.Thread(target=table.update, args=(runs, tmp_path))
+    first.start()
+    assert read.wait(10)
+    (tmp_path / runs[1].name / "ended").touch()
+    table.update(runs, tmp_path)
+    first.join()
+    rows_now = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["status"] for row in rows_now] == ["done", "done"]
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
