@@ -17,6 +17,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -112,9 +114,18 @@ PRESETS: dict[str, tuple[Callable[[], int], Callable[[], int], int]] = {
     "llava_qwen2_7b": (siglip_so400m, lambda: qwen2(28, 3584, 18944, 28, 4, 152064, tied=False), 7_615_616_512),
     "llava_qwen25_3b": (siglip_so400m, lambda: qwen2(36, 2048, 11008, 16, 2, 151936, tied=True), 3_085_938_688),
     "llava_qwen25_72b": (siglip_so400m, lambda: qwen2(80, 8192, 29568, 64, 8, 152064, tied=False), 72_706_203_648),
+    "llava_next_7b": (clip_l_336, lambda: llama(32, 4096, 11008, 32, 32, 32064), 6_738_415_616 + 2 * 64 * 4096),
+    "llava_next_72b": (clip_l_336, lambda: qwen2(80, 8192, 24576, 64, 64, 152064, tied=False), 72_287_920_128),
+    "llava_onevision_qwen2_7b": (
+        siglip_so400m,
+        lambda: qwen2(28, 3584, 18944, 28, 4, 152064, tied=False),
+        7_615_616_512,
+    ),
     "llava_llama31_8b": (siglip_so400m, lambda: llama(32, 4096, 14336, 32, 8, 128256), 8_030_261_248),
     "llava_llama31_70b": (siglip_so400m, lambda: llama(80, 8192, 28672, 64, 8, 128256), 70_553_706_496),
 }
+TILED = {"llava_next_7b": 2928, "llava_next_72b": 2928, "llava_onevision_qwen2_7b": 8154}
+"""Those that see pictures in tiles, and the most tokens of one without padding."""
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -129,15 +140,35 @@ def test_parameters_are_hugging_faces(name: str) -> None:
     assert counts["language"] == published
     features = {clip_l_336: 1024, siglip_so400m: 1152, eva_clip_g: 768}[tower]  # the Q-Former's, where there is one
     layers = [(features, width)] if name == "minigpt4_7b" else [(features, width), (width, width)]
-    assert counts["projector"] == sum((inputs + 1) * outputs for inputs, outputs in layers)
+    newline = width if name in TILED else 0
+    assert counts["projector"] == sum((inputs + 1) * outputs for inputs, outputs in layers) + newline
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_dry_run_needs_nothing_else(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(EXAMPLES / name), "--dry-run", "--json"]) == 0
     outline = json.loads(capsys.readouterr().out)
-    tokens = {"llava15_7b": 576, "llava15_13b": 576, "minigpt4_7b": 32}.get(name, 729)
+    tokens = {"llava15_7b": 576, "llava15_13b": 576, "minigpt4_7b": 32, **TILED}.get(name, 729)
     assert {stage["visual_tokens_in"] for stage in outline["stages"]} == {tokens}
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_pictures_are_cut_as_transformers_does_by_default(name: str) -> None:
+    vision, published = load(EXAMPLES / name).model.vision, LlavaNextConfig()
+    assert vision is not None and vision.tiles is not None
+    if "onevision" in name:
+        published = LlavaOnevisionConfig()
+        assert (f"anyres_max_{vision.tiles.anyres_max}", vision.tiles.several) == (
+            published.vision_aspect_ratio,
+            "squares",
+        )
+    assert [list(resolution) for resolution in vision.tiles.resolutions] == published.image_grid_pinpoints
+    tower = published.vision_config
+    assert (vision.image_size, vision.patch_size, vision.hidden_size) == (
+        tower.image_size,
+        tower.patch_size,
+        tower.hidden_size,
+    )
 
 
 @pytest.mark.parametrize("name", PRESETS)
