@@ -162,6 +162,8 @@ def _loss_curve(run: Run) -> Figure:
             axes.plot(places, values, color=f"C{number}", marker="o", markersize=4, linestyle="--", label=label)
         first += lines[-1]["step"] + 1
     if run.validations:
+        axes.autoscale(axis="y")
+        axes.set_ylim(bottom=0)
         axes.legend()
     return figure
 

@@ -147,6 +147,7 @@ def test_validation_is_shown_beside_training(tmp_path: Path) -> None:
     row = sweep._found(run)
     assert (row["alignment.validation_loss"], row["finetune.validation_loss"]) == (3.25, None)
     axes = run_figures(run)["Loss"].axes[0]
+    assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 3.25
     assert [list(drawn.get_xdata()) for drawn in axes.lines] == [[0, 1], [2, 3], [1], [3, 4]]
     assert [list(drawn.get_ydata())[:1] for drawn in axes.lines[2:]] == [[3.25], [2.5]]
     assert main(["report", str(folder)]) == 0
