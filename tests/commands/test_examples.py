@@ -10,17 +10,18 @@ import pytest
 import megatron_sts
 from megatron_sts.cards.shelf import examples_folder
 from megatron_sts.cli import main
+from tests.examples.test_cards import WITHOUT
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+NAMES = {path.parent.name for path in EXAMPLES.glob("*/README.md")} - WITHOUT
 
 
 def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them; commands whole, also where the terminal is narrow."""
-    names = [path.parent.name for path in EXAMPLES.glob("*/README.md")]
     monkeypatch.setenv("COLUMNS", "80")
     assert main(["examples"]) == 0
     text = capsys.readouterr().out
-    assert len(names) >= 15 and all(f"│ {name} " in text for name in names)
+    assert len(NAMES) >= 15 and all(f"│ {name} " in text for name in NAMES)
     assert "\nllava15_7b           megatron-sts plan examples/llava15_7b --hardware h100\n" in text
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["examples"]) == 0
@@ -34,7 +35,7 @@ def test_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
 def test_list_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["examples", "--json"]) == 0
     found = {card["name"]: card for card in json.loads(capsys.readouterr().out)["examples"]}
-    assert found.keys() == {path.parent.name for path in EXAMPLES.glob("*/README.md")}
+    assert found.keys() == NAMES
     assert found["quickstart"]["evidence"][0]["status"] == "measured on CPU"
 
 
