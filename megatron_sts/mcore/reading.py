@@ -14,12 +14,12 @@ import torch
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import set_element
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan
 
 from megatron_sts.runtime import plain
 from megatron_sts.runtime.plain import Names, PlainDataError
 
-_DCP = "torch.distributed.checkpoint"
+_DCP, _MCORE = "torch.distributed.checkpoint", "megatron.core.dist_checkpointing.strategies.torch"
 _METADATA: Names = {
     **{
         (f"{_DCP}.metadata", name): None
@@ -34,6 +34,8 @@ _METADATA: Names = {
     ("pathlib._local", "PosixPath"): PosixPath,  # as Python 3.13 calls it
     ("torch", "Size"): None,
     ("torch.serialization", "_get_layout"): None,
+    (_MCORE, "MCoreMetadata"): Metadata,  # as megatron-core before 0.16 calls them
+    (_MCORE, "MCoreSavePlan"): SavePlan,
     **{("torch", name): None for name, value in vars(torch).items() if isinstance(value, torch.dtype)},
 }
 """All that ``.metadata`` of the format names: where each tensor lies, and the plans that wrote them."""

@@ -20,7 +20,7 @@ from megatron_sts.runtime.dist import process_group
 from megatron_sts.runtime.stored import StoredTensors
 from megatron_sts.vision.tower import channel_statistics, normalise
 from tests.convert import mcore_models
-from tests.convert.test_mcore_refusals import write
+from tests.convert.mcore_files import write
 
 # 5 x the largest difference measured over all kinds and layouts, relative to the largest logit: fp32 sums in another order.
 RTOL = 5 * 5.2e-6

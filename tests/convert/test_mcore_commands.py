@@ -15,7 +15,7 @@ from megatron_sts.convert.sources import open_weights
 from megatron_sts.runtime.stored import StoredTensors
 from tests import warm
 from tests.convert import hf_models, mcore_models
-from tests.convert.test_mcore_refusals import write
+from tests.convert.mcore_files import write
 
 pytestmark = pytest.mark.timeout(300)
 ROWS = 2048

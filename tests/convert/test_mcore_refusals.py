@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
@@ -11,69 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
-from torch.distributed import checkpoint
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_sts.config.architecture import LanguageConfig, ProjectorConfig, VisionConfig
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.convert import mcore_to_sts, sts_to_hf, sts_to_mcore
-from megatron_sts.convert.names import pairings
-from megatron_sts.convert.sources import open_source
-from megatron_sts.runtime.stored import StoredTensors
-from tests.convert import hf_models, mcore_models
-from tests.data.small_tokenizers import qwen2_like
+from megatron_sts.convert import sts_to_mcore
+from tests.convert.mcore_files import convert, write, write_config
 from tests.runtime.test_plain import Planted
 
-Tensors = dict[str, torch.Tensor]
 NORM, FC2 = "language_model.decoder.final_layernorm.weight", "language_model.decoder.layers.mlp.linear_fc2.weight"
 CONV = "vision_model.conv1.weight"
-PREFIXES = {
-    "language.": "language_model.",
-    "vision.encoder.": "vision_model.",
-    "projector.encoder.": "vision_projection.encoder.",
-}
-
-
-def tensors() -> Tensors:
-    """A LLaVA's, layers stacked, without any model's help."""
-    vision = VisionConfig.model_validate(mcore_models.SECTIONS["vision"])
-    language = LanguageConfig.model_validate(mcore_models.SECTIONS["language"])
-    found: Tensors = {}
-    for pair in pairings({"vision": vision, "projector": ProjectorConfig(), "language": language}):
-        if pair.ours.startswith("vision.encoder.ln_post"):
-            continue
-        ours = next(prefix for prefix in PREFIXES if pair.ours.startswith(prefix))
-        name = PREFIXES[ours] + pair.ours.removeprefix(ours)
-        before, layers, after = name.partition(".layers.")
-        tensor = torch.randn(pair.shape)
-        if not layers:
-            found[name] = tensor
-            continue
-        stacked = f"{before}{layers}{after.partition('.')[2]}"
-        found[stacked] = torch.cat([found.get(stacked, tensor[:0][None]).reshape(-1, *pair.shape), tensor[None]])
-    return found
-
-
-def write(path: Path, changes: dict[str, torch.Tensor | None] | None = None, backend: str = "torch_dist") -> Path:
-    """A checkpoint of these tensors, with some changed; None: without it."""
-    found = {key: tensor for key, tensor in (tensors() | (changes or {})).items() if tensor is not None}
-    checkpoint.save(found, checkpoint_id=str(path), no_dist=True)
-    (path / "metadata.json").write_text(json.dumps({"sharded_backend": backend, "sharded_backend_version": 1}))
-    return path
-
-
-def write_config(path: Path, **changes: dict[str, Any]) -> Path:
-    sections = {part: section | changes.get(part, {}) for part, section in mcore_models.SECTIONS.items()}
-    others = {part: section for part, section in changes.items() if part not in sections}
-    path.write_text(yaml.safe_dump({"model": sections | others}))
-    return path
-
-
-def convert(tmp_path: Path, mcore: Path, config: Path | None = None) -> Path:
-    origin = mcore_to_sts.open_origin(mcore, config or write_config(tmp_path / "config.yaml"))
-    mcore_to_sts.convert(origin, tmp_path / "sts")
-    return tmp_path / "sts"
 
 
 def refused(tmp_path: Path, mcore: Path, config: Path | None = None) -> str:
@@ -90,31 +35,6 @@ def edit(path: Path, change: Callable[[Any], None]) -> Path:
     change(metadata)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     return path
-
-
-def test_these_checkpoints_are_read_but_for_what_is_wrong(tmp_path: Path) -> None:
-    """Also beside an optimizer's state, and objects that nobody looks at."""
-    extra = {"optimizer.state.exp_avg.language_model.embedding.word_embeddings.weight": torch.zeros(128, 64)}
-    mcore = write(tmp_path / "mcore", extra)
-    (mcore / "common.pt").write_bytes(pickle.dumps(Planted(tmp_path / "marker")))
-    sts = convert(tmp_path, mcore)
-    assert yaml.safe_load((sts / "config.yaml").read_text())["model"]["language"]["vocab_size"] == 128
-    assert not (tmp_path / "marker").exists()
-
-
-def test_norms_in_the_layers_that_follow_them_are_found(tmp_path: Path) -> None:
-    """As Transformer Engine's towers have them; megatron-core's decoders are stored so in any case."""
-    plain, renamed = tensors(), dict[str, torch.Tensor | None]()
-    for key in [key for key in plain if "layers.input_layernorm." in key or "layers.pre_mlp_layernorm." in key]:
-        fused = key.replace("input_layernorm.", "self_attention.linear_qkv.layer_norm_")
-        renamed |= {key: None, fused.replace("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"): plain[key]}
-    assert "vision_model.decoder.layers.mlp.linear_fc1.layer_norm_bias" in renamed
-    found = StoredTensors(convert(tmp_path, write(tmp_path / "mcore", renamed)))
-    expected = plain["vision_model.decoder.layers.pre_mlp_layernorm.bias"]
-    assert expected.shape == (2, 32)
-    for layer in range(2):
-        name = f"vision.encoder.decoder.layers.{layer}.pre_mlp_layernorm.bias"
-        assert torch.equal(found.read(name), expected[layer])
 
 
 def test_an_interrupted_call_goes_on(tmp_path: Path) -> None:
@@ -264,24 +184,3 @@ def test_what_cannot_be_written_for_megatron_core(tmp_path: Path) -> None:
         sts_to_mcore.plan(sts, like=write(tmp_path / "few", rows))
     with pytest.raises(ConfigError, match=f"--mcore={mcore}: neither empty nor begun by this command"):
         sts_to_mcore.convert(sts_to_mcore.plan(sts, like=mcore), mcore)
-
-
-def test_a_model_goes_on_to_transformers_once_the_image_token_is_known(tmp_path: Path) -> None:
-    mcore, config = write(tmp_path / "mcore"), write_config(tmp_path / "config.yaml")
-    with pytest.raises(ConfigError, match="nothing says which token stands for an image; give convert mcore-to-sts a"):
-        open_source(convert(tmp_path, mcore))
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    qwen2_like(tokenizer)
-    with pytest.raises(ConfigError, match="its <image> is token 700, and the weights have 128 rows"):
-        mcore_to_sts.convert(mcore_to_sts.open_origin(mcore, config, tokenizer), tmp_path / "few")
-    rows = {
-        f"language_model.{name}.weight": torch.randn(704, 64) for name in ("embedding.word_embeddings", "output_layer")
-    }
-    origin = mcore_to_sts.open_origin(write(tmp_path / "rows", rows), config, tokenizer)
-    mcore_to_sts.convert(origin, tmp_path / "whole")
-    assert sts_to_hf.convert(open_source(tmp_path / "whole"), tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["image_token_index"] == 700
-    assert (tmp_path / "hf" / "tokenizer.json").is_file()
-    head = hf_models.tensors(tmp_path / "hf")["language_model.lm_head.weight"]
-    assert torch.equal(head, rows["language_model.output_layer.weight"])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import pickle
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from megatron.core.dist_checkpointing.strategies import torch as strategies
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
 
 from megatron_sts.mcore.reading import as_data
 from tests.runtime.test_plain import Planted
@@ -71,6 +75,29 @@ def test_paths_of_another_python_are_read(tmp_path: Path) -> None:
     renamed = re.sub(rb"cpathlib(\._local)?\nPosixPath\n", b"cpathlib._local\nPosixPath\n", content)
     assert b"pathlib._local" in renamed
     (folder / ".metadata").write_bytes(renamed)
+    with as_data():
+        assert read(folder)["w"].tolist() == list(range(6))
+
+
+def test_classes_of_earlier_versions_of_megatron_core_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until 0.15 ``.metadata`` was one of its own, with plans of its own. Seen in files that 0.12.1 to 0.15.0 wrote."""
+
+    class MCoreMetadata(Metadata):
+        pass
+
+    @dataclass(frozen=True)
+    class MCoreSavePlan(SavePlan):
+        mcore_data: dict[str, Any] | None = None
+
+    folder = write(tmp_path / "checkpoint", [1])
+    found = pickle.loads((folder / ".metadata").read_bytes())
+    metadata = MCoreMetadata(found.state_dict_metadata, found.planner_data, found.storage_data, found.storage_meta)
+    metadata.mcore_data, metadata.all_local_plans = {"w": {}}, [MCoreSavePlan([], mcore_data={"w": {}})]  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        for kind in (MCoreMetadata, MCoreSavePlan):
+            kind.__module__, kind.__qualname__ = strategies.__name__, kind.__name__
+            patch.setattr(strategies, kind.__name__, kind)
+        (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     with as_data():
         assert read(folder)["w"].tolist() == list(range(6))
 
