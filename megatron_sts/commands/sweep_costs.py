@@ -30,15 +30,16 @@ def planned_flops(resolved: Resolved) -> float:
     return sum(stage.flops for stage in stages_of(resolved, steps).values())
 
 
-def finished(folder: Path) -> Run | None:
-    """A run that has nothing left to do."""
+def finished(resolved: Resolved, folder: Path) -> Run | None:
+    """What ``folder`` holds, if that has nothing left to do of the run; else None."""
     try:
         run = read_run(folder)
     except ConfigError:
         return None
-    done = all(run.steps.get(stage["name"], [{"step": -1}])[-1]["step"] + 1 == stage["num_steps"] for stage in run.config["resolved"]["stages"])  # fmt: skip
-    asks = run.config["evaluation"]["num_questions"] > 0
-    return run if done and (run.evaluation is not None or not asks) else None
+    had = [(stage["name"], stage["num_steps"]) for stage in run.config["resolved"]["stages"]]
+    is_whole = run.is_complete and had == [(stage.name, stage.num_steps) for stage in resolved.stages]
+    is_asked = run.evaluation is not None or not resolved.config.evaluation.num_questions
+    return run if is_whole and is_asked else None
 
 
 def pace_of(runs: Sequence[Run]) -> Pace | None:
@@ -52,7 +53,7 @@ def pace_of(runs: Sequence[Run]) -> Pace | None:
 
 def told(runs: Sequence[Resolved], folders: Sequence[Path], jobs: int, gflops_per_s: float | None) -> str:
     """A sentence: FLOPs of all runs, and minutes of those that are not finished, if a pace is known or given."""
-    done = [finished(folder) for folder in folders]
+    done = [finished(run, folder) for run, folder in zip(runs, folders, strict=True)]
     left = [planned_flops(run) for run, found in zip(runs, done, strict=True) if found is None]
     pace = pace_of([run for run in done if run is not None])
     said = f"{len(left)} of them not finished, {sum(left):.3g} FLOPs"

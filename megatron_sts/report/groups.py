@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.run import Run
 
 SAME = ("model", "parallel", "precision", "data", "stages", "evaluation")
@@ -38,35 +39,48 @@ class Group:
     label: str
     runs: Sequence[Run]
 
-    def of_runs(self, field: str) -> float:
-        """A field of the step lines, summed over all steps of a run, in the mean over runs."""
-        return fmean(run.total(field) for run in self.runs)
+    @property
+    def complete(self) -> Sequence[Run]:
+        """Those that have come to their end."""
+        return [run for run in self.runs if run.is_complete]
 
     @property
     def finished(self) -> Sequence[Run]:
-        """Those with an evaluation."""
-        return [run for run in self.runs if run.evaluation is not None]
+        """Those that have also been evaluated."""
+        return [run for run in self.complete if run.evaluation is not None]
+
+    @property
+    def seeds(self) -> Sequence[int]:
+        """Different ones."""
+        return sorted({int(run.config["seed"]) for run in self.runs})
+
+    def of_runs(self, field: str) -> float:
+        """A field of the step lines, summed over a run, in the mean over complete runs; over all, as far as they came, if none is."""
+        return fmean(run.total(field) for run in self.complete or self.runs)
 
     def accuracies(self, left_out: frozenset[str]) -> dict[str, Estimate]:
         """By family, and ``mean`` over those that are not ``left_out``; on the split that was evaluated first.
 
-        Over seeds by Student's t; of a single run over its questions, by the standard errors that it tells: another seed may
-        then lie outside.
+        Over seeds by Student's t (runs of one seed count as their mean); of a single seed over its questions, by the standard errors
+        that it tells: another seed may then lie outside.
         """
-        found = [first_split(run) for run in self.finished]
+        found: dict[int, list[dict[str, Any]]] = {}
+        for run in self.finished:
+            found.setdefault(int(run.config["seed"]), []).append(first_split(run))
         if not found:
             return {}
-        families = list(found[0])
+        families = list(next(iter(found.values()))[0])
         kept = [name for name in families if name not in left_out]
         of_families = {name: self._estimate(found, [name]) for name in families}
         return of_families | ({"mean": self._estimate(found, kept)} if kept else {})
 
-    def _estimate(self, found: Sequence[dict[str, Any]], names: Sequence[str]) -> Estimate:
-        means = [fmean(families[name]["accuracy"] for name in names) for families in found]
+    def _estimate(self, found: dict[int, list[dict[str, Any]]], names: Sequence[str]) -> Estimate:
+        means = [fmean(run[name]["accuracy"] for run in runs for name in names) for runs in found.values()]
         if len(means) > 1:
             width = T_95[min(len(means) - 1, len(T_95)) - 1] * stdev(means) / math.sqrt(len(means))
         else:
-            width = Z_95 * math.hypot(*(found[0][name]["standard_error"] for name in names)) / len(names)
+            [[run, *_]] = found.values()
+            width = Z_95 * math.hypot(*(run[name]["standard_error"] for name in names)) / len(names)
         return Estimate(fmean(means), fmean(means) - width, fmean(means) + width)
 
 
@@ -75,6 +89,30 @@ def first_split(run: Run) -> dict[str, Any]:
     assert run.evaluation is not None
     families: dict[str, Any] = run.evaluation["splits"][run.evaluation["settings"]["splits"][0]]
     return families
+
+
+def check_asked_alike(groups: Sequence[Group]) -> None:
+    """Accuracies beside each other are of the same kind of questions.
+
+    Raises:
+        ConfigError: naming two runs of which that is not so.
+    """
+    runs = [run for group in groups for run in group.finished]
+    for run in runs[1:]:
+        for name in ("split", "in words"):
+            was, first = asked_on(run)[name], asked_on(runs[0])[name]
+            if was != first:
+                raise ConfigError(
+                    f"{run.folder}: its first accuracies are of {name}={was}, those of {runs[0].folder} of {first}; "
+                    "give runs that were asked alike"
+                )
+
+
+def asked_on(run: Run) -> dict[str, Any]:
+    """What kind of questions ``first_split`` tells of."""
+    assert run.evaluation is not None
+    settings = run.evaluation["settings"]
+    return {"split": settings["splits"][0], "in words": settings.get("words", False)}
 
 
 def left_out_of_means(groups: Sequence[Group]) -> frozenset[str]:

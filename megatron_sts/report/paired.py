@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -37,6 +38,8 @@ def ratios_of(group: Group, base: Group, left_out: frozenset[str]) -> dict[str, 
 
 def _ratio(families: Mapping[str, tuple[Bits, Bits]]) -> Estimate:
     ours, base = (sum(answers[side].mean() for answers in families.values()) for side in (0, 1))
+    if not base:
+        return Estimate(math.nan, math.nan, math.nan)
     numbers = np.random.default_rng(0)
     num_seeds = next(iter(families.values()))[0].shape[0]
     seeds = numbers.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), NUM_DRAWS) / num_seeds
@@ -45,9 +48,9 @@ def _ratio(families: Mapping[str, tuple[Bits, Bits]]) -> Estimate:
         count = answers[0].shape[1]
         pictures = numbers.multinomial(count, np.full(count, 1 / count), NUM_DRAWS) / count
         drawn += [(pictures @ side.mean(2).T * seeds).sum(1) for side in answers]
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):  # a draw may have no question that the base answered right
         low, high = np.nanquantile(drawn[0] / drawn[1], (0.025, 0.975))
-    return Estimate(float(ours / base) if base else float("nan"), float(low), float(high))
+    return Estimate(float(ours / base), float(low), float(high))
 
 
 def _by_seed(group: Group) -> dict[int, Run]:

@@ -38,6 +38,12 @@ class Run:
         """Decoder layers."""
         return int(self.config["model"]["language"]["num_layers"])
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every stage has come to its end, whose step always has a line."""
+        stages = [entry["name"] for entry in self.config["resolved"]["stages"]]
+        return all(name in self.steps and self.steps[name][-1]["step"] + 1 == self.num_steps(name) for name in stages)
+
     def total(self, field: str, stage: str | None = None) -> float:
         """A field summed over a stage's steps, or all; a step without a line (``logging.interval_steps``) counts as the next one."""
         return float(

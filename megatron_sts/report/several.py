@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import html
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -78,7 +79,7 @@ def _row(group: Group, accuracies: Accuracies) -> tuple[str, ...]:
     mean = accuracies.get("mean")
     return (
         group.label,
-        str(len(group.runs)),
+        _num_seeds(group),
         f"{flops:.3g}",
         f"{flops / dense:.3f}",
         f"{group.of_runs('step_time_s'):.1f}",
@@ -87,11 +88,19 @@ def _row(group: Group, accuracies: Accuracies) -> tuple[str, ...]:
     )
 
 
+def _num_seeds(group: Group) -> str:
+    """Costs are those of complete runs alone, if there are any."""
+    repeats = len(group.runs) - len(group.seeds)
+    unfinished = len(group.runs) - len(group.complete)
+    notes = [f"{repeats} repeated"] * bool(repeats) + [f"{unfinished} not at its end"] * bool(unfinished)
+    return ", ".join([str(len(group.seeds)), *notes])
+
+
 def last_loss(group: Group) -> float | None:
     """The mean over runs of their last stage's last losses."""
     losses = [
         [line["loss"] for line in list(run.steps.values())[-1] if line["loss"] is not None][-NUM_LOSSES:]
-        for run in group.runs
+        for run in group.complete or group.runs
         if run.steps
     ]
     return fmean(map(fmean, losses)) if losses and all(losses) else None
@@ -118,6 +127,8 @@ def _beside_first(groups: Sequence[Group], left_out: frozenset[str]) -> Iterable
 
 
 def _shown(estimate: Estimate) -> str:
+    if math.isnan(estimate.mean):
+        return "n/a"
     return f"{estimate.mean:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
 
 
@@ -161,7 +172,7 @@ def _write_csv(groups: Sequence[Group], accuracies: Sequence[Accuracies], path: 
             costs = (group.of_runs(field) for field in ("flops_executed", "flops_dense", "step_time_s"))
             cells = [value for name in names for value in _cells(found.get(name))]
             loss = last_loss(group)
-            rows.writerow([group.label, len(group.runs), *(f"{cost:.6g}" for cost in costs), "" if loss is None else f"{loss:.6g}", *cells])  # fmt: skip
+            rows.writerow([group.label, len(group.seeds), *(f"{cost:.6g}" for cost in costs), "" if loss is None else f"{loss:.6g}", *cells])  # fmt: skip
 
 
 def _cells(estimate: Estimate | None) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def accuracy_figure(groups: Sequence[Group], accuracies: Sequence[Mapping[str, E
     columns = min(4, len(names))
     num_rows = -(-len(names) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.1 * num_rows + 0.6), layout="constrained")
-    places = figure.subplots(num_rows, columns, squeeze=False).flat
+    places = list(figure.subplots(num_rows, columns, squeeze=False).flat)
     for axes, name in zip(places, names, strict=False):
         points = [(group.of_runs("flops_executed"), found[name], number) for number, (group, found) in enumerate(zip(groups, accuracies, strict=True)) if name in found]  # fmt: skip
         for flops, value, number in points:
@@ -76,7 +76,7 @@ def accuracy_figure(groups: Sequence[Group], accuracies: Sequence[Mapping[str, E
         axes.plot(*zip(*front, strict=True), color="#999999", linewidth=1, zorder=0)
         axes.set_title(name)
         axes.set_xlabel("FLOPs executed")
-    for axes in list(places)[len(names) :]:
+    for axes in places[len(names) :]:
         axes.set_axis_off()
     _add_legend(figure, groups)
     return figure

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_sts.report.compare import Comparison, compare, markdown, table_rows, ways_apart
 from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
+from megatron_sts.report.groups import check_asked_alike, grouped
 from megatron_sts.report.page import run_page
 from megatron_sts.report.planned import Planned
 from megatron_sts.report.run import Run
@@ -22,6 +23,7 @@ def report(runs: Sequence[Run], out: Path | None, planned: Sequence[Planned | No
     """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two runs, dense then STS, are also compared.
     ``planned``: of each, what its page is to have beside what was measured. Returns the exit status."""
     comparison = compare(*runs) if len(runs) == 2 else None  # refused before anything is written
+    check_asked_alike(grouped(runs))
     plans = planned or [None] * len(runs)
     pages = {run.folder / "report.html": run_page(run, plan) for run, plan in zip(runs, plans, strict=True)}
     for path, page in pages.items():

@@ -22,7 +22,7 @@ from megatron_sts.report.expected import bins_of, executed_layers
 from megatron_sts.report.groups import T_95, grouped, left_out_of_means
 from megatron_sts.report.kept_figure import DIMMED, KeptTokens, dimmed
 from megatron_sts.report.run import read_run
-from megatron_sts.report.several_figures import pareto_front
+from megatron_sts.report.several_figures import accuracy_figure, pareto_front
 from tests.report.test_report import CONFIG, line, write_run
 
 
@@ -70,6 +70,33 @@ def test_seeds_of_one_config_are_one_group(tmp_path: Path) -> None:
     single = groups[1].accuracies(frozenset())
     assert single["mean"].high - 0.4 == pytest.approx(1.96 * 0.05 / 6**0.5)
     assert single["ocr"].high - 0.4 == pytest.approx(1.96 * 0.05)
+
+
+def test_a_seed_that_ran_twice_and_a_run_that_goes_on_say_no_more(tmp_path: Path) -> None:
+    """Costs are of complete runs, intervals of different seeds; families of one picture each have a place."""
+    runs = [read_run(seeded(tmp_path / f"sts-{number}", seed, 0.8)) for number, seed in enumerate((1, 1, 2))]
+    runs[1] = replace(runs[1], evaluation=json.loads(json.dumps(runs[1].evaluation).replace("0.8", "0.6")))
+    going_on = read_run(seeded(tmp_path / "sts-3", 3, 0.1))
+    going_on = replace(
+        going_on, steps={"alignment": going_on.steps["alignment"]}
+    )  # its evaluation is of before an extension
+    [group] = grouped([*runs, going_on])
+    assert group.of_runs("flops_executed") == 4000 and list(group.seeds) == [1, 2, 3]
+    low, high = stats.t.interval(0.95, 1, loc=0.75, scale=stats.sem([0.7, 0.8]))
+    found = group.accuracies(frozenset())["ocr"]
+    assert (found.mean, found.low, found.high) == pytest.approx((0.75, low, high), abs=1e-3)
+    axes = accuracy_figure([group], [group.accuracies(frozenset())]).axes
+    assert [each.axison for each in axes] == [True] * 7 + [False]
+
+
+def test_runs_that_were_asked_differently_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [seeded(tmp_path / f"run-{seed}", seed, 0.5) for seed in (1, 2, 3)]
+    other = json.loads((folders[2] / "evaluation.json").read_text())
+    other["settings"]["words"] = True
+    (folders[2] / "evaluation.json").write_text(json.dumps(other))
+    assert main(["report", *map(str, folders), "--out", str(tmp_path / "out")]) == 2
+    assert "run-3: its first accuracies are of in words=True" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists() and not (folders[0] / "report.html").exists()
 
 
 def test_students_t() -> None:
