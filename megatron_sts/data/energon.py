@@ -41,8 +41,8 @@ from megatron_sts.config.prepared import check_prepared
 from megatron_sts.config.stored_samples import TEXT, check_share
 from megatron_sts.data.fitting import Fitting
 from megatron_sts.data.image import decode_bytes
-from megatron_sts.data.llava_json import entry_key, parse_entry
-from megatron_sts.data.records import Record, SkippedSample, UnreadableDataError, Views
+from megatron_sts.data.llava_json import entry_key, is_clip, parse_entry
+from megatron_sts.data.records import Clip, Record, SkippedSample, UnreadableDataError, Views
 from megatron_sts.launch.follow import end_with_parent
 from megatron_sts.runtime import plain
 from megatron_sts.runtime.plain import ARRAYS, Names, PlainDataError
@@ -238,15 +238,17 @@ def record_of(sample: StoredSample, fitting: Fitting | None) -> Record | Skipped
         key = entry_key(entry, key)
         turns, _ = parse_entry(entry)
         images = [decode_bytes(encoded, f"{place} of {key}").pixels for place, encoded in enumerate(sample.pictures)]
-        fitted = images if fitting is None else _fitted(images, fitting)
+        found = [Clip(tuple(images))] if is_clip(entry) else images
+        fitted = found if fitting is None else _fitted(found, fitting)
     except (ValueError, RecursionError) as error:  # of JSON, or a BadSampleError
         return SkippedSample(key, str(error))
     return Record(key, turns, tuple(partial(_same, image) for image in fitted))
 
 
-def _fitted(images: Sequence[np.ndarray], fitting: Fitting) -> Sequence[np.ndarray | Views]:
+def _fitted(images: Sequence[np.ndarray | Clip], fitting: Fitting) -> Sequence[np.ndarray | Clip | Views]:
+    """A clip that no tower can take stays one, and is refused where its sample is prepared."""
     if fitting.tiles is None:
-        return [fitting.fit(image) for image in images]
+        return [image if isinstance(image, Clip) else fitting.fit(image) for image in images]
     return [fitting.views(image, is_alone=len(images) == 1) for image in images]
 
 

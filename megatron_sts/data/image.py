@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,7 +21,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from megatron_sts.config.siblings import named_alike
 from megatron_sts.data.colours import Change, to_rgb, unfit
 from megatron_sts.data.png import without_metadata
-from megatron_sts.data.records import BadSampleError
+from megatron_sts.data.records import BadSampleError, Clip
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM", "TGA", "ICO", "PCX", "SGI")
 """Files that are read. Pillow knows more: EPS, for which it starts Ghostscript, and scientific ones whose values have no range."""
@@ -67,6 +67,15 @@ def decode_image(path: Path) -> np.ndarray:
     except OSError as error:
         raise BadSampleError(f"image {path}: {error.strerror}") from error
     return decode_bytes(encoded, path.name).pixels
+
+
+def decode_clip(paths: Sequence[Path]) -> Clip:
+    """Frames of a video, from a file each.
+
+    Raises:
+        BadSampleError: see ``decode_image``.
+    """
+    return Clip(tuple(map(decode_image, paths)))
 
 
 def decode_bytes(encoded: bytes, name: str) -> Decoded:

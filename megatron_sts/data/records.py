@@ -22,6 +22,10 @@ class Clip:
     frames: tuple[np.ndarray, ...]
     """uint8 ``[height, width, 3]`` each, RGB; at least one."""
 
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise BadSampleError("a video without frames")
+
 
 @dataclass(frozen=True)
 class Views:

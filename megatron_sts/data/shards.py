@@ -18,7 +18,7 @@ from typing import Any
 from megatron_sts.config.siblings import named_alike
 from megatron_sts.data.conversation import check_answers, check_markers
 from megatron_sts.data.image import decode_bytes
-from megatron_sts.data.llava_json import entry_key, parse_entry
+from megatron_sts.data.llava_json import entry_key, is_clip, num_marked, parse_entry
 from megatron_sts.data.records import BadSampleError, Reason
 
 WORK_FOLDER = ".prepare"
@@ -109,11 +109,13 @@ def _sample_parts(entry: Any, number: int, image_dir: Path) -> tuple[list[tuple[
     try:
         turns, names = parse_entry(entry)
         check_answers(turns)
-        check_markers(turns, len(names))
+        check_markers(turns, num_marked(entry, names))
     except BadSampleError as error:
         raise RejectedError(error.kind or Reason.MALFORMED, str(error)) from error
     conversations = [{"from": turn["from"], "value": turn["value"]} for turn in entry["conversations"]]
-    text = json.dumps({"id": entry_key(entry, f"number {number}"), "conversations": conversations}, ensure_ascii=False)
+    video = {"video": True} if is_clip(entry) else {}
+    said = {"id": entry_key(entry, f"number {number}"), "conversations": conversations, **video}
+    text = json.dumps(said, ensure_ascii=False)
     parts, changes = [("json", text.encode("utf-8"))], Counter[str]()
     for place, name in enumerate(names):
         suffix = Path(name).suffix[1:].lower()

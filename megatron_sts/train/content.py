@@ -110,7 +110,7 @@ def _of_pictures(entries: list[Any], folder: Path) -> Content:
 
 
 def _pictures(entry: Any) -> list[str]:
-    images = entry.get("image") or entry.get("images") or [] if isinstance(entry, dict) else []
+    images = entry.get("image") or entry.get("images") or entry.get("video") or [] if isinstance(entry, dict) else []
     names = images if isinstance(images, list) else [images]
     return [name for name in names if isinstance(name, str)]
 

@@ -18,9 +18,12 @@ from megatron_sts.convert.joining import join
 from megatron_sts.convert.names import pairings
 from megatron_sts.convert.sources import open_source
 from megatron_sts.convert.spelling import SPELLINGS, located
+from megatron_sts.data.collate import collate
+from megatron_sts.data.records import Clip
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.weights import named_weights
+from megatron_sts.model.images import cut
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.train.stage import build_stage
@@ -30,7 +33,17 @@ from tests.convert import hf_models
 from tests.convert.test_logits import RTOL, difference
 from tests.parity.hf import relative
 from tests.parity.test_training import Given
-from tests.parity.tiles import MODELS, OPTIMIZER, batch_of, hf_inputs, picture, processor, resolved_run
+from tests.parity.tiles import (
+    IMAGE_ID,
+    MODELS,
+    OPTIMIZER,
+    batch_of,
+    hf_inputs,
+    picture,
+    processor,
+    resolved_run,
+    sample_of,
+)
 
 # 5 x the largest difference measured; what they are is said in ``test_training``.
 LOSS_RTOL, UPDATE_RTOL = 5 * 2.3e-7, 5 * 9.9e-5
@@ -157,6 +170,25 @@ def test_compressed_tokens_are_those_of_the_whole_picture(folders: Any, one_rank
     assert 0 < len(kept) < 0.6 * len(whole)
     for place, token in kept.items():
         torch.testing.assert_close(token, whole[place], rtol=1e-5, atol=1e-5)
+
+
+def test_frames_of_a_video(folders: Any, one_rank: None) -> None:
+    """LLaVA-OneVision pools each frame's features, interpolated, and puts one newline behind the last."""
+    kind, _, sts, origin = folders
+    if kind != "onevision":
+        pytest.skip("LLaVA-NeXT knows no videos")
+    resolved, reference = resolved_run(origin.sections, sts), MODELS[kind]()
+    [model] = build_model(resolved, SkipGate())
+    vision, frames = origin.sections["vision"], tuple(picture(seed, 40, 30) for seed in range(3))
+    images = cut(0, (lambda: Clip(frames),), (1.0,), vision=vision, fitting=fitting_of(vision), vtc=None, draws=(0, 0))
+    sample = sample_of([IMAGE_ID] * images.num_kept(0), images, 25)
+    batch = collate([[sample]], sequence_length=64, dense_length=None, pad_id=0, packed=False)
+    pixels = normalise(batch.pixels, *channel_statistics(vision))
+    with torch.no_grad():
+        expected = reference.model.get_video_features(pixels[None], vision_feature_layer=-1).pooler_output[0]
+        found = model.see(batch, torch.empty(0))[0]
+    assert len(expected) == 3 * 9 + 1 and found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def where(batch: Any) -> tuple[list[int], list[int]]:

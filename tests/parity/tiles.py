@@ -29,7 +29,7 @@ from megatron_sts.config.schema import RunConfig
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, collate
 from megatron_sts.data.template import EncodedSample
-from megatron_sts.model.images import cut
+from megatron_sts.model.images import Tiles, cut
 from megatron_sts.vision.tower import fitting_of
 from megatron_sts.vtc.positions import position_ids
 from tests.parity.hf import randomize
@@ -117,13 +117,20 @@ def batch_of(resolved: Resolved, seed: int) -> Batch:
         for number in range(len(found)):
             tokens += [*random.integers(6, VOCAB, 3).tolist(), *[IMAGE_ID] * images.num_kept(number)]
         tokens += random.integers(6, VOCAB, 9).tolist()
-        is_visual = [token == IMAGE_ID for token in tokens]
-        is_target = [not visual and bool(random.integers(0, 2)) for visual in is_visual]
-        encoded = EncodedSample(tokens, is_target, is_visual, len(found), [False] * len(tokens))
-        places = position_ids(torch.tensor(is_visual), images.kept, images.counts_in, "original")
-        rows.append([PreparedSample(encoded, places, images.kept, stage.view_tokens, images.pixels() or None,
-                                    arrangements=images.arrangements)])  # fmt: skip
+        rows.append([sample_of(tokens, images, stage.view_tokens, random)])
     return collate(rows, sequence_length=counts.sequence_length, dense_length=None, pad_id=0, packed=False)
+
+
+def sample_of(
+    tokens: list[int], images: Tiles, view_tokens: int, random: np.random.Generator | None = None
+) -> PreparedSample:
+    """Tokens with their images' placeholders; words count at random, if at all."""
+    is_visual = [token == IMAGE_ID for token in tokens]
+    is_target = [not visual and random is not None and bool(random.integers(0, 2)) for visual in is_visual]
+    kept, pixels = images.kept, images.pixels() or None
+    encoded = EncodedSample(tokens, is_target, is_visual, len(kept), [False] * len(tokens))
+    places = position_ids(torch.tensor(is_visual), kept, images.counts_in, "original")
+    return PreparedSample(encoded, places, kept, view_tokens, pixels, arrangements=images.arrangements)
 
 
 def hf_inputs(kind: str, batch: Batch, seed: int) -> dict[str, torch.Tensor]:
