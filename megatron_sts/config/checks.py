@@ -11,10 +11,9 @@ from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.architecture_checks import check_architecture
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.precision_checks import check_precision
+from megatron_sts.config.saving import CheckpointConfig, GuardConfig
 from megatron_sts.config.schema import (
-    CheckpointConfig,
     DataConfig,
-    GuardConfig,
     ParallelConfig,
     PartsOptimizerConfig,
     RunConfig,

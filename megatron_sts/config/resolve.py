@@ -23,7 +23,7 @@ from megatron_sts.config.schema import (
     StageConfig,
 )
 from megatron_sts.config.section import Section
-from megatron_sts.config.sparsity_checks import check_rounds
+from megatron_sts.config.sparsity_checks import check_kept, check_rounds
 from megatron_sts.config.tiles import Picture, kept_counts, largest
 from megatron_sts.config.tokens import (
     LOOKING,
@@ -32,7 +32,6 @@ from megatron_sts.config.tokens import (
     is_full_step,
     keep_ratios,
     kept_tokens,
-    least_keep_ratio,
     round_up,
 )
 from megatron_sts.config.tower import place_of_tower
@@ -342,22 +341,6 @@ def _visual_tokens(model: ModelConfig) -> int:
         return 0
     patches = (model.vision.image_size // model.vision.patch_size) ** 2
     return patches if model.qformer is None else model.qformer.num_query_tokens
-
-
-def check_kept(stage: StageConfig, tokens_in: int, multiple: int) -> None:
-    """Every step keeps something of every image."""
-    if stage.vtc is None:
-        return
-    if stage.vtc.sampler == "pooled" and math.isqrt(tokens_in) ** 2 != tokens_in:
-        refuse(f"stages.{stage.name}.vtc.sampler", "pooled", f"an image's {tokens_in} tokens form no square grid",
-               "use another sampler")  # fmt: skip
-    if kept_tokens(stage.vtc, least := least_keep_ratio(stage.vtc), tokens_in, multiple) == 0:
-        refuse(
-            f"stages.{stage.name}.vtc.keep_ratio",
-            least,
-            f"keeps none of an image's {tokens_in} tokens",
-            f"use at least {1 / tokens_in:.3g}",
-        )
 
 
 def _num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -9,6 +10,7 @@ from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import LdsConfig, StageConfig
 from megatron_sts.config.tile_checks import check_kept_tiles
+from megatron_sts.config.tokens import kept_tokens, least_keep_ratio
 
 
 def check_sparsity(stage: StageConfig, model: ModelConfig) -> None:
@@ -53,6 +55,22 @@ def check_keeping(stage: StageConfig) -> None:
     if vtc.full_every is not None and vtc.full_fraction:
         refuse(f"{field}.full_fraction", vtc.full_fraction, f"full_every={vtc.full_every} says which steps already",
                "set one of the two")  # fmt: skip
+
+
+def check_kept(stage: StageConfig, tokens_in: int, multiple: int) -> None:
+    """Every step keeps something of every image."""
+    if stage.vtc is None:
+        return
+    if stage.vtc.sampler == "pooled" and math.isqrt(tokens_in) ** 2 != tokens_in:
+        refuse(f"stages.{stage.name}.vtc.sampler", "pooled", f"an image's {tokens_in} tokens form no square grid",
+               "use another sampler")  # fmt: skip
+    if kept_tokens(stage.vtc, least := least_keep_ratio(stage.vtc), tokens_in, multiple) == 0:
+        refuse(
+            f"stages.{stage.name}.vtc.keep_ratio",
+            least,
+            f"keeps none of an image's {tokens_in} tokens",
+            f"use at least {1 / tokens_in:.3g}",
+        )
 
 
 def check_points(field: str, schedule: str, points: tuple[tuple[float, float], ...]) -> None:

@@ -16,11 +16,10 @@ from megatron_sts.config.load import load, override
 from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import STATE, checkpoint_of, config_of, is_of_run
+from megatron_sts.config.saving import CheckpointConfig, GuardConfig
 from megatron_sts.config.schema import (
     BatchConfig,
-    CheckpointConfig,
     DataConfig,
-    GuardConfig,
     ParallelConfig,
     RunConfig,
     TemplateName,

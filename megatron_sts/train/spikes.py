@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from statistics import median
 
-from megatron_sts.config.schema import GuardConfig
+from megatron_sts.config.saving import GuardConfig
 from megatron_sts.train.checkpoint import Checkpointer
 from megatron_sts.train.metrics import RunLog
 from megatron_sts.train.resume import Progress

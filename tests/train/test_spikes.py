@@ -11,7 +11,8 @@ import pytest
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import resolve
-from megatron_sts.config.schema import GuardConfig, RunConfig
+from megatron_sts.config.saving import GuardConfig
+from megatron_sts.config.schema import RunConfig
 from megatron_sts.train.resume import Progress
 from megatron_sts.train.spikes import SpikeError, usual_loss, way_back
 from tests.train import stagehand
