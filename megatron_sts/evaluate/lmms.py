@@ -7,11 +7,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,26 +27,29 @@ from rich.progress import track
 from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.run_folder import checkpoint_of
+from megatron_sts.convert.folder import is_weights_folder
 from megatron_sts.data.image import decode_opened
 from megatron_sts.data.records import IMAGE_MARKER, Record, Turn
 from megatron_sts.evaluate.generate import Generator, Request, Sampling
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
+from megatron_sts.evaluate.together import Together, ending_on_error
+from megatron_sts.launch import trail
 from megatron_sts.runtime.device import current_device
-from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, process_group
+from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, on_rank_zero, process_group
 
 MANIFEST = ModelManifest("megatron_sts", simple_class_path="megatron_sts.evaluate.lmms.MegatronSts")
 DEFAULT_MAX_NEW_TOKENS = 1024
 """Where a task sets none, as lmms-eval's adapter for LLaVA has it."""
 BATCHES_AT_ONCE = 8
-JOIN_TIMEOUT_S = 600.0
 
 
 class MegatronSts(lmms):
     """A checkpoint as lmms-eval asks it.
 
     lmms-eval gives each rank other requests; tensor- and pipeline-parallel ranks answer together. So ranks
-    share their requests, answer all of them as one, and each hands back the answers to its own. With a response cache they
-    may have unequally many, and ranks with few send empty parts.
+    share their requests, answer all of them as one, and each hands back the answers to its own, which lmms-eval gathers on rank
+    0. They may have unequally many; ranks with few send empty parts. On several ranks an error ends its rank, see ``Together``.
     """
 
     is_simple = True
@@ -62,15 +67,21 @@ class MegatronSts(lmms):
         ``device`` and ``max_batch_size`` are what lmms-eval always hands over; a rank's device is its own choice.
         """
         super().__init__()
-        self._joined = ExitStack()  # until the process ends
-        if not dist.is_initialized():
-            self._joined.enter_context(process_group(JOIN_TIMEOUT_S))
-        check_no_cache(sys.argv, dist.get_world_size())
+        num_ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
         words = [f"{path}={value}" for path, value in overrides.items()]
         words.append(f"evaluation.micro_batch_size={batch_size}")
-        resolved = resolve_source(Path(checkpoint), words, dist.get_world_size())
+        with ending_on_error(num_ranks):
+            check_no_cache(sys.argv, num_ranks)
+            resolved = resolve_source(Path(checkpoint), words, num_ranks)
+            self._joined = ExitStack()  # until the process ends
+            if not dist.is_initialized():
+                self._joined.enter_context(process_group(resolved.config.parallel.timeout_s))
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._together = Together(Path(checkpoint), resolved.config.parallel.timeout_s)
         self._num_at_once = BATCHES_AT_ONCE * resolved.config.evaluation.micro_batch_size
-        self._generator = Generator(*load_for_inference(Path(checkpoint), resolved))
+        with self._together.block():
+            source = on_rank_zero(partial(newest_of, Path(checkpoint)))
+            self._generator = Generator(*load_for_inference(source, resolved))
         self._num_asked = 0
 
     @property
@@ -81,19 +92,21 @@ class MegatronSts(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The answers to this rank's requests; a collective."""
         texts: list[str] = []
-        [most] = max_over_ranks([float(len(requests))])
-        starts = range(0, int(most), self._num_at_once)
-        for start in track(starts, description="megatron_sts", disable=not is_rank_zero()):
-            texts += self._answer(requests[start : start + self._num_at_once])
+        with self._together.block():
+            [most] = max_over_ranks([float(len(requests))])
+            starts = range(0, int(most), self._num_at_once)
+            for start in track(starts, description="megatron_sts", disable=not is_rank_zero()):
+                trail.enter("evaluation")
+                texts += self._answer(requests[start : start + self._num_at_once])
         return texts
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:
         """Refused: tasks that rank given answers by likelihood."""
-        refuse("--tasks", requests[0].task_name, "ranks answers by their likelihood", "choose tasks of generate_until")
+        refuse("--tasks", names_of(requests), "ranks answers by their likelihood", "choose tasks of generate_until")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> NoReturn:
         """Refused: tasks that go on asking after an answer."""
-        refuse("--tasks", requests[0].task_name, "asks in several rounds", "choose tasks of generate_until")
+        refuse("--tasks", names_of(requests), "asks in several rounds", "choose tasks of generate_until")
 
     def _asked(
         self, context: str, settings: Mapping[str, Any], doc_to_visual: Any, doc_id: int, task: str, split: str
@@ -109,18 +122,20 @@ class MegatronSts(lmms):
         return request, sampling_of(settings)
 
     def _answer(self, instances: Sequence[Instance]) -> list[str]:
-        """Answers of this rank's part, which may be empty; a collective."""
-        parts = self._all_parts(instances)
-        everything = [pair for part in parts for pair in part]
+        """Answers of this rank's part, which may be empty; a collective.
+
+        Parts are put together in turn, as lmms-eval dealt them out: draws are those of one rank, until it pads a part.
+        """
+        parts = [[(rank, asked) for asked in part] for rank, part in enumerate(self._all_parts(instances))]
+        everything = [dealt for turn in zip_longest(*parts) for dealt in turn if dealt is not None]
         texts: dict[int, str] = {}
-        for sampling in dict.fromkeys(sampling for _, sampling in everything):
-            places = [place for place, (_, wanted) in enumerate(everything) if wanted == sampling]
+        for sampling in dict.fromkeys(sampling for _, (_, sampling) in everything):
+            places = [place for place, (_, (_, wanted)) in enumerate(everything) if wanted == sampling]
             numbered = replace(sampling, first_number=self._num_asked)
-            said = self._generator.generate([everything[place][0] for place in places], numbered)
+            said = self._generator.generate([everything[place][1][0] for place in places], numbered)
             self._num_asked += len(places)
             texts |= zip(places, said, strict=True)
-        first = sum(len(part) for part in parts[: dist.get_rank()])
-        return [texts[first + number] for number in range(len(instances))]
+        return [texts[place] for place, (rank, _) in enumerate(everything) if rank == dist.get_rank()]
 
     def _all_parts(self, instances: Sequence[Instance]) -> list[list[tuple[Request, Sampling]]]:
         """What each rank asks; a collective, because none may go on where another cannot.
@@ -140,6 +155,16 @@ class MegatronSts(lmms):
             if found is not None:
                 raise ConfigError(f"rank {rank} cannot make requests of its task ({found}); choose another --tasks")
         return [part for part, _ in parts]
+
+
+def newest_of(source: Path) -> Path:
+    """A folder of weights, or a checkpoint. One rank says which: a run that trains on may give others a newer one."""
+    return source if is_weights_folder(source) else checkpoint_of(source)
+
+
+def names_of(requests: Sequence[Instance]) -> str:
+    """The tasks that requests are of; none where lmms-eval gave this rank no request."""
+    return ",".join(sorted({request.task_name for request in requests}))
 
 
 def check_no_cache(argv: Sequence[str], num_ranks: int) -> None:

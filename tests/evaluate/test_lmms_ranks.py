@@ -1,25 +1,37 @@
-"""Ranks that lmms-eval hands unequal or bad requests stay together. Its own classes are stood in for: none of them does work here."""
+"""Ranks that lmms-eval hands unequal, bad or no requests stay together, and layouts answer alike. Its own classes are stood in
+for: none of them does work here. ``test_lmms.py`` runs lmms-eval itself, where it is installed."""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.evaluate.generate import Request, Sampling
+from megatron_sts.evaluate.together import Together
 from megatron_sts.runtime.dist import process_group
-from tests.dist.launch import run_ranks
+from tests.dist.launch import RanksFailed, run_ranks
+from tests.evaluate.benchmarks.tiny_run import train
 
 STANDINS = {
     "lmms_eval.api.instance": {"Instance": object},
     "lmms_eval.api.model": {"lmms": object},
     "lmms_eval.models.registry_v2": {"ModelManifest": lambda *_, **__: None},
 }
+NUM_DOCS = 7
+PP2, DP2 = {"parallel.pipeline_model_parallel_size": "2"}, {"parallel.data_parallel_size": "2"}
 
 
 class Echo:
@@ -33,14 +45,20 @@ class Echo:
         return [request.record.turns[0].text for request in requests]
 
 
-def adapter(generator: Echo) -> Any:
+def adapter_class() -> Any:
     for name, contents in STANDINS.items():
         sys.modules[name] = ModuleType(name)
         sys.modules[name].__dict__.update(contents)
     from megatron_sts.evaluate.lmms import MegatronSts
 
-    model = object.__new__(MegatronSts)
+    return MegatronSts
+
+
+def adapter(generator: Any, timeout_s: float = 30) -> Any:
+    kind = adapter_class()
+    model = object.__new__(kind)
     model._generator, model._num_at_once, model._num_asked = generator, 2, 0
+    model._together = Together(Path(), timeout_s)
     model.task_dict = {"task": {"test": [None] * 9}}
     return model
 
@@ -60,11 +78,94 @@ def unequal() -> None:
         assert echo.numbers == [0, 1, 2, 3, 4]  # no draws repeat from chunk to chunk
 
 
+def test_unequally_many_requests_are_all_answered() -> None:
+    run_ranks(unequal, 2, 60)
+
+
 def one_bad() -> None:
+    """lmms-eval would catch an error and end with status 0: the adapter ends its rank."""
     with process_group(30):
-        asked = instances(1, {}, ["no picture"] * dist.get_rank())
-        with pytest.raises(ConfigError, match=r"rank 1 cannot make requests of its task .*shows the model a str"):
-            adapter(Echo()).generate_until(asked)
+        adapter(Echo()).generate_until(instances(1, {}, ["no picture"] * dist.get_rank()))
+
+
+def test_a_bad_request_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
+    with pytest.raises(RanksFailed) as failed:
+        run_ranks(one_bad, 2, 60, TMPDIR=tmp_path)
+    assert failed.value.returncodes == [2, 2]
+    said = "".join(failed.value.outputs)
+    assert said.count("megatron-sts: error") == 1 and "Traceback" not in said, said
+    assert "rank 1 cannot make requests of its task" in said and "shows the model a str" in said
+
+
+class Ill(Echo):
+    """Rank 1 has a way to end, or not to."""
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[str]:
+        if dist.get_rank() == 1:
+            if os.environ["ILL"] == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+        return super().generate(requests, sampling)
+
+
+def one_ill() -> None:
+    """Rank 1 dies or hangs while answering, or lmms-eval lets it not come; others wait in a collective for 60,000 s."""
+    with process_group(60_000):
+        if os.environ["ILL"] == "absent" and dist.get_rank() == 1:
+            time.sleep(60)
+        adapter(Ill(), timeout_s=4).generate_until(instances(5, {}))
+
+
+@pytest.mark.parametrize(
+    ("ill", "told"),
+    [
+        ("dies", r"error: rank 1 \(.*\) is gone; it was last in "),
+        ("hangs", r"error: rank 1 \(.*\) did not come: for .* s it has been in evaluation"),
+        ("absent", r"error: rank 1 of 2 did not come within parallel.timeout_s=4; what went wrong there is in its log"),
+    ],
+)
+def test_a_rank_that_others_wait_for_is_named_and_all_end(ill: str, told: str, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(RanksFailed, match=told) as failed:
+        run_ranks(one_ill, 2, 50, ILL=ill, TMPDIR=tmp_path)
+    assert failed.value.returncodes[0] == 1
+    assert time.monotonic() - started < 40
+
+
+def answer_in_layout() -> None:
+    """OVERRIDES of the checkpoint runs/tiny in FOLDER; documents dealt out as lmms-eval does, without its padding."""
+    folder, rng = Path(os.environ["FOLDER"]), np.random.default_rng(3)
+    pictures = [Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(NUM_DOCS)]
+    model = adapter_class()(str(folder / "runs" / "tiny"), batch_size=2, **json.loads(os.environ["OVERRIDES"]))
+    model.task_dict = {name: {"test": list(range(NUM_DOCS))} for name in ("greedy", "drawn")}
+    rank, num_ranks = dist.get_rank(), dist.get_world_size()
+    said: dict[str, str] = {}
+    for task, settings in (
+        ("greedy", {"max_new_tokens": 5, "until": ["\n\n"]}),
+        ("drawn", {"temperature": 0.9, "max_new_tokens": 4}),
+    ):
+        mine = range(rank, NUM_DOCS, num_ranks)
+        asked = [
+            (f"is {n * '2 '}there a cat?", settings, lambda n: [pictures[n]][: n % 3], n, task, "test") for n in mine
+        ]
+        texts = model.generate_until([SimpleNamespace(args=args) for args in asked])
+        said |= {f"{task} {n}": text for n, text in zip(mine, texts, strict=True)}
+    parts: list[Any] = [None] * num_ranks
+    dist.all_gather_object(parts, said)
+    if rank == 0:
+        everything = {key: text for part in parts for key, text in part.items()}
+        (folder / os.environ["RESULT"]).write_text(json.dumps(everything, sort_keys=True))
+
+
+def test_layouts_answer_string_for_string_as_one_rank(tmp_path: Path) -> None:
+    train(tmp_path)
+    said = {}
+    for name, num_ranks, overrides in (("one", 1, {}), ("pp2", 2, PP2), ("dp2", 2, DP2)):
+        run_ranks(answer_in_layout, num_ranks, 120, FOLDER=tmp_path, OVERRIDES=json.dumps(overrides), RESULT=name)
+        said[name] = json.loads((tmp_path / name).read_text())
+    assert len(said["one"]) == 2 * NUM_DOCS and len(set(said["one"].values())) > NUM_DOCS
+    assert said["pp2"] == said["one"]
+    assert said["dp2"] == said["one"]
 
 
 def cached() -> None:
@@ -79,8 +180,3 @@ def cached() -> None:
 
 def test_a_response_cache_on_several_ranks_is_refused() -> None:
     run_ranks(cached, 1, 60)
-
-
-@pytest.mark.parametrize("target", [unequal, one_bad])
-def test_two_ranks_stay_together(target: Any) -> None:
-    run_ranks(target, 2, 60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,14 @@ def gqa(folder: Path) -> Path:
     return folder
 
 
-def vqav2(folder: Path) -> Path:
+def vqav2(folder: Path, more: Sequence[tuple[int, int, str, str, str, list[str]]] = ()) -> Path:
     """v2_OpenEnded_mscoco_val2014_questions.json and v2_mscoco_val2014_annotations.json."""
     rows = [
         (262148000, 262148, "Where is he looking?", "none of the above", "other", ["down"] * 7 + ["at table"] * 3),
         (262148001, 262148, "How many people are there?", "how many people are", "number", ["2"] * 8 + ["two", "3"]),
         (393225000, 393225, "What does the sign say?", "what does the", "other", ["stop"] * 10),
         (393225001, 393225, "Is this a stop sign?", "is this a", "yes/no", ["yes"] * 10),
+        *more,
     ]
     header = {"info": {"version": "2.0"}, "data_type": "mscoco", "data_subtype": "val2014", "license": {}}
     questions = [{"image_id": image, "question": text, "question_id": key} for key, image, text, *_ in rows]

@@ -85,7 +85,9 @@ class Lmms:
     """lmms-eval's rules, one label tried after the other."""
 
     def __init__(self) -> None:
-        pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; it comes with the extra eval")
+        pytest.importorskip(
+            "lmms_eval", reason="lmms-eval is not installed; bash tests/evaluate/lmms.sh runs this with it"
+        )
         if version("lmms_eval") != LMMS_VERSION:
             pytest.skip(f"the table is of lmms-eval {LMMS_VERSION}")
 
