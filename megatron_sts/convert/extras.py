@@ -13,12 +13,13 @@ from megatron_sts.config.schema import TemplateName
 from megatron_sts.convert.architectures import LLAVAS, import_transformers
 from megatron_sts.convert.chat_template import jinja
 from megatron_sts.convert.image_processor import IMAGE_PROCESSOR, PROCESSOR
-from megatron_sts.convert.processing import image_processor, video_processor
+from megatron_sts.convert.processing import image_processor, video_settings
 from megatron_sts.convert.shards import write_atomically
 from megatron_sts.data.template import answer_ends
 from megatron_sts.data.tokenizer import Tokenizer
 
 GENERATION = "generation_config.json"
+VIDEO_PROCESSOR = "video_preprocessor_config.json"
 EXTRAS = (
     "added_tokens.json",
     "additional_chat_templates",
@@ -32,6 +33,7 @@ EXTRAS = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    VIDEO_PROCESSOR,
     "vocab.json",
     "vocab.txt",
 )
@@ -39,7 +41,7 @@ UNKNOWN_LENGTH = int(1e20)
 """Of tokenizers in transformers (1e30, which is no whole number there)."""
 EXTRAS_OF_HALVES: dict[Part, tuple[str, ...]] = {
     "vision": (IMAGE_PROCESSOR,),
-    "language": tuple(name for name in EXTRAS if name not in (IMAGE_PROCESSOR, PROCESSOR)),
+    "language": tuple(name for name in EXTRAS if name not in (IMAGE_PROCESSOR, PROCESSOR, VIDEO_PROCESSOR)),
 }
 """A CLIP has a tokenizer and a generation config of its own, which the joined model must not get."""
 
@@ -92,7 +94,9 @@ def write_extras(extras: Extras, out: Path) -> None:
         others = hf.chat_template if isinstance(hf.chat_template, dict) else {}
         hf.chat_template = {**others, "default": template} if others else template
     hf.model_max_length = _longest(hf, extras.config)
-    if extras.config.model_type in LLAVAS:
+    if extras.config.model_type == "llava_onevision":
+        _write_onevision(extras, hf, pictures, out)
+    elif extras.config.model_type in LLAVAS:
         _processor(extras, hf, pictures).save_pretrained(out)
     else:
         hf.save_pretrained(out)
@@ -121,18 +125,32 @@ def _processor(extras: Extras, hf: Any, pictures: Any) -> Any:
     """Of texts with pictures."""
     transformers, tokenizer, config = import_transformers(), extras.tokenizer, extras.config
     assert tokenizer is not None
-    strategy, image_token = config.vision_feature_select_strategy, hf.convert_ids_to_tokens(tokenizer.image_id)
-    options: dict[str, Any] = {"chat_template": hf.chat_template, "image_token": image_token}
-    if config.model_type == "llava_onevision":
-        side = config.vision_config.image_size // config.vision_config.patch_size
-        options |= {"num_image_tokens": side**2, "vision_aspect_ratio": config.vision_aspect_ratio}
-        options["video_processor"] = video_processor(pictures)
-    else:
-        options["patch_size"] = config.vision_config.patch_size
-        options["num_additional_image_tokens"] = int(strategy == "default")  # the class token, which it then leaves out
-    kind = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}.get(
-        config.model_type, "LlavaOnevisionProcessor"
-    )
+    strategy = config.vision_feature_select_strategy
+    kind = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}[config.model_type]
     return getattr(transformers, kind)(
-        image_processor=pictures, tokenizer=hf, vision_feature_select_strategy=strategy, **options
+        image_processor=pictures,
+        tokenizer=hf,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(strategy == "default"),  # the class token, which it then leaves out
+        image_token=hf.convert_ids_to_tokens(tokenizer.image_id),
+        chat_template=hf.chat_template,
     )
+
+
+def _write_onevision(extras: Extras, hf: Any, pictures: Any, out: Path) -> None:
+    """LLaVA-OneVision's processor file by file: transformers makes none without torchvision, which its video processor needs."""
+    config, tokenizer = extras.config, extras.tokenizer
+    assert tokenizer is not None
+    vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    said = {
+        "processor_class": "LlavaOnevisionProcessor",
+        "image_token": hf.convert_ids_to_tokens(tokenizer.image_id),
+        "num_image_tokens": (vision.image_size // vision.patch_size) ** 2 + int(strategy == "default"),
+        "vision_feature_select_strategy": strategy,
+        "vision_aspect_ratio": config.vision_aspect_ratio,
+    }
+    pictures.save_pretrained(out)
+    hf.save_pretrained(out)
+    for name, content in ((PROCESSOR, said), (VIDEO_PROCESSOR, video_settings(pictures))):
+        write_atomically(out / name, json.dumps(content, indent=2) + "\n")

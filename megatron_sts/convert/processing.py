@@ -86,10 +86,12 @@ def image_processor(vision: VisionConfig) -> Any:
     )
 
 
-def video_processor(pictures: Any) -> Any:
-    """One that does to frames what the image processor ``pictures`` does to overviews; LLaVA-OneVision's."""
-    names = "size", "resample", "image_mean", "image_std"
-    return import_transformers().LlavaOnevisionVideoProcessor(**{name: getattr(pictures, name) for name in names})
+def video_settings(pictures: Any) -> dict[str, Any]:
+    """Of a LLaVA-OneVision's video processor that does to frames what the image processor ``pictures`` does to overviews."""
+    said = pictures.to_dict()
+    names = ("size", "resample", "image_mean", "image_std", "rescale_factor")
+    steps = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    return {"video_processor_type": "LlavaOnevisionVideoProcessor", **steps, **{name: said[name] for name in names}}
 
 
 def _resample(number: int, folder: Path) -> Resample:

@@ -208,7 +208,16 @@ def _check_vision(section: VisionConfig, config: Any, folder: Path) -> None:
     else:
         ours, kept = (
             _with_defaults(one).model_dump(
-                exclude={"hf_config", "pixel_mean", "pixel_std", "processing", "resample", "feature_layer", "init"}
+                exclude={
+                    "hf_config",
+                    "pixel_mean",
+                    "pixel_std",
+                    "processing",
+                    "resample",
+                    "tiles",
+                    "feature_layer",
+                    "init",
+                }
             )
             for one in (section, architectures.vision_section(config, folder))
         )
