@@ -50,11 +50,16 @@ def test_default_is_the_parallel_sizes_product(run, config: Path, tmp_path: Path
     assert json.loads(ranks[0].read_text())["OMP_NUM_THREADS"] == "3"
 
 
+FROM_THE_BEGINNING = "megatron-sts: the same command starts from the beginning: there is no checkpoint yet"
+
+
 def test_failing_rank_is_named(run, config: Path) -> None:
     result = run("train", config, "--nproc", "2", STAND_IN=FAILURE)
     assert result.returncode == 1
-    last = result.stderr.splitlines()[-1]
-    assert last == "megatron-sts: error: rank 1 (exit code 1): RuntimeError: layer 3 is broken second line"
+    assert result.stderr.splitlines()[-2:] == [
+        "megatron-sts: error: rank 1 (exit code 1): RuntimeError: layer 3 is broken second line",
+        FROM_THE_BEGINNING,
+    ]
     assert "[rank 1] Traceback" in result.stderr
     assert "torch" not in result.stderr
 
@@ -62,7 +67,10 @@ def test_failing_rank_is_named(run, config: Path) -> None:
 def test_killed_rank_is_the_cause(run, config: Path) -> None:
     result = run("train", config, "--nproc", "2", STAND_IN=KILLED)
     assert result.returncode == 1
-    assert result.stderr == "megatron-sts: error: rank 1 was killed by SIGKILL (out of memory?)\n"
+    assert result.stderr.splitlines() == [
+        "megatron-sts: error: rank 1 was killed by SIGKILL (out of memory?)",
+        FROM_THE_BEGINNING,
+    ]
 
 
 def test_cause_comes_before_its_consequences() -> None:

@@ -37,7 +37,7 @@ def measured() -> Iterator[tuple[str, str, str, int, float]]:
 
 def one_gpu(fmt: str, stage: str, case: str, rows: int) -> PeakMemory:
     """What ``tools/bench_gpu.py`` ran."""
-    overrides = [f"stages.{stage}.batch.micro_batch_size={rows}", f"stages.*.batch.global_batch_size={2 * rows}"]
+    overrides = [f"stages.*.batch.micro_batch_size={rows}", f"stages.*.batch.global_batch_size={2 * rows}"]
     overrides += ["precision.fp8=tensorwise"] if fmt == "tensorwise" else []
     overrides += ["model.language.num_layers=8"] if stage == "finetune" else []
     overrides += ["stages.alignment.vtc=null"] if case == "dense" else []
