@@ -47,6 +47,8 @@ def stages_of(resolved: Resolved, num_steps: Mapping[str, int]) -> Expected:
 
 def _expected(resolved: Resolved, stage: ResolvedStage, num_steps: int) -> ExpectedStage:
     layers, flops, shares = [], 0.0, []
+    vision = resolved.config.model.vision
+    is_cut = vision is not None and vision.tiles is not None  # then an image's tokens depend on its size
     borders, place = bins_of(num_steps), placement(resolved, stage)
     for start, stop in pairwise(borders.tolist()):
         steps = np.unique(np.linspace(start, stop - 1, STEPS_A_BIN).round().astype(int)).tolist()
@@ -58,7 +60,7 @@ def _expected(resolved: Resolved, stage: ResolvedStage, num_steps: int) -> Expec
             for shape, each in zip(counts, executed, strict=True)
         ]
         flops += float(np.mean(costs)) * (stop - start)
-        if stage.visual_tokens_in:
+        if stage.visual_tokens_in and not is_cut:
             shares += [np.mean([shape.of_image(0) for shape in counts]) / stage.visual_tokens_in] * (stop - start)
     return ExpectedStage(np.array(layers), float(np.mean(shares)) if shares else None, flops)
 

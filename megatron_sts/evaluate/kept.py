@@ -81,6 +81,8 @@ def not_on_a_grid(resolved: Resolved) -> str | None:
     model = resolved.config.model
     if model.vision is None:
         return "model.vision=null: there are no visual tokens to draw; give a run that sees images"
+    if model.vision.tiles is not None:
+        return "model.vision.tiles: an image's tokens are those of several squares; give a run without them"
     if model.qformer is not None:
         return "model.qformer: its tokens are no patches, which could be drawn; give a run without one"
     if model.vision.tiles is not None:

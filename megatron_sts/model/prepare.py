@@ -33,7 +33,7 @@ class BatchPreparer:
         self._sampler = make_sampler(vtc, resolved.config.seed, stage.index) if vtc else UniformSampler()
         self._projects_all = vtc is not None and vtc.sampler not in BEFORE_PROJECTOR
         self._positions = vtc.positions if vtc else "original"
-        self._needs_pixels = needs_pixels
+        self._needs_pixels = needs_pixels and self._fitting is not None  # a model without eyes is asked in words
 
     def prepare(self, index: int, record: Record, counts: TokenCounts) -> PreparedSample:
         """A sample with the visual tokens that ``counts`` keeps; ``index`` tells it from the others in random choices.

@@ -11,10 +11,11 @@ import yaml
 
 from megatron_sts.cli import main
 from megatron_sts.commands.expected import expected_of, stages_of
+from megatron_sts.config.architecture import TilesConfig
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import VtcConfig
-from megatron_sts.evaluate.kept import kept_of_images
+from megatron_sts.evaluate.kept import kept_of_images, not_on_a_grid
 from megatron_sts.evaluate.load import load_for_inference, resolve_source
 from megatron_sts.evaluate.scenes import asking_stage, draw_questions, record_of
 from megatron_sts.lds.effective import executed_fraction
@@ -113,6 +114,12 @@ def test_what_has_no_visual_tokens_is_not_drawn(
     assert main(["report", str(blind), "--kept", "1"]) == 2
     assert "the run has no checkpoint yet" in capsys.readouterr().err
     assert not (blind / "report.html").exists()
+    resolved = resolve_source(run_dir)
+    model, vision = resolved.config.model, resolved.config.model.vision
+    assert vision is not None and not_on_a_grid(resolved) is None
+    for other in (None, vision.model_copy(update={"tiles": TilesConfig(resolutions=((128, 64),))})):
+        config = resolved.config.model_copy(update={"model": model.model_copy(update={"vision": other})})
+        assert not_on_a_grid(resolved.model_copy(update={"config": config})) is not None
 
 
 def test_a_layer_that_is_left_out_is_skipped(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,3 +33,14 @@ def test_processing_and_interpolation_are_the_configs(processing: str | None, tm
     assert vision is not None
     expected = Fitting(32, processing or "pad", "bilinear", padding_colour(vision)).fit(drawn)  # type: ignore[arg-type]
     np.testing.assert_array_equal(pixels, expected)
+
+
+def test_a_model_without_eyes_is_asked_in_words(tmp_path: Path) -> None:
+    """Evaluation asks the first stage's ranks for pixels, whatever the model."""
+    written = written_run(tmp_path, {"name": "words", "steps": 1})
+    written["model"]["vision"] = None
+    written["data"] = {"source": "scenes", "mode": "words"}
+    run = resolved_run(written)
+    preparer = BatchPreparer(run, run.stages[0], needs_pixels=True)
+    record = Record("words", (Turn("user", "is there a cat ?"), Turn("assistant", "no")), ())
+    assert not preparer.prepare(0, record, run.stages[0].tokens(0)).pixels
