@@ -1,6 +1,6 @@
 """Makes the embedded tiny language model with this framework, from text only. Resumable: run it again after a stop.
 
-Six layers are trained first, from heads that already look back (``pretrain/start.py``), then grown to twelve, each layer
+Six layers are trained first, from heads that already look back and count (``pretrain/start.py``), then grown to twelve, each layer
 becoming two that add half as much, then trained on with random layer skipping (LDS), so that the network lives with
 skipped layers. In the last stages a scene is also given as a map of 64 words, one a patch, the layout of projected visual
 tokens. At the end all questions are asked again without each layer in turn, which tells what each is worth.
