@@ -1,9 +1,9 @@
-"""How much of the FLOPs that VTC saves arrives as wall-clock and memory in the alignment stage.
+"""How much of the FLOPs that VTC saves arrives as wall-clock and memory, in alignment or in fine-tuning on tiles.
 
-    python tools/bench_vtc.py [--json]
+    python tools/bench_vtc.py [--tiles] [--json]
 
 Steps with all visual tokens and with a share of them alternate in one run, on the same samples and weights, with the language
-model frozen. ideal_saving is 1 - executed / dense FLOPs; realised_saving is 1 - their time / that of the dense steps between
+model frozen; with --tiles everything learns, and each picture is an overview and four tiles, as LLaVA-NeXT's largest. ideal_saving is 1 - executed / dense FLOPs; realised_saving is 1 - their time / that of the dense steps between
 them; efficiency is realised / ideal. saved_bytes are those of the tensors that a micro-batch keeps for its backward pass.
 One CPU thread. Seconds never leave a run: compare ratios.
 """
@@ -37,7 +37,9 @@ from megatron_sts.train.feed import Feed
 from megatron_sts.train.stage import Stage, build_stage
 
 KEEP_RATIOS = (1.0, 0.75, 0.5, 0.25, 0.1)
-MICRO_BATCH_SIZE, NUM_MICROBATCHES = 4, 2
+NUM_MICROBATCHES = 2
+TILES = {"resolutions": [[192, 192]]}
+"""Four of 96 pixels: 24 rows of 24 tokens and a newline, beside the overview's 144."""
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -60,17 +62,18 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
 
 
 def resolved_run(args: argparse.Namespace, keep_ratio: float) -> Resolved:
-    """A decoder that dwarfs the tower before it, on drawn scenes of 96 pixels: 144 visual tokens."""
-    hidden = args.hidden_size
+    """A decoder that dwarfs the tower before it, on drawn scenes of 96 pixels: 144 visual tokens, or in tiles 744."""
+    hidden, size = args.hidden_size, 1 if args.tiles else 4
     vision = {"num_layers": 2, "hidden_size": 64, "num_attention_heads": 4, "image_size": 96, "patch_size": 8}
+    vision |= {"tiles": TILES if args.tiles else None}
     language = {"num_layers": args.num_layers, "hidden_size": hidden, "num_attention_heads": max(hidden // 64, 2)}
-    batch = {"global_batch_size": MICRO_BATCH_SIZE * NUM_MICROBATCHES, "micro_batch_size": MICRO_BATCH_SIZE}
+    batch = {"global_batch_size": size * NUM_MICROBATCHES, "micro_batch_size": size}
     stage = {
-        "name": "alignment",
-        "freeze": ["vision", "language"],
+        "name": "finetune" if args.tiles else "alignment",
+        "freeze": [] if args.tiles else ["vision", "language"],
         "steps": 1,
         "optimizer": {"lr": 1e-4},
-        "batch": {**batch, "sequence_length": args.sequence_length},
+        "batch": {**batch, "sequence_length": args.sequence_length or (800 if args.tiles else 192)},
         "vtc": {"keep_ratio": keep_ratio},
     }
     model = {"vision": vision, "language": {**language, "ffn_hidden_size": hidden * 11 // 4, "vocab_size": 1024}}
@@ -99,6 +102,7 @@ def bench(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "ideal_saving": ideal,
                 "realised_saving": realised,
                 "efficiency": realised / ideal if ideal else None,
+                "step_ratio": 1 - realised,
                 "saved_bytes": saved[ratio],
                 "saved_bytes_saving": 1 - saved[ratio] / saved[1.0],
             }
@@ -130,9 +134,12 @@ def flops(stage: Stage, batches: list[Batch]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--tiles", action="store_true", help="fine-tune on an overview and four tiles a picture")
     parser.add_argument("--num-layers", type=int, default=8)
     parser.add_argument("--hidden-size", type=int, default=256)
-    parser.add_argument("--sequence-length", type=int, default=192, help="tokens a sample, 144 visual ones included")
+    parser.add_argument(
+        "--sequence-length", type=int, help="tokens a sample, visual ones included (default: 192, with tiles 800)"
+    )
     parser.add_argument("--num-pairs", type=int, default=12, help="of dense and compressed steps a keep ratio")
     args = parser.parse_args()
     with process_group(600.0):
@@ -141,10 +148,16 @@ def main() -> None:
 
 
 def print_table(found: dict[str, Any]) -> None:
-    table = Table("keep", "ideal saving", "realised", "efficiency", "saved MB", "bytes saving", title=found["device"])
+    names = ("keep", "ideal saving", "realised", "efficiency", "step / dense", "saved MB", "bytes saving")
+    table = Table(*names, title=found["device"])
     for case in found["cases"]:
         efficiency = "-" if case["efficiency"] is None else f"{case['efficiency']:.3f}"
-        numbers = (f"{case['ideal_saving']:.3f}", f"{case['realised_saving']:.3f}", efficiency)
+        numbers = (
+            f"{case['ideal_saving']:.3f}",
+            f"{case['realised_saving']:.3f}",
+            efficiency,
+            f"{case['step_ratio']:.3f}",
+        )
         memory = (f"{case['saved_bytes'] / 1e6:.1f}", f"{case['saved_bytes_saving']:.3f}")
         table.add_row(f"{case['keep_ratio']:g}", *numbers, *memory)
     Console().print(table)
