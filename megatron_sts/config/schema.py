@@ -196,8 +196,8 @@ class VtcConfig(Section):
     full_fraction: Fraction = 0.0
     """Share of steps, evenly spread, that see all tokens (DualSpeed's slow steps)."""
     keep_ratio_by_image: tuple[Ratio, ...] = ()
-    """Keep ratios of a sample's first, second, ... image, the last one for all further: an overview and its tiles, or
-    frames. Replaces ``keep_ratio``."""
+    """Keep ratios of a sample's first, second, ... image, the last one for all further. With ``model.vision.tiles``: of an image's
+    overview and of its tiles, or of a video's frames. Replaces ``keep_ratio``."""
     positions: Literal["original", "compact"] = "original"
     """original: kept tokens and text keep the RoPE positions of the uncompressed sequence; compact: 0, 1, 2, ..."""
     grid_share: Fraction = 0.3

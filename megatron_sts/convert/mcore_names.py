@@ -99,6 +99,13 @@ def layout_of(shapes: Shapes, sections: Sections, source: str) -> Layout:
     """
     if "qformer" in sections:
         refuse("model.qformer", "...", "megatron-core's LLaVAs have none", "such a model cannot be converted")
+    if "vision" in sections and sections["vision"].tiles is not None:
+        refuse(
+            "model.vision.tiles",
+            "...",
+            "megatron-core's LLaVAs have no newline token",
+            "such a model cannot be converted",
+        )
     stored = _find_parts(shapes, sections, source)
     if stored.is_tower_theirs and stored.prefixes["vision"].startswith("vision_model."):
         raise ConfigError(

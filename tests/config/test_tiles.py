@@ -140,6 +140,10 @@ REFUSED: dict[str, dict[str, Any]] = {
         {"model": {"vision": {**MODEL["vision"], "tiles": TILES}, "qformer": {"hidden_size": 24, "num_attention_heads": 4}}},
     "stages.only.vtc.sampler=guided: it knows one square grid":
         {"model": {"vision": {**MODEL["vision"], "tiles": TILES}}, "vtc": {"sampler": "guided"}},
+    r"stages.only.optimizer.parts.vision=\{...\}: no vision learns here: frozen by stages.only.freeze; set it to null":
+        {"optimizer": {"lr": 1e-3, "parts": {"vision": {"lr": 1e-4}}}},
+    r"stages.only.optimizer.parts.qformer=\{...\}: no qformer learns here: the model has none; set it to null":
+        {"optimizer": {"lr": 1e-3, "parts": {"qformer": {"weight_decay": 0.1}}}},
     r"stages.only.batch.sequence_length=64: 1 x 88 visual tokens \(the most tiles\) and 2 of text do not fit; use at least 90, or":
         {"model": {"vision": {**MODEL["vision"], "tiles": TILES}}},
 }  # fmt: skip

@@ -96,6 +96,7 @@ def test_a_config_of_another_model(tmp_path: Path) -> None:
         ({"language": {"num_attention_heads": 7}}, "model.language.hidden_size=64: not a multiple"),
         ({"language": {"hidden": 7}}, "model.language.hidden=7: unknown key"),
         ({"qformer": {"num_query_tokens": 4}}, "model.qformer"),
+        ({"vision": {"tiles": {"resolutions": [[32, 64]]}}}, "model.vision.tiles=...: megatron-core's LLaVAs have no newline"),
         ({"projector": {"type": "linear"}}, "has no tensor for projector.encoder.weight"),
     ):  # fmt: skip
         assert said in refused(tmp_path, mcore, write_config(tmp_path / "config.yaml", **changes))

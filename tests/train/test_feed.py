@@ -179,3 +179,20 @@ def test_reading_that_never_ends_is_an_error(folder: Path, monkeypatch: pytest.M
         batches.step(0)
     release.set()
     batches.close()
+
+
+def test_a_bad_sample_in_tiles_is_left_out_alone(tmp_path: Path) -> None:
+    """Its size decides how long a sample is: too many tokens, or a picture that cannot be read, are told with the sample's name."""
+    write_samples(tmp_path, 4)
+    entries = json.loads((tmp_path / "samples.json").read_text())
+    for entry, names in zip(entries, (["0-0.png"], ["0-0.png"] * 5, ["cut.png"], ["0-0.png"]), strict=True):
+        entry["image"] = names
+        entry["conversations"][0]["value"] = "<image>" * len(names) + "what is it"
+    (tmp_path / "samples.json").write_text(json.dumps(entries))
+    (tmp_path / "cut.png").write_bytes((tmp_path / "0-0.png").read_bytes()[:200])
+    stage: Written = {"name": "one", "steps": 1, "batch": {**BATCH, "global_batch_size": 4, "micro_batch_size": 4}}
+    fed = feed(resolved_run(written_run(tmp_path, stage, model="tiles"))).step(0)
+    skipped = {sample.key: sample.reason for sample in fed.batches[0].skipped}
+    assert sorted(skipped) == ["1", "2"] and "cut.png" in skipped["2"]
+    assert "tokens exceed the stage's 72; raise stages.one.batch.sequence_length=72 to" in skipped["1"]
+    assert fed.batches[0].num_samples == 2 and fed.batches[0].load.num_images > 2
