@@ -79,6 +79,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output went away: no complaint at exit
         return 1
+    except OSError as error:  # a folder that cannot be written, a full disk
+        if error.filename is None or isinstance(error, FileNotFoundError):
+            raise
+        _fail(f"{error.filename}: {error.strerror}")
+        return 1
 
 
 def _fail(message: str) -> None:

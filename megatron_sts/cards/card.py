@@ -12,6 +12,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.explain import explain, one_line
 from megatron_sts.config.section import PositiveInt, Section
 
 FILE = "card.yaml"
@@ -117,13 +118,12 @@ def read_card(folder: Path) -> Card:
     if not path.is_file():
         raise ConfigError(f"{folder}: holds no {FILE}; give an example's folder")
     try:
-        return Card.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+        written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Card.model_validate(written)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: no YAML: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}: no YAML: {one_line(error)}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the card"
-        raise ConfigError(f"{path}: {where}={first['input']!r}: {first['msg']}") from None
+        raise ConfigError(f"{path}: {explain(error, written, Card)}") from None
 
 
 def write_card(card: Card, folder: Path) -> None:

@@ -35,9 +35,9 @@ def explain(error: ValidationError, values: Any, schema: type[Section], groups: 
     """
     # A misspelt key comes first: it is why another one is missing.
     errors = sorted(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")
-    first = errors[0]
+    first = _nearest_to_meant(errors, values)
     value, message = first["input"], first["msg"]
-    field = _dotted(first["loc"], values)
+    field = _dotted(first, values)
     if first["type"] == "missing":
         return f"{field}: missing; add it"
     if first["type"] == "value_error":
@@ -46,12 +46,19 @@ def explain(error: ValidationError, values: Any, schema: type[Section], groups: 
     if first["type"] == "extra_forbidden":
         return f"{field}={_short(value)}: unknown key; {_nearest(first['loc'], schema)}"
     if message.startswith(ASKED):
-        here = [other for other in errors if _dotted(other["loc"], values) == field]
+        here = [other for other in errors if _dotted(other, values) == field]
         message = f"it should be {' or '.join(dict.fromkeys(_asked(other) for other in here))}"
     if first["type"] == "model_type":
         message += "; " + NULL_REMEDIES.get(field if value is None else "", groups.format(field=field))
     message = re.sub(r"^\w+ should have", "it should have", message)
     return one_line(f"{field}={_short(value)}: {message}" if field else f"{_short(value)}: {message}")
+
+
+def _nearest_to_meant(errors: Sequence[ErrorDetails], values: Any) -> ErrorDetails:
+    """The first error; of a value that may be of several types, that of the type which it is like: it lies deepest in the value."""
+    field = _dotted(errors[0], values)
+    here = [error for error in errors if f"{_dotted(error, values)}.".startswith(f"{field}.")]
+    return max(here, key=lambda error: _dotted(error, values).count("."))
 
 
 def _asked(error: ErrorDetails) -> str:
@@ -61,15 +68,16 @@ def _asked(error: ErrorDetails) -> str:
     return next((ours for theirs, ours in WORDS.items() if asked.startswith(theirs)), asked)
 
 
-def _dotted(location: Sequence[str | int], values: Any) -> str:
-    """A location as the user would write it in an override: stages by name, without pydantic's names of the types that a
-    value may be of."""
-    pieces, node = [], values
-    for piece in location:
-        if isinstance(node, Mapping):
+def _dotted(error: ErrorDetails, values: Any) -> str:
+    """Where it is, as the user would write it in an override: stages by name, without pydantic's names of the types that a value
+    may be of."""
+    pieces, node, location = [], values, error["loc"]
+    for place, piece in enumerate(location):
+        is_missing = error["type"] == "missing" and place + 1 == len(location)
+        if isinstance(node, Mapping) and (piece in node or is_missing):
             node = node.get(piece)
         elif isinstance(node, (list, tuple)) and isinstance(piece, int):
-            node = node[piece]
+            node = node[piece] if piece < len(node) else None
         else:
             continue
         pieces.append(str(piece))
@@ -83,7 +91,7 @@ def _nearest(location: Sequence[str | int], schema: type[Section]) -> str:
     """What to write instead of an unknown key."""
     section = schema
     for key in location[:-1]:
-        if isinstance(key, str):
+        if key in section.model_fields:  # else an index, or a key of the user's own
             section = section_of(section.model_fields[key].annotation) or section
     known = list(section.model_fields)
     near = nearest(str(location[-1]), known)

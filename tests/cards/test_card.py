@@ -77,12 +77,12 @@ def test_a_card_is_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "value", "said"),
     [
-        (("status",), "measured", "evidence.0.status='measured'"),
-        (("commit",), "HEAD", "evidence.0.commit='HEAD'"),
-        (("date",), "yesterday", "evidence.0.date='yesterday'"),
+        (("status",), "measured", "evidence.0.status=measured: it should be 'measured on CPU'"),
+        (("commit",), "HEAD", "evidence.0.commit=HEAD"),
+        (("date",), "yesterday", "evidence.0.date=yesterday"),
         (("results",), [], r"evidence.0.results=\[\]"),
         (("results", 0, "tolerance"), -1, "evidence.0.results.0.tolerance=-1"),
-        (("results", 0, "tolerence"), 1, "evidence.0.results.0.tolerence=1"),
+        (("results", 0, "tolerence"), 1, "evidence.0.results.0.tolerence=1: unknown key; did you mean tolerance"),
     ],
     ids=str,
 )

@@ -47,6 +47,9 @@ def test_interpolation_sees_overrides(path: Path) -> None:
     [
         ("stages.1.lds.alpha=2", "stages.finetune.lds.alpha=2: it should be less than or equal to 1"),
         ("stages.1.lds.alfa=1", "stages.finetune.lds.alfa=1: unknown key; did you mean alpha?"),
+        ("stages.1.lds.schedule_points=[[1]]", "stages.finetune.lds.schedule_points.0.1: missing; add it"),
+        ("parallel.layout={a: 1}", "parallel.layout={'a': 1}: it should be 'even' or 'auto' or a list"),
+        ("parallel.layout=[1, x]", "parallel.layout.1=x: it should be a whole number"),
         ("data.num_samples=0", "data.num_samples=0: it should be greater than 0"),
         ("model.vison.num_layers=2", "model.vison={'num_layers': 2}: unknown key; did you mean vision?"),
         (
