@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import Literal, Self, cast
+
+from pydantic import model_validator
 
 from megatron_sts.config.architecture import ModelConfig, Part
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage
@@ -29,7 +31,8 @@ class Assumptions(Section):
     tp_comm_overlap: bool = False
     """Transformer Engine's user buffers: tensor-parallel collectives run in pieces beside the products that need them."""
     fp8_reduce_scatter: bool = False
-    """With user buffers and FP8: outputs of row-split products travel in FP8 (``fp8_buf`` of ``proj_fprop`` and ``fc2_fprop``)."""
+    """With user buffers (``tp_comm_overlap``) and FP8: outputs of row-split products travel in FP8 (``fp8_buf`` of ``proj_fprop`` and
+    ``fc2_fprop``)."""
     gradient_bytes: Literal[2, 4] = 4
     """Of a gradient that micro-batches add to and data-parallel ranks reduce."""
     deferred_head_gradients: NonNegativeInt = 0
@@ -39,6 +42,12 @@ class Assumptions(Section):
     """Of the time of a collective that runs beside products: what these lose to its multiprocessors (16 of 132 on Hopper)."""
     cross_entropy_passes: NonNegativeInt = 8
     """How often the loss moves 4 bytes a logit, forward and backward together."""
+
+    @model_validator(mode="after")
+    def _has_buffers(self) -> Self:
+        if self.fp8_reduce_scatter and not self.tp_comm_overlap:
+            raise ValueError("fp8_reduce_scatter=true: only user buffers send in FP8; set tp_comm_overlap=true too")
+        return self
 
 
 ASSUMED = Assumptions()
