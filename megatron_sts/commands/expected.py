@@ -46,7 +46,7 @@ def stages_of(resolved: Resolved, num_steps: Mapping[str, int]) -> Expected:
 
 
 def _expected(resolved: Resolved, stage: ResolvedStage, num_steps: int) -> ExpectedStage:
-    layers, flops, shares = [], 0.0, []
+    layers, flops, visual = [], 0.0, 0.0
     vision = resolved.config.model.vision
     is_cut = vision is not None and vision.tiles is not None  # then an image's tokens depend on its size
     borders, place = bins_of(num_steps), placement(resolved, stage)
@@ -54,15 +54,15 @@ def _expected(resolved: Resolved, stage: ResolvedStage, num_steps: int) -> Expec
         steps = np.unique(np.linspace(start, stop - 1, STEPS_A_BIN).round().astype(int)).tolist()
         executed = [_layers(stage, step, place) for step in steps]
         layers.append(np.mean(executed, axis=0))
-        counts = [stage.tokens(step) for step in steps]
+        loads = [planned_load(resolved, stage, stage.tokens(step)) for step in steps]
         costs = [
-            step_flops(resolved, stage, planned_load(resolved, stage, shape), layers_executed=float(each.sum()))
-            for shape, each in zip(counts, executed, strict=True)
+            step_flops(resolved, stage, load, layers_executed=float(each.sum()))
+            for load, each in zip(loads, executed, strict=True)
         ]
         flops += float(np.mean(costs)) * (stop - start)
-        if stage.visual_tokens_in and not is_cut:
-            shares += [np.mean([shape.of_image(0) for shape in counts]) / stage.visual_tokens_in] * (stop - start)
-    return ExpectedStage(np.array(layers), float(np.mean(shares)) if shares else None, flops)
+        visual += float(np.mean([load.num_visual_tokens for load in loads])) * (stop - start)
+    whole = num_steps * planned_load(resolved, stage, stage.uncompressed).num_visual_tokens
+    return ExpectedStage(np.array(layers), visual / whole if whole and not is_cut else None, flops)
 
 
 def _layers(stage: ResolvedStage, step: int, place: Placement) -> NDArray[np.float64]:

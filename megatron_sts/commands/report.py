@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_hardware, positive
+from megatron_sts.config.errors import refuse
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +27,7 @@ def add(commands: Commands) -> None:
         help="write what a run came to, or several beside each other",
         description="Write report.html into each run's folder. Of several runs, or with --out, also write overview.html, overview.csv "
         "and pictures: loss, gradient norms, accuracy against FLOPs, which layers ran when; runs that differ in their seed alone "
-        "count as one. Two folders, dense then STS, are also compared: comparison.json, comparison.md and comparison.png.",
+        "count as one. Two folders of other configs, dense then STS, are also compared: comparison.json, comparison.md and comparison.png.",
     )
     report.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="folder that train wrote")
     add_folder(report, "--out", "where overview and comparison go (default: the folder above all runs)")
@@ -47,6 +48,11 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sts.report.run import read_run
     from megatron_sts.report.write import above, report
 
+    folders = [folder.resolve() for folder in args.run_dirs]
+    if twice := next(
+        (given for given, own in zip(args.run_dirs, folders, strict=True) if folders.count(own) > 1), None
+    ):
+        refuse("RUN_DIR", twice, "is given twice", "give each run once")
     runs = [read_run(folder) for folder in args.run_dirs]
     plans = [_planned(each, args) for each in runs] if args.hardware else None
     kept = _kept(runs[-1], args.kept)  # refused before anything is written

@@ -125,7 +125,8 @@ def left_out_of_means(groups: Sequence[Group]) -> frozenset[str]:
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """In the order of their first runs. Labels are folders' names without the seed, with as many parents as tell them apart."""
+    """In the order of their first runs. Labels are folders' names without the seed, with as many parents as tell them apart; with the
+    seed where nothing else does."""
     found: dict[str, list[Run]] = {}
     for run in runs:
         found.setdefault(json.dumps([run.config.get(section) for section in SAME], sort_keys=True), []).append(run)
@@ -134,6 +135,11 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
 def _labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     paths = [_without_seed(members) for members in groups]
+    shared = Counter(paths)
+    paths = [
+        path if shared[path] == 1 else Path(os.path.abspath(members[0].folder))
+        for path, members in zip(paths, groups, strict=True)
+    ]
     labels = [path.name for path in paths]
     for depth in range(2, max(len(path.parts) for path in paths) + 1):
         counts = Counter(labels)

@@ -48,7 +48,7 @@ def run_page(run: Run, planned: Planned | None = None) -> str:
         ("Stages", table(STAGE_COLUMNS, _stage_rows(run))),
         *((("Validation", table(VALIDATION_COLUMNS, _validation_rows(run))),) if run.validations else ()),
         *_why_sections(run, planned),
-        *((name, as_svg(figure)) for name, figure in run_figures(run).items() if run.steps),
+        *((name, as_svg(figure)) for name, figure in (run_figures(run) if run.steps else {}).items()),
         *((("Where the time goes", as_svg(times_figure(spent))),) if (spent := times(run)) else ()),
         *_planned_sections(run, planned),
         *((("Executed layers", as_svg(utilisation_figure(used))),) if (used := utilisation(run)) else ()),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.explain import one_line
 
 Line = dict[str, Any]
 """One line of metrics.jsonl."""
@@ -64,24 +67,33 @@ def read_run(folder: Path) -> Run:
     """Reads a run's folder.
 
     Raises:
-        ConfigError: it is not the folder of a run.
+        ConfigError: it is not the folder of a run, or a file of it is damaged.
     """
     for name in ("config.resolved.yaml", "metrics.jsonl"):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: holds no {name}; give the folder that train wrote (--run-dir)")
-    config = OmegaConf.to_container(OmegaConf.load(folder / "config.resolved.yaml"))
-    assert isinstance(config, dict)
-    result = folder / "evaluation.json"
+    config, result = folder / "config.resolved.yaml", folder / "evaluation.json"
     lines = [_parse(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return Run(
         folder=folder,
-        config={str(key): value for key, value in config.items()},
+        config=_whole(config, lambda text: OmegaConf.to_container(OmegaConf.create(text))),
         steps=_steps(lines),
-        evaluation=json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None,
+        evaluation=_whole(result, json.loads) if result.is_file() else None,
         skipping=_last_events(lines, "skipping"),
         ranks=_last_events(lines, "ranks"),
         validations=_validations(lines),
     )
+
+
+def _whole(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    """What a file of the folder says."""
+    try:
+        found = parse(path.read_text(encoding="utf-8"))
+    except (ValueError, YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}: is damaged ({one_line(error)}); copy it again, or leave this run out") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: is damaged (holds no keys); copy it again, or leave this run out")
+    return {str(key): value for key, value in found.items()}
 
 
 def _last_events(lines: Iterable[Line], event: str) -> dict[str, Line]:

@@ -81,7 +81,7 @@ def _row(group: Group, accuracies: Accuracies) -> tuple[str, ...]:
         group.label,
         _num_seeds(group),
         f"{flops:.3g}",
-        f"{flops / dense:.3f}",
+        f"{flops / dense:.3f}" if dense else "n/a",
         f"{group.of_runs('step_time_s'):.1f}",
         "n/a" if (loss := last_loss(group)) is None else f"{loss:.3f}",
         "n/a" if mean is None else _shown(mean),

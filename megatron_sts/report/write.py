@@ -20,10 +20,12 @@ from megatron_sts.report.utilisation import utilisation
 
 
 def report(runs: Sequence[Run], out: Path | None, planned: Sequence[Planned | None] | None = None) -> int:
-    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two runs, dense then STS, are also compared.
-    ``planned``: of each, what its page is to have beside what was measured. Returns the exit status."""
-    comparison = compare(*runs) if len(runs) == 2 else None  # refused before anything is written
-    check_asked_alike(grouped(runs))
+    """Writes ``report.html``, with LDS also ``utilisation.png``, into each folder; two runs, dense then STS, are also compared, unless
+    they are two seeds of one config. ``planned``: of each, what its page is to have beside what was measured. Returns the exit status."""
+    groups = grouped(runs)
+    is_pair = len(runs) == 2 and not any(len(group.seeds) == 2 for group in groups)
+    comparison = compare(*runs) if is_pair else None  # refused before anything is written
+    check_asked_alike(groups)
     plans = planned or [None] * len(runs)
     pages = {run.folder / "report.html": run_page(run, plan) for run, plan in zip(runs, plans, strict=True)}
     for path, page in pages.items():

@@ -14,6 +14,7 @@ from megatron_sts import __version__
 from megatron_sts.cli import main
 from megatron_sts.config.load import dump, load
 from megatron_sts.config.resolve import resolve
+from tests.report.test_report import write_run
 
 ROOT = Path(__file__).parents[2]
 DRY_RUNS = ("quickstart", "smol_vlm", "llava15_7b_fp8")
@@ -80,6 +81,15 @@ def test_planning_imports_no_torch(words: list[str]) -> None:
     code = f"import sys\nfrom megatron_sts.cli import main\nassert main({words}) == 0\n"
     code += "heavy = {'torch', 'megatron', 'transformers', 'matplotlib', 'tensorboard'} & set(sys.modules)\nassert not heavy, heavy"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=60)
+
+
+def test_what_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file lies where a folder is to be."""
+    in_the_way = tmp_path / "file"
+    in_the_way.touch()
+    run = write_run(tmp_path / "run", 1, 1.0, 0.5)
+    assert main(["report", str(run), "--out", str(in_the_way)]) == 1
+    assert capsys.readouterr().err == f"megatron-sts: error: {in_the_way}: File exists\n"
 
 
 def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -170,6 +180,11 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["doctor", "extra"], "extra"),
         (["report"], "RUN_DIR"),
         (["report", "nowhere"], "nowhere"),
+        (["report", "EMPTY", "EMPTY"], "is given twice; give each run once"),
+        (
+            ["plan", "CONFIG", "--hardware", "h100", "--assume", "fp8_reduce_scatter=true"],
+            "--assume fp8_reduce_scatter=true: only user buffers send in FP8; set tp_comm_overlap=true too",
+        ),
     ],
 )
 def test_refusal_is_one_line(words: list[str], said: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,18 @@ def test_planned_layers_are_those_of_the_schedule(tmp_path: Path) -> None:
     assert (found.layers[0] < found.layers[-1]).all()
 
 
+def test_planned_tokens_are_those_of_all_images(tmp_path: Path) -> None:
+    """The second of two keeps fewer; without images there are none to tell of."""
+    written = stagehand.config(checkpoint={})
+    stage = written["stages"][0]
+    stage["vtc"] = {"sampler": "uniform", "keep_ratio": 1.0, "keep_ratio_by_image": [1.0, 0.25]}
+    stage["batch"] |= {"max_images": 2, "sequence_length": 160}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    for overrides, wanted in (([], 0.625), (["stages.0.data.mode=words"], None)):
+        resolved = resolve(load(tmp_path / "config.yaml", overrides))
+        assert stages_of(resolved, {"alignment": 2})["alignment"].visual_share == wanted
+
+
 def test_drawn_is_what_training_would_keep(run_dir: Path, tmp_path: Path) -> None:
     """The samplers that look, against the model's own compression of the same micro-batch."""
     resolved = resolve_source(run_dir, ["evaluation.num_questions=4"])

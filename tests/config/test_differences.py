@@ -17,6 +17,13 @@ def test_leaves_are_named_by_their_path() -> None:
     assert list(differences(old, old, "run")) == []
 
 
+def test_a_section_that_an_earlier_version_did_not_have_says_nothing_while_it_is_null() -> None:
+    old, new = {"lr": 1}, {"lr": 1, "parts": {"vision": None, "language": {"lr": None}}}
+    assert list(differences(old, new, "optimizer")) == list(differences(new, old, "optimizer")) == []
+    new["parts"]["vision"] = {"lr": 0.1}
+    assert [field for field, _, _ in differences(old, new, "optimizer")] == ["optimizer.parts"]
+
+
 def test_lists_of_other_names_differ_by_their_names() -> None:
     old, new = [{"name": "a", "lr": 1}], [{"name": "a", "lr": 2}, {"name": "b", "lr": 3}]
     assert list(differences(old, new, "stages")) == [("stages", ["a"], ["a", "b"])]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
+from glob import glob
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+import megatron_sts
 from megatron_sts.cli import main
 from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import resolve
@@ -97,6 +100,47 @@ def test_runs_that_were_asked_differently_are_refused(tmp_path: Path, capsys: py
     assert main(["report", *map(str, folders), "--out", str(tmp_path / "out")]) == 2
     assert "run-3: its first accuracies are of in words=True" in capsys.readouterr().err
     assert not (tmp_path / "out").exists() and not (folders[0] / "report.html").exists()
+
+
+def test_a_sweep_of_two_seeds_one_of_which_has_just_begun(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """By the README's command, twice; the sweep's tables lie beside its runs."""
+    monkeypatch.chdir(tmp_path)
+    Path("runs/sweep").mkdir(parents=True)
+    for name in ("results.csv", "results.jsonl"):
+        Path("runs/sweep", name).touch()
+    seeded(Path("runs/sweep/dense-seed=1"), 1, 0.5)
+    begun = seeded(Path("runs/sweep/dense-seed=2"), 2, 0.5)
+    (begun / "metrics.jsonl").write_text("")
+    (begun / "evaluation.json").unlink()
+    lds = [{**stage, "lds": {"alpha": 0.5}} for stage in CONFIG["stages"]]
+    text = (Path(megatron_sts.__file__).parent / "report/README.md").read_text()
+    [command] = re.findall(
+        r"^megatron-sts (report runs/sweep.*) --kept 4$", text, re.MULTILINE
+    )  # these have no weights
+    for _ in range(2):
+        words = [each for word in command.split() for each in (sorted(glob(word)) if "*" in word else [word])]
+        assert main(words) == 0
+    with Path("runs/sweep-report/overview.csv").open() as file:
+        [row] = csv.DictReader(file)
+    assert (row["runs"], row["seeds"]) == ("dense", "2")
+    other = seeded(tmp_path / "other", 3, 0.5, stages=lds)
+    (other / "metrics.jsonl").write_text("")
+    assert main(["report", str(other), "--out", str(tmp_path / "out")]) == 0
+    assert not [warning for warning in recwarn if "legend" in str(warning.message)]
+    (other / "evaluation.json").write_text("{")
+    assert main(["report", str(other)]) == 2
+    assert f"{other}/evaluation.json: is damaged" in capsys.readouterr().err
+
+
+def test_labels_tell_groups_apart_that_differ_in_more_than_the_seed_in_their_names(tmp_path: Path) -> None:
+    lds = [{**stage, "lds": {"alpha": 0.3}} for stage in CONFIG["stages"]]
+    folders = [seeded(tmp_path / "run-seed=1", 1, 0.5), seeded(tmp_path / "run-seed=2", 2, 0.5, stages=lds)]
+    assert [group.label for group in grouped([read_run(each) for each in folders])] == ["run-seed=1", "run-seed=2"]
 
 
 def test_students_t() -> None:

@@ -198,7 +198,7 @@ def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path])
     stages = [{**CONFIG["stages"][0], "lds": {"alpha": 0.3}}, CONFIG["stages"][1]]
     dump(resolve(RunConfig.model_validate({**CONFIG, "stages": stages})), runs[1] / "config.resolved.yaml")
     assert compared(*runs)
-    dump(resolve(RunConfig.model_validate({**CONFIG, "seed": 5})), runs[1] / "config.resolved.yaml")
+    dump(resolve(RunConfig.model_validate({**CONFIG, "stages": stages, "seed": 5})), runs[1] / "config.resolved.yaml")
     with pytest.raises(
         ConfigError, match=r"sts: seed=5, .*dense has 1234; compare runs of one config, vtc and lds aside"
     ):
