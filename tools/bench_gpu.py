@@ -30,7 +30,7 @@ from rich.table import Table
 
 from megatron_sts.commands.bytes import assumed_kernels
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import Resolved, ResolvedStage, resolve
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import LdsConfig
 from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.cost.flops import TokenLoad, device_peak_tflops, step_flops
@@ -42,6 +42,7 @@ from megatron_sts.lds.mask import SkipMask, dense_mask, draw_mask
 from megatron_sts.lds.placement import placement
 from megatron_sts.mcore import groups
 from megatron_sts.model.init import build_model
+from megatron_sts.plan.resolved import resolve_planned
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.runtime.memory import peak_memory_bytes, reset_peak_memory
@@ -85,7 +86,7 @@ def resolved_run(args: argparse.Namespace, fmt: str, *overrides: str) -> Resolve
         for name, count in (("micro_batch_size", size), ("global_batch_size", size * args.num_microbatches))
     ]
     config = load(EXAMPLES / args.preset / "config.yaml", [*ONE_GPU, *FORMATS[fmt], *batches, *overrides])
-    return resolve(config, world_size=1)
+    return resolve_planned(config, world_size=1)
 
 
 def alignment(args: argparse.Namespace, fmt: str) -> list[dict[str, Any]]:

@@ -22,9 +22,8 @@ from megatron_sts.cards.shelf import examples_folder, read_cards
 from megatron_sts.commands.bytes import GIB, outline_bytes
 from megatron_sts.commands.seconds import outline_run
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import resolve
 from megatron_sts.plan.hardware import load_hardware
-from megatron_sts.plan.layout import choose_layout
+from megatron_sts.plan.resolved import resolve_planned
 from megatron_sts.plan.timing.run import run_time
 from megatron_sts.plan.timing.workload import ASSUMED
 
@@ -41,7 +40,7 @@ RATIO_RTOL = 0.05
 def planned(example: Path) -> tuple[Needs, tuple[Result, ...]]:
     """What the plan says of an example, to four digits."""
     hardware = load_hardware(HARDWARE)
-    resolved = resolve(load(example), choose_layout=choose_layout)
+    resolved = resolve_planned(load(example))
     time = outline_run(hardware, run_time(hardware, resolved), ASSUMED)
     stages = outline_bytes(resolved, hardware.device.memory_gib)["stages"].values()
     peak_bytes = max(rank["total_bytes"] for stage in stages for rank in stage["memory_per_rank"])

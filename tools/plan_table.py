@@ -14,10 +14,10 @@ from typing import Any
 from megatron_sts.commands.speedups import outline
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import Layout, Resolved, resolve, with_layout
+from megatron_sts.config.resolve import Layout, Resolved, with_layout
 from megatron_sts.plan.comparison import with_sampler
 from megatron_sts.plan.hardware import load_hardware
-from megatron_sts.plan.layout import choose_layout
+from megatron_sts.plan.resolved import resolve_planned
 from megatron_sts.plan.timing.prediction import StageTime
 from megatron_sts.plan.timing.run import run_time
 
@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
     args = parser.parse_args()
     try:
-        text = tables(resolve(load(args.example), choose_layout=choose_layout))
+        text = tables(resolve_planned(load(args.example)))
     except ConfigError as error:
         parser.error(str(error))
     if not args.write:

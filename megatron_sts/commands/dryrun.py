@@ -59,10 +59,9 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print tables, or one JSON object; 1 if a rank would fail or needs more memory than there is."""
     from megatron_sts.config.load import load
-    from megatron_sts.config.resolve import resolve
-    from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.resolved import resolve_planned
 
-    resolved = resolve(load(args.config, args.overrides), choose_layout=choose_layout)
+    resolved = resolve_planned(load(args.config, args.overrides))
     stage = resolved.stages[-1] if args.stage is None else resolved.stage(args.stage)
     if args.step is not None and not 0 <= args.step < stage.num_steps:
         refuse("--step", args.step, f"stage {stage.name} has {stage.num_steps} steps", "count from 0")

@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.load import load
-from megatron_sts.config.resolve import Resolved, ResolvedStage, resolve
+from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.run_folder import config_of
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.lds.effective import effective_probabilities
 from megatron_sts.lds.placement import Placement, placement
-from megatron_sts.plan.layout import choose_layout
+from megatron_sts.plan.resolved import resolve_planned
 from megatron_sts.report.expected import Expected, ExpectedStage, bins_of
 from megatron_sts.report.run import Run
 
@@ -29,7 +29,7 @@ def expected_of(run: Run) -> Expected:
     """By stage; nothing, with a warning, where this version cannot read the run's config."""
     try:
         config = load(Path(config_of(run.folder)), [])
-        resolved = resolve(config, world_size=run.config["resolved"]["world_size"], choose_layout=choose_layout)
+        resolved = resolve_planned(config, world_size=run.config["resolved"]["world_size"])
     except ConfigError as error:
         print(f"megatron-sts: warning: {run.folder}: nothing planned is shown: {error}", file=sys.stderr)
         return {}

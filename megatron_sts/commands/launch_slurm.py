@@ -166,14 +166,13 @@ def _on_nodes(config: RunConfig, args: argparse.Namespace) -> Resolved:
     Raises:
         ConfigError: naming --nodes where it is they that do not fit.
     """
-    from megatron_sts.config.resolve import resolve
-    from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.resolved import resolve_planned
 
     num_ranks = args.ranks_per_node or args.gpus_per_node
     try:
-        return resolve(config, world_size=args.nodes * num_ranks, choose_layout=choose_layout)
+        return resolve_planned(config, world_size=args.nodes * num_ranks)
     except ConfigError as error:
-        resolve(config, choose_layout=choose_layout)  # raises what is wrong on any nodes
+        resolve_planned(config)  # raises what is wrong on any nodes
         raise ConfigError(f"--nodes={args.nodes} (x {num_ranks} ranks a node): {error}") from None
 
 

@@ -54,13 +54,12 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sts.commands.speedups import outline, print_tables
     from megatron_sts.commands.ways import outline_search, print_search
     from megatron_sts.config.load import load
-    from megatron_sts.config.resolve import resolve
     from megatron_sts.plan.hardware import load_hardware
-    from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.resolved import resolve_planned
 
     assumptions = assumptions_from(args.assume)
     hardware = load_hardware(args.hardware or "h100")
-    resolved = resolve(load(args.config, args.overrides), world_size=args.nproc, choose_layout=choose_layout)
+    resolved = resolve_planned(load(args.config, args.overrides), world_size=args.nproc)
     is_asked = any((args.hardware, args.search, args.trace, args.timeline))
     is_timed = is_asked or has_rates(hardware, resolved)
     if args.trace or args.timeline:

@@ -88,10 +88,9 @@ def _planned(run: Run, args: argparse.Namespace) -> tuple[Planned, list[ExampleS
     """What ``plan`` says of the stages of a run, of as many steps as that has, and of the middle step of each."""
     from megatron_sts.commands.seconds import assumptions_from, outline_run
     from megatron_sts.config.load import load
-    from megatron_sts.config.resolve import resolve
     from megatron_sts.config.run_folder import config_of
     from megatron_sts.plan.hardware import load_hardware
-    from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.resolved import resolve_planned
     from megatron_sts.plan.timing.example_step import example_step
     from megatron_sts.plan.timing.run import run_time
 
@@ -101,7 +100,7 @@ def _planned(run: Run, args: argparse.Namespace) -> tuple[Planned, list[ExampleS
     config = load(
         config_of(run.folder), ["stages.*.epochs=null", "stages.*.validation=null", "checkpoint.keep_best=0", *steps]
     )
-    resolved = resolve(config, world_size=derived["world_size"], choose_layout=choose_layout)
+    resolved = resolve_planned(config, world_size=derived["world_size"])
     outlined = outline_run(hardware, run_time(hardware, resolved, assumptions), assumptions)
     return outlined, [example_step(hardware, resolved, stage, assumptions) for stage in resolved.stages]
 

@@ -100,6 +100,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "peak_bytes_per_rank": [peak.total_bytes for peak in peak_memory(resolved, stage, assumed_kernels(resolved))],
         "vtc": None if config.vtc is None else config.vtc.model_dump(mode="json"),
         "lds": None if config.lds is None else config.lds.model_dump(mode="json"),
+        "bf16_products": list(stage.bf16_products),
     }
 
 
@@ -192,6 +193,8 @@ FLOP_ROWS = {
 def _stages_table(stages: list[Outline]) -> Table:
     table = Table("", *(stage["name"] for stage in stages), title="Stages", title_justify="left")
     table.add_row("frozen", *(", ".join(stage["freeze"]) or "nothing" for stage in stages))
+    if any(stage["bf16_products"] for stage in stages):
+        table.add_row("not in FP8", *(", ".join(stage["bf16_products"]) or "nothing" for stage in stages))
     for key, label in STAGE_ROWS.items():
         table.add_row(label, *(f"{stage[key]:,}" for stage in stages))
     for label, key in FLOP_ROWS.items():

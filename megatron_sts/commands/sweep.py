@@ -104,13 +104,12 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
         ConfigError: naming the run.
     """
     from megatron_sts.config.load import load
-    from megatron_sts.config.resolve import resolve
-    from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.resolved import resolve_planned
 
     found = []
     for each in runs:
         try:
-            found.append(resolve(load(config, each.overrides), choose_layout=choose_layout))
+            found.append(resolve_planned(load(config, each.overrides)))
         except ConfigError as error:
             raise ConfigError(f"run {each.name} of the sweep: {error}") from None
     return found

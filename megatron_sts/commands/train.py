@@ -53,10 +53,9 @@ def run(args: argparse.Namespace) -> int:
     fork.stay_single_threaded()
     fork.hold_stop_request()
     from megatron_sts.config.load import load
-    from megatron_sts.config.resolve import resolve
     from megatron_sts.launch import rank_log
     from megatron_sts.launch.environment import join, rank_from
-    from megatron_sts.plan.layout import choose_layout
+    from megatron_sts.plan.resolved import resolve_planned
 
     rank = None if args.dry_run else rank_from(os.environ)
     if rank is not None:
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     world_size = args.nproc if rank is None else rank.world_size
     run_dir = args.run_dir or default_run_dir(args.config)
     try:
-        resolved = resolve(load(args.config, args.overrides), world_size=world_size, choose_layout=choose_layout)
+        resolved = resolve_planned(load(args.config, args.overrides), world_size=world_size)
         if args.dry_run:
             return _print_summary(resolved, run_dir, extend=args.extend, as_json=args.json)
         return start(resolved, run_dir, rank, extend=args.extend)

@@ -7,6 +7,10 @@ from typing import Literal
 from megatron_sts.config.section import NonNegativeInt, PositiveInt, Section
 
 Fp8 = Literal["off", "tensorwise", "delayed", "blockwise", "mxfp8", "emulate"]
+Product = Literal["qkv", "proj", "fc1", "fc2"]
+"""A matrix product of a decoder layer: queries, keys and values; attention's output; the first and the second matrix of the MLP."""
+PRODUCTS: tuple[Product, ...] = ("qkv", "proj", "fc1", "fc2")
+"""All of them, in the order in which they run."""
 
 
 class PrecisionConfig(Section):
@@ -25,6 +29,14 @@ class PrecisionConfig(Section):
     """So many decoder layers next to the input, and as many next to the output, multiply in ``params``."""
     min_tokens_for_fp8: NonNegativeInt = 0
     """Decoder layers multiply in ``params`` when a micro-batch of one rank has fewer tokens: FP8 is slower there."""
+    fp8_where: Literal["all", "auto"] = "all"
+    """Which of a decoder layer's four products (qkv, proj, fc1, fc2) multiply in FP8. auto: in each stage those that leave the
+    layer faster so than in ``params``, as ``plan`` models it on ``fp8_hardware`` (a model: unmeasured). ``config.resolved.yaml``
+    lists the others as ``bf16_products``. With emulate they are those of tensorwise scaling in bf16.
+    """
+    fp8_hardware: str = "h100"
+    """auto: whose rates decide, on whatever machine the run is: a preset of ``plan --hardware``, or a file of its form with
+    rates of your own."""
     fp8_params: bool = False
     """Keep the decoder's weights in FP8 only; needs the distributed optimizer, which has the fp32 ones."""
     amax_history_len: PositiveInt = 1024

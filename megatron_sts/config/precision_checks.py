@@ -11,6 +11,7 @@ READ_BY = {
     "amax_history_len": ("delayed",),
     "amax_compute_algo": ("delayed",),
     "emulated_scaling": ("emulate",),
+    "fp8_where": ("tensorwise", "delayed", "blockwise", "mxfp8", "emulate"),
     **dict.fromkeys(
         ("fp8_format", "first_last_layers_bf16", "min_tokens_for_fp8"),
         ("tensorwise", "delayed", "blockwise", "mxfp8", "emulate"),
@@ -26,6 +27,7 @@ def check_precision(config: RunConfig) -> None:
     check_widths(config)
     check_bf16_layers(config)
     check_scales(config.precision)
+    check_where(config.precision)
     check_fp8_params(config)
     check_kernels(config)
 
@@ -76,10 +78,27 @@ def check_scales(precision: PrecisionConfig) -> None:
 
     A layer that leaves this context on its own would shift the others' places in the table of largest values.
     """
-    for name in ("first_last_layers_bf16", "min_tokens_for_fp8"):
-        if precision.fp8 == "delayed" and (value := getattr(precision, name)):
+    for name in ("first_last_layers_bf16", "min_tokens_for_fp8", "fp8_where"):
+        value, default = getattr(precision, name), PrecisionConfig.model_fields[name].default
+        if precision.fp8 == "delayed" and value != default:
             refuse(f"precision.{name}", value, "precision.fp8=delayed would mix up the scales of layers",
-                   "set it to 0, or precision.fp8=tensorwise, which needs no history")  # fmt: skip
+                   f"set it to {default}, or precision.fp8=tensorwise, which needs no history")  # fmt: skip
+
+
+def check_where(precision: PrecisionConfig) -> None:
+    """Products that may leave FP8 keep no weight in FP8, and their time is known."""
+    default = PrecisionConfig.model_fields["fp8_hardware"].default
+    if precision.fp8_where == "all":
+        if precision.fp8_hardware != default:
+            refuse("precision.fp8_hardware", precision.fp8_hardware, "precision.fp8_where=all does not read it",
+                   "remove it or set precision.fp8_where=auto")  # fmt: skip
+        return
+    if precision.fp8_params:
+        refuse("precision.fp8_where", "auto", "precision.fp8_params=true keeps all weights in FP8, and a product in bf16 would cast "
+               "its own back each time", "set it to all, or precision.fp8_params=false")  # fmt: skip
+    if precision.params == "fp32" and precision.engine_recipe is not None:
+        refuse("precision.fp8_where", "auto", "precision.params=fp32, and no rates of fp32 are known",
+               "set it to all, or precision.params=bf16")  # fmt: skip
 
 
 def check_fp8_params(config: RunConfig) -> None:

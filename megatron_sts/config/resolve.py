@@ -5,8 +5,7 @@ Runs after all overrides. Nobody else derives a token count, a layer layout or a
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_sts.config.alignment import check_padding, sample_multiple, sequence_multiple, visual_multiple
@@ -14,6 +13,7 @@ from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.checks import check_leaps, check_run
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.held_out import HeldOut, check_validation, held_out
+from megatron_sts.config.precision import Product
 from megatron_sts.config.prepared import check_prepared, count_prepared
 from megatron_sts.config.samples_file import read_entries
 from megatron_sts.config.schema import (
@@ -24,11 +24,11 @@ from megatron_sts.config.schema import (
 )
 from megatron_sts.config.section import Section
 from megatron_sts.config.sparsity_checks import check_kept, check_rounds
+from megatron_sts.config.step_counts import DatasetSize, num_microbatches, num_steps
 from megatron_sts.config.tiles import Picture, kept_counts, largest
 from megatron_sts.config.tokens import (
     LOOKING,
     TokenCounts,
-    exact,
     is_full_step,
     keep_ratios,
     kept_tokens,
@@ -36,8 +36,6 @@ from megatron_sts.config.tokens import (
 )
 from megatron_sts.config.tower import place_of_tower
 
-DatasetSize = Callable[[DataConfig], int]
-"""Number of samples of one epoch."""
 Layout = tuple[tuple[int, ...], ...]
 """Decoder layers in chunk v of pipeline rank p, as [v][p]. Chunk (v, p) is number v*pp + p from the input."""
 
@@ -71,6 +69,8 @@ class ResolvedStage(Section):
     """Kept tokens of an image are a multiple of this, or all: what FP8 needs of the projector's rows."""
     held_out: HeldOut | None
     """What it is validated on."""
+    bf16_products: tuple[Product, ...] = ()
+    """Of each decoder layer, those that multiply in ``precision.params`` instead of FP8 (``precision.fp8_where: auto``)."""
 
     def tokens(self, step: int) -> TokenCounts:
         """The shape of a step. Only padded rows get shorter by VTC: packed ones hold more samples, and those that are as
@@ -169,6 +169,8 @@ ChooseLayout = Callable[[Resolved], Layout]
 
 A pure function of the run, so that every rank and every later start comes to the same layout.
 """
+ChooseBf16Products = Callable[[Resolved], Sequence[tuple[Product, ...]]]
+"""For ``precision.fp8_where: auto`` each stage's ``bf16_products``, of a run that is resolved but for them. A pure function, too."""
 
 
 def resolve(
@@ -177,6 +179,7 @@ def resolve(
     world_size: int | None = None,
     dataset_size: DatasetSize | None = None,
     choose_layout: ChooseLayout | None = None,
+    choose_bf16_products: ChooseBf16Products | None = None,
 ) -> Resolved:
     """Check a config and derive everything that follows from it.
 
@@ -185,6 +188,7 @@ def resolve(
         world_size: number of ranks that will run; None: as many as the parallel sizes ask for.
         dataset_size: samples of one epoch; None: ``count_samples``. Asked only for stages given in epochs.
         choose_layout: asked for ``parallel.layout: auto``, which is refused without it.
+        choose_bf16_products: the same for ``precision.fp8_where: auto``.
     """
     check_run(config)
     check_validation(config)
@@ -213,7 +217,18 @@ def resolve(
         resolved = with_layout(resolved, choose_layout(resolved))
     for stage in config.stages:
         check_rounds(stage, resolved.layers_per_chunk)
+    if config.precision.fp8_where == "auto":
+        if choose_bf16_products is None:
+            refuse("precision.fp8_where", "auto", "nothing here times products", "set it to all")
+        resolved = with_bf16_products(resolved, choose_bf16_products(resolved))
     return resolved
+
+
+def with_bf16_products(resolved: Resolved, of_stages: Sequence[tuple[Product, ...]]) -> Resolved:
+    """The same run with other products outside FP8."""
+    pairs = zip(resolved.stages, of_stages, strict=True)
+    stages = tuple(stage.model_copy(update={"bf16_products": products}) for stage, products in pairs)
+    return resolved.model_copy(update={"stages": stages})
 
 
 def with_layout(resolved: Resolved, layout: Layout) -> Resolved:
@@ -317,8 +332,8 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         name=stage.name,
         config=stage,
         data=data,
-        num_steps=_num_steps(stage, data, dataset_size),
-        num_microbatches=_num_microbatches(stage, config.parallel),
+        num_steps=num_steps(stage, data, dataset_size),
+        num_microbatches=num_microbatches(stage, config.parallel),
         visual_tokens_in=counts_in[0],
         view_tokens=view_tokens,
         pictures=pictures,
@@ -341,55 +356,3 @@ def _visual_tokens(model: ModelConfig) -> int:
         return 0
     patches = (model.vision.image_size // model.vision.patch_size) ** 2
     return patches if model.qformer is None else model.qformer.num_query_tokens
-
-
-def _num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -> int:
-    """Steps as given, or the full global batches that the epochs hold."""
-    steps = stage.steps
-    if steps is None and stage.batch.packing == "pack":
-        refuse(
-            f"stages.{stage.name}.epochs",
-            stage.epochs,
-            "how many samples fit a packed row shows only when they are read",
-            "give steps instead",
-        )
-    if steps is None:
-        size, batch = dataset_size(data), stage.batch.global_batch_size
-        steps = math.floor(exact(stage.epochs or 0) * size / batch)
-        if steps == 0:
-            refuse(
-                f"stages.{stage.name}.epochs",
-                stage.epochs,
-                f"{size} samples do not fill one global batch of {batch}",
-                "raise it, or lower batch.global_batch_size",
-            )
-    if stage.optimizer.warmup_steps > steps:
-        refuse(
-            f"stages.{stage.name}.optimizer.warmup_steps",
-            stage.optimizer.warmup_steps,
-            f"the stage has {steps} steps",
-            f"use at most {steps}",
-        )
-    return steps
-
-
-def _num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:
-    """Forward passes of one rank in a step."""
-    batch, copies = stage.batch, parallel.data_parallel_size or 1
-    field = f"stages.{stage.name}.batch.global_batch_size"
-    if batch.global_batch_size % (batch.micro_batch_size * copies):
-        refuse(
-            field,
-            batch.global_batch_size,
-            f"not a multiple of micro_batch_size x data_parallel_size = {batch.micro_batch_size} x {copies}",
-            "change one of the three",
-        )
-    count, pp = batch.global_batch_size // (batch.micro_batch_size * copies), parallel.pipeline_model_parallel_size
-    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and count % pp:
-        refuse(
-            field,
-            batch.global_batch_size,
-            f"interleaving needs micro-batches ({count}) in multiples of {pp} pipeline ranks",
-            f"use a multiple of {pp * batch.micro_batch_size * copies}",
-        )
-    return count

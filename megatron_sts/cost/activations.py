@@ -15,8 +15,8 @@ attention           e t a d / tp + 4 t a / tp            output (also the next m
 SwiGLU              2 e t f / tp                         its input
 =================== ==================================== =============================================================
 
-Transformer Engine's modules keep the same tensors, but in FP8 one byte an element of the inputs of QKV, fc1 and fc2
-(the attention's output is kept in 16 bits for the next matrix, ``save_original_input``).
+Transformer Engine's modules keep the same tensors, but one byte an element of the inputs of those of QKV, fc1 and fc2 that multiply
+in FP8 (the attention's output is kept in 16 bits for the next matrix, ``save_original_input``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sts.config.precision import Product
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.cost.flops import TokenLoad
@@ -63,7 +64,9 @@ def saved(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts, kernels
     load, learning = microbatch_load(resolved, stage, counts), learning_parts(resolved, stage)
     share, language = _share(resolved, stage, load), resolved.config.model.language
     learns, is_full = "language" in learning, resolved.config.parallel.recompute == "full"
-    layers = [_layer(resolved, share, kernels, learns=learns, number=number) for number in range(language.num_layers)]
+    layers = [
+        _layer(resolved, stage, share, kernels, learns=learns, number=number) for number in range(language.num_layers)
+    ]
     residual = share.element_bytes * share.own_tokens * language.hidden_size
     logits = share.tokens * language.vocab_size // share.tp
     return Saved(
@@ -111,18 +114,30 @@ def _share(resolved: Resolved, stage: ResolvedStage, load: TokenLoad) -> _Share:
     )
 
 
-def _layer(resolved: Resolved, share: _Share, kernels: Kernels, *, learns: bool, number: int) -> int:
+def _layer(
+    resolved: Resolved, stage: ResolvedStage, share: _Share, kernels: Kernels, *, learns: bool, number: int
+) -> int:
     """A decoder layer without full recomputation: the table above."""
     language, size, tokens, tp = resolved.config.model.language, share.element_bytes, share.tokens, share.tp
     own_hidden = share.own_tokens * language.hidden_size
     norms = 2 * (size * own_hidden + FP32_BYTES * share.own_tokens)
-    # torchao's product keeps its operands in any case, and of a gathered sequence all.
-    is_emulated = resolved.config.precision.fp8 == "emulate"
-    keeps_inputs, of_norms = learns or is_emulated, language.hidden_size * tokens if is_emulated else own_hidden
-    input_bytes = 1 if kernels == "engine" and multiplies_in_fp8(resolved, tokens, number) else size
-    inputs = input_bytes * (2 * of_norms + tokens * language.ffn_hidden_size // tp) if keeps_inputs else 0
-    swiglu = 2 * size * tokens * language.ffn_hidden_size // tp
-    return norms + inputs + _attention(resolved, share, kernels, keeps_output=keeps_inputs) + swiglu
+    hidden, ffn = tokens * language.hidden_size, tokens * language.ffn_hidden_size // tp
+    of_products: dict[Product, tuple[int, int]] = {
+        "qkv": (own_hidden, hidden),
+        "fc1": (own_hidden, hidden),
+        "fc2": (ffn, ffn),
+    }
+    inputs = 0
+    for product, (own, gathered) in of_products.items():
+        # torchao's product keeps its operands in any case, and of a gathered sequence all.
+        if is_emulated(resolved, stage, number, product):
+            inputs += size * gathered
+        elif learns:
+            in_fp8 = kernels == "engine" and multiplies_in_fp8(resolved, stage, tokens, number, product)
+            inputs += (1 if in_fp8 else size) * own
+    swiglu = 2 * size * ffn
+    keeps_output = learns or is_emulated(resolved, stage, number, "proj")
+    return norms + inputs + _attention(resolved, share, kernels, keeps_output=keeps_output) + swiglu
 
 
 def _attention(resolved: Resolved, share: _Share, kernels: Kernels, *, keeps_output: bool) -> int:
@@ -161,11 +176,23 @@ def _gathered_keys(share: _Share, per_head: int, heads: int, groups: int) -> int
     return (copies if groups < heads else whole) + share.element_bytes * mask
 
 
-def multiplies_in_fp8(resolved: Resolved, num_tokens: int, layer: int) -> bool:
-    """Whether Transformer Engine multiplies in FP8 in a decoder layer (0-based) when a micro-batch has so many tokens."""
-    precision, num_layers = resolved.config.precision, resolved.config.model.language.num_layers
-    is_outer = min(layer, num_layers - 1 - layer) < precision.first_last_layers_bf16
-    return precision.engine_recipe is not None and not is_outer and num_tokens >= precision.min_tokens_for_fp8
+def multiplies_in_fp8(resolved: Resolved, stage: ResolvedStage, num_tokens: int, layer: int, product: Product) -> bool:
+    """Whether Transformer Engine computes this product of a decoder layer (0-based) in FP8 when a rank's micro-batch has so many
+    tokens."""
+    precision = resolved.config.precision
+    is_few = num_tokens < precision.min_tokens_for_fp8
+    return precision.engine_recipe is not None and not is_few and not _is_left(resolved, stage, layer, product)
+
+
+def is_emulated(resolved: Resolved, stage: ResolvedStage, layer: int, product: Product) -> bool:
+    """Whether this product of a decoder layer (0-based) is one of emulated FP8."""
+    return resolved.config.precision.fp8 == "emulate" and not _is_left(resolved, stage, layer, product)
+
+
+def _is_left(resolved: Resolved, stage: ResolvedStage, layer: int, product: Product) -> bool:
+    """Whether a product is not in FP8 for its place."""
+    num_layers, num_outer = resolved.config.model.language.num_layers, resolved.config.precision.first_last_layers_bf16
+    return min(layer, num_layers - 1 - layer) < num_outer or product in stage.bf16_products
 
 
 def _arguments(resolved: Resolved, share: _Share, kernels: Kernels) -> int:

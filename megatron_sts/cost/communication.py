@@ -25,9 +25,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_sts.config.precision import PRODUCTS, Product
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import LOOKING
-from megatron_sts.cost.activations import FP32_BYTES, INDEX_BYTES, Kernels, multiplies_in_fp8
+from megatron_sts.cost.activations import FP32_BYTES, INDEX_BYTES, Kernels, is_emulated, multiplies_in_fp8
 from megatron_sts.cost.buckets import buckets, num_gradient_ranks, rank_weights
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.cost.memory import GRADIENT_BYTES, learning_parts
@@ -136,10 +137,12 @@ def _layers(run: _Run) -> Iterator[Traffic]:
     passes = 2 if config.parallel.recompute == "full" else 1
     runs = sum(run.step.layer_runs[layer] for layer in own)
     if config.parallel.sequence_parallel:
-        again = 2 if run.learns and config.precision.fp8 != "emulate" else 0  # inputs, for the weights' gradients
-        gathers = 2 * passes + 2 + again
-        gathered = sum(run.step.layer_runs[layer] * _gathered_bytes(run, layer) for layer in own)
-        yield Traffic("tp", "all_gather", "decoder layers", gathers * runs, gathers * gathered)
+        gathers, gathered = 0.0, 0.0
+        for layer in own:
+            for product in PRODUCTS:
+                count = run.step.layer_runs[layer] * _gathers(run, layer, product, passes)
+                gathers, gathered = gathers + count, gathered + count * _gathered_bytes(run, layer, product)
+        yield Traffic("tp", "all_gather", "decoder layers", gathers, gathered)
         scatters = (2 * passes + 2) * runs
         yield Traffic("tp", "reduce_scatter", "decoder layers", scatters, scatters * run.hidden_bytes)
         if run.learns:
@@ -151,10 +154,18 @@ def _layers(run: _Run) -> Iterator[Traffic]:
         yield Traffic("tp", "all_reduce", "decoder layers", reduces, reduces * run.hidden_bytes)
 
 
-def _gathered_bytes(run: _Run, layer: int) -> int:
-    """Of a sequence that a layer's matrices gather: Transformer Engine sends it in FP8 where they multiply in FP8."""
+def _gathers(run: _Run, layer: int, product: Product, passes: int) -> int:
+    """For a product of a layer that runs once: column-split ones of their inputs, in each forward pass and, unless emulation kept
+    them, for the weight's gradient; row-split ones of their outputs' gradients."""
+    if product in ("proj", "fc2"):
+        return 1
+    return passes + (run.learns and not is_emulated(run.resolved, run.stage, layer, product))
+
+
+def _gathered_bytes(run: _Run, layer: int, product: Product) -> int:
+    """Of a sequence that is gathered for a product: Transformer Engine sends it in FP8 where it multiplies in FP8."""
     tokens = run.load.num_tokens // run.cp
-    in_fp8 = run.kernels == "engine" and multiplies_in_fp8(run.resolved, tokens, layer)
+    in_fp8 = run.kernels == "engine" and multiplies_in_fp8(run.resolved, run.stage, tokens, layer, product)
     return run.hidden_bytes // run.element_bytes if in_fp8 else run.hidden_bytes
 
 

@@ -19,7 +19,7 @@ from megatron_sts.cost.memory import RankMemory, learning_parts, memory_per_rank
 from megatron_sts.cost.pass_order import grouped, pass_order
 from megatron_sts.cost.step import longest, microbatch_load
 from megatron_sts.cost.vision import features_bytes
-from megatron_sts.cost.weights import decoder_layer, embedding
+from megatron_sts.cost.weights import decoder_layer, embedding, products
 
 CONTEXT_BYTES = 2 * 2**30
 """CUDA context, kernels and NCCL's buffers, outside of torch's allocator. An assumption: it was not measured."""
@@ -194,15 +194,16 @@ def fp8_bytes(resolved: Resolved, stage: ResolvedStage, rank: int, kernels: Kern
     """Transformer Engine's copies of the decoder's matrices in FP8, kept from one micro-batch to the next."""
     if kernels != "engine":
         return 0
-    config, tokens = resolved.config, microbatch_load(resolved, stage, counts).num_tokens
-    matrices = [weight for weight in decoder_layer(config.model.language) if weight.is_split]
-    if config.model.language.add_qkv_bias:
-        del matrices[2]
-    elements = sum(weight.on_rank(config.parallel.tensor_model_parallel_size) for weight in matrices)
-    owned = [layer for layer, owner in enumerate(resolved.layer_owner) if owner == rank]
-    num_layers = sum(multiplies_in_fp8(resolved, tokens, layer) for layer in owned)
+    config, matrices = resolved.config, products(resolved.config.model.language)
+    tokens = microbatch_load(resolved, stage, counts).num_tokens // config.parallel.context_parallel_size
+    elements = sum(
+        weight.on_rank(config.parallel.tensor_model_parallel_size)
+        for layer, owner in enumerate(resolved.layer_owner)
+        for product, weight in matrices.items()
+        if owner == rank and multiplies_in_fp8(resolved, stage, tokens, layer, product)
+    )
     replaced = 2 if config.precision.fp8_params else 0
-    return num_layers * elements * (FP8_BYTES - replaced)
+    return elements * (FP8_BYTES - replaced)
 
 
 def _gathered(resolved: Resolved, stage: ResolvedStage, counts: TokenCounts) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sts.config.architecture import LanguageConfig, ModelConfig, Part, QFormerConfig, VisionConfig
+from megatron_sts.config.precision import Product
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,14 @@ def decoder_layer(language: LanguageConfig) -> Weights:
     attention = (Weight(heads * channels * hidden, is_split=True), Weight(hidden * qkv, is_split=True), *bias)
     mlp = (Weight(2 * hidden * ffn, is_split=True), Weight(ffn * hidden, is_split=True))
     return (Weight(hidden), *attention, Weight(hidden), *mlp)
+
+
+def products(language: LanguageConfig) -> dict[Product, Weight]:
+    """The matrices of a decoder layer by the products that they are in."""
+    proj, qkv, fc1, fc2 = (
+        weight for weight in decoder_layer(language.model_copy(update={"add_qkv_bias": False})) if weight.is_split
+    )
+    return {"qkv": qkv, "proj": proj, "fc1": fc1, "fc2": fc2}
 
 
 def embedding(language: LanguageConfig) -> Weights:

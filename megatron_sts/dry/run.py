@@ -11,7 +11,6 @@ import torch
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.kernels import KernelsConfig
-from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import ParallelConfig
 from megatron_sts.data.batch import Batch
@@ -78,8 +77,7 @@ def _account(
     with meta_rank(rank, resolved.world_size), counter.counting(), _without_values():
         place = groups.initialize(resolved.config.parallel, resolved.config.seed)
         built = _build(without_kernels(resolved), spec, place, counter)
-        precision = resolved.config.precision if kernels == "engine" else built.resolved.config.precision
-        in_fp8 = _name_modules(built, precision, step, counter, kernels)
+        in_fp8 = _name_modules(built, resolved if kernels == "engine" else built.resolved, step, counter, kernels)
         counted = [
             _count(built, step, number, counter, in_fp8)
             for number in _numbers_to_run(resolved.config.parallel, spec, run_all=run_all)
@@ -182,13 +180,11 @@ def _build(resolved: Resolved, spec: ResolvedStage, place: Place, counter: Count
     return stage
 
 
-def _name_modules(
-    stage: Stage, precision: PrecisionConfig, step: int, counter: Counter, kernels: Kernels
-) -> list[Fp8Linears]:
-    """Tells the counter the modules' names, and which of them multiply in FP8 with this ``precision`` or hand keys round a ring."""
+def _name_modules(stage: Stage, resolved: Resolved, step: int, counter: Counter, kernels: Kernels) -> list[Fp8Linears]:
+    """Tells the counter the modules' names, and which of them multiply in FP8 in this run or hand keys round a ring."""
     found = []
     for chunk in map(unwrap, stage.chunks):
-        found.append(fp8_linears(chunk, precision, stage.spec, step, stage.num_layers))
+        found.append(fp8_linears(chunk, resolved, stage.spec, step))
         counter.modules.add(chunk, found[-1].modules, ring_attentions(chunk) if kernels == "engine" else ())
     return found
 

@@ -19,6 +19,7 @@ from torchao.float8 import Float8LinearConfig
 from torchao.float8.float8_linear import Float8Linear, matmul_with_hp_or_float8_args
 
 from megatron_sts.config.precision import PrecisionConfig
+from megatron_sts.mcore.fp8 import LeavesFp8
 
 
 class EmulatedProduct:
@@ -47,8 +48,9 @@ def float8_config(scaling: Literal["tensorwise", "rowwise"], fp8_format: str) ->
     )
 
 
-class _Emulated:
-    """What both kinds of linear share: the product, with the communication that megatron-core's own would do."""
+class _Emulated(LeavesFp8):
+    """What both kinds of linear share: the product, with the communication that megatron-core's own would do, which is all its own
+    where it leaves FP8."""
 
     emulated: EmulatedProduct
 
@@ -61,8 +63,19 @@ class _Emulated:
         allreduce_dgrad: bool,
         sequence_parallel: bool,
         tp_group: Any,
-        **_unused: Any,
+        **others: Any,
     ) -> torch.Tensor:
+        if self.leaves_fp8:
+            plain: torch.Tensor = super()._forward_impl(  # type: ignore[misc]
+                input,
+                weight,
+                bias=bias,
+                allreduce_dgrad=allreduce_dgrad,
+                sequence_parallel=sequence_parallel,
+                tp_group=tp_group,
+                **others,
+            )
+            return plain
         if sequence_parallel:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_sts.config.precision import Product
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import differs
 
@@ -103,9 +104,45 @@ def _tables(meta: dict[str, Any]) -> Iterator[torch.Tensor]:
 
 def fp8_unless_few(config: TransformerConfig, num_tokens: int, min_tokens: int) -> AbstractContextManager[Any]:
     """A context in which a layer multiplies in FP8, or with fewer than ``min_tokens`` in its parameters' format."""
-    if not config.fp8 or num_tokens >= min_tokens:
-        return nullcontext()
+    return outside_fp8() if config.fp8 and num_tokens < min_tokens else nullcontext()
+
+
+def outside_fp8() -> AbstractContextManager[Any]:
+    """A context in which Transformer Engine's modules multiply in their parameters' format."""
     from transformer_engine.pytorch import fp8_autocast
 
     context: AbstractContextManager[Any] = fp8_autocast(enabled=False)
     return context
+
+
+class LeavesFp8(torch.nn.Module):
+    """Of a linear layer, whatever makes it multiply in FP8: whether it does so in the stage that runs."""
+
+    leaves_fp8 = False
+    """It multiplies in its parameters' format. ``leave_fp8`` sets it."""
+
+
+class _LeavesContext(LeavesFp8):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with outside_fp8() if self.leaves_fp8 else nullcontext():
+            return super().forward(*args, **kwargs)
+
+
+@cache
+def able_to_leave(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """The same linear layer of Transformer Engine's, with its weights' names, which can leave the FP8 context around it. How it
+    multiplied forward decides its backward pass."""
+    return type(f"{linear.__name__}AbleToLeave", (_LeavesContext, linear), {})
+
+
+def leave_fp8(chunks: Sequence[torch.nn.Module], products: Collection[Product]) -> None:
+    """From now on these products of all decoder layers multiply in their parameters' format, and the others in FP8.
+
+    What a module that leaves kept of its weight in FP8 is freed.
+    """
+    for chunk in chunks:
+        for name, module in chunk.named_modules():
+            if isinstance(module, LeavesFp8):
+                module.leaves_fp8 = name.rpartition(".linear_")[2] in products
+                if module.leaves_fp8:
+                    getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's ``module/base.py``

@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.mcore.attention import AllGatherAttention, SdpaCoreAttention
+from megatron_sts.mcore.fp8 import able_to_leave
 from megatron_sts.mcore.layer import SkippableTransformerLayer, TorchNorm
 from megatron_sts.mcore.torch_ops import SwiGlu, TorchSelfAttention
 from megatron_sts.runtime.kernels import ENGINE
@@ -71,7 +72,7 @@ def decoder_spec(
     params = {"gate": gate, "recompute": resolved.config.parallel.recompute == "full"}
     params |= {"min_tokens_for_fp8": precision.min_tokens_for_fp8}
     if kernels_for(resolved.config).linear == ENGINE:
-        return engine_layer_spec(params)
+        return engine_layer_spec(params, leaves_fp8=precision.fp8_where == "auto")
     first = get_transformer_layer_offset(config, vp_stage)
     count = get_num_layers_to_build(config, vp_stage, get_pipeline_model_parallel_rank())
     emulated = _emulated_linears(resolved) if precision.fp8 == "emulate" else PLAIN
@@ -88,17 +89,22 @@ def decoder_spec(
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=TorchNorm)
 
 
-def engine_layer_spec(params: dict[str, Any]) -> ModuleSpec:
+def engine_layer_spec(params: dict[str, Any], *, leaves_fp8: bool = False) -> ModuleSpec:
     """A layer of Transformer Engine's linears, norms and attention, that can be skipped.
 
     RoPE and SwiGLU are those of the torch layers: megatron-core's fused RoPE knows one position for all rows, and its eager
-    versions launch twice as many kernels.
+    versions launch twice as many kernels. ``leaves_fp8``: each linear can leave FP8 on its own (``fp8.leave_fp8``).
     """
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.module = SkippableTransformerLayer
     spec.params = {**spec.params, **params}
-    spec.submodules.self_attention.module = TorchSelfAttention
-    spec.submodules.mlp.keywords["submodules"].activation_func = SwiGlu
+    attention, mlp = spec.submodules.self_attention, spec.submodules.mlp.keywords["submodules"]
+    attention.module = TorchSelfAttention
+    mlp.activation_func = SwiGlu
+    if leaves_fp8:
+        for owner, name in ((attention.submodules, "linear_qkv"), (attention.submodules, "linear_proj"),
+                            (mlp, "linear_fc1"), (mlp, "linear_fc2")):  # fmt: skip
+            setattr(owner, name, able_to_leave(getattr(owner, name)))
     return spec
 
 

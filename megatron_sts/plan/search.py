@@ -16,7 +16,8 @@ from typing import Literal
 import numpy as np
 
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, resolve, with_layout
+from megatron_sts.config.precision import Product
+from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, resolve, with_bf16_products, with_layout
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.config.tokens import TokenCounts
@@ -27,6 +28,7 @@ from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.schedule import bottleneck_time
 from megatron_sts.plan.timeline import step_seconds
 from megatron_sts.plan.timing.prediction import SECONDS_AN_HOUR, stage_time
+from megatron_sts.plan.timing.products import choose_bf16_products
 from megatron_sts.plan.timing.step import Pieces, durations, pieces_of, windows
 from megatron_sts.plan.timing.update import update
 from megatron_sts.plan.timing.workload import ASSUMED, Assumptions, workload_of
@@ -136,7 +138,8 @@ class _Search:
         self.memory_bytes = USABLE_MEMORY * hardware.device.memory_gib * 2**30
         self.num_layers = resolved.config.model.language.num_layers
         self.runs: dict[Sizes, Resolved] = {}
-        self.pieces: dict[tuple[int, int, Recompute, int, int], Pieces] = {}
+        self.pieces: dict[tuple[int, int, Recompute, int, int, tuple[Product, ...]], Pieces] = {}
+        self.bf16_products: dict[tuple[int, int, int, Recompute, int, int], tuple[Product, ...]] = {}
         self.ordered: dict[tuple[Way, int], list[tuple[float, int]]] = {}
         self.longest: dict[tuple[int, int, int], TokenCounts] = {}
         self.too_large: dict[tuple[int, int, int, Recompute, int], list[tuple[int, int]]] = {}
@@ -166,7 +169,7 @@ class _Search:
 
     def _needs_too_much(self, tp: int, cp: int, pp: int, vpp: int) -> bool:
         """Whether a stage does not fit even so small and with everything recomputed; more chunks would need more."""
-        run = _done(self.runs[tp, cp, pp, vpp], Way(tp, cp, pp, vpp, "full"), {})
+        run = self.done(Way(tp, cp, pp, vpp, "full"), {})
         return any(self.peak_bytes(run, stage.index) > self.memory_bytes for stage in run.stages)
 
     def run(self, tp: int, cp: int, pp: int, vpp: int) -> Resolved | None:
@@ -185,7 +188,11 @@ class _Search:
         for stage in written["stages"]:
             stage["batch"]["micro_batch_size"] = 1
         try:
-            return resolve(RunConfig.model_validate(written), world_size=self.start.world_size)
+            return resolve(
+                RunConfig.model_validate(written),
+                world_size=self.start.world_size,
+                choose_bf16_products=lambda run: [()] * len(run.stages),  # ``done`` does, for its micro-batches
+            )
         except ConfigError:
             return None
 
@@ -201,10 +208,10 @@ class _Search:
 
     def _rough_hours(self, way: Way, number: int, size: int) -> float:
         """Dense, in the schedule in which ranks never wait for each other's chunks."""
-        run = _done(self.runs[way.sizes], way, {number: size})
+        run = self.done(way, {number: size})
         stage = run.stages[number]
         workload = workload_of(run, stage, assumptions=self.assumptions)
-        key = (way.tp, way.cp, way.recompute, number, size)
+        key = (way.tp, way.cp, way.recompute, number, size, stage.bf16_products)
         if key not in self.pieces:
             self.pieces[key] = pieces_of(self.hardware, workload)
         layers = np.array(run.layers_per_chunk, dtype=np.float64)[None]
@@ -224,7 +231,7 @@ class _Search:
             known = self.too_large.setdefault((way.tp, way.cp, way.pp, way.recompute, number), [])
             if any(way.vpp >= vpp and size >= least for vpp, least in known):
                 return number
-            run = _done(self.runs[way.sizes], way, {number: size})
+            run = self.done(way, {number: size})
             if self.peak_bytes(run, number) > self.memory_bytes:
                 # Without recomputation it would need still more.
                 for recompute in RECOMPUTATION[: RECOMPUTATION.index(way.recompute) + 1]:
@@ -235,12 +242,12 @@ class _Search:
     def timed(self, way: Way, places: tuple[int, ...]) -> Found:
         """With the layout in which dense steps take least."""
         sizes = {number: self.sizes(way, number)[place][1] for number, place in enumerate(places)}
-        run = _done(self.runs[way.sizes], way, sizes)
+        run = self.done(way, sizes)
         layouts = shapes(self.num_layers, way.pp, way.vpp)
         hours = np.zeros(len(layouts))
         for stage in run.stages:
             workload = workload_of(run, stage, assumptions=self.assumptions)
-            pieces = self.pieces[way.tp, way.cp, way.recompute, stage.index, sizes[stage.index]]
+            pieces = self.pieces[way.tp, way.cp, way.recompute, stage.index, sizes[stage.index], stage.bf16_products]
             passes = durations(self.hardware, workload, pieces, np.array(layouts, dtype=np.float64)[:, None])
             hours += stage.num_steps * step_seconds(passes, stage.num_microbatches)
         best = min(zip(hours, layouts, strict=True), key=lambda each: (not self._is_possible(run, each[1]), each[0]))[1]
@@ -258,6 +265,19 @@ class _Search:
             return False
         peak = max(self.peak_bytes(laid_out, stage.index) for stage in laid_out.stages)
         return peak <= self.memory_bytes
+
+    def done(self, way: Way, sizes: dict[int, int]) -> Resolved:
+        """A way's run with micro-batches of so many rows in these stages, and its recomputation."""
+        run = _done(self.runs[way.sizes], way, sizes)
+        if run.config.precision.fp8_where == "all":
+            return run
+        chosen = []
+        for stage in run.stages:
+            key = (way.tp, way.cp, way.pp, way.recompute, stage.index, stage.config.batch.micro_batch_size)
+            if key not in self.bf16_products:
+                [self.bf16_products[key]] = choose_bf16_products(run.model_copy(update={"stages": (stage,)}))
+            chosen.append(self.bf16_products[key])
+        return with_bf16_products(run, chosen)
 
     def peak_bytes(self, run: Resolved, number: int) -> int:
         """Of the rank that needs most, in the stage's longest rows: looking through all its steps for these takes a while."""

@@ -13,7 +13,7 @@ from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask, dense_mask
 from megatron_sts.lds.placement import placement
 from megatron_sts.lds.sync import MaskPlan
-from megatron_sts.mcore.fp8 import Fp8Modules
+from megatron_sts.mcore.fp8 import Fp8Modules, leave_fp8
 from megatron_sts.mcore.groups import Place
 from megatron_sts.mcore.module import unwrap
 from megatron_sts.mcore.optim import StageOptimizer, wrap_data_parallel
@@ -88,6 +88,7 @@ def build_stage(
 ) -> Stage:
     """Freezes what the stage freezes, then builds DDP and the optimizer over the rest. ``batches``: None: the stage's data."""
     set_trainable(chunks, spec.config.freeze)
+    leave_fp8(chunks, spec.bf16_products)
     compression = build_compression(resolved, spec)
     for chunk in map(unwrap, chunks):
         chunk.compression = compression

@@ -48,6 +48,24 @@ def test_a_format_without_rates_has_no_seconds_unless_they_are_asked_for(capsys:
     assert planned(capsys, "precision.fp8=emulate")["time"] is None
 
 
+def test_what_leaving_fp8_saves(capsys: pytest.CaptureFixture[str]) -> None:
+    """Beside the run in FP8 everywhere, which ``all`` is; also for people, and in what a dry start shows."""
+    fp8 = ["precision.fp8=tensorwise", "parallel.tensor_model_parallel_size=8"]
+    auto, everywhere = (planned(capsys, *fp8, f"precision.fp8_where={where}")["time"] for where in ("auto", "all"))
+    assert auto["fp8_where"]["decided_on"] == "h100" and everywhere["fp8_where"] is None
+    found = auto["fp8_where"]["stages"]
+    assert any(stage["bf16_products"] for stage in found.values())
+    for name, stage in found.items():
+        saved_s = everywhere["stages"][name]["step_time_s"] - auto["stages"][name]["step_time_s"]
+        assert stage["saved_s"] == pytest.approx(saved_s) and (saved_s > 0) is bool(stage["bf16_products"])
+    words = [EXAMPLE, *SHORT, *fp8, "precision.fp8_where=auto"]
+    assert main(["plan", *words]) == 0
+    assert "s of a step saved, beside FP8 everywhere" in capsys.readouterr().out
+    assert main(["train", *words, "--dry-run", "--json"]) in (0, 2)  # this machine may lack what it needs
+    shown = {stage["name"]: stage["bf16_products"] for stage in json.loads(capsys.readouterr().out)["stages"]}
+    assert shown == {name: stage["bf16_products"] for name, stage in found.items()}
+
+
 @pytest.mark.parametrize("command", ["plan", "dryrun"])
 def test_text_only_as_the_readme_has_it(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,21 @@ REFUSED = [
         "precision={params: bf16, fp8: tensorwise, fp8_params: true} parallel.use_distributed_optimizer=true",
         "precision.fp8_params=true: stages.finetune.lds leaves weights of skipped layers ungathered",
     ),
+    ("precision.fp8_where=auto", "precision.fp8_where=auto: precision.fp8=off does not read it"),
+    ("precision={fp8: delayed, fp8_where: auto}", f"precision.fp8_where=auto: {MIX_UP}; set it to all, or"),
+    ("precision={fp8: tensorwise, fp8_where: auto}", "precision.fp8_where=auto: precision.params=fp32, and no rates"),
+    (
+        "precision={params: bf16, fp8: tensorwise, fp8_where: auto, fp8_params: true}",
+        "precision.fp8_where=auto: precision.fp8_params=true keeps all weights in FP8",
+    ),
+    (
+        "precision={fp8: emulate, fp8_where: auto}",
+        "precision.fp8_where=auto: nothing here times products; set it to all",
+    ),
+    (
+        "precision={fp8: tensorwise, fp8_hardware: h200}",
+        "precision.fp8_hardware=h200: precision.fp8_where=all does not read it; remove it or set precision.fp8_where=auto",
+    ),
     ("kernels.layers=torch precision.fp8=tensorwise", "kernels.layers=torch: precision.fp8=tensorwise is computed by"),
     ("kernels.layers=transformer-engine precision.fp8=emulate", "precision.fp8=emulate replaces torch's linear layers"),
     ("kernels.gradient_accumulation_fusion=true precision.fp8=emulate", "precision.fp8=emulate has no fused product"),

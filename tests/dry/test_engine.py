@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.precision import PRODUCTS, Product
+from megatron_sts.config.resolve import Resolved, with_bf16_products
 from megatron_sts.cost import communication, peak
 from megatron_sts.dry.account import Account
 from megatron_sts.dry.run import rank_of_stage, run
@@ -27,9 +28,13 @@ def accounts_of(resolved: Resolved, kernels: Any = "engine") -> list[Account]:
     return [run(resolved, rank_of_stage(resolved, stage), kernels=kernels) for stage in range(2)]
 
 
-@pytest.mark.parametrize("num_outer", [0, 1])
-def test_fp8_is_counted_as_cost_does(num_outer: int) -> None:
-    resolved = fp8(first_last_layers_bf16=num_outer)
+LEFT: list[tuple[Product, ...]] = [(), ("qkv",), ("proj", "fc1"), ("qkv", "proj", "fc2"), PRODUCTS]
+
+
+@pytest.mark.parametrize(("num_outer", "left"), [(0, each) for each in LEFT] + [(1, ("fc2",)), (1, ())], ids=str)
+def test_fp8_is_counted_as_cost_does(num_outer: int, left: tuple[Product, ...]) -> None:
+    """With products that ``precision.fp8_where: auto`` takes out of FP8, too."""
+    resolved = with_bf16_products(fp8(first_last_layers_bf16=num_outer), [left])
     [stage] = resolved.stages
     accounts = accounts_of(resolved)
     of_ranks = communication.communication(resolved, stage, step_shape(resolved, stage, accounts[0].step), "engine")
@@ -37,15 +42,16 @@ def test_fp8_is_counted_as_cost_does(num_outer: int) -> None:
         assert expected.activations_bytes == pytest.approx(account.memory.activations_bytes, rel=ACTIVATIONS_RTOL)
         gathered = sum(one.num_bytes for one in lines if (one.group, one.kind) == ("tp", "all_gather"))
         assert account.bytes_of("tp", "all_gather") == gathered
-        assert account.memory.fp8_weights_bytes == (2 - num_outer) * copies_of_a_layer()
+        assert account.memory.fp8_weights_bytes == (2 - num_outer) * copies_of_a_layer(left) == expected.fp8_bytes
 
 
-def copies_of_a_layer() -> int:
-    """On one of two tensor-parallel ranks: two of a byte a weight of QKV, projection and the three matrices of SwiGLU."""
+def copies_of_a_layer(left: tuple[Product, ...]) -> int:
+    """On one of two tensor-parallel ranks: two of a byte a weight of QKV, projection and the matrices of SwiGLU."""
     language = MODEL["language"]
     hidden, heads, groups = (language[name] for name in ("hidden_size", "num_attention_heads", "num_query_groups"))
-    attention = hidden * hidden * (2 * heads + 2 * groups) // heads
-    return 2 * (attention + 3 * hidden * language["ffn_hidden_size"]) // 2
+    ffn = hidden * language["ffn_hidden_size"]
+    weights = {"qkv": hidden * hidden * (heads + 2 * groups) // heads, "proj": hidden**2, "fc1": 2 * ffn, "fc2": ffn}
+    return 2 * sum(weights[product] for product in PRODUCTS if product not in left) // 2
 
 
 def test_without_fp8_the_engine_keeps_what_torch_keeps() -> None:
@@ -63,6 +69,16 @@ def test_few_tokens_and_weights_in_fp8_make_no_copies() -> None:
     [plain, _] = accounts_of(run_of(parallel=distributed, precision={"fp8": "tensorwise"}, **ROWS))
     assert first.memory.fp8_weights_bytes == 0 < plain.memory.fp8_weights_bytes
     assert first.memory.activations_bytes == plain.memory.activations_bytes
+
+
+@pytest.mark.parametrize("least", [64, 65])
+def test_tokens_that_count_are_those_of_a_context_parallel_rank(least: int) -> None:
+    """As its layers see them: 64 of the micro-batch's 128."""
+    precision = {"fp8": "tensorwise", "min_tokens_for_fp8": least}
+    resolved = run_of(parallel={"context_parallel_size": 2}, precision=precision)
+    [expected], account = peak.peak_memory(resolved, resolved.stages[0], "engine"), run(resolved, kernels="engine")
+    assert (account.memory.fp8_weights_bytes > 0) is (least == 64)
+    assert expected.fp8_bytes == account.memory.fp8_weights_bytes
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,11 +16,14 @@ import torch
 import torch.distributed as dist
 from megatron.core import optimizer as core_optimizer
 from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP
 
+from megatron_sts.config.precision import PRODUCTS, Product
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.mcore import config as mcore_config
-from megatron_sts.mcore import optim
-from megatron_sts.mcore.fp8 import fp8_unless_few
+from megatron_sts.mcore import optim, specs
+from megatron_sts.mcore.fp8 import fp8_unless_few, leave_fp8
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.runtime.kernels import Kernels
 from tests.dist.ladder import DENSE, resolved_run, written_run
@@ -98,3 +105,54 @@ def test_why_the_fused_loss_is_for_bf16_only() -> None:
         ).sum().backward()
     assert logits.grad is not None and logits.grad.dtype is torch.float32
     assert torch.equal(logits.grad, logits.grad.bfloat16().float())
+
+
+class EngineLinear(torch.nn.Module):
+    """In place of Transformer Engine's: says whether the FP8 context around it was left, and keeps what a cast would."""
+
+    def __init__(self, left: list[int]) -> None:
+        super().__init__()
+        self.left, self._fp8_workspaces = left, {"weight": object()}
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        return x, bool(self.left)
+
+
+def test_products_leave_the_fp8_context_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the layer that the spec names, by stages."""
+    left: list[int] = []
+
+    @contextmanager
+    def fp8_autocast(enabled: bool) -> Iterator[None]:
+        left.append(1)
+        yield
+        left.pop()
+
+    engine = ModuleType("transformer_engine.pytorch")
+    engine.fp8_autocast = fp8_autocast  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "transformer_engine", ModuleType("transformer_engine"))
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)
+    plain = specs.torch_layer_spec(AttnMaskType.causal, linears=(EngineLinear, EngineLinear))
+    plain.submodules.mlp = partial(
+        MLP.as_mlp_submodule, submodules=plain.submodules.mlp.submodules
+    )  # as Transformer Engine's
+    monkeypatch.setattr(specs, "get_gpt_layer_with_transformer_engine_spec", lambda: copy.deepcopy(plain))
+    for leaves in (False, True):
+        submodules = specs.engine_layer_spec({}, leaves_fp8=leaves).submodules
+        attention, mlp = submodules.self_attention.submodules, submodules.mlp.keywords["submodules"]
+        classes = {"self_attention.linear_qkv": attention.linear_qkv, "self_attention.linear_proj": attention.linear_proj,
+                   "mlp.linear_fc1": mlp.linear_fc1, "mlp.linear_fc2": mlp.linear_fc2}  # fmt: skip
+        assert all((each is EngineLinear) is not leaves and issubclass(each, EngineLinear) for each in classes.values())
+    layer = torch.nn.ModuleDict({"self_attention": torch.nn.Module(), "mlp": torch.nn.Module()})
+    for name, each in classes.items():
+        owner, _, attribute = name.partition(".")
+        setattr(layer[owner], attribute, each(left))
+    x = torch.zeros(1)
+    in_stages: list[tuple[Product, ...]] = [("qkv", "fc2"), ("proj",), ()]
+    for products in in_stages:
+        leave_fp8([layer], products)
+        found = {name.rpartition("_")[2]: layer.get_submodule(name)(x)[1] for name in classes}
+        assert found == {product: product in products for product in PRODUCTS}
+        assert not left
+    kept = {name.rpartition("_")[2]: bool(layer.get_submodule(name)._fp8_workspaces) for name in classes}
+    assert kept == {"qkv": False, "proj": False, "fc1": True, "fc2": False}  # what never left keeps its cast weight

@@ -118,35 +118,35 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
-def load_hardware(name_or_path: str) -> Hardware:
-    """A preset by its name, or a file by its path.
+def load_hardware(name_or_path: str, option: str = "--hardware") -> Hardware:
+    """A preset by its name, or a file by its path. ``option``: what named it, for messages.
 
     Raises:
         ConfigError: no such preset or file, no YAML, or a value that is missing, unknown or out of range.
     """
     path = PRESETS / f"{name_or_path}.yaml" if name_or_path in preset_names() else Path(name_or_path)
     if not path.is_file():
-        refuse("--hardware", name_or_path, "neither a preset nor a file", f"use {', '.join(preset_names())} or a path")
+        refuse(option, name_or_path, "neither a preset nor a file", f"use {', '.join(preset_names())} or a path")
     try:
         written: Any = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        refuse("--hardware", path, f"is no YAML ({str(error).splitlines()[0]})", "mend the file")
+        refuse(option, path, f"is no YAML ({str(error).splitlines()[0]})", "mend the file")
     if not isinstance(written, dict):
-        refuse("--hardware", path, "holds no keys", f"copy {PRESETS}/h100.yaml and change its values")
+        refuse(option, path, "holds no keys", f"copy {PRESETS}/h100.yaml and change its values")
     try:
         return Hardware.model_validate(written)
     except ValidationError as error:
         said = explain(error, written, Hardware)
-        raise ConfigError(f"--hardware={path}: {said}; {PRESETS}/h100.yaml has all keys") from None
+        raise ConfigError(f"{option}={path}: {said}; {PRESETS}/h100.yaml has all keys") from None
 
 
-def check_formats(hardware: Hardware, precision: PrecisionConfig) -> None:
-    """Refuses FP8 that the device does not have."""
+def check_formats(hardware: Hardware, precision: PrecisionConfig, option: str = "--hardware") -> None:
+    """Refuses FP8 that the device does not have. ``option``: what named it, for messages."""
     recipe, device = precision.engine_recipe, hardware.device
     if recipe is None:
         return
     if device.sustained_tflops.fp8 is None:
-        refuse("precision.fp8", recipe, f"{hardware.name} has no FP8", "use off, or other --hardware")
+        refuse("precision.fp8", recipe, f"{hardware.name} has no FP8", f"use off, or other {option}")
     if device.fp8_recipes is not None and recipe not in device.fp8_recipes:
         others = ", ".join(device.fp8_recipes)
-        refuse("precision.fp8", recipe, f"{hardware.name} cannot scale so", f"use one of {others}, or other --hardware")
+        refuse("precision.fp8", recipe, f"{hardware.name} cannot scale so", f"use one of {others}, or other {option}")

@@ -7,14 +7,18 @@ and query groups of d channels, f the MLP's width, t the tokens of a rank.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
+from megatron_sts.config.precision import PRODUCTS, Product
 from megatron_sts.plan.hardware import Format, Hardware
 from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s, latency_s, send_s
 from megatron_sts.plan.timing.kernels import attention_s, gemm_s, memory_s
 from megatron_sts.plan.timing.passes import Passes, Spent
 from megatron_sts.plan.timing.workload import Workload
 
+Formats = tuple[Format, ...]
+"""Of a layer's products, in the order of ``PRODUCTS``."""
 NUM_PIECES = 4
 """Into which a product beside a reduce-scatter is cut (``num_splits`` of NVIDIA's user-buffer settings), and at most beside a
 gather: those of eight ranks join their pieces in pairs (``aggregate``)."""
@@ -60,26 +64,26 @@ def widths(workload: Workload) -> Widths:
     return Widths(language.hidden_size, heads / tp, max(groups / tp, 1), channels, language.ffn_hidden_size / tp)
 
 
-def decoder_layer(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> Passes:
-    """One layer for one micro-batch."""
-    fmt: Format = "fp8" if is_fp8 else "bf16"
-    launch, scales_s = _launch_s(hardware, workload, is_fp8=is_fp8), _scales_s(hardware, workload, is_fp8=is_fp8)
-    products = _products(hardware, workload, fmt)
+def decoder_layer(hardware: Hardware, workload: Workload, in_fp8: Set[Product]) -> Passes:
+    """One layer for one micro-batch, of which these products multiply in FP8."""
+    formats: Formats = tuple("fp8" if product in in_fp8 else "bf16" for product in PRODUCTS)
+    launch, scales_s = _launch_s(hardware, workload, formats), _scales_s(hardware, workload, formats)
+    products = _products(hardware, workload, formats)
     forward = Spent(
         gemm=sum(products),
         attention=_attention(hardware, workload),
-        memory=_moves(hardware, workload, is_fp8),
-        tensor=_collectives(hardware, workload, fmt, products) + scales_s,
+        memory=_moves(hardware, workload, formats),
+        tensor=_collectives(hardware, workload, formats, products) + scales_s,
         context=_context_exchange(hardware, workload),
     )
     if not workload.gradient_passes:
         return Passes(forward, forward_launch_s=launch)
-    products = _products(hardware, workload, fmt, backward=True)
+    products = _products(hardware, workload, formats, backward=True)
     backward = Spent(
-        gemm=sum(products) + _weight_gradients(hardware, workload, fmt),
+        gemm=sum(products) + _weight_gradients(hardware, workload, formats),
         attention=_attention(hardware, workload, backward=True),
-        memory=_moves_backward(hardware, workload, is_fp8),
-        tensor=_collectives_backward(hardware, workload, fmt, products) + scales_s,
+        memory=_moves_backward(hardware, workload, formats),
+        tensor=_collectives_backward(hardware, workload, formats, products) + scales_s,
         context=_context_exchange(hardware, workload, backward=True),
     )
     again = workload.recompute == "full"
@@ -90,28 +94,30 @@ def decoder_layer(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> Pa
     return Passes(forward, backward, launch, launch * (1 + again))
 
 
-def _launch_s(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> float:
-    """A forward pass; a backward one takes as long: of its products two are cut up, and four have a collective beside them."""
+def _launch_s(hardware: Hardware, workload: Workload, formats: Formats) -> float:
+    """A forward pass; a backward one takes as long: of its products two are cut up, and four have a collective beside them. What
+    FP8 takes more is shared out evenly: each product casts its input and its weight's gradient's."""
     host = hardware.host
     cut = 4 * (_num_pieces(workload, is_gather=True) > 1)
-    layer = host.fp8_layer_forward_ms if is_fp8 else host.layer_forward_ms
+    num, num_fp8 = len(formats), formats.count("fp8")
+    layer = (host.fp8_layer_forward_ms * num_fp8 + host.layer_forward_ms * (num - num_fp8)) / num
     return 1e-3 * (layer + host.ring_step_ms * (workload.context_parallel_size - 1) + host.cut_product_ms * cut)
 
 
-def _scales_s(hardware: Hardware, workload: Workload, *, is_fp8: bool) -> float:
+def _scales_s(hardware: Hardware, workload: Workload, formats: Formats) -> float:
     """A layer's share of a chunk's all-reduce of largest values, at the end of each of its passes (``delayed`` with
     ``reduce_amax``; Transformer Engine, ``fp8.py``, ``reduce_and_update_fp8_tensors``)."""
-    if not is_fp8 or workload.fp8 != "delayed":
+    if "fp8" not in formats or workload.fp8 != "delayed":
         return 0.0
     num_chunks = workload.num_chunks * workload.pipeline_parallel_size
     return latency_s(hardware, workload.groups.scales) * num_chunks / workload.model.language.num_layers
 
 
-def _products(hardware: Hardware, workload: Workload, fmt: Format, *, backward: bool = False) -> list[float]:
+def _products(hardware: Hardware, workload: Workload, formats: Formats, *, backward: bool = False) -> list[float]:
     """Each of the four of a forward pass; backward those for the inputs' gradients. Gathers are beside column-split ones
     forward and row-split ones backward, scatters beside row-split ones forward; those backward have whole products beside them."""
     device, tokens, seconds = hardware.device, workload.tokens, []
-    for number, (inner, columns) in enumerate(widths(workload).matrices):
+    for number, ((inner, columns), fmt) in enumerate(zip(widths(workload).matrices, formats, strict=True)):
         shape = (columns, inner) if backward else (inner, columns)
         whole, num_pieces = gemm_s(device, tokens, *shape, fmt), _num_pieces(workload, is_gather=number % 2 == backward)
         if num_pieces > 1 and (number % 2 == 1 or not backward):
@@ -121,13 +127,13 @@ def _products(hardware: Hardware, workload: Workload, fmt: Format, *, backward: 
     return seconds
 
 
-def _weight_gradients(hardware: Hardware, workload: Workload, fmt: Format) -> float:
+def _weight_gradients(hardware: Hardware, workload: Workload, formats: Formats) -> float:
     """Products over all tokens, and adding them to the sum of micro-batches."""
     if not workload.trains("language"):
         return 0.0
     device, fused = hardware.device, workload.assumptions.fused_gradient_accumulation
     seconds = 0.0
-    for inner, columns in widths(workload).matrices:
+    for (inner, columns), fmt in zip(widths(workload).matrices, formats, strict=True):
         seconds += gemm_s(
             device, columns, workload.tokens, inner, fmt, output_bytes=summed_bytes(workload) if fused else 2
         )
@@ -160,21 +166,21 @@ def _unfused_attention(hardware: Hardware, workload: Workload, *, backward: bool
     return passes * (scores + values) + memory_s(hardware.device, [each * rows * length for each in moved])
 
 
-def _moves(hardware: Hardware, workload: Workload, is_fp8: bool) -> float:
-    """Norms (read, write), RoPE, SwiGLU, residual sums (read two, write one); in FP8 the four inputs are cast."""
+def _moves(hardware: Hardware, workload: Workload, formats: Formats) -> float:
+    """Norms (read, write), RoPE, SwiGLU, residual sums (read two, write one); inputs of products in FP8 are cast."""
     hidden = widths(workload).hidden * workload.tokens_outside
     kernels = [4 * hidden, 6 * hidden, 4 * hidden, 6 * hidden, *_rope(workload), *_swiglu(workload)]
-    return memory_s(hardware.device, [*kernels, *_casts(workload, is_fp8)])
+    return memory_s(hardware.device, [*kernels, *_casts(workload, formats)])
 
 
-def _moves_backward(hardware: Hardware, workload: Workload, is_fp8: bool) -> float:
+def _moves_backward(hardware: Hardware, workload: Workload, formats: Formats) -> float:
     """The same kernels' backward passes: norms read two and write one, gradients of queries, keys and values are joined, and
-    where a branch leaves the residual stream two gradients are summed. FP8 casts the four outputs' gradients."""
+    where a branch leaves the residual stream two gradients are summed. FP8 casts the outputs' gradients."""
     at = widths(workload)
     hidden = at.hidden * workload.tokens_outside
     joined = 4 * (at.heads + 2 * at.groups) * at.channels * workload.tokens
     kernels = [*[6 * hidden] * 4, joined, *_rope(workload), *_swiglu(workload, backward=True)]
-    return memory_s(hardware.device, [*kernels, *_casts(workload, is_fp8, backward=True)])
+    return memory_s(hardware.device, [*kernels, *_casts(workload, formats, backward=True)])
 
 
 def _rope(workload: Workload) -> list[float]:
@@ -196,14 +202,14 @@ def _swiglu(workload: Workload, *, backward: bool = False) -> list[float]:
     return [each * elements for each in ((6, 6, 4, 6) if backward else (4, 6))]
 
 
-def _casts(workload: Workload, is_fp8: bool, *, backward: bool = False) -> list[float]:
+def _casts(workload: Workload, formats: Formats, *, backward: bool = False) -> list[float]:
     """Read bf16, write FP8 and its transpose. What is gathered is cast by each rank for itself, and transposed when it is whole.
     A scale of the tensor itself (all but ``delayed``) takes one more reading of gradients; the kernels before find that of inputs.
     With ``delayed`` norms write FP8 themselves. Source: Transformer Engine, ``module/layernorm_linear.py``, ``module/base.py``."""
-    if not is_fp8:
-        return []
     kernels, tokens, delayed = [], workload.tokens, workload.fp8 == "delayed"
-    for number, (inner, columns) in enumerate(widths(workload).matrices):
+    for number, ((inner, columns), fmt) in enumerate(zip(widths(workload).matrices, formats, strict=True)):
+        if fmt != "fp8":
+            continue
         is_gathered = workload.sequence_parallel and number % 2 == backward
         own = workload.tokens_outside if is_gathered else tokens
         if delayed and not backward and number % 2 == 0:
@@ -214,33 +220,36 @@ def _casts(workload: Workload, is_fp8: bool, *, backward: bool = False) -> list[
     return kernels
 
 
-def _collectives(hardware: Hardware, workload: Workload, fmt: Format, products: list[float]) -> float:
+def _collectives(hardware: Hardware, workload: Workload, formats: Formats, products: list[float]) -> float:
     """Before each column-split matrix a gather, after each row-split one a reduce-scatter; without sequence parallelism an
     all-reduce after the latter alone."""
     whole, group = _activations(workload), workload.groups.tensor
     if not workload.sequence_parallel:
         return 2 * all_reduce_s(hardware, group, whole)
-    gather = gather_s(hardware, group, whole / 2 if fmt == "fp8" else whole)
-    scatter = gather_s(
-        hardware, group, whole / 2 if fmt == "fp8" and workload.assumptions.fp8_reduce_scatter else whole
-    )
-    return sum(
-        _in_pieces(workload, (gather, scatter)[number % 2], each, is_gather=number % 2 == 0)
-        for number, each in enumerate(products)
-    )
+    seconds = 0.0
+    for number, (fmt, each) in enumerate(zip(formats, products, strict=True)):
+        is_gather = number % 2 == 0
+        halves = fmt == "fp8" and (is_gather or workload.assumptions.fp8_reduce_scatter)
+        sent = gather_s(hardware, group, whole / 2 if halves else whole)
+        seconds += _in_pieces(workload, sent, each, is_gather=is_gather)
+    return seconds
 
 
-def _collectives_backward(hardware: Hardware, workload: Workload, fmt: Format, products: list[float]) -> float:
+def _collectives_backward(hardware: Hardware, workload: Workload, formats: Formats, products: list[float]) -> float:
     """The gradients of the row-split matrices' outputs are gathered first. The column-split ones' inputs are gathered again
     beside one product, and their gradients scattered beside another of about the same time."""
     whole, group = _activations(workload), workload.groups.tensor
     if not workload.sequence_parallel:
         return sum(_beside(workload, all_reduce_s(hardware, group, whole), each) for each in products[::2])
-    gather = gather_s(hardware, group, whole / 2 if fmt == "fp8" else whole)
     scatter = gather_s(hardware, group, whole)
-    again = gather if workload.trains("language") else 0.0
-    column = sum(_beside(workload, again, each) + _beside(workload, scatter, each) for each in products[::2])
-    return column + sum(_in_pieces(workload, gather, each, is_gather=True) for each in products[1::2])
+    gathers = [gather_s(hardware, group, whole / 2 if fmt == "fp8" else whole) for fmt in formats]
+    again = [gather if workload.trains("language") else 0.0 for gather in gathers[::2]]
+    column = sum(
+        _beside(workload, gather, each) + _beside(workload, scatter, each)
+        for gather, each in zip(again, products[::2], strict=True)
+    )
+    row = zip(gathers[1::2], products[1::2], strict=True)
+    return column + sum(_in_pieces(workload, gather, each, is_gather=True) for gather, each in row)
 
 
 def _num_pieces(workload: Workload, *, is_gather: bool) -> int:

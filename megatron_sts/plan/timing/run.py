@@ -10,6 +10,7 @@ from megatron_sts.config.resolve import Layout, Resolved, with_layout
 from megatron_sts.plan.comparison import with_sampler
 from megatron_sts.plan.hardware import Hardware, check_formats
 from megatron_sts.plan.timing.prediction import StageTime, stage_time
+from megatron_sts.plan.timing.products import chosen_anew
 from megatron_sts.plan.timing.workload import ASSUMED, Assumptions
 
 
@@ -72,10 +73,10 @@ def check_rates(hardware: Hardware, resolved: Resolved) -> None:
 
 
 def dense(resolved: Resolved) -> Resolved:
-    """The same run without LDS and VTC."""
+    """The same run without LDS and VTC; ``precision.fp8_where: auto`` decides for its tokens."""
     plain = with_sampler(resolved, None)
     stages = tuple(
         stage.model_copy(update={"config": stage.config.model_copy(update={"lds": None, "vtc": None})})
         for stage in plain.stages
     )
-    return plain.model_copy(update={"stages": stages})
+    return chosen_anew(plain.model_copy(update={"stages": stages}))

@@ -58,10 +58,10 @@ class Step:
 def pieces_of(hardware: Hardware, workload: Workload) -> Pieces:
     """Times of the model's pieces for one micro-batch."""
     num_layers = workload.model.language.num_layers
-    layer = decoder_layer(hardware, workload, is_fp8=workload.fp8 is not None)
+    layer = decoder_layer(hardware, workload, workload.fp8_products)
     if workload.fp8 is not None and workload.num_bf16_layers:
         share = workload.num_bf16_layers / num_layers
-        layer = layer * (1 - share) + decoder_layer(hardware, workload, is_fp8=False) * share
+        layer = layer * (1 - share) + decoder_layer(hardware, workload, frozenset()) * share
     return Pieces(
         layer, first_rank(hardware, workload), last_rank(hardware, workload), before_passes(hardware, workload)
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_sts.config.precision import PRODUCTS
 from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.timing.collectives import all_reduce_s, gather_s
 from megatron_sts.plan.timing.decoder import widths
@@ -75,7 +76,7 @@ def update(hardware: Hardware, workload: Workload, windows: Windows, share: Shar
         moved = [
             (ADAM_BYTES + workload.assumptions.gradient_bytes) * parameters / shards * share.updated,
             2 * workload.assumptions.gradient_bytes * parameters,  # read for their norm, and set to zero
-            _fp8_weight_bytes(workload) * _layer_parameters(workload) * num_layers,
+            fp8_cast_bytes(workload) * num_layers,
         ]
         optimizer.append(memory_s(hardware.device, moved))
     return Update(max(reduced), max(gathered), max(optimizer) + hardware.host.step_ms * 1e-3)
@@ -111,10 +112,11 @@ def _layer_parameters(workload: Workload) -> float:
     return sum(inner * columns for inner, columns in widths(workload).matrices)
 
 
-def _fp8_weight_bytes(workload: Workload) -> int:
-    if workload.fp8 is None:
-        return 0
-    return FP8_TRANSPOSE_BYTES if workload.fp8_weights else FP8_WEIGHT_BYTES
+def fp8_cast_bytes(workload: Workload) -> float:
+    """What casting a decoder layer's weights moves in a step."""
+    matrices = zip(PRODUCTS, widths(workload).matrices, strict=True)
+    in_fp8 = sum(inner * columns for product, (inner, columns) in matrices if product in workload.fp8_products)
+    return (FP8_TRANSPOSE_BYTES if workload.fp8_weights else FP8_WEIGHT_BYTES) * in_fp8
 
 
 def _layers_a_rank(workload: Workload) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Literal, Self, cast
 from pydantic import model_validator
 
 from megatron_sts.config.architecture import ModelConfig, Part
+from megatron_sts.config.precision import PRODUCTS, Product
 from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage
 from megatron_sts.config.section import NonNegativeInt, PositiveInt, Ratio, Section
 from megatron_sts.config.tokens import TokenCounts
@@ -81,6 +82,8 @@ class Workload(Section):
     """Weights are kept and gathered in FP8 (``precision.fp8_params``)."""
     num_bf16_layers: NonNegativeInt = 0
     """Decoder layers that multiply in bf16 where others do in FP8."""
+    bf16_products: tuple[Product, ...] = ()
+    """Of the layers that multiply in FP8, products that do not."""
     recompute: Literal["none", "selective", "full"] = "none"
     distributed_optimizer: bool = True
     overlap_grad_reduce: bool = True
@@ -117,6 +120,11 @@ class Workload(Section):
     def tokens_outside(self) -> float:
         """Of them, those on one tensor-parallel rank outside attention and MLP: a part under sequence parallelism."""
         return self.tokens / (self.tensor_parallel_size if self.sequence_parallel else 1)
+
+    @property
+    def fp8_products(self) -> frozenset[Product]:
+        """Of a decoder layer that multiplies in FP8, the products that do."""
+        return frozenset() if self.fp8 is None else frozenset(PRODUCTS) - set(self.bf16_products)
 
     @property
     def groups(self) -> Groups:
@@ -164,6 +172,7 @@ def workload_of(
         spreads_vision=resolved.spreads_vision,
         fp8=cast(Recipe, recipe) if is_fp8 else None,
         fp8_weights=is_fp8 and precision.fp8_params,
+        bf16_products=stage.bf16_products if is_fp8 else (),
         num_bf16_layers=min(2 * precision.first_last_layers_bf16, resolved.config.model.language.num_layers),
         recompute=parallel.recompute,
         distributed_optimizer=parallel.use_distributed_optimizer,

@@ -1,0 +1,65 @@
+"""How many steps a stage has, and how many micro-batches a step. Torch-free; part of resolving a config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from megatron_sts.config.errors import refuse
+from megatron_sts.config.schema import DataConfig, ParallelConfig, StageConfig
+from megatron_sts.config.tokens import exact
+
+DatasetSize = Callable[[DataConfig], int]
+"""Number of samples of one epoch."""
+
+
+def num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -> int:
+    """Steps as given, or the full global batches that the epochs hold."""
+    steps = stage.steps
+    if steps is None and stage.batch.packing == "pack":
+        refuse(
+            f"stages.{stage.name}.epochs",
+            stage.epochs,
+            "how many samples fit a packed row shows only when they are read",
+            "give steps instead",
+        )
+    if steps is None:
+        size, batch = dataset_size(data), stage.batch.global_batch_size
+        steps = math.floor(exact(stage.epochs or 0) * size / batch)
+        if steps == 0:
+            refuse(
+                f"stages.{stage.name}.epochs",
+                stage.epochs,
+                f"{size} samples do not fill one global batch of {batch}",
+                "raise it, or lower batch.global_batch_size",
+            )
+    if stage.optimizer.warmup_steps > steps:
+        refuse(
+            f"stages.{stage.name}.optimizer.warmup_steps",
+            stage.optimizer.warmup_steps,
+            f"the stage has {steps} steps",
+            f"use at most {steps}",
+        )
+    return steps
+
+
+def num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:
+    """Forward passes of one rank in a step."""
+    batch, copies = stage.batch, parallel.data_parallel_size or 1
+    field = f"stages.{stage.name}.batch.global_batch_size"
+    if batch.global_batch_size % (batch.micro_batch_size * copies):
+        refuse(
+            field,
+            batch.global_batch_size,
+            f"not a multiple of micro_batch_size x data_parallel_size = {batch.micro_batch_size} x {copies}",
+            "change one of the three",
+        )
+    count, pp = batch.global_batch_size // (batch.micro_batch_size * copies), parallel.pipeline_model_parallel_size
+    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and count % pp:
+        refuse(
+            field,
+            batch.global_batch_size,
+            f"interleaving needs micro-batches ({count}) in multiples of {pp} pipeline ranks",
+            f"use a multiple of {pp * batch.micro_batch_size * copies}",
+        )
+    return count

@@ -1,0 +1,77 @@
+"""Which products of a decoder layer multiply faster in bf16 than in FP8 (``precision.fp8_where: auto``). Torch-free.
+
+FP8 halves what a product computes and what sequence parallelism gathers for it, but casts its operands and launches more kernels:
+with few tokens, or a matrix that tensor parallelism has cut small, these take longer than they save.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import chain, combinations
+
+from megatron_sts.config.precision import PRODUCTS, Product
+from megatron_sts.config.resolve import Resolved, ResolvedStage, with_bf16_products
+from megatron_sts.plan.hardware import Hardware, check_formats, load_hardware
+from megatron_sts.plan.steps import grid
+from megatron_sts.plan.timing.decoder import decoder_layer
+from megatron_sts.plan.timing.kernels import memory_s
+from megatron_sts.plan.timing.update import fp8_cast_bytes
+from megatron_sts.plan.timing.workload import Workload, workload_of
+
+SUBSETS: tuple[tuple[Product, ...], ...] = tuple(
+    chain.from_iterable(combinations(PRODUCTS, number) for number in range(len(PRODUCTS) + 1))
+)
+"""Products that may leave FP8 together, few first."""
+
+
+def choose_bf16_products(resolved: Resolved) -> tuple[tuple[Product, ...], ...]:
+    """For each stage the products without which FP8 is fastest on ``precision.fp8_hardware``.
+
+    A pure function of the run and of what that names, so that every rank comes to the same.
+
+    Raises:
+        ConfigError: there is no such hardware, or it does not have the recipe.
+    """
+    precision, option = resolved.config.precision, "precision.fp8_hardware"
+    hardware = load_hardware(precision.fp8_hardware, option)
+    if precision.fp8 == "emulate":  # stands for what a GPU would do
+        precision = precision.model_copy(update={"fp8": "tensorwise"})
+        resolved = resolved.model_copy(update={"config": resolved.config.model_copy(update={"precision": precision})})
+    check_formats(hardware, precision, option)
+    return tuple(_of_stage(hardware, resolved, stage) for stage in resolved.stages)
+
+
+def chosen_anew(resolved: Resolved) -> Resolved:
+    """The run after its shapes have changed: ``auto`` decides again."""
+    if resolved.config.precision.fp8_where != "auto":
+        return resolved
+    return with_bf16_products(resolved, choose_bf16_products(resolved))
+
+
+def fastest(hardware: Hardware, workloads: Counter[Workload]) -> tuple[Product, ...]:
+    """The products that leave FP8 so that a layer takes least, in the mean over micro-batches of these shapes; few rather than many."""
+
+    def total_s(left: tuple[Product, ...]) -> float:
+        parted = ((each.model_copy(update={"bf16_products": left}), count) for each, count in workloads.items())
+        return sum(count * layer_s(hardware, each) for each, count in parted)
+
+    return min(SUBSETS, key=total_s)
+
+
+def layer_s(hardware: Hardware, workload: Workload) -> float:
+    """A layer's forward and backward pass of one micro-batch, as long as its GPU computes or its host launches, with a
+    micro-batch's share of casting weights."""
+    passes = decoder_layer(hardware, workload, workload.fp8_products)
+    computes = passes.forward.total + passes.backward.total
+    launches = passes.forward_launch_s + passes.backward_launch_s
+    return max(computes, launches) + memory_s(hardware.device, [fp8_cast_bytes(workload)]) / workload.num_microbatches
+
+
+def _of_stage(hardware: Hardware, resolved: Resolved, stage: ResolvedStage) -> tuple[Product, ...]:
+    shapes = Counter(stage.tokens(step) for step in grid(stage.num_steps))
+    workloads = Counter[Workload]()
+    for counts, number in shapes.items():
+        workload = workload_of(resolved, stage, counts)
+        if workload.fp8 is not None:  # else its layers are in bf16 anyway (``min_tokens_for_fp8``)
+            workloads[workload] += number
+    return fastest(hardware, workloads)
