@@ -75,7 +75,7 @@ def measure(stage: Stage, num_steps: int) -> dict[str, float]:
 
     def line() -> None:
         spent_s, mean_s = mean_times(result, step_s)
-        costs.describe(result, StepTimes(step_s, 0.0, spent_s, mean_s, 0.0), 0)
+        costs.describe(result, StepTimes(step_s, 0.0, spent_s, mean_s, 0.0), 0, costs.of_copy(result))
 
     timers_s, line_s = statistics.median(counts) * span_s(), median_s(line)
     numbers = [statistics.median(counts), step_s, timers_s / step_s, line_s / step_s]

@@ -20,6 +20,7 @@ class GivenBatches:
 
     batches: Sequence[Batch]
     wait_s: float = 0.0
+    balanced: None = None
 
     def step(self, _step: int) -> Sequence[Batch]:
         return self.batches

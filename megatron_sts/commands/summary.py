@@ -86,6 +86,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "global_batch_size": config.batch.global_batch_size,
         "micro_batch_size": config.batch.micro_batch_size,
         "num_microbatches": stage.num_microbatches,
+        "balance": config.batch.balance,
         "visual_tokens_in": stage.visual_tokens_in,
         "visual_tokens_out": counts.of_image(0),
         "sequence_length": counts.sequence_length,
@@ -195,6 +196,7 @@ def _stages_table(stages: list[Outline]) -> Table:
     table.add_row("frozen", *(", ".join(stage["freeze"]) or "nothing" for stage in stages))
     if any(stage["bf16_products"] for stage in stages):
         table.add_row("not in FP8", *(", ".join(stage["bf16_products"]) or "nothing" for stage in stages))
+    table.add_row("balance between ranks", *(stage["balance"] for stage in stages))
     for key, label in STAGE_ROWS.items():
         table.add_row(label, *(f"{stage[key]:,}" for stage in stages))
     for label, key in FLOP_ROWS.items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_sts.config.architecture import ModelConfig
 from megatron_sts.config.architecture_checks import check_architecture
+from megatron_sts.config.balance_checks import check_balance
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.precision_checks import check_precision
 from megatron_sts.config.saving import CheckpointConfig, GuardConfig
@@ -48,6 +49,7 @@ def check_run(config: RunConfig) -> None:
         check_rates_of_parts(stage, config.model)
         check_sparsity(stage, config.model)
         check_data(stage, config)
+        check_balance(stage, config)
 
 
 def check_data_is_read(config: RunConfig) -> None:

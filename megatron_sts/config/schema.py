@@ -174,6 +174,11 @@ class BatchConfig(Section):
     packing: Literal["none", "pad", "pack"] = "pad"
     """How samples become rows. pad: one a row, padded to the sequence length; none: one a row, padded to the longest of
     the step; pack: as many as fit a row, each attending to itself alone. VTC then leaves rows as long, for more samples."""
+    balance: Literal["off", "cost"] = "off"
+    """Which data-parallel rank gets which samples of a global batch. off: as they follow each other; cost: so that all have about
+    as many FLOPs, counted as they are computed. With ``packing: pad``, where all rows are as long, samples with many images meet
+    such with few; with ``packing: none``, rows as long as the longest of their micro-batch, samples of about a length share one.
+    The global batch and its loss stay the same; not for packed rows, energon and tiles."""
 
 
 class VtcConfig(Section):

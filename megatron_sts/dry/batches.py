@@ -27,7 +27,7 @@ class PlannedBatches(StageBatches):
     """Stands for ``StageBatches``. Reads nothing: text is token 0, pictures are black."""
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage, place: Place) -> None:
-        self.wait_s = 0.0
+        self.wait_s, self.balanced = 0.0, None
         self._stage, self._place, self._vision = stage, place, resolved.config.model.vision
         self._first_stage_sees_pixels = resolved.first_stage_sees_pixels(stage)
         vtc = stage.config.vtc

@@ -59,7 +59,7 @@ def resolve_source(source: Path, overrides: Sequence[str] = (), world_size: int 
     stage = config.stages[-1]
     # Full micro-batches for any number of copies; what is asked later decides the real ones.
     size = pipeline * (world_size or copies)
-    batch = stage.batch.model_copy(update={"global_batch_size": size, "micro_batch_size": 1})
+    batch = stage.batch.model_copy(update={"global_batch_size": size, "micro_batch_size": 1, "balance": "off"})
     config = config.model_copy(update={"stages": (stage.model_copy(update={"batch": batch}),)})
     resolved = resolve(config, world_size=world_size)
     check_decoding(resolved)

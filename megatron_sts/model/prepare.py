@@ -9,6 +9,7 @@ import torch
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import BEFORE_PROJECTOR, TokenCounts
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row, collate
 from megatron_sts.data.records import BadSampleError, Record
@@ -71,6 +72,26 @@ class BatchPreparer:
         images = self._images(0, record, counts)
         encoding = encode_prompt if is_prompt else encode
         return len(encoding(record, self.tokenizer, self._stage.data.template, images.num_kept).tokens)
+
+    def load(self, record: Record, counts: TokenCounts) -> TokenLoad:
+        """What a record asks of the model in a row without padding, without a look at its pictures; nothing if that tells already that
+        it cannot be used. Not for tiles, whose number a picture's size decides; of padded rows, all as long, without their tokens.
+        """
+        stage, images = self._stage, range(len(record.images))
+        if images and not stage.visual_tokens_in:
+            return TokenLoad()
+        num_tokens = 0
+        if stage.config.batch.packing != "pad":
+            try:
+                num_tokens = self.length(record, counts, is_prompt=False)
+            except BadSampleError:
+                return TokenLoad()
+            if num_tokens > counts.sequence_length:
+                if stage.data.too_long == "skip":
+                    return TokenLoad()
+                num_tokens = counts.sequence_length
+        kept, all_in = (sum(each.of_image(number) for number in images) for each in (counts, stage.uncompressed))
+        return TokenLoad(num_tokens, num_tokens**2, len(images), kept, all_in if self._projects_all else kept)
 
     def _prepared(self, images: SampleImages, encoded: EncodedSample, counts: TokenCounts) -> PreparedSample:
         stage = self._stage

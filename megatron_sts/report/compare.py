@@ -39,15 +39,17 @@ def compare(dense: Run, sts: Run) -> Comparison:
 
 SHARED = ("seed", "model", "precision", "data", "stages")
 """Sections of the config that two compared runs have in common, save each stage's vtc and lds. How the same steps were spread over
-ranks and cut into micro-batches (``parallel``, ``batch.micro_batch_size``) changes no sample and no loss, save that packed rows hold
+ranks and cut into micro-batches (``parallel``, ``batch.micro_batch_size``, ``batch.balance``) changes no sample and no loss, save that packed rows hold
 others and that padding may be longer: it changes times, which then say so.
 """
+WAYS_OF_BATCH = ("micro_batch_size", "balance")
+"""Earlier versions have no ``balance``: ``off``."""
 
 
 def _way(run: Run) -> dict[str, Any]:
     """How a run's steps were spread over ranks and cut into micro-batches."""
     sizes = [
-        {"name": stage["name"], "batch": {"micro_batch_size": stage["batch"]["micro_batch_size"]}}
+        {"name": stage["name"], "batch": {key: stage["batch"].get(key, "off") for key in WAYS_OF_BATCH}}
         for stage in run.config["stages"]
     ]
     return {"parallel": {**run.config["parallel"], "timeout_s": None}, "stages": sizes}
@@ -60,7 +62,7 @@ def _check_same(dense: Run, sts: Run) -> None:
         if section == "stages":
             dense_value, sts_value = (
                 [
-                    {**stage, "vtc": None, "lds": None, "batch": {**stage["batch"], "micro_batch_size": None}}
+                    {**stage, "vtc": None, "lds": None, "batch": {**stage["batch"], **dict.fromkeys(WAYS_OF_BATCH)}}
                     for stage in stages
                 ]
                 for stages in (dense_value, sts_value)

@@ -14,6 +14,7 @@ import torch
 from torch import distributed as dist
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.cost.balance import Balanced
 from megatron_sts.data.batch import Batch
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.groups import Place
@@ -40,6 +41,8 @@ class StageBatches:
         self._reader = None if self._feed is None else Ahead(self._feed.step, "feed")
         self._next: tuple[int, Future[Fed]] | None = None
         self._state: dict[str, Any] | None = None
+        self.balanced: Balanced | None = None
+        """With ``batch.balance``, on a rank that reads: who got what in the last step."""
         self.wait_s = 0.0
         """How long this rank's last step waited for its samples to be read; what others wait for it is not in it."""
 
@@ -52,7 +55,7 @@ class StageBatches:
         batches = None
         if self._reader is not None:
             fed = self._take(step, self._reader)
-            self._state, batches = fed.state, fed.batches
+            self._state, batches, self.balanced = fed.state, fed.batches, fed.balanced
         shared = share(batches, self._place, first_stage_sees_pixels=self._first_stage_sees_pixels)
         check_shapes(self._stage, step, shared)
         return shared

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
-from megatron_sts.cost.flops import device_peak_tflops, step_flops
+from megatron_sts.cost.flops import TokenLoad, device_peak_tflops, step_flops
 from megatron_sts.report.fields import RATES, SECONDS
 from megatron_sts.runtime.clock import KINDS, Kind
 from megatron_sts.runtime.device import current_device
@@ -42,11 +42,29 @@ class StepCosts:
             current_device().name, dtype
         )
 
-    def describe(self, result: StepResult, times: StepTimes, peak_bytes: int) -> dict[str, Any]:
-        """The step's line."""
+    def of_copy(self, result: StepResult) -> int:
+        """FLOPs of this rank's copy of the model."""
+        return self._executed(result, result.own.load)
+
+    def _executed(self, result: StepResult, load: TokenLoad) -> int:
+        """FLOPs of a load with the layers that ran."""
+        layers_executed = sum(result.layer_runs) / self._stage.num_microbatches
+        return step_flops(self._resolved, self._stage, load, layers_executed=layers_executed)
+
+    def _spread(self, result: StepResult, most: float) -> dict[str, float | None]:
+        """How much more than the mean the copy with most FLOPs had; before: without ``batch.balance``, where that is on."""
+        num_copies, loads = self._resolved.data_parallel_size, result.balanced.loads_before if result.balanced else ()
+        before = [self._executed(result, load) for load in loads]
+        return {
+            "load_spread": most * num_copies / self._executed(result, result.totals.load),
+            "load_spread_before": max(before) * num_copies / sum(before) if before else None,
+        }
+
+    def describe(self, result: StepResult, times: StepTimes, peak_bytes: int, most: float) -> dict[str, Any]:
+        """The step's line. ``most``: the largest ``of_copy``."""
         stage, totals = self._stage, result.totals
         layers_executed = sum(result.layer_runs) / stage.num_microbatches
-        executed = step_flops(self._resolved, stage, totals.load, layers_executed=layers_executed)
+        executed = self._executed(result, totals.load)
         dense = step_flops(self._resolved, stage, totals.dense_load, layers_executed=len(result.layer_runs))
         return {
             "stage": stage.name,
@@ -71,6 +89,7 @@ class StepCosts:
             "skip_digest": result.mask.digest,
             "flops_dense": dense,
             "flops_executed": executed,
+            **self._spread(result, most),
             **_seconds(times),
             **self._throughput(result, executed, dense, times.step_s),
             "peak_memory_bytes": peak_bytes,

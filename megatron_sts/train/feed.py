@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,6 +13,8 @@ import torch
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import DataConfig
 from megatron_sts.config.tokens import TokenCounts, round_up
+from megatron_sts.cost.balance import Balanced, Balancer
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.collate import PreparedSample, Row
 from megatron_sts.data.llava_json import LlavaJsonSource
@@ -72,6 +74,8 @@ class Fed:
     state: dict[str, Any]
     is_last: bool = False
     """Nothing is left to be read, nor in no row yet."""
+    balanced: Balanced | None = None
+    """With ``batch.balance``, who got what."""
 
 
 class IndexedStream:
@@ -95,6 +99,12 @@ class IndexedStream:
         index = self.next_index
         self._num_read += 1
         return self.again(index)
+
+    def global_batch(self) -> list[Sample]:
+        """All ranks' samples of the step that begins here, which are then read."""
+        start = self._num_read * self._place.dp_size
+        self._num_read += self._batch.global_batch_size // self._place.dp_size
+        return [self.again(index) for index in range(start, start + self._batch.global_batch_size)]
 
     def keep(self, sample: Sample) -> int:
         return sample[0]
@@ -190,6 +200,8 @@ class Feed:
         self._stage = stage
         self._stream = open_stream(resolved, stage, place) if stream is None else stream
         self._preparer = BatchPreparer(resolved, stage, needs_pixels=resolved.config.model.vision is not None)
+        is_balanced = stage.config.batch.balance == "cost" and stream is None
+        self._balancer, self._dp_rank = Balancer(resolved, stage) if is_balanced else None, place.dp_rank
         self._pending: list[Sample] = []
         """Read, but not in a row yet (packing)."""
 
@@ -199,19 +211,22 @@ class Feed:
         num_rows = self._stage.num_microbatches * batch.micro_batch_size
         skipped: list[SkippedSample] = []
         read = self._packed_rows if batch.packing == "pack" else self._single_rows
-        rows = read(num_rows, counts, skipped)
-        longest = None
-        if batch.packing == "none":
-            longest = round_up(
-                max([sample.length for row in rows for sample in row] or [1]), self._stage.token_multiple
-            )
+        balanced = None
+        if self._balancer is None:
+            rows = read(num_rows, counts, skipped)
+        else:
+            samples, balanced = self._balanced(self._balancer, counts)
+            rows = self._rows_of(samples, counts, skipped)
+        micros = [rows[start : start + batch.micro_batch_size] for start in range(0, num_rows, batch.micro_batch_size)]
+        together = [rows] * len(micros) if self._balancer is None else micros
         batches = [
-            self._preparer.collate(rows[start : start + batch.micro_batch_size], counts, longest=longest)
-            for start in range(0, num_rows, batch.micro_batch_size)
+            self._preparer.collate(micro, counts, longest=self._longest(those) if batch.packing == "none" else None)
+            for micro, those in zip(micros, together, strict=True)
         ]
         batches = [replace(batch, number=number) for number, batch in enumerate(batches)]
         batches[0] = replace(batches[0], skipped=tuple(skipped))
-        return Fed(batches, self.state_dict(), is_last=self._stream.is_over and not self._pending)
+        is_last = self._stream.is_over and not self._pending
+        return Fed(batches, self.state_dict(), is_last=is_last, balanced=balanced)
 
     def state_dict(self) -> dict[str, Any]:
         """Where reading goes on: the stream's own state, and what is pending; plain values."""
@@ -232,6 +247,23 @@ class Feed:
         """Stops what reads in the background."""
         self._stream.close()
 
+    def _longest(self, rows: Sequence[Row]) -> int:
+        """Tokens of rows that are as long as their longest sample."""
+        return round_up(max([sample.length for row in rows for sample in row] or [1]), self._stage.token_multiple)
+
+    def _balanced(self, balancer: Balancer, counts: TokenCounts) -> tuple[list[Sample], Balanced]:
+        """This rank's samples, micro-batch by micro-batch, and who got what.
+
+        Every rank deals out the whole global batch by itself, from what can be told of its samples without their pictures.
+        """
+        assert isinstance(self._stream, IndexedStream)
+        samples = self._stream.global_batch()
+        loads = [
+            self._preparer.load(record, counts) if isinstance(record, Record) else TokenLoad() for _, record in samples
+        ]
+        found = balancer.balance(loads, counts.sequence_length)
+        return [samples[number] for micro in found.deal[self._dp_rank] for number in micro], found
+
     def _next(self) -> Sample | None:
         """None behind the last sample."""
         return None if self._stream.is_over else next(self._stream)
@@ -250,7 +282,9 @@ class Feed:
 
     def _single_rows(self, num_rows: int, counts: TokenCounts, skipped: list[SkippedSample]) -> list[Row]:
         """A sample a row; what cannot be used leaves its row empty, so that a sample's place never depends on others."""
-        read = (self._next() for _ in range(num_rows))
+        return self._rows_of((self._next() for _ in range(num_rows)), counts, skipped)
+
+    def _rows_of(self, read: Iterable[Sample | None], counts: TokenCounts, skipped: list[SkippedSample]) -> list[Row]:
         samples = (None if sample is None else self._prepared(sample, counts, skipped) for sample in read)
         return [[] if sample is None else [sample] for sample in samples]
 

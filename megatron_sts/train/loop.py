@@ -131,14 +131,15 @@ def train_stage(
         told = result.not_updated
         own_time_s = time.perf_counter() - started
         trail.enter("log")
-        step_time_s, data_wait_s, peak_bytes, stopping, writing = max_over_ranks(
-            [own_time_s, result.data_wait_s, peak_memory_bytes(), stop.received, checkpointer.is_writing]
+        of_copy = costs.of_copy(result)
+        step_time_s, data_wait_s, peak_bytes, most, stopping, writing = max_over_ranks(
+            [own_time_s, result.data_wait_s, peak_memory_bytes(), of_copy, stop.received, checkpointer.is_writing]
         )
         is_last = stopping or step + 1 == spec.num_steps
         if is_last or (step + 1) % logging.interval_steps == 0:
             spent_s, mean_s = mean_times(result, own_time_s)
             times = StepTimes(step_time_s, data_wait_s, spent_s, mean_s, checkpointer.take_standstill_s())
-            log.step(costs.describe(result, times, int(peak_bytes)))
+            log.step(costs.describe(result, times, int(peak_bytes), most))
         if not writing:
             checkpointer.settle()
         ranks.step(result, own_time_s, is_last=bool(is_last))

@@ -32,7 +32,7 @@ PARTIAL_PREFIX = ".partial-"
 
 FIXED = ("seed", "model", "data", "stages", "precision.params", "parallel.use_distributed_optimizer")
 """What decides a run's numbers, or the form of its checkpoints, stays as it was at the first start."""
-FREE = ("data.max_bad_fraction", "data.num_workers")
+FREE = ("data.max_bad_fraction", "data.num_workers", "batch.balance")
 """Ends of fixed fields that may change all the same."""
 FILES = ("data.path", "data.image_dir", "data.tokenizer", ".init")
 """Ends of fixed fields that name files: what these hold is compared, not their names."""

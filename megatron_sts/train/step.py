@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from megatron_sts.cost.balance import Balanced
 from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.data.records import SkippedSample
@@ -23,7 +24,7 @@ from megatron_sts.mcore.pipeline import ForwardResult, run_microbatches
 from megatron_sts.model.loss import masked_loss
 from megatron_sts.runtime.clock import Kind
 from megatron_sts.runtime.device import current_device
-from megatron_sts.train.agreement import check_number
+from megatron_sts.train.agreement import check_deal, check_number
 from megatron_sts.train.stage import Stage
 
 
@@ -82,6 +83,8 @@ class StepResult:
     """The global batch's samples that could not be used."""
     own: RankLoad
     """What this rank's copy of the model had to do."""
+    balanced: Balanced | None
+    """With ``batch.balance``, on ranks that read: which copy got which samples."""
     data_wait_s: float
     """How long this rank waited for its samples to be read."""
     spent_s: dict[Kind, float]
@@ -137,8 +140,8 @@ def train_step(stage: Stage, step: int) -> StepResult:
     loss = totals.loss_sum / totals.num_loss_tokens if totals.num_loss_tokens else math.nan
     skipped = gather_skipped(stage, batches) if totals.num_skipped_samples else ()
     own = RankLoad(sum(batch.num_tokens for batch in batches), sum((batch.load for batch in batches), TokenLoad()))
-    times = stage.batches.wait_s, stage.clock.take()
-    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, own, *times)
+    balanced, times = stage.batches.balanced, (stage.batches.wait_s, stage.clock.take())
+    return StepResult(loss, grad_norm, lr, not_updated, mask, layer_runs, totals, skipped, own, balanced, *times)
 
 
 def unlearnable(totals: Totals) -> NotUpdated | None:
@@ -168,13 +171,13 @@ def reduce_totals(
     """Sums over the global batch, and how many micro-batches ran each decoder layer, on every rank. One small all-reduce.
 
     Raises:
-        DisagreementError: see ``check_number``.
+        DisagreementError: see ``check_number`` and ``check_deal``.
     """
     trail.enter("reduce")
     device, place = current_device().torch_device, stage.place
     counts = [_counts(batch) for batch in batches]
     first_layer = 3 + len(counts[0])
-    values = torch.zeros(first_layer + stage.num_layers, dtype=torch.float64, device=device)
+    values = torch.zeros(first_layer + stage.num_layers + 2, dtype=torch.float64, device=device)
     if place.is_last_stage and place.tp_rank == 0:  # of each context-parallel rank those of its own tokens
         for report in reports:
             values[0] += report["loss_sum"]
@@ -185,10 +188,14 @@ def reduce_totals(
     if place.tp_rank == place.cp_rank == place.dp_rank == 0:
         for layer, num_runs in stage.gate.num_runs.items():
             values[first_layer + layer] = num_runs
+    balanced = stage.batches.balanced
+    if balanced is not None:
+        values[-2], values[-1] = balanced.digest, balanced.digest**2
     with stage.clock.running("pipeline_wait" if stage.place.pp_size > 1 else "communication"):
         dist.all_reduce(values)  # where ranks that have done their passes wait for the others
-    loss_sum, num_loss_tokens, num_reports, *whole = values.tolist()
+    loss_sum, num_loss_tokens, num_reports, *whole, digests, squares = values.tolist()
     check_number(stage.spec, step, int(num_reports), len(reports) if place.speaks_for_copy else None, place.dp_size)
+    check_deal(stage.spec, step, (int(digests), int(squares)), balanced, place.dp_size)
     samples, cut, skipped, tokens, *rest = map(int, whole)
     num_load = len(fields(TokenLoad))
     load, dense = TokenLoad(*rest[:num_load]), TokenLoad(*rest[num_load : 2 * num_load])

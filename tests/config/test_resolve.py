@@ -174,6 +174,30 @@ REFUSED = [
     ),
     ("parallel.data_parallel_size=3", "stages.alignment.batch.global_batch_size=8: not a multiple of"),
     ("stages.0.batch.micro_batch_size=3", "global_batch_size=8: not a multiple of micro_batch_size x"),
+    (
+        "stages.0.batch.balance=cost stages.0.batch.packing=pack",
+        "stages.alignment.batch.balance=cost: batch.packing=pack: packed rows are full on every rank as it is; set it to off, or",
+    ),
+    (
+        "stages.0.batch.balance=cost stages.0.batch.packing=none parallel.pipeline_model_parallel_size=2",
+        "stages.alignment.batch.balance=cost: batch.packing=none: with pipeline_model_parallel_size > 1 all rows of a step are as",
+    ),
+    (
+        "stages.1.batch.balance=cost stages.1.lds.granularity=microbatch",
+        "stages.finetune.batch.balance=cost: lds.granularity=microbatch: a sample in another micro-batch would skip other layers",
+    ),
+    (
+        "stages.0.batch.balance=cost model.vision=null stages.*.freeze=[] stages.*.vtc=null data.mode=words",
+        "stages.alignment.batch.balance=cost: batch.packing=pad: without images all rows cost the same, padding included; set",
+    ),
+    (
+        "stages.0.batch.balance=cost model.vision.tiles.resolutions=[[192,96]]",
+        "stages.alignment.batch.balance=cost: model.vision.tiles: what a sample costs shows only when its pictures are decoded",
+    ),
+    (
+        "stages.0.batch.balance=cost data.source=energon data.path=shards",
+        "stages.alignment.batch.balance=cost: data.source=energon: ranks read shards of their own, and know nothing of each",
+    ),
     ("stages.0.batch.sequence_length=145", "stages.alignment.batch.sequence_length=145: 1 x 144 visual tokens"),
     ("stages.0.vtc.keep_ratio=0.003", "stages.alignment.vtc.keep_ratio=0.003: keeps none of an image's 144 tokens"),
     ("stages.0.freeze=[vision,language,projector]", "freeze=[vision, language, projector]: nothing is left to train"),

@@ -54,6 +54,7 @@ class GivenBatches:
 
     batches: list[Batch]
     wait_s: float = 0.0
+    balanced: None = None
 
     def step(self, step: int) -> list[Batch]:
         return self.batches

@@ -58,6 +58,7 @@ class Recorded:
     batches: StageBatches
     kept: list[list[Batch]]
     wait_s: float = 0.0
+    balanced: None = None
 
     def step(self, step: int) -> list[Batch]:
         self.kept.append(self.batches.step(step))

@@ -49,6 +49,7 @@ class Given:
 
     batches: list[Batch]
     wait_s: float = 0.0
+    balanced: None = None
 
     def step(self, step: int) -> list[Batch]:
         return [self.batches[step]]

@@ -214,11 +214,15 @@ def test_how_ranks_shared_the_work_does_not_keep_runs_apart(
     batch = {**STAGE["batch"], "micro_batch_size": 4}
     stages = [{**CONFIG["stages"][0], "batch": batch}, CONFIG["stages"][1]]
     config = {**CONFIG, "stages": stages, "parallel": {"context_parallel_size": 2}}
-    dump(resolve(RunConfig.model_validate(config)), runs[1] / "config.resolved.yaml")
+    path = runs[1] / "config.resolved.yaml"
+    dump(resolve(RunConfig.model_validate(config)), path)
+    # Where a model sees no image, and rows are padded, it would be refused.
+    path.write_text(path.read_text().replace("balance: 'off'", "balance: cost", 1))
     found = compared(*runs)
     assert found["ways"] == [
         ["parallel.context_parallel_size", 1, 2],
         ["stages.alignment.batch.micro_batch_size", 2, 4],
+        ["stages.alignment.batch.balance", "off", "cost"],
     ]
     assert found["ratios"]["wall"] == 0.5 and found["ratios"]["rank_time"] == 1.0
     assert report([read_run(folder) for folder in runs], None) == 0

@@ -5,6 +5,7 @@ A scene is a dict: ``config`` (as written), ``run_dir``, and mishaps that are pl
 ``kill_again``: [stage, step] that comes the second time; ``shapes``/``fewer``: [stage, step] in which the last rank has shorter
 rows, or runs a micro-batch less; ``flip``: [stage's name, step] after whose comparison a bit of the last rank's weights flips;
 ``leap``: [stage, step, ...] whose samples have a thousandfold loss: each of them those that it sees once the samples before are known;
+``other_deal``: the last rank takes all samples for free, and so deals them out otherwise;
 ``slow``: rank whose forward passes take ``SLOW_S`` longer, or "all";
 ``full_disk``: rank whose files cannot be written, and in which saves;
 ``kill_in_save``: which save, and how much of what the first rank writes in it, from 0 to 1, is written before it is killed;
@@ -42,11 +43,13 @@ from megatron_sts.commands.train import train_here
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.run_folder import COMPLETE
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.cost.flops import TokenLoad
 from megatron_sts.data.batch import Batch
 from megatron_sts.launch import failure, meeting
 from megatron_sts.launch.rank import attempt
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.writing import Snapshot, Written
+from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.integrity import DigestedFile
 from megatron_sts.train import batches as reading
 from megatron_sts.train import same, step, validation
@@ -143,6 +146,8 @@ def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     watch_checkpoints(Path(scene["run_dir"]), patch)
     planted = ("kill", "kill_again", "stop", "nan", "blank", "raise", "shapes", "fewer")
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
+    if "other_deal" in scene and is_last_rank():
+        patch.setattr(BatchPreparer, "load", lambda *_: TokenLoad())
     if "leap" in scene:
         places = zip(scene["leap"][::2], scene["leap"][1::2], strict=True)
         watch_loss(list(places), Path(scene["run_dir"]), patch)
