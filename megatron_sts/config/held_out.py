@@ -32,7 +32,8 @@ def check_validation(config: RunConfig) -> None:
         if stage.validation is None:
             continue
         field, named = f"stages.{stage.name}.validation", stage.validation.data
-        source = named.source or (stage.data or config.data).source
+        own = stage.data or config.data
+        source = named.source or own.source
         for key in ("source", "image_dir"):
             if named.path is None and (value := getattr(named, key)) is not None:
                 refuse(
@@ -47,7 +48,9 @@ def check_validation(config: RunConfig) -> None:
         path = Path(named.path)
         if source == "scenes":
             refuse(f"{field}.data.path", path, "scenes are drawn, not read", "leave it out, or give data.source too")
-        if path.resolve() in trained_on:
+        # What another stage reads of a dataset is compared split by split (``_check_apart``).
+        read = {Path(str(own.path)).resolve()} if source == "energon" else trained_on
+        if path.resolve() in read:
             remedy = "leave it out to read its split val" if source == "energon" else "name another file"
             refuse(f"{field}.data.path", path, "is trained on", remedy)
         if source == "llava_json" and not path.is_file():
@@ -83,8 +86,8 @@ def check_keep_best(config: RunConfig) -> None:
             )
 
 
-def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
-    """The samples on which a stage that passed ``check_validation`` is validated; ``data``: what it trains on.
+def held_out(config: RunConfig, stage: StageConfig) -> HeldOut | None:
+    """The samples on which a stage of a config that passed ``check_validation`` is validated.
 
     Raises:
         ConfigError: they cannot be read, or are fewer than is asked for.
@@ -92,7 +95,7 @@ def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
     if stage.validation is None:
         return None
     field, wanted, named = f"stages.{stage.name}.validation", stage.validation.num_samples, stage.validation.data
-    stored = Path(str(data.path)) if data.source == "energon" else None
+    data = stage.data or config.data
     if named.path is not None:
         changes = {"source": named.source or data.source, "path": named.path, "image_dir": named.image_dir}
         data = data.model_copy(update=changes)
@@ -106,7 +109,7 @@ def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
         if split == "val" and not has_split(path, "val"):
             refuse(f"{field}.data.path", "null", f"{path} holds nothing out: it has no split val",
                    "name another dataset, or make that split")  # fmt: skip
-        if stored is not None:
+        for stored in dict.fromkeys(Path(str(each.path)) for each in _trained_on(config) if each.source == "energon"):
             _check_apart(field, stored, path, split)
         num_samples = count_stored(path, split)
     else:
@@ -119,7 +122,7 @@ def held_out(stage: StageConfig, data: DataConfig) -> HeldOut | None:
 
 
 def _check_apart(field: str, trained_on: Path, path: Path, split: str) -> None:
-    """No dataset of a blend is read by both: it names the same shards for both, unless it names subsets of them."""
+    """No dataset, of a blend or alone, is read by both, unless blends name subsets of its shards."""
     read = {(each.folder.resolve(), each.split_part): each for each in members(trained_on)}
     for member in members(path, split):
         other = read.get((member.folder.resolve(), member.split_part))

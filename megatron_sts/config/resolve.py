@@ -346,7 +346,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
         token_multiple=multiple,
         sample_multiple=sample_multiple(config.parallel),
         visual_multiple=of_visual,
-        held_out=held_out(stage, data),
+        held_out=held_out(config, stage),
     )
 
 

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
+from megatron_sts.cost.vision import image_share
 from megatron_sts.mcore.groups import place, vision_group
 
 
@@ -36,8 +37,7 @@ class CopyExchange:
 
     def share(self, num_images: int, rank: int | None = None) -> range:
         """Which of a step's images a rank (None: this one) encodes: as many as others or one more."""
-        rank = self.rank if rank is None else rank
-        return range(num_images * rank // self.num_ranks, num_images * (rank + 1) // self.num_ranks)
+        return image_share(num_images, self.rank if rank is None else rank, self.num_ranks)
 
     def deal(self, shares: Sequence[torch.Tensor] | None, own: torch.Tensor) -> torch.Tensor:
         """Each rank's part of what the first one has; ``shares``: all of them, there, and ``own`` takes this one's. A collective."""

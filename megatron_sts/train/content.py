@@ -52,9 +52,11 @@ def _measures(config: RunConfig) -> Iterator[tuple[str, Callable[[], Content | N
             yield f"{field}.tokenizer", partial(_of_tokenizer, Path(data.tokenizer))
         yield from _of_samples(field, data.source, data.path, data.image_dir)
     for stage in config.stages:
-        if stage.validation is not None and (held := stage.validation.data).path is not None:
-            source = held.source or (stage.data or config.data).source
-            yield from _of_samples(f"stages.{stage.name}.validation.data", source, held.path, held.image_dir, "val")
+        if stage.validation is not None:
+            held, data = stage.validation.data, stage.data or config.data
+            path = held.path or data.path  # of a blend split val may list what train does not
+            field = f"stages.{stage.name}.validation.data"
+            yield from _of_samples(field, held.source or data.source, path, held.image_dir, "val")
 
 
 def _of_samples(

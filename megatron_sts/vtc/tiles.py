@@ -127,10 +127,11 @@ def _features(block: Block, rows: Integers, columns: Integers) -> Integers:
 def _drawn(kept: Mask, draw: tuple[int, int, ImageKey], number: int) -> Mask:
     """As many tokens of each row as ``kept`` has, each of them as likely as any other of its row.
 
-    As ``RandomSampler``, with the block's number from 1 on as first counter word.
+    As ``RandomSampler``, with the block's number from 1 on in the upper half of the first counter word: Philox counts draws in the
+    lower one, and blocks with numbers next to each other there would have each other's draws, shifted by four tokens.
     """
     seed, stage, (sample_index, image_number) = draw
-    philox = np.random.Philox(key=[seed, stage], counter=[number + 1, sample_index, image_number, STREAM])
+    philox = np.random.Philox(key=[seed, stage], counter=[number + 1 << 32, sample_index, image_number, STREAM])
     order = philox.random_raw(kept.size).reshape(kept.shape).argsort(axis=1, kind="stable")
     found = np.zeros_like(kept)
     np.put_along_axis(found, order, kept, axis=1)

@@ -163,6 +163,20 @@ def test_a_blend_that_trains_on_what_it_holds_out_is_refused(path: Path, shards:
     assert keys(path, on(blend("apart.yaml", **apart))) == [f"good-{number}" for number in range(6)]
 
 
+def test_what_any_stage_trains_on_is_held_out_nowhere(path: Path, shards: Path) -> None:
+    """Of a dataset that the first stage reads the second may be validated on split val, and on nothing else."""
+    split, plain = ({"source": "energon", "path": str(shards / name)} for name in ("split", "plain"))
+
+    def run(finetune: str, alignment: dict[str, str], held: dict[str, str]) -> list[str]:
+        return [*on(shards / finetune, data=held), f"stages.alignment.data={json.dumps(alignment)}"]
+
+    assert keys(path, run("plain", split, split)) == keys(path, on(shards / "split"))
+    with pytest.raises(
+        ConfigError, match=r"plain: reads .*plain, split train, which is trained on; name another split"
+    ):
+        resolve(load(path, run("split", plain, plain)))
+
+
 def test_pictures_are_those_of_the_sample(path: Path, shards: Path) -> None:
     resolved = resolve(load(path, on(shards / "split")))
     held = resolved.stages[1].held_out

@@ -116,6 +116,19 @@ def test_a_newline_for_each_row_that_keeps_a_token(vision: VisionConfig, vtc: Vt
     check()
 
 
+def test_blocks_draw_apart() -> None:
+    """What a frame keeps at random says nothing about what the next one keeps, whatever the shift: half of their tokens agree."""
+    num_frames = 16
+    side = clip(1, ONE).blocks[0].rows_out
+    found = arrange(clip(num_frames, ONE), VtcConfig(keep_ratio=0.5, sampler="random"), (0.5,), (1, 2, (3, 0)))
+    kept = np.zeros(num_frames * side**2 + 1, dtype=np.bool_)
+    kept[found.places] = True
+    frames = kept[:-1].reshape(num_frames, -1)
+    for shift in range(-8, 9):
+        agreement = (np.roll(frames[:-1], -shift, axis=1) == frames[1:]).mean()
+        assert abs(agreement - 0.5) < 6 * 0.5 / frames[1:].size ** 0.5, shift  # six standard deviations of fair coins
+
+
 def overview_tokens(vision: VisionConfig) -> int:
     return (vision.image_size // vision.patch_size) ** 2
 

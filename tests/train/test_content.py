@@ -89,7 +89,7 @@ def resolved(changes: dict[str, Any]) -> Resolved:
     first, second = stagehand.config()["stages"]
     stages = [first | {"data": changes["data"]}, second] if "data" in changes else [first, second]
     rest = {name: value for name, value in changes.items() if name != "data"}
-    return resolve(RunConfig.model_validate(stagehand.config(stages=stages, **rest)))
+    return resolve(RunConfig.model_validate(stagehand.config(**{"stages": stages, **rest})))
 
 
 def begin(run_dir: Path, changes: dict[str, Any]) -> Path:
@@ -171,6 +171,26 @@ def test_another_content_is_refused(tmp_path: Path, kind: str, change: Callable[
     for _ in range(2):  # what was refused leaves no trace
         with pytest.raises(ConfigError, match=f"^{said}.*; put back what it held to go on, or give another --run-dir$"):
             go_on(run_dir, use(path))
+
+
+@pytest.mark.parametrize(("changed", "is_refused"), [("c", True), ("d", False)])
+def test_what_a_blend_holds_out_is_compared(tmp_path: Path, changed: str, is_refused: bool) -> None:
+    """Its split val, which training does not read; not its split test, which nothing does."""
+    path = write_blend(tmp_path)
+    written = yaml.safe_load(path.read_text())
+    for name, split in (("c", "val"), ("d", "test")):
+        write_shards(tmp_path / name)
+        written["splits"][split] = {"path": name, "split_part": "train"}
+    path.write_text(yaml.safe_dump(written))
+    first, second = stagehand.config()["stages"]
+    stages = [{**first, **on_shards(path), "validation": {"interval_steps": 1}}, second]
+    run_dir = begin(tmp_path / "run", {"stages": stages})
+    lengthen(tmp_path / changed / "shard-0.tar")
+    if not is_refused:
+        go_on(run_dir, {"stages": stages})
+        return
+    with pytest.raises(ConfigError, match=r"^stages\.alignment\.validation\.data\.path=.*bytes 3,072 then, 3,073 now"):
+        go_on(run_dir, {"stages": stages})
 
 
 def test_data_may_be_mended_after_a_stop_for_bad_samples(tmp_path: Path) -> None:
