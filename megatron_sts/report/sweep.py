@@ -68,8 +68,9 @@ def _found(run: Run) -> Row:
         except ConfigError:  # not every step was logged, so that there are no sums
             costs = {}
         found = {"first_loss": fmean(losses[:NUM_LOSSES]), "last_loss": fmean(losses[-NUM_LOSSES:])} if losses else {}
-        if stage in run.validations:
-            found["validation_loss"] = run.validations[stage][-1]["loss"]
+        last = run.validations.get(stage, [{}])[-1]
+        if last.get("step") == lines[-1]["step"] + 1:  # not of earlier weights: a stop may have left the last one out
+            found["validation_loss"] = last["loss"]
         row |= {f"{stage}.{name}": value for name, value in (found | costs).items()}
     if run.evaluation is not None:
         left_out = run.config["evaluation"].get("left_out_of_mean", [])

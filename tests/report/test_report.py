@@ -144,8 +144,10 @@ def test_validation_is_shown_beside_training(tmp_path: Path) -> None:
         lines.write("\n" + "".join(json.dumps(each) + "\n" for each in again[1:]))
     run = read_run(folder)
     assert run.validations == {"alignment": [alignment[1]], "finetune": [again[1], again[3]]}
-    row = sweep._found(run)
-    assert (row["alignment.validation_loss"], row["finetune.validation_loss"]) == (3.25, None)
+    row = sweep._found(run)  # what alignment ended with was not validated
+    assert "alignment.validation_loss" not in row and row["finetune.validation_loss"] is None
+    ended = read_run(write_run(tmp_path / "ended", 1, 1.0, 0.5, alignment[:2]))
+    assert sweep._found(ended)["alignment.validation_loss"] == 3.25
     axes = run_figures(run)["Loss"].axes[0]
     assert axes.get_ylim()[0] == 0 and axes.get_ylim()[1] > 3.25
     assert [list(drawn.get_xdata()) for drawn in axes.lines] == [[0, 1], [2, 3], [1], [3, 4]]
