@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_group
 from megatron_sts.commands.interrupted import say_interrupted
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.run_folder import is_of_run
 
 
 def add(commands: Commands) -> None:
@@ -42,7 +43,12 @@ def add(commands: Commands) -> None:
         help="a weights folder or a checkpoint",
         description="Write a folder for transformers' from_pretrained, with tokenizer, processor and chat template.",
     )
-    add_folder(to_hf, "--sts", "a weights folder, a run (its newest checkpoint) or a checkpoint", required=True)
+    add_folder(
+        to_hf,
+        "--sts",
+        "a weights folder, a run (its newest checkpoint), a checkpoint, or RUN_DIR/checkpoints/STAGE[/best]",
+        required=True,
+    )
     add_folder(to_hf, "--hf", "where the Hugging Face folder is written", required=True)
     _add_mcore(directions)
 
@@ -77,7 +83,12 @@ def _add_mcore(directions: Commands) -> None:
         help="a weights folder or a checkpoint, for megatron-core's LLaVAModel or MimoModel",
         description="Write a torch_dist checkpoint without optimizer, which any parallel layout loads.",
     )
-    add_folder(to_mcore, "--sts", "a weights folder, a run (its newest checkpoint) or a checkpoint", required=True)
+    add_folder(
+        to_mcore,
+        "--sts",
+        "a weights folder, a run (its newest checkpoint), a checkpoint, or RUN_DIR/checkpoints/STAGE[/best]",
+        required=True,
+    )
     add_folder(
         to_mcore,
         "--like",
@@ -108,7 +119,7 @@ def convert_to_hf(sts: Path, hf: Path) -> int:
     from megatron_sts.convert import sts_to_hf
     from megatron_sts.convert.sources import open_source
 
-    _check_folder("--sts", sts)
+    _check_source(sts)
     source = open_source(sts)
     status = _run(lambda: sts_to_hf.convert(source, hf), hf)
     if not status and source.extras.lacks_tokenizer:
@@ -130,8 +141,8 @@ def convert_sts_to_mcore(sts: Path, like: Path, mcore: Path) -> int:
     """Into a checkpoint of megatron-core. Returns the exit status."""
     from megatron_sts.convert import sts_to_mcore
 
-    for field, path in (("--sts", sts), ("--like", like)):
-        _check_folder(field, path)
+    _check_source(sts)
+    _check_folder("--like", like)
     target = sts_to_mcore.plan(sts, like)
     return _run(lambda: sts_to_mcore.convert(target, mcore), mcore)
 
@@ -143,6 +154,12 @@ def _run(convert: Callable[[], bool], out: Path) -> int:
         return say_interrupted(out)
     print(f"{'converted' if is_new else 'is converted already'}: {out}")
     return 0
+
+
+def _check_source(path: Path) -> None:
+    """A checkpoint may be named by its stage, and needs no folder of that name."""
+    if not is_of_run(path):
+        _check_folder("--sts", path)
 
 
 def _check_folder(field: str, path: Path | None) -> None:

@@ -95,7 +95,9 @@ def tell(summary: Summary, source: Path, out: Path) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from megatron_sts.config.schema import DataConfig
     from megatron_sts.data.prepare import REJECTED_NAME
+    from megatron_sts.data.records import Reason
 
     num_rejected = summary.rejected.total()
     if num_rejected:
@@ -112,5 +114,13 @@ def tell(summary: Summary, source: Path, out: Path) -> int:
     if summary.num_samples == 0:
         print(f"megatron-sts: error: {source}: none of its {num_rejected} entries can be used", file=sys.stderr)
         return 1
+    num_entries = num_rejected + summary.num_samples
+    if num_rejected > DataConfig().max_bad_fraction * num_entries:  # with which training would stop
+        lost = summary.rejected[Reason.MISSING]
+        where = f"; {lost} name pictures that are not below the folder that --images gives (default: where the JSON is)"
+        print(
+            f"megatron-sts: warning: {num_rejected} of {num_entries} entries were rejected{where if lost else ''}",
+            file=sys.stderr,
+        )
     print(f"{summary.num_samples} samples in {summary.num_shards} shards: {out}")
     return 0

@@ -38,9 +38,13 @@ def sole_writer(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         raise ConfigError(f"--run-dir={run_dir}: {error.strerror}; give a folder that can be written") from None
     with file:
-        if not _take(file) and not lease.is_held_elsewhere(run_dir):
-            holder = lease.read(run_dir)
-            raise lease.refused(run_dir, LOCK, holder.name if holder else "on this machine")
+        if _take(file):
+            file.truncate(0)
+            file.write(f"{os.getpid()}\n")  # of the process to end: the lease names one of its ranks
+            file.flush()
+        elif not lease.is_held_elsewhere(run_dir):
+            pid = (run_dir / LOCK).read_text(encoding="ascii").strip()
+            raise lease.refused(run_dir, LOCK, f"{os.uname().nodename}, pid {pid}" if pid else "on this machine")
         os.environ[HELD] = str(run_dir.resolve())
         try:
             yield

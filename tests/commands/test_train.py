@@ -104,6 +104,7 @@ def test_one_rank_killed_resumed_finished(config: Path, tmp_path: Path) -> None:
         assert status == 2
         [line] = errors
         assert line.startswith(f"megatron-sts: error: --run-dir={run}: another run is writing it (")
+        assert f", pid {process.pid}); " in line  # of the launcher: who ends a rank loses what it could have saved
         everything = below(process)
         os.kill(process.pid, signal.SIGKILL)  # the kernel ends the rank with it, though that is stopped
         process.wait()

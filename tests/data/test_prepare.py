@@ -270,8 +270,12 @@ def test_unreadable_source(text: str | None, said: str, tmp_path: Path, capsys: 
 def test_command_prints_a_summary(source: Path, prepared: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--images", str(source.parent), "--out", str(prepared), "--shard-size-mb", "1"]
     assert main(["data", "prepare", str(source), *words]) == 0
-    printed = " ".join(capsys.readouterr().out.split())
+    out, err = capsys.readouterr()
+    printed = " ".join(out.split())
     assert f"{NUM_GOOD} samples in 1 shards" in printed and "Rejected: 19" in printed
+    [warning] = err.splitlines()
+    assert warning.startswith(f"megatron-sts: warning: 19 of {NUM_GOOD + 19} entries were rejected; ")
+    assert " name pictures that are not below the folder that --images gives" in warning
     assert "2 │ corrupt picture" in printed and "rejected.jsonl" in printed
 
 

@@ -77,6 +77,17 @@ def test_weights_are_those_of_the_checkpoint(run_dir: Path, name: str) -> None:
         assert torch.equal(weight, saved.read(name).view_as(weight)), name
 
 
+def test_the_best_is_exported(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No folder has its name."""
+    best = run_dir / "checkpoints" / "finetune" / "best"
+    assert not best.exists()
+    assert main(["convert", "sts-to-hf", "--sts", str(best), "--hf", str(tmp_path / "hf")]) == 0
+    assert (tmp_path / "hf" / "config.json").is_file(), capsys.readouterr()
+    missing = run_dir / "checkpoints" / "tune" / "best"
+    assert main(["convert", "sts-to-mcore", "--sts", str(missing), "--like", str(tmp_path), "--mcore", "out"]) == 2
+    assert "no such stage" in capsys.readouterr().err
+
+
 def test_every_part_comes_from_the_weights_folder(tmp_path: Path) -> None:
     hf_to_sts.convert(hf_to_sts.whole(write("blip-2", tmp_path / "hf")), tmp_path / "sts")
     vicuna_like(tmp_path / "sts", legacy=False)
