@@ -8,33 +8,42 @@ from typing import Any
 
 from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.report.losses import NUM_LOSSES, stage_losses
 from megatron_sts.report.run import Line, Run
 
 Comparison = dict[str, Any]
-"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense) and
-``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS."""
+"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
+``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; and ``no_accuracy``: null, or the sentence why
+accuracies are left out (both runs' are then empty)."""
 
 
 def compare(dense: Run, sts: Run) -> Comparison:
-    """Compares two finished runs, on the split that they were evaluated on first.
+    """Compares two finished runs; if both were evaluated, also on the split that they were evaluated on first.
 
     Raises:
         ConfigError: a run is not finished or not fully logged, or the two do not match.
     """
-    if list(dense.steps) != list(sts.steps):
+    stages = [[stage["name"] for stage in run.config["stages"]] for run in (dense, sts)]
+    if stages[0] != stages[1]:
         raise ConfigError(
-            f"{sts.folder}: has stages {list(sts.steps)}, {dense.folder} has {list(dense.steps)}; compare runs of one config"
+            f"{sts.folder}: has stages {stages[1]}, {dense.folder} has {stages[0]}; compare runs of one config"
         )
     _check_same(dense, sts)
-    settings = [_evaluation(run)["settings"] for run in (dense, sts)]
-    if settings[0] != settings[1]:
-        raise ConfigError(
-            f"{sts.folder}: was evaluated with {settings[1]}, {dense.folder} with {settings[0]}; use the same settings"
-        )
-    runs = {"dense": describe(dense), "sts": describe(sts)}
+    for run in (dense, sts):
+        _check_ended(run)
+    without = [str(run.folder) for run in (dense, sts) if run.evaluation is None]
+    if not without:
+        _check_evaluated_alike(dense, sts)
+    runs = {name: describe(run, with_accuracy=not without) for name, run in (("dense", dense), ("sts", sts))}
     ways = list(differences(_way(dense), _way(sts), ""))
     ways_of = [[field.removeprefix("."), in_dense, in_sts] for field, in_dense, in_sts in ways]
-    return {"runs": runs, "ratios": ratios(runs["dense"], runs["sts"]), "ways": ways_of}
+    lack = f"no accuracy: {' and '.join(without)} {'hold' if len(without) == 2 else 'holds'} no evaluation.json"
+    return {
+        "runs": runs,
+        "ratios": ratios(runs["dense"], runs["sts"]),
+        "ways": ways_of,
+        "no_accuracy": lack if without else None,
+    }
 
 
 SHARED = ("seed", "model", "precision", "data", "stages")
@@ -74,23 +83,46 @@ def _check_same(dense: Run, sts: Run) -> None:
             )
 
 
-def describe(run: Run) -> Comparison:
-    """Costs by stage, and accuracy by family on the first split (all splits under ``splits``)."""
-    evaluation = _evaluation(run)
-    split = evaluation["settings"]["splits"][0]
-    families = evaluation["splits"][split]
+def _check_ended(run: Run) -> None:
+    """As far as they came, two runs would be compared at different places of their schedules."""
+    for stage in run.config["stages"]:
+        name = stage["name"]
+        done = run.steps[name][-1]["step"] + 1 if name in run.steps else 0
+        if done != run.num_steps(name):
+            raise ConfigError(
+                f"{run.folder}: has come to step {done} of {run.num_steps(name)} of stage {name}; "
+                "a comparison needs finished runs: train it to its end, or report each run alone"
+            )
+
+
+def _check_evaluated_alike(dense: Run, sts: Run) -> None:
+    settings = [(run.evaluation or {})["settings"] for run in (dense, sts)]
+    if settings[0] != settings[1]:
+        raise ConfigError(
+            f"{sts.folder}: was evaluated with {settings[1]}, {dense.folder} with {settings[0]}; use the same settings"
+        )
+
+
+def describe(run: Run, *, with_accuracy: bool) -> Comparison:
+    """Costs and losses by stage, and accuracy by family on the first split (all splits under ``splits``)."""
+    split, families, splits = None, {}, {}
+    if with_accuracy and run.evaluation is not None:
+        splits = run.evaluation["splits"]
+        split = run.evaluation["settings"]["splits"][0]
+        families = splits[split]
     return {
         "folder": run.folder.name,
         "split": split,
         "num_ranks": run.config["resolved"]["world_size"],
         "stages": {name: stage_costs(run, name) for name in run.steps},
+        "losses": {name: stage_losses(run, name) for name in run.steps},
         "accuracy": {name: found["accuracy"] for name, found in families.items()},
         "left_out_of_mean": run.config["evaluation"].get("left_out_of_mean", []),
         "standard_error": {name: found["standard_error"] for name, found in families.items()},
         "pope_f1": families.get("existence", {}).get("f1"),
         "mme_accuracy_plus": families.get("paired", {}).get("accuracy_plus"),
         "mme_standard_error_plus": families.get("paired", {}).get("standard_error_plus"),
-        "splits": evaluation["splits"],
+        "splits": splits,
     }
 
 
@@ -117,7 +149,7 @@ def stage_costs(run: Run, stage: str) -> Comparison:
 
 
 def ratios(dense: Comparison, sts: Comparison) -> Comparison:
-    """STS / dense: FLOPs and wall-clock of all stages and of each, accuracy by family and of the means. None: 0 / 0."""
+    """STS / dense: FLOPs and wall-clock of all stages and of each, accuracy by family and of the means. None: x / 0, or not known."""
 
     def costs(key: str, *stages: str) -> float | None:
         return _ratio(*(sum(run["stages"][name][key] for name in stages) for run in (sts, dense)))
@@ -133,18 +165,10 @@ def ratios(dense: Comparison, sts: Comparison) -> Comparison:
         "rank_time": _ratio(
             *(sum(run["stages"][name]["wall_s"] for name in names) * run["num_ranks"] for run in (sts, dense))
         ),
-        "accuracy_mean": _ratio(mean(sts), mean(dense)),
+        "accuracy_mean": _ratio(mean(sts), mean(dense)) if dense["accuracy"] else None,
         "accuracy": {name: _ratio(sts["accuracy"][name], value) for name, value in dense["accuracy"].items()},
         "stages": {name: {"flops": costs("flops_executed", name), "wall": costs("wall_s", name)} for name in names},
     }
-
-
-def _evaluation(run: Run) -> dict[str, Any]:
-    if run.evaluation is None:
-        raise ConfigError(
-            f"{run.folder}: holds no evaluation.json; train it to the end with evaluation.num_questions > 0"
-        )
-    return run.evaluation
 
 
 def _ratio(value: float, base: float) -> float | None:
@@ -162,14 +186,21 @@ Row = tuple[str, str, str, str]
 def table_rows(comparison: Comparison) -> list[Row]:
     """The comparison as the rows of its table, costs by stage first."""
     dense, sts, ratio = comparison["runs"]["dense"], comparison["runs"]["sts"], comparison["ratios"]
-    rows = [row for name in dense["stages"] for row in _stage_rows(name, dense["stages"][name], sts["stages"][name])]
+    rows = []
+    for name in dense["stages"]:
+        rows += _stage_rows(name, dense["stages"][name], sts["stages"][name])
+        rows += _loss_rows(name, dense["losses"][name], sts["losses"][name])
     rows += [
         ("all stages: FLOPs", "", "", _times(ratio["flops"])),
         ("all stages: wall-clock", "", "", _times(ratio["wall"])),
     ]
     if dense["num_ranks"] != sts["num_ranks"]:
         rows.append(("all stages: wall-clock x ranks", "", "", _times(ratio["rank_time"])))
-    rows += [
+    return rows + (_accuracy_rows(dense, sts, ratio) if dense["accuracy"] else [])
+
+
+def _accuracy_rows(dense: Comparison, sts: Comparison, ratio: Comparison) -> list[Row]:
+    rows = [
         (
             f"accuracy: {name}{_mark(dense, name)}",
             _share(dense, name),
@@ -199,6 +230,25 @@ def _stage_rows(name: str, dense: Comparison, sts: Comparison) -> list[Row]:
     ]
 
 
+LOSSES = {
+    "last_loss": "training loss",
+    "last_validation_loss": "validation loss, last",
+    "best_validation_loss": "validation loss, lowest",
+}
+
+
+def _loss_rows(name: str, dense: Comparison, sts: Comparison) -> list[Row]:
+    """n/a: not finite, or (validation) not measured by that run."""
+    rows: list[Row] = []
+    for key, label in LOSSES.items():
+        if key in dense or key in sts:
+            both = dense.get(key), sts.get(key)
+            ratio = None if None in both else _ratio(sts[key], dense[key])
+            shown = ["n/a" if value is None else f"{value:.4f}" for value in both]
+            rows.append((f"{name}: {label}", shown[0], shown[1], _times(ratio)))
+    return rows
+
+
 def _mark(run: Comparison, family: str) -> str:
     return " *" if family in run["left_out_of_mean"] else ""
 
@@ -213,16 +263,22 @@ def _times(ratio: float | None) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The table as Markdown."""
-    split = comparison["runs"]["dense"]["split"]
     lines = ["# Dense and STS", "", "| | dense | STS | STS / dense |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in table_rows(comparison)]
-    lines += [
-        "",
-        f"Accuracies on split `{split}` with their standard errors; FLOPs and seconds are sums over all steps.",
-        "",
-        *(f"{line}\n" for line in ways_apart(comparison)),
-    ]
+    split = comparison["runs"]["dense"]["split"]
+    if split is not None:
+        lines += ["", f"Accuracies on split `{split}` with their standard errors."]
+    lines += ["", "FLOPs and seconds are sums over all steps.", *(f"\n{line}" for line in remarks(comparison)), ""]
     return "\n".join(lines)
+
+
+def remarks(comparison: Comparison) -> list[str]:
+    """What a reader of the table has to know, in sentences."""
+    losses = f"Training losses are means of a stage's last {NUM_LOSSES} steps, of STS with tokens and layers left out"
+    if any("last_validation_loss" in stage for run in comparison["runs"].values() for stage in run["losses"].values()):
+        losses += "; validation losses are of models with all of them"
+    lack = comparison["no_accuracy"]
+    return [f"{losses}.", *ways_apart(comparison), *([] if lack is None else [lack])]
 
 
 def ways_apart(comparison: Comparison) -> list[str]:

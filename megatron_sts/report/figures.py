@@ -23,7 +23,11 @@ DENSE, STS = "#7f7f7f", "#1f77b4"
 
 
 def comparison_figure(comparison: dict[str, Any]) -> Figure:
-    """Left: what each stage of STS costs against dense; right: accuracy by family, with standard errors."""
+    """Left: what each stage of STS costs against dense; right: accuracy by family, with standard errors, where there are any."""
+    if comparison["no_accuracy"] is not None:
+        figure = Figure(figsize=(5, 4), layout="constrained")
+        _draw_costs(figure.subplots(), comparison["ratios"])
+        return figure
     figure = Figure(figsize=(11, 4), layout="constrained")
     costs, accuracy = figure.subplots(1, 2, width_ratios=(2, 3))
     _draw_costs(costs, comparison["ratios"])

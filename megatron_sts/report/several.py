@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 from megatron_sts.report.expected import Expected
 from megatron_sts.report.figures import as_svg, save_png
 from megatron_sts.report.groups import Estimate, Group, grouped, left_out_of_means
+from megatron_sts.report.losses import last_loss
 from megatron_sts.report.page import page, table
 from megatron_sts.report.paired import ratios_of
 from megatron_sts.report.run import Run
 from megatron_sts.report.several_figures import accuracy_figure, gradient_norms_figure, layers_figure, losses_figure
 
-NUM_LOSSES = 20
-"""Last logged steps of a run whose mean loss is told."""
 OVERVIEW = "overview"
 Accuracies = Mapping[str, Estimate]
 
@@ -83,7 +82,7 @@ def _row(group: Group, accuracies: Accuracies) -> tuple[str, ...]:
         f"{flops:.3g}",
         f"{flops / dense:.3f}" if dense else "n/a",
         f"{group.of_runs('step_time_s'):.1f}",
-        "n/a" if (loss := last_loss(group)) is None else f"{loss:.3f}",
+        "n/a" if (loss := _last_loss(group)) is None else f"{loss:.3f}",
         "n/a" if mean is None else _shown(mean),
     )
 
@@ -96,14 +95,11 @@ def _num_seeds(group: Group) -> str:
     return ", ".join([str(len(group.seeds)), *notes])
 
 
-def last_loss(group: Group) -> float | None:
+def _last_loss(group: Group) -> float | None:
     """The mean over runs of their last stage's last losses."""
-    losses = [
-        [line["loss"] for line in list(run.steps.values())[-1] if line["loss"] is not None][-NUM_LOSSES:]
-        for run in group.complete or group.runs
-        if run.steps
-    ]
-    return fmean(map(fmean, losses)) if losses and all(losses) else None
+    found = [last_loss(run, list(run.steps)[-1]) for run in group.complete or group.runs if run.steps]
+    losses = [loss for loss in found if loss is not None]
+    return fmean(losses) if losses and len(losses) == len(found) else None
 
 
 def _note(left_out: frozenset[str]) -> str:
@@ -171,7 +167,7 @@ def _write_csv(groups: Sequence[Group], accuracies: Sequence[Accuracies], path: 
         for group, found in zip(groups, accuracies, strict=True):
             costs = (group.of_runs(field) for field in ("flops_executed", "flops_dense", "step_time_s"))
             cells = [value for name in names for value in _cells(found.get(name))]
-            loss = last_loss(group)
+            loss = _last_loss(group)
             rows.writerow([group.label, len(group.seeds), *(f"{cost:.6g}" for cost in costs), "" if loss is None else f"{loss:.6g}", *cells])  # fmt: skip
 
 

@@ -14,10 +14,9 @@ from typing import Any
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.sweep import SweepRun
 from megatron_sts.report.compare import stage_costs
+from megatron_sts.report.losses import NUM_LOSSES
 from megatron_sts.report.run import Run, read_run
 
-NUM_LOSSES = 20
-"""Logged steps at a stage's start, and at its end, whose mean loss is told."""
 RESULTS = "results"
 Row = dict[str, Any]
 

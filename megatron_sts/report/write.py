@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.report.compare import Comparison, compare, markdown, table_rows, ways_apart
+from megatron_sts.report.compare import Comparison, compare, markdown, remarks, table_rows
 from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
 from megatron_sts.report.groups import check_asked_alike, grouped
 from megatron_sts.report.page import run_page
@@ -57,6 +57,6 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     for row in table_rows(comparison):
         table.add_row(*row)
     Console().print(table)
-    for line in ways_apart(comparison):
+    for line in remarks(comparison):
         print(line)
     print(folder / "comparison.md")

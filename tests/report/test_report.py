@@ -189,11 +189,50 @@ def test_refuses_what_cannot_be_compared(runs: tuple[Path, Path], tmp_path: Path
     gaps = write_run(tmp_path / "gaps", 1, 1.0, 0.5, [line("alignment", 1, 1.0, 1), line("finetune", 1, 1.0, 1)])
     with pytest.raises(ConfigError, match=r"1 of 2 steps.*logging.interval_steps=1"):
         compared(dense, gaps)
-    (sts / "evaluation.json").unlink()
-    with pytest.raises(ConfigError, match=r"holds no evaluation.json"):
-        compared(dense, sts)
     with pytest.raises(ConfigError, match=r"holds no config.resolved.yaml"):
         compared(tmp_path / "nowhere", sts)
+    begun = [line("alignment", step, 1.0, 1) for step in range(2)]
+    for name, lines, told in (("half", [*begun, line("finetune", 0, 1.0, 1)], "step 1"), ("first", begun, "step 0")):
+        training = write_run(tmp_path / name, 1, 1.0, 0.5, lines)
+        (training / "evaluation.json").unlink()
+        for pair in ((dense, training), (training, training)):
+            with pytest.raises(
+                ConfigError, match=f"{name}: has come to {told} of 2 of stage finetune; .* finished runs"
+            ):
+                compared(*pair)
+
+
+def test_without_accuracy_the_rest_is_compared(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where one lacks it, and where both do; losses of the last steps, of validation the last and the lowest."""
+    whole = compared(*runs)
+    assert whole["no_accuracy"] is None
+    dense, sts = runs
+    with (sts / "metrics.jsonl").open("a") as lines:
+        for step, loss in ((1, 3.0), (2, 4.5)):
+            event = {"event": "validation", "stage": "finetune", "step": step, "loss": loss, "samples": 1, "seconds": 1}
+            lines.write("\n" + json.dumps(event))
+    for without, told in (((sts,), f"{sts} holds"), ((dense,), f"{dense} and {sts} hold")):
+        for folder in without:
+            (folder / "evaluation.json").unlink()
+        assert main(["report", *map(str, runs)]) == 0
+        said = f"no accuracy: {told} no evaluation.json"
+        printed, table = capsys.readouterr().out, (tmp_path / "comparison.md").read_text()
+        assert said in printed and said in table and "accuracy: mean" not in printed + table
+        found = json.loads((tmp_path / "comparison.json").read_text())
+        assert found["no_accuracy"] == said and found["runs"]["dense"]["accuracy"] == {}
+        assert found["ratios"]["accuracy"] == {} and found["ratios"]["accuracy_mean"] is None
+        assert {name: found["ratios"][name] for name in ("flops", "wall", "stages")} == {
+            name: whole["ratios"][name] for name in ("flops", "wall", "stages")
+        }
+        assert "| finetune: FLOPs | 2e+03 | 1.4e+03 | 0.700 |" in table
+        assert "| finetune: training loss | 1.5000 | 1.5000 | 1.000 |" in table
+        assert "| finetune: validation loss, last | n/a | 4.5000 | n/a |" in table
+        assert "| finetune: validation loss, lowest | n/a | 3.0000 | n/a |" in table
+        assert "alignment: validation" not in table and "validation losses are of models with all" in printed
+        assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / "overview.html").is_file()
 
 
 def test_refuses_runs_that_differ_in_more_than_sparsity(runs: tuple[Path, Path]) -> None:
