@@ -273,7 +273,7 @@ def test_command_prints_a_summary(source: Path, prepared: Path, capsys: pytest.C
     out, err = capsys.readouterr()
     printed = " ".join(out.split())
     assert f"{NUM_GOOD} samples in 1 shards" in printed and "Rejected: 19" in printed
-    [warning] = err.splitlines()
+    warning = err.splitlines()[-1]
     assert warning.startswith(f"megatron-sts: warning: 19 of {NUM_GOOD + 19} entries were rejected; ")
     assert " name pictures that are not below the folder that --images gives" in warning
     assert "2 │ corrupt picture" in printed and "rejected.jsonl" in printed
