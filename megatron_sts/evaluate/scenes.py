@@ -30,6 +30,7 @@ from megatron_sts.mcore.vocab import vocab_parallel_argmax
 from megatron_sts.model.prepare import BatchPreparer
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import is_rank_zero
+from megatron_sts.runtime.progress_lines import ProgressLines
 
 QUESTION_SEED = 0
 """Every run answers the same questions, whatever its own seed."""
@@ -54,9 +55,11 @@ def evaluate(
     splits: dict[str, dict[str, Any]] = {split: {} for split in settings.splits}
     examiner = Examiner(resolved, place, chunks, gate)
     with Progress(disable=not (show_progress and is_rank_zero())) as progress:
-        for split, family in progress.track(asked, description="evaluation"):
+        lines = ProgressLines(progress, "evaluation", len(asked))
+        for i, (split, family) in enumerate(progress.track(asked, description="evaluation")):
             questions = draw_questions(settings, split, family)
             splits[split][family] = score(family, examiner.answer(questions))
+            lines.tell(i + 1)
     return {"seconds": time.perf_counter() - started, "splits": splits}
 
 

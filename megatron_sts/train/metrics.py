@@ -19,6 +19,7 @@ from megatron_sts.data.records import SkippedSample
 from megatron_sts.report.run import read_run
 from megatron_sts.report.trace import write_trace
 from megatron_sts.report.utilisation import utilisation
+from megatron_sts.runtime.progress_lines import ProgressLines
 from megatron_sts.train.wandb_board import WandbBoard
 
 if TYPE_CHECKING:
@@ -74,11 +75,12 @@ class RunLog:
         )
 
     def start_stage(self, stage: ResolvedStage, first_step: int) -> None:
-        """Shows a progress line for the stage."""
+        """Shows a progress bar for the stage; plain lines, where the console is no terminal."""
         if self._enabled:
             self._task = self._progress.add_task(
                 stage.name, total=stage.num_steps, completed=first_step, loss="-", skipped=0, rate="-"
             )
+            self._progress_lines = ProgressLines(self._progress, f"stage {stage.name}, step", stage.num_steps)
             self._progress.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
@@ -87,13 +89,10 @@ class RunLog:
             return
         self._write(line)
         loss = "n/a" if line["loss"] is None else f"{line['loss']:.3f}"
-        self._progress.update(
-            self._task,
-            completed=line["step"] + 1,
-            loss=loss,
-            skipped=f"{line['layers_skipped']:g}/{len(line['layer_runs'])}",
-            rate=f"{line['tokens_per_s']:,.0f}",
-        )
+        done, rate = line["step"] + 1, f"{line['tokens_per_s']:,.0f}"
+        skipped = f"{line['layers_skipped']:g}/{len(line['layer_runs'])}"
+        self._progress.update(self._task, completed=done, loss=loss, skipped=skipped, rate=rate)
+        self._progress_lines.tell(done, f"loss {loss}", f"{rate} tokens/s")
         values = {name: float(v) for name, v in line.items() if name not in _NO_SCALARS and v is not None}
         self._on_boards(line["stage"], line["step"], values)
 

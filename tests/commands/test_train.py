@@ -155,6 +155,7 @@ def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:
     assert (found.stage, found.step) == ("finetune", stop["step"])
     said = f"megatron-sts: asked to stop: saved {stop['step']} of 500 steps of stage finetune; the same command goes on"
     assert said in out.splitlines()
+    assert out.count("megatron-sts: stage finetune, step 1/500, loss ") == 1  # no terminal; rank 1 says nothing
     told = events(run, "skipped_sample")
     assert errors == [f"megatron-sts: warning: skipped sample {event['key']}: {event['reason']}" for event in told]
     assert len(told) >= 28

@@ -14,6 +14,7 @@ from megatron_sts.evaluate.benchmarks.question import Answer, Question, by_famil
 from megatron_sts.evaluate.benchmarks.registry import Exam
 from megatron_sts.evaluate.metrics import Metrics
 from megatron_sts.runtime.dist import check_same_everywhere, is_rank_zero
+from megatron_sts.runtime.progress_lines import ProgressLines
 
 Ask = Callable[[Sequence[Record]], list[str]]
 """Answers to conversations that end with a user's turn; a collective with the same result on every rank.
@@ -47,6 +48,7 @@ def _answers(
     journal = Journal(folder / f"{exam.name}.jsonl") if is_rank_zero() else Journal(None)
     left = _left_to_ask(exam.questions, journal)
     task = progress.add_task(exam.name, total=len(exam.questions), completed=len(exam.questions) - len(left))
+    lines = ProgressLines(progress, f"{exam.name}, question", len(exam.questions))
     unusable: dict[str, str] = {}
     for start in range(0, len(left), num_at_once):
         asked = left[start : start + num_at_once]
@@ -54,6 +56,7 @@ def _answers(
         journal.add(answers)
         unusable |= refused
         progress.advance(task, len(asked))
+        lines.tell(len(exam.questions) - len(left) + start + len(asked))
     if len(unusable) == len(exam.questions):
         raise BadSampleError(f"{exam.name}: no question can be asked ({next(iter(unusable.values()))})")
     found = map(journal.answer, exam.questions)
