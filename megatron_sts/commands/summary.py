@@ -137,6 +137,25 @@ def print_table(outline: Outline) -> None:
     for obstacle in outline["obstacles"]:
         where = " on this machine" if obstacle["of_this_machine"] else ""
         console.print(f"[bold]Will not start{where}:[/] {escape(obstacle['problem'])}", highlight=False, soft_wrap=True)
+    console.print(escape(_verdict(outline)), highlight=False, soft_wrap=True)
+
+
+def _verdict(outline: Outline) -> str:
+    """What the obstacles come to, in one line. Their fields alone: the rest stands above. Devices and their memory are not counted:
+    the ranks may be spread over machines."""
+    nowhere, here = (
+        dict.fromkeys(
+            found["problem"].split(": ")[0] for found in outline["obstacles"] if found["of_this_machine"] is of_machine
+        )
+        for of_machine in (False, True)
+    )
+    if nowhere:
+        return f"not sound: it can start nowhere with {', '.join(nowhere)}"
+    if here:
+        return f"sound, but it cannot start here with {', '.join(here)}"
+    peak_gib = max(max(stage["peak_bytes_per_rank"]) for stage in outline["stages"]) / 2**30
+    ranks = "1 rank" if outline["world_size"] == 1 else f"{outline['world_size']} ranks"
+    return f"sound: it can start here, if there is room for {ranks} (on a GPU up to {peak_gib:.2f} GiB each)"
 
 
 def _kernels(outline: Outline) -> str:

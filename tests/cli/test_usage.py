@@ -230,6 +230,8 @@ def test_dry_run(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(config), "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert "FLOPs a step" in said and "with 2 GiB assumed for CUDA and NCCL" in " ".join(said.split())
+    verdict = r"sound: it can start here, if there is room for 1 rank \(on a GPU up to 2\.\d\d GiB each\)"
+    assert re.fullmatch(verdict, said.splitlines()[-1])
 
 
 def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -240,8 +242,10 @@ def test_dry_run_names_obstacles(config: Path, capsys: pytest.CaptureFixture[str
         (weights, True),
         (tokenizer, True),
     ]
-    assert main(["train", str(config), weights, "--dry-run"]) == 0
-    assert f"Will not start on this machine: {weights}" in capsys.readouterr().out
+    assert main(["train", str(config), weights, tokenizer, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"Will not start on this machine: {weights}" in said
+    assert said.endswith(f"\nsound, but it cannot start here with {weights}, {tokenizer}\n")
 
 
 def test_dry_run_notes_numbers_of_steps_that_no_stage_has(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,6 +369,9 @@ def test_weights_and_tokenizers_that_do_not_fit_are_obstacles(
         f"model.language.rotary_base=10000: the weights in {weights} were made with 500000; correct it"
     )
     assert small_vocabulary.startswith("model.language.vocab_size=64: tokenizer scenes of stage only has ")
+    assert main(["train", *words, "--dry-run"]) == 2
+    verdict = "not sound: it can start nowhere with model.language.rotary_base=10000, model.language.vocab_size=64"
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
     assert main(["train", *words, "--run-dir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err == f"megatron-sts: error: {other_model}\n"
     assert not (tmp_path / "run").exists()
