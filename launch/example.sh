@@ -1,5 +1,5 @@
 # Sourced by an example's run.sh, with its arguments: sets here (its folder) and runs (where it writes, below the current
-# folder), answers --help, and ends it where megatron-sts is not on the PATH.
+# folder), answers --help, and ends it where megatron-sts is not on the PATH. Whoever ends run.sh ends what it has started.
 here=$(cd "$(dirname "${BASH_SOURCE[1]}")" && pwd -P)
 runs=runs/$(basename "$here")
 
@@ -9,4 +9,23 @@ esac
 command -v megatron-sts >/dev/null || {
   printf 'megatron-sts: error: not on PATH; start this example with: bash launch/local.sh examples/%s\n' "$(basename "$here")" >&2
   exit 2
+}
+
+# Bash looks at signals only once the command that it waits for has ended, but not in `wait`. With job control (set -m) the
+# command has a process group of its own, so that Ctrl-C comes to it once, and does not ignore it, as it would without.
+megatron-sts() {
+  local child status
+  set -m
+  command megatron-sts "$@" &
+  child=$!
+  set +m
+  trap "kill -TERM $child" TERM HUP
+  trap "kill -INT $child" INT
+  while
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null # a signal came, and the command may have something to save
+  do :; done
+  trap - TERM HUP INT
+  return "$status"
 }
