@@ -14,18 +14,18 @@ command -v megatron-sts >/dev/null || {
 # Bash looks at signals only once the command that it waits for has ended, but not in `wait`. With job control (set -m) the
 # command has a process group of its own, so that Ctrl-C comes to it once, and does not ignore it, as it would without.
 megatron-sts() {
-  local child status
+  local child status ended=0
   set -m
   command megatron-sts "$@" &
   child=$!
   set +m
-  trap "kill -TERM $child" TERM HUP
-  trap "kill -INT $child" INT
+  trap "ended=143; kill -TERM $child || :" TERM HUP
+  trap "ended=130; kill -INT $child || :" INT
   while
     status=0
     wait "$child" || status=$?
     kill -0 "$child" 2>/dev/null # a signal came, and the command may have something to save
   do :; done
   trap - TERM HUP INT
-  return "$status"
+  return "$((status ? status : ended))" # what was just finishing is the last, too: no other command begins
 }

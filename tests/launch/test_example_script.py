@@ -18,7 +18,7 @@ import os, signal, sys, time
 def end(number, frame):
     time.sleep(0.5)  # as long as saving takes
     print(f"{sys.argv[1]}: {signal.Signals(number).name}", flush=True)
-    sys.exit(128 + number)
+    sys.exit(0 if "FINISHES" in os.environ else 128 + number)
 
 signal.signal(signal.SIGTERM, end)
 if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -44,6 +44,22 @@ def test_a_signal_to_the_script_is_one_to_its_command(
 ) -> None:
     with subprocess.Popen(
         ["bash", "run.sh"], cwd=tmp_path, env=environment | {"STAY": "1"}, stdout=subprocess.PIPE, text=True
+    ) as script:
+        assert script.stdout is not None and script.stdout.readline() == "ready\n"
+        script.send_signal(number)
+        out, _ = script.communicate(timeout=30)
+    heard = signal.SIGINT if number == signal.SIGINT else signal.SIGTERM
+    assert out == f"first: {heard.name}\n" and script.returncode == 128 + heard
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_no_other_command_begins_once_a_signal_came(
+    number: signal.Signals, environment: dict[str, str], tmp_path: Path
+) -> None:
+    """Even if the one that ran was about to end well, and did."""
+    surroundings = environment | {"STAY": "1", "FINISHES": "1"}
+    with subprocess.Popen(
+        ["bash", "run.sh"], cwd=tmp_path, env=surroundings, stdout=subprocess.PIPE, text=True
     ) as script:
         assert script.stdout is not None and script.stdout.readline() == "ready\n"
         script.send_signal(number)
