@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.precision import PrecisionConfig
 from megatron_sts.report.losses import NUM_LOSSES, stage_losses
 from megatron_sts.report.run import Line, Run
 
@@ -76,6 +77,9 @@ def _check_same(dense: Run, sts: Run) -> None:
                 ]
                 for stages in (dense_value, sts_value)
             )
+        elif section == "precision":  # what an earlier version did not have stands at its default
+            unsaid = PrecisionConfig().model_dump(mode="json")
+            dense_value, sts_value = ({**unsaid, **value} for value in (dense_value, sts_value))
         for field, in_dense, in_sts in differences(dense_value, sts_value, section):
             raise ConfigError(
                 f"{sts.folder}: {field}={json.dumps(in_sts)}, {dense.folder} has {json.dumps(in_dense)}; compare runs of "

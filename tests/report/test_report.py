@@ -202,6 +202,20 @@ def test_refuses_what_cannot_be_compared(runs: tuple[Path, Path], tmp_path: Path
                 compared(*pair)
 
 
+def test_a_run_of_before_a_field_of_precision_is_compared(runs: tuple[Path, Path]) -> None:
+    """It stands at its default, on either side."""
+    for old, new in (runs, runs[::-1]):
+        path = old / "config.resolved.yaml"
+        text = path.read_text()
+        assert "\n  fp8_where: all\n  fp8_hardware: h100\n" in text
+        path.write_text(text.replace("\n  fp8_where: all\n  fp8_hardware: h100\n", "\n"))
+        assert compared(old, new)["ways"] == compared(new, old)["ways"] == []
+        path.write_text(text.replace("fp8_where: all", "fp8_where: auto"))
+        with pytest.raises(ConfigError, match=r"precision\.fp8_where"):
+            compared(old, new)
+        path.write_text(text)
+
+
 def test_without_accuracy_the_rest_is_compared(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
