@@ -41,7 +41,7 @@ Group = Literal["tp", "cp", "tp-cp", "pp", "relay", "vision", "dp", "embedding",
 (relay); a step's images (vision); gradients (dp); a tied word embedding (first and last stage); one copy of the model (mp); all."""
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "send"]
 
-MASK_BLOCK_STEPS, MASK_HEADER_FIELDS, NUM_TOTALS = 64, 5, 17
+MASK_BLOCK_STEPS, MASK_HEADER_FIELDS, NUM_TOTALS = 64, 5, 19
 """Of ``lds/sync.py`` and ``train/step.py``: steps a digest exchange covers, its further fields, and numbers beside the layers'."""
 BATCH_BYTES = 34
 """A token of ``data.batch.Batch``: three int64, an fp32, an int32 and two bool."""
