@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_sts.config.precision import PRODUCTS
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.cost.flops import TokenLoad, device_peak_tflops, step_flops
 from megatron_sts.report.fields import RATES, SECONDS
@@ -37,7 +38,8 @@ class StepCosts:
     def __init__(self, resolved: Resolved, stage: ResolvedStage) -> None:
         self._resolved, self._stage = resolved, stage
         precision = resolved.config.precision
-        dtype = precision.params if precision.engine_recipe is None else "fp8"
+        has_fp8 = precision.engine_recipe is not None and set(stage.bf16_products) != set(PRODUCTS)
+        dtype = "fp8" if has_fp8 else precision.params
         self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(
             current_device().name, dtype
         )
