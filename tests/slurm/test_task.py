@@ -109,7 +109,8 @@ KEEP = """
 import os, sys
 from megatron_sts.launch import meeting, slurm_task
 meeting.NOTICE_S = 0.5
-rank = "import os; print('rank', os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], flush=True)"
+# Each line in one write: two ranks share a pipe, and an unbuffered print writes word by word.
+rank = "import os; os.write(1, f'rank {os.environ[\\"RANK\\"]} of {os.environ[\\"WORLD_SIZE\\"]}\\\\n'.encode())"
 command = [sys.executable, "-c", rank, sys.argv[1]]
 sys.exit(slurm_task.keep_ranks(command, "127.0.0.1", is_head=os.environ["SLURM_NODEID"] == "0"))
 """
