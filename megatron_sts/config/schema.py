@@ -59,7 +59,7 @@ class ParallelConfig(Section):
     vision: Literal["first", "spread"] | None = None
     """Where the vision tower runs. first: on the first pipeline stage, within the passes, its layers split over tensor-parallel
     ranks. spread: all ranks of a model copy hold the whole tower, and before a step's first pass each encodes an equal share of
-    its images; for towers that never learn. None: first.
+    its images; for towers that never learn. None: spread for these where a copy of the model has several ranks, else first.
     """
     timeout_s: Annotated[float, Field(gt=0, le=604_800)] = 600.0
     """A collective that waits longer than this fails on every rank instead of hanging. At most a week."""

@@ -18,13 +18,18 @@ def check_tower(config: RunConfig) -> None:
     field, remedy = "parallel.vision", "set it to first or null"
     if config.model.vision is None:
         refuse(field, "spread", "model.vision is null, so there is no tower", remedy)
-    for stage in config.stages:
-        if "vision" not in stage.freeze:
-            refuse(
-                field, "spread", f"the tower learns in stages.{stage.name}", f"{remedy}, or add vision to its freeze"
-            )
+    if learning := _learns_in(config):
+        refuse(field, "spread", f"the tower learns in stages.{learning}", f"{remedy}, or add vision to its freeze")
 
 
 def place_of_tower(config: RunConfig, model_parallel_size: int) -> Literal["first", "spread"]:
-    """As written; on the first stage where a copy of the model has one rank only."""
-    return (config.parallel.vision or "first") if model_parallel_size > 1 else "first"
+    """As written; else on all ranks of a copy of the model where it never learns. One rank alone has it on the first stage."""
+    if model_parallel_size == 1:
+        return "first"
+    can_spread = config.model.vision is not None and _learns_in(config) is None
+    return config.parallel.vision or ("spread" if can_spread else "first")
+
+
+def _learns_in(config: RunConfig) -> str | None:
+    """The first stage that does not freeze the tower."""
+    return next((stage.name for stage in config.stages if "vision" not in stage.freeze), None)

@@ -21,6 +21,7 @@ from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.config.tokens import TokenCounts
+from megatron_sts.config.tower import place_of_tower
 from megatron_sts.cost.peak import peak_memory
 from megatron_sts.cost.step import longest
 from megatron_sts.plan.candidates import near_even, shapes
@@ -89,6 +90,7 @@ class Found:
             f"parallel.sequence_parallel={str(parallel.sequence_parallel).lower()}",
             f"parallel.layout=[{chunks}]",
             f"parallel.recompute={parallel.recompute}",
+            *([f"parallel.vision={parallel.vision}"] if self.resolved.config.model.vision is not None else []),
             *(f"stages.{stage.name}.batch.micro_batch_size={stage.config.batch.micro_batch_size}" for stage in stages),
         ]
 
@@ -137,6 +139,7 @@ class _Search:
         self.hardware, self.start, self.assumptions = hardware, resolved, assumptions
         self.memory_bytes = USABLE_MEMORY * hardware.device.memory_gib * 2**30
         self.num_layers = resolved.config.model.language.num_layers
+        self.tower = _place_of_tower_to_keep(resolved)
         self.runs: dict[Sizes, Resolved] = {}
         self.pieces: dict[tuple[int, int, Recompute, int, int, tuple[Product, ...]], Pieces] = {}
         self.bf16_products: dict[tuple[int, int, int, Recompute, int, int], tuple[Product, ...]] = {}
@@ -184,6 +187,7 @@ class _Search:
             "data_parallel_size": None,
             "sequence_parallel": tp > 1,
             "layout": tuple(itertools.chain.from_iterable(layout)),
+            "vision": self.tower,
         }
         for stage in written["stages"]:
             stage["batch"]["micro_batch_size"] = 1
@@ -287,6 +291,14 @@ class _Search:
             self.longest[key] = longest(stage)
         peaks = peak_memory(run, stage, "engine", counts=self.longest[key])
         return max(rank.total_bytes for rank in peaks)
+
+
+def _place_of_tower_to_keep(resolved: Resolved) -> Literal["first"] | None:
+    """None, the default of each way, unless ``first`` was written where a frozen tower would have been spread."""
+    config = resolved.config
+    ranks_of_a_copy = resolved.world_size // resolved.data_parallel_size
+    as_default = config.model_copy(update={"parallel": config.parallel.model_copy(update={"vision": None})})
+    return "first" if config.parallel.vision == "first" != place_of_tower(as_default, ranks_of_a_copy) else None
 
 
 def _done(run: Resolved, way: Way, sizes: dict[int, int]) -> Resolved:

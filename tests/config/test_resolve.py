@@ -293,7 +293,10 @@ def test_refused_in_one_line(path: Path, overrides: str, message: str) -> None:
         (["parallel.vision=spread", "parallel.data_parallel_size=2"], "first"),
         (["parallel.vision=spread", "parallel.tensor_model_parallel_size=2"], "spread"),
         (["parallel.vision=first", "parallel.pipeline_model_parallel_size=2"], "first"),
-        (["parallel.pipeline_model_parallel_size=2"], "first"),
+        (["parallel.pipeline_model_parallel_size=2"], "spread"),
+        (["parallel.context_parallel_size=2"], "spread"),
+        (["parallel.pipeline_model_parallel_size=2", "stages.1.freeze=[]"], "first"),  # it learns there
+        (["parallel.data_parallel_size=2"], "first"),
     ],
 )
 def test_where_the_tower_runs_is_resolved(path: Path, overrides: list[str], where: str) -> None:

@@ -11,7 +11,15 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.cost.flops import Causal, TokenLoad, device_peak_tflops, planned_load, rank_flops, step_flops
+from megatron_sts.cost.flops import (
+    Causal,
+    TokenLoad,
+    device_peak_tflops,
+    planned_load,
+    rank_flops,
+    step_flops,
+    step_work,
+)
 
 BATCH, LENGTH, LAYERS = 2, 24, 3
 
@@ -22,6 +30,7 @@ def tiny(
     projector: str = "mlp2x_gelu",
     pp: int = 1,
     tp: int = 1,
+    tower: str | None = None,
     **language: int,
 ) -> Resolved:
     """A run of one stage with BATCH sequences of LENGTH tokens, 16 visual ones among them."""
@@ -43,7 +52,7 @@ def tiny(
         "vocab_size": 48,
     }
     model = {"vision": vision, "projector": {"type": projector}, "language": {**sizes, **language}}
-    parallel = {"pipeline_model_parallel_size": pp, "tensor_model_parallel_size": tp}
+    parallel = {"pipeline_model_parallel_size": pp, "tensor_model_parallel_size": tp, "vision": tower}
     return resolve(RunConfig.model_validate({"model": model, "stages": [stage], "parallel": parallel}))
 
 
@@ -149,16 +158,18 @@ def test_a_skipped_layer_costs_nothing_and_all_layers_cost_alike(executed: int) 
     assert at(LAYERS) == dense_flops(resolved)
 
 
-def test_ranks_come_to_the_whole_step() -> None:
+@pytest.mark.parametrize("vision", ["first", "spread"])
+def test_ranks_come_to_the_whole_step(vision: str) -> None:
     """Three stages of two tensor-parallel ranks, and two copies of the model with different loads."""
-    resolved = tiny(["vision"], pp=3, tp=2)
+    resolved = tiny(["vision"], pp=3, tp=2, tower=vision)
     stage = resolved.stages[0]
     loads, runs = [planned_load(resolved, stage, stage.tokens(0)), TokenLoad(70, 900, 3, 12, 12)], (1, 0, 1)
     of_ranks = [rank_flops(resolved, stage, load, runs, pp_rank=pp_rank) for load in loads for pp_rank in range(3)]
     assert 2 * sum(of_ranks) == pytest.approx(
         step_flops(resolved, stage, loads[0] + loads[1], layers_executed=2), rel=1e-12
     )
-    assert of_ranks[1] == 0  # its layer is skipped
+    tower = step_work(resolved, stage, loads[0]).tower
+    assert of_ranks[1] == (0 if vision == "first" else tower / 3 / 2)  # its layer is skipped
 
 
 def test_keeping_all_tokens_costs_what_no_compression_costs() -> None:

@@ -26,7 +26,8 @@ def run_of(
     data: dict[str, Any] | None = None,
     **stage: Any,
 ) -> Resolved:
-    """A run of one stage of 10 steps; the vision tower is frozen unless ``freeze`` is given."""
+    """A run of one stage of 10 steps; the vision tower is frozen unless ``freeze`` is given, and runs on the first stage unless
+    ``parallel`` says more."""
     only = {
         "name": "only",
         "freeze": ["vision"],
@@ -37,7 +38,7 @@ def run_of(
     }
     config = {
         "model": {**MODEL, **(model or {}), "language": {**MODEL["language"], **(language or {})}},
-        "parallel": parallel or {},
+        "parallel": {"vision": "first", **(parallel or {})},
         "precision": {"params": params, **(precision or {})},
         "data": data or {},
         "stages": [only],

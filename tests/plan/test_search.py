@@ -72,3 +72,20 @@ def test_less_memory_leaves_fewer_and_slower_ways() -> None:
     assert tight.found and all(found.peak_bytes < 0.7 * least * 2**30 for found in tight.found)
     assert tight.found[0].hours > searched().found[0].hours
     assert search(none, start()).found == []
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        (["parallel.tensor_model_parallel_size=2"], "spread"),
+        (["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"], "spread"),
+        (["parallel.tensor_model_parallel_size=2", "parallel.vision=first"], "first"),
+    ],
+)
+def test_a_frozen_tower_is_spread_unless_written_otherwise(written: list[str], found: str) -> None:
+    """Also where the run that is looked from has one rank a copy, whose tower is on the first stage for want of another."""
+    few = ["model.language.num_layers=2", "parallel.data_parallel_size=null", *written]
+    best = search(H100, resolve(load(EXAMPLE, few), world_size=8)).found
+    several = [way for way in best if way.resolved.data_parallel_size < 8]
+    assert several and {way.resolved.config.parallel.vision for way in several} == {found}
+    assert f"parallel.vision={found}" in several[0].overrides

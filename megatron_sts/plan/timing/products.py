@@ -11,9 +11,11 @@ from itertools import chain, combinations
 
 from megatron_sts.config.precision import PRODUCTS, Product
 from megatron_sts.config.resolve import Resolved, ResolvedStage, with_bf16_products
+from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.plan.hardware import Hardware, check_formats, load_hardware
 from megatron_sts.plan.steps import grid
 from megatron_sts.plan.timing.decoder import decoder_layer
+from megatron_sts.plan.timing.ends import first_rank, last_rank
 from megatron_sts.plan.timing.kernels import memory_s
 from megatron_sts.plan.timing.update import fp8_cast_bytes
 from megatron_sts.plan.timing.workload import Workload, workload_of
@@ -48,23 +50,32 @@ def chosen_anew(resolved: Resolved) -> Resolved:
     return with_bf16_products(resolved, choose_bf16_products(resolved))
 
 
-def fastest(hardware: Hardware, workloads: Counter[Workload]) -> tuple[Product, ...]:
-    """The products that leave FP8 so that a layer takes least, in the mean over micro-batches of these shapes; few rather than many."""
+def fastest(hardware: Hardware, workloads: Counter[Workload], share_run: float = 1.0) -> tuple[Product, ...]:
+    """The products that leave FP8 so that passes take least, in the mean over micro-batches of these shapes, in which this share of the
+    layers runs; few rather than many."""
 
     def total_s(left: tuple[Product, ...]) -> float:
         parted = ((each.model_copy(update={"bf16_products": left}), count) for each, count in workloads.items())
-        return sum(count * layer_s(hardware, each) for each, count in parted)
+        return sum(count * passes_s(hardware, each, share_run) for each, count in parted)
 
     return min(SUBSETS, key=total_s)
 
 
-def layer_s(hardware: Hardware, workload: Workload) -> float:
-    """A layer's forward and backward pass of one micro-batch, as long as its GPU computes or its host launches, with a
-    micro-batch's share of casting weights."""
-    passes = decoder_layer(hardware, workload, workload.fp8_products)
+def passes_s(hardware: Hardware, workload: Workload, share_run: float = 1.0) -> float:
+    """Forward and backward passes of one micro-batch through a rank's layers, as long as its GPU computes or its host launches, with
+    a micro-batch's share of casting weights.
+
+    A rank that has the whole model launches layers while its GPU computes what stands before and behind them; of a pipeline it is
+    ranks without these that others wait for.
+    """
+    num_layers = workload.model.language.num_layers / workload.pipeline_parallel_size
+    passes = decoder_layer(hardware, workload, workload.fp8_products) * (share_run * num_layers)
+    if workload.pipeline_parallel_size == 1:
+        passes += first_rank(hardware, workload) + last_rank(hardware, workload)
     computes = passes.forward.total + passes.backward.total
     launches = passes.forward_launch_s + passes.backward_launch_s
-    return max(computes, launches) + memory_s(hardware.device, [fp8_cast_bytes(workload)]) / workload.num_microbatches
+    casts = memory_s(hardware.device, [fp8_cast_bytes(workload)]) / workload.num_microbatches
+    return max(computes, launches) + num_layers * casts
 
 
 def _of_stage(hardware: Hardware, resolved: Resolved, stage: ResolvedStage) -> tuple[Product, ...]:
@@ -74,4 +85,6 @@ def _of_stage(hardware: Hardware, resolved: Resolved, stage: ResolvedStage) -> t
         workload = workload_of(resolved, stage, counts)
         if workload.fp8 is not None:  # else its layers are in bf16 anyway (``min_tokens_for_fp8``)
             workloads[workload] += number
-    return fastest(hardware, workloads)
+    lds, num_layers = stage.config.lds, resolved.config.model.language.num_layers
+    share_run = 1 - mean_skip_fraction(lds, stage.num_steps, num_layers) if lds is not None else 1.0
+    return fastest(hardware, workloads, share_run)
