@@ -21,10 +21,11 @@ in FP8 (the attention's output is kept in 16 bits for the next matrix, ``save_or
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_sts.config.precision import Product
+from megatron_sts.config.precision import PRODUCTS, Product
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.cost.flops import TokenLoad
@@ -182,6 +183,13 @@ def multiplies_in_fp8(resolved: Resolved, stage: ResolvedStage, num_tokens: int,
     precision = resolved.config.precision
     is_few = num_tokens < precision.min_tokens_for_fp8
     return precision.engine_recipe is not None and not is_few and not _is_left(resolved, stage, layer, product)
+
+
+def has_fp8(resolved: Resolved, stage: ResolvedStage, num_tokens: int) -> bool:
+    """Whether Transformer Engine computes any product in FP8 when a rank's micro-batch has so many tokens."""
+    layers = range(resolved.config.model.language.num_layers)
+    places = itertools.product(layers, PRODUCTS)
+    return any(multiplies_in_fp8(resolved, stage, num_tokens, layer, product) for layer, product in places)
 
 
 def is_emulated(resolved: Resolved, stage: ResolvedStage, layer: int, product: Product) -> bool:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_sts.config.precision import PRODUCTS
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.cost.activations import has_fp8
 from megatron_sts.cost.flops import TokenLoad, device_peak_tflops, step_flops
 from megatron_sts.report.fields import RATES, SECONDS
 from megatron_sts.runtime.clock import KINDS, Kind
@@ -37,12 +37,6 @@ class StepCosts:
 
     def __init__(self, resolved: Resolved, stage: ResolvedStage) -> None:
         self._resolved, self._stage = resolved, stage
-        precision = resolved.config.precision
-        has_fp8 = precision.engine_recipe is not None and set(stage.bf16_products) != set(PRODUCTS)
-        dtype = "fp8" if has_fp8 else precision.params
-        self._peak_tflops = resolved.config.logging.device_peak_tflops or device_peak_tflops(
-            current_device().name, dtype
-        )
 
     def of_copy(self, result: StepResult) -> int:
         """FLOPs of this rank's copy of the model."""
@@ -52,6 +46,14 @@ class StepCosts:
         """FLOPs of a load with the layers that ran."""
         layers_executed = sum(result.layer_runs) / self._stage.num_microbatches
         return step_flops(self._resolved, self._stage, load, layers_executed=layers_executed)
+
+    def _peak_tflops(self, load: TokenLoad) -> float | None:
+        """The device's, as configured or known, of the format in which decoder layers multiply for a step's load."""
+        config, stage = self._resolved.config, self._stage
+        num_ranks = self._resolved.data_parallel_size * config.parallel.context_parallel_size
+        is_fp8 = has_fp8(self._resolved, stage, load.num_tokens // (stage.num_microbatches * num_ranks))
+        dtype = "fp8" if is_fp8 else config.precision.params
+        return config.logging.device_peak_tflops or device_peak_tflops(current_device().name, dtype)
 
     def _spread(self, result: StepResult, most: float) -> dict[str, float | None]:
         """How much more than the mean the copy with most FLOPs had; before: without ``batch.balance``, where that is on."""
@@ -102,7 +104,7 @@ class StepCosts:
         totals, device_s = result.totals, step_s * self._resolved.world_size
         visual = totals.load.num_visual_tokens
         tflops, dense_tflops = executed / device_s / 1e12, dense / device_s / 1e12
-        peak = self._peak_tflops
+        peak = self._peak_tflops(totals.load)
         rates = (
             totals.num_tokens / step_s,
             (totals.num_tokens - visual) / step_s,

@@ -87,8 +87,9 @@ def stage_time(
     def mean(values: list[float]) -> float:
         return float(shares @ np.array(values))
 
-    config, ratio = resolved.config, mean([part.launch_ratio for part in parts])
-    peak = getattr(hardware.device.peak_tflops, "fp8" if config.precision.engine_recipe else "bf16")
+    ratio = mean([part.launch_ratio for part in parts])
+    is_fp8 = any(workload_of(resolved, stage, counts).fp8_products for counts in by_shape)
+    peak = getattr(hardware.device.peak_tflops, "fp8" if is_fp8 else "bf16")
     return StageTime(
         name=stage.name,
         num_steps=stage.num_steps,
