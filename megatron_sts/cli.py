@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ from megatron_sts.commands import (
     verify,
 )
 from megatron_sts.config.errors import ConfigError
+from megatron_sts.config.nearest import nearest
 
 COMMANDS = (
     train,
@@ -51,7 +53,13 @@ BAD_USAGE = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are one line; options may stand between and behind the overrides."""
+    """Errors are one line; options may stand between and behind the overrides. Parsed arguments have ``options``: the command's."""
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        found, rest = super().parse_known_args(args, namespace)
+        if "options" not in found:  # the innermost command comes first
+            found.options = re.findall(r"(?<![\w-])--[a-z][\w-]*", self.format_help())
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
@@ -65,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     takes_overrides = "overrides" in args
     unknown = [word for word in rest if word.startswith("-") or not takes_overrides]
     if unknown:
-        parser.error(f"unrecognized argument {unknown[0]!r}")
+        parser.error(f"unrecognized argument {unknown[0]!r}{_meant(unknown[0], args.options, takes_overrides)}")
     if takes_overrides:
         args.overrides += rest
     try:
@@ -84,6 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _fail(f"{error.filename}: {error.strerror}")
         return 1
+
+
+def _meant(word: str, options: Sequence[str], takes_overrides: bool) -> str:
+    """What somebody who wrote it wanted, if that can be guessed."""
+    if takes_overrides and re.match(r"--[\w.*]+=", word):  # an option has a hyphen, or none of that spelling
+        return f"; overrides have no dashes: {word.removeprefix('--')}"
+    closest = nearest(word.partition("=")[0], options)
+    return f"; did you mean {closest}?" if closest else ""
 
 
 def _fail(message: str) -> None:
