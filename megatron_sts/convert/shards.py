@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 
 from megatron_sts.config.errors import refuse
+from megatron_sts.runtime.progress_lines import ProgressLines
 from megatron_sts.runtime.stored import INDEX
 
 SETTINGS_NAME = ".conversion.json"
@@ -64,13 +65,15 @@ def write_shards(folder: Path, units: Sequence[Unit], shard_bytes: int = SHARD_B
         return False
     plan = list(_plan(units, shard_bytes))
     weight_map: dict[str, str] = {}
-    with progress(sum(unit.num_bytes for unit in units)) as (bar, shown):
+    done = 0
+    with progress(sum(unit.num_bytes for unit in units)) as reached:
         for number, shard in enumerate(plan, start=1):
             name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
             weight_map |= {tensor: name for unit in shard for tensor in unit.names}
             if not (folder / name).exists():
-                _write_shard(folder, name, shard, lambda count: bar.advance(shown, count))
-            bar.update(shown, completed=sum(unit.num_bytes for done in plan[:number] for unit in done))
+                _write_shard(folder, name, shard, done, reached)
+            done += sum(unit.num_bytes for unit in shard)
+            reached(done)
     total = sum(unit.num_bytes for unit in units)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")
@@ -78,11 +81,17 @@ def write_shards(folder: Path, units: Sequence[Unit], shard_bytes: int = SHARD_B
 
 
 @contextmanager
-def progress(num_bytes: int) -> Iterator[tuple[Progress, TaskID]]:
-    """A bar on stderr."""
+def progress(num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, or lines; yields what takes the number of bytes that are done."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield bar, bar.add_task("weights", total=num_bytes)
+        shown, lines = bar.add_task("weights", total=num_bytes), ProgressLines(bar, "weights, MiB", num_bytes >> 20)
+
+        def reached(done: int) -> None:
+            bar.update(shown, completed=done)
+            lines.tell(done >> 20)
+
+        yield reached
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -104,13 +113,15 @@ def _plan(units: Sequence[Unit], shard_bytes: int) -> Iterator[list[Unit]]:
         yield shard
 
 
-def _write_shard(folder: Path, name: str, shard: Sequence[Unit], advance: Callable[[int], None]) -> None:
+def _write_shard(folder: Path, name: str, shard: Sequence[Unit], done: int, reached: Callable[[int], None]) -> None:
+    """``done``: bytes of the shards before it."""
     tensors: dict[str, torch.Tensor] = {}
     for unit in shard:
         made = unit.make()
         assert set(made) == set(unit.names)
         tensors |= made
-        advance(unit.num_bytes)
+        done += unit.num_bytes
+        reached(done)
     # transformers asks for this mark.
     save_file(tensors, folder / PARTIAL, metadata={"format": "pt"})
     (folder / PARTIAL).replace(folder / name)

@@ -76,10 +76,12 @@ def convert(target: Target, out: Path) -> bool:
     if (out / TRACKER).exists():
         return False
     folder.mkdir(exist_ok=True)
-    with shards.progress(sum(part.num_bytes for part in target.parts)) as (bar, shown):
+    done = 0
+    with shards.progress(sum(part.num_bytes for part in target.parts)) as reached:
         for number, part in enumerate(target.parts):
             distributed_writer.write_part(folder, number, part)
-            bar.advance(shown, part.num_bytes)
+            done += part.num_bytes
+            reached(done)
     distributed_writer.finish(folder, target.parts, target.objects, COMMON_STATE)
     shards.write_atomically(out / TRACKER, RELEASE + "\n")
     return True

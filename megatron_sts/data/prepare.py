@@ -41,6 +41,7 @@ from megatron_sts.data.shards import (
     write_shard,
 )
 from megatron_sts.launch.follow import end_with_parent
+from megatron_sts.runtime.progress_lines import ProgressLines
 
 REJECTED_NAME = "rejected.jsonl"
 PLAN_NAME = "plan.json"
@@ -227,13 +228,15 @@ def _write_shards(tasks: Sequence[ShardTask], num_workers: int) -> list[ShardRep
     with bar, ProcessPoolExecutor(num_workers, spawn, _start_worker) as pool:
         total = sum(len(task.entries) for task in tasks)
         done = total - sum(len(task.entries) for task in missing)
-        shown = bar.add_task("entries", total=total, completed=done)
+        shown, lines = bar.add_task("entries", total=total, completed=done), ProgressLines(bar, "entries", total)
         futures = {pool.submit(write_shard, task): task for task in missing}
         try:
             for future in as_completed(futures):
                 task = futures[future]
                 reports[task.number] = future.result()
                 bar.advance(shown, len(task.entries))
+                done += len(task.entries)
+                lines.tell(done)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

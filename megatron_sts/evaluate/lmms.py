@@ -23,7 +23,7 @@ from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
-from rich.progress import track
+from rich.progress import Progress
 from torch import distributed as dist
 
 from megatron_sts.config.errors import ConfigError, refuse
@@ -37,6 +37,7 @@ from megatron_sts.evaluate.together import Together, ending_on_error
 from megatron_sts.launch import trail
 from megatron_sts.runtime.device import current_device
 from megatron_sts.runtime.dist import is_rank_zero, max_over_ranks, on_rank_zero, process_group
+from megatron_sts.runtime.progress_lines import ProgressLines
 
 MANIFEST = ModelManifest("megatron_sts", simple_class_path="megatron_sts.evaluate.lmms.MegatronSts")
 DEFAULT_MAX_NEW_TOKENS = 1024
@@ -94,10 +95,12 @@ class MegatronSts(lmms):
         texts: list[str] = []
         with self._together.block():
             [most] = max_over_ranks([float(len(requests))])
-            starts = range(0, int(most), self._num_at_once)
-            for start in track(starts, description="megatron_sts", disable=not is_rank_zero()):
-                trail.enter("evaluation")
-                texts += self._answer(requests[start : start + self._num_at_once])
+            with Progress(disable=not is_rank_zero()) as bar:
+                lines = ProgressLines(bar, "requests of rank 0, number", int(most))
+                for start in bar.track(range(0, int(most), self._num_at_once), description="megatron_sts"):
+                    trail.enter("evaluation")
+                    texts += self._answer(requests[start : start + self._num_at_once])
+                    lines.tell(min(start + self._num_at_once, int(most)))
         return texts
 
     def loglikelihood(self, requests: list[Instance]) -> NoReturn:

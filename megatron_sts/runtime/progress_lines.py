@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,8 +18,10 @@ class ProgressLines:
     """Stands beside a bar, for one task. rich draws bars on terminals alone: in a file they appear once they have stopped."""
 
     def __init__(self, bar: Progress, name: str, total: int, now_s: Callable[[], float] = time.monotonic) -> None:
-        """``bar``: where it shows, or is disabled, nothing is said. ``name``: what is counted, up to ``total``."""
+        """``bar``: where it shows, or is disabled, nothing is said; lines go where it would, to stdout or stderr. ``name``: what is
+        counted, up to ``total``."""
         shows = bar.console.is_terminal and not bar.console.is_dumb_terminal
+        self._to_stderr = bar.console.stderr
         self._is_needed = not (shows or bar.disable)
         self._name, self._total, self._now_s = name, total, now_s
         self._first: tuple[float, int] | None = None
@@ -42,4 +45,8 @@ class ProgressLines:
             left_s = (now - first_s) / (done - first_done) * (self._total - done)
             details = (*details, f"{timedelta(seconds=round(left_s))} left")
         with suppress(OSError):
-            print(f"megatron-sts: {', '.join((f'{self._name} {done}/{self._total}', *details))}", flush=True)
+            print(
+                f"megatron-sts: {', '.join((f'{self._name} {done}/{self._total}', *details))}",
+                file=sys.stderr if self._to_stderr else sys.stdout,
+                flush=True,
+            )

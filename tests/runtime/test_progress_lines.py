@@ -51,3 +51,9 @@ def test_a_full_disk_costs_the_line_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(sys, "stdout", full)
     ProgressLines(Progress(console=Console(file=io.StringIO())), "step", 2).tell(1)
     assert full.getvalue() == "megatron-sts: step 1/2\n"
+
+
+def test_lines_go_where_the_bar_would(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a command prints on stdout may be read by a program."""
+    ProgressLines(Progress(console=Console(stderr=True)), "entries", 2).tell(1)
+    assert capsys.readouterr() == ("", "megatron-sts: entries 1/2\n")
