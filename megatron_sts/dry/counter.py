@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.modules import module as hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from megatron_sts.dry.account import Traffic, Work
 from megatron_sts.dry.engine import FP8, KEEP_IN_FP8, RING
 from megatron_sts.dry.modules import ModuleNames, is_backward
+from megatron_sts.dry.ring import Ring
 from megatron_sts.dry.shapes import KnownShapes
 from megatron_sts.dry.storages import Ledger, Saved
 
@@ -48,6 +50,7 @@ class Counter(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self.modules, self.ledger = modules, Ledger(device_type)
+        self._ring = Ring(self.ledger)
         self._name_of, self._shapes = cache(name_of), KnownShapes()
         self._work: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0, 0])
         self._traffic: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
@@ -56,7 +59,10 @@ class Counter(TorchDispatchMode):
     def counting(self) -> Iterator[None]:
         """Counts all that the block does."""
         with ExitStack() as stack:
+            # In this order: ``current`` is the module that is entered or left.
+            stack.callback(hooks.register_module_forward_hook(self._left).remove)
             stack.enter_context(self.modules.watching())
+            stack.callback(hooks.register_module_forward_pre_hook(self._entered).remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack))
             stack.enter_context(self)
             yield
@@ -89,8 +95,18 @@ class Counter(TorchDispatchMode):
             self.ledger.made(tensor)
         return out
 
+    def _entered(self, _module: torch.nn.Module, inputs: Sequence[Any]) -> None:
+        if self.modules.current.on_ring:
+            self._ring.entered(inputs)
+
+    def _left(self, _module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> None:
+        if self.modules.current.on_ring:
+            self._ring.left(output, self.modules.current)
+
     def _pack(self, tensor: torch.Tensor) -> Saved:
         saver = self.modules.current
+        if saver.on_ring:
+            return self._ring.save(tensor, saver)
         if saver.in_fp8 and saver.name.endswith(KEEP_IN_FP8) and not self.ledger.persists(tensor):
             tensor = torch.empty(tensor.shape, dtype=FP8, device=tensor.device)
             self.ledger.made(tensor)

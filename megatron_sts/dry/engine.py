@@ -13,7 +13,7 @@ sequence parallelism gathers their inputs and the gradients of their outputs in 
 
 Attention over n context-parallel ranks hands a rank's keys and values on n - 1 times in a forward pass, and in a backward pass these
 and their gradients (``cp_comm_type`` p2p), where torch's gathers those of all ranks and reduce-scatters the gradients: ``RING``. What it keeps for
-the backward pass, a rank's own, is not in the table: torch's is counted, which is more.
+the backward pass is in ``ring.py``.
 
 Scales, and blocks' scales, are left out. Source: Transformer Engine 2.x, ``module/layernorm_linear.py``, ``linear.py``,
 ``attention/dot_product_attention/context_parallel.py``, and megatron-core's

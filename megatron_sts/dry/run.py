@@ -159,12 +159,7 @@ def without_kernels(resolved: Resolved) -> Resolved:
 
 
 def _notes(resolved: Resolved, kernels: Kernels) -> Iterator[str]:
-    precision, parallel = resolved.config.precision, resolved.config.parallel
-    if kernels == "engine" and parallel.context_parallel_size > 1:
-        yield (
-            "context parallelism: memory is that of torch's attention, which keeps the keys and values of whole rows; Transformer Engine's "
-            "keeps a rank's own (plan counts that)"
-        )
+    precision = resolved.config.precision
     if kernels == "engine":
         yield "Transformer Engine's layers are counted by a table of what they keep and send; torch's were run"
     elif precision.fp8 != "off":

@@ -103,10 +103,12 @@ class Ledger:
 class Saved:
     """What autograd holds in place of a tensor."""
 
-    __slots__ = ("_let_go", "saver", "tensor")
+    __slots__ = ("_let_go", "also", "saver", "tensor")
 
     def __init__(self, tensor: torch.Tensor, saver: Label, let_go: Callable[[], None] | None) -> None:
         self.tensor, self.saver, self._let_go = tensor, saver, let_go
+        self.also: list[Saved] = []
+        """What is kept as long as this."""
 
     def __del__(self) -> None:
         if self._let_go is not None:
