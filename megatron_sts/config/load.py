@@ -62,6 +62,8 @@ def dump(resolved: Resolved, path: Path, **found: Any) -> None:
         resolved.model_dump(mode="json", exclude={"config": True, "stages": {"__all__": {"config", "data"}}}) | found
     )
     written = {**resolved.config.model_dump(mode="json"), DERIVED_KEY: derived}
+    if not resolved.is_vision_written:  # with other overrides or ranks the tower may have to run elsewhere
+        derived["vision"], written["parallel"]["vision"] = written["parallel"]["vision"], None
     path.write_text(OmegaConf.to_yaml(OmegaConf.create(written)), encoding="utf-8")
 
 

@@ -131,6 +131,8 @@ class Resolved(Section):
 
     config: RunConfig
     """As written, with parallel.data_parallel_size, parallel.vision and a planned number of chunks filled in."""
+    is_vision_written: bool
+    """Whether parallel.vision was, and would be the same on other ranks."""
     world_size: int
     data_parallel_size: int
     num_vision_layers: int
@@ -193,6 +195,7 @@ def resolve(
     check_run(config)
     check_validation(config)
     data_parallel_size = _data_parallel_size(config.parallel, world_size)
+    is_vision_written = config.parallel.vision is not None
     derived = {
         "data_parallel_size": data_parallel_size,
         "vision": place_of_tower(config, _model_parallel_size(config.parallel)),
@@ -205,6 +208,7 @@ def resolve(
         config=config,
         world_size=_model_parallel_size(parallel) * data_parallel_size,
         data_parallel_size=data_parallel_size,
+        is_vision_written=is_vision_written,
         num_vision_layers=0 if vision is None else vision.num_layers + 1 + vision.feature_layer,
         layers_per_chunk=layout,
         layer_owner=_layer_owner(layout),

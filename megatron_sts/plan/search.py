@@ -21,7 +21,6 @@ from megatron_sts.config.resolve import Layout, Resolved, ResolvedStage, resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.sparsity_checks import check_rounds
 from megatron_sts.config.tokens import TokenCounts
-from megatron_sts.config.tower import place_of_tower
 from megatron_sts.cost.peak import peak_memory
 from megatron_sts.cost.step import longest
 from megatron_sts.plan.candidates import near_even, shapes
@@ -139,9 +138,8 @@ class _Search:
         self.hardware, self.start, self.assumptions = hardware, resolved, assumptions
         self.memory_bytes = USABLE_MEMORY * hardware.device.memory_gib * 2**30
         self.num_layers = resolved.config.model.language.num_layers
-        self.tower = _place_of_tower_to_keep(resolved)
         self.runs: dict[Sizes, Resolved] = {}
-        self.pieces: dict[tuple[int, int, Recompute, int, int, tuple[Product, ...]], Pieces] = {}
+        self.pieces: dict[tuple[int, int, int, Recompute, int, int, tuple[Product, ...]], Pieces] = {}
         self.bf16_products: dict[tuple[int, int, int, Recompute, int, int], tuple[Product, ...]] = {}
         self.ordered: dict[tuple[Way, int], list[tuple[float, int]]] = {}
         self.longest: dict[tuple[int, int, int], TokenCounts] = {}
@@ -187,7 +185,7 @@ class _Search:
             "data_parallel_size": None,
             "sequence_parallel": tp > 1,
             "layout": tuple(itertools.chain.from_iterable(layout)),
-            "vision": self.tower,
+            "vision": self.start.config.parallel.vision if self.start.is_vision_written else None,
         }
         for stage in written["stages"]:
             stage["batch"]["micro_batch_size"] = 1
@@ -215,12 +213,12 @@ class _Search:
         run = self.done(way, {number: size})
         stage = run.stages[number]
         workload = workload_of(run, stage, assumptions=self.assumptions)
-        key = (way.tp, way.cp, way.recompute, number, size, stage.bf16_products)
+        key = (way.tp, way.cp, way.pp, way.recompute, number, size, stage.bf16_products)
         if key not in self.pieces:
             self.pieces[key] = pieces_of(self.hardware, workload)
         layers = np.array(run.layers_per_chunk, dtype=np.float64)[None]
         passes = durations(self.hardware, workload, self.pieces[key], layers)
-        end_s = update(self.hardware, workload, windows(passes)).total_s
+        end_s = update(self.hardware, workload, windows(passes)).total_s + self.pieces[key].before.total
         work = passes.forward + passes.backward
         return stage.num_steps * (float(bottleneck_time(work, stage.num_microbatches)) + end_s) / SECONDS_AN_HOUR
 
@@ -251,7 +249,8 @@ class _Search:
         hours = np.zeros(len(layouts))
         for stage in run.stages:
             workload = workload_of(run, stage, assumptions=self.assumptions)
-            pieces = self.pieces[way.tp, way.cp, way.recompute, stage.index, sizes[stage.index], stage.bf16_products]
+            key = (way.tp, way.cp, way.pp, way.recompute, stage.index, sizes[stage.index], stage.bf16_products)
+            pieces = self.pieces[key]
             passes = durations(self.hardware, workload, pieces, np.array(layouts, dtype=np.float64)[:, None])
             hours += stage.num_steps * step_seconds(passes, stage.num_microbatches)
         best = min(zip(hours, layouts, strict=True), key=lambda each: (not self._is_possible(run, each[1]), each[0]))[1]
@@ -291,14 +290,6 @@ class _Search:
             self.longest[key] = longest(stage)
         peaks = peak_memory(run, stage, "engine", counts=self.longest[key])
         return max(rank.total_bytes for rank in peaks)
-
-
-def _place_of_tower_to_keep(resolved: Resolved) -> Literal["first"] | None:
-    """None, the default of each way, unless ``first`` was written where a frozen tower would have been spread."""
-    config = resolved.config
-    ranks_of_a_copy = resolved.world_size // resolved.data_parallel_size
-    as_default = config.model_copy(update={"parallel": config.parallel.model_copy(update={"vision": None})})
-    return "first" if config.parallel.vision == "first" != place_of_tower(as_default, ranks_of_a_copy) else None
 
 
 def _done(run: Resolved, way: Way, sizes: dict[int, int]) -> Resolved:

@@ -24,6 +24,8 @@ class Facts:
     """Of the tokens that were computed."""
     pass_mfu: float | None
     """The model's FLOPs in the seconds of forward and backward passes, over the device's peak; None where that is not known."""
+    in_fp8: bool
+    """Whether that is the peak of FP8, in which the decoder multiplies."""
     reads_late_s: float
     """A step: the longest that a rank waited for its samples to be read."""
     slowest: tuple[int, float] | None
@@ -45,11 +47,6 @@ class Facts:
     def pass_s(self) -> float:
         """Of a step, without collectives within passes."""
         return self.parts_s["forward_s"] + self.parts_s["backward_s"]
-
-    @property
-    def is_fp8(self) -> bool:
-        """Whether the decoder multiplies in FP8, rather than as if."""
-        return self.config["precision"]["fp8"] not in ("off", "emulate", False)
 
     @property
     def pp_size(self) -> int:
@@ -88,6 +85,7 @@ def facts_of(run: Run, planned: Planned | None) -> list[Facts]:
                     parts_s={**parts_s, BETWEEN: _sum(timed, BETWEEN) / num_covered},
                     padding_share=1 - _sum(timed, "tokens") / _sum(timed, "padded_tokens"),
                     pass_mfu=_pass_mfu(timed, run.config["resolved"]["world_size"]),
+                    in_fp8=_in_fp8(timed[-1], run.config),
                     reads_late_s=_sum(timed, "data_wait_s") / len(timed),
                     slowest=_slowest(run.ranks.get(stage)),
                     num_microbatches=timed[-1]["num_microbatches"],
@@ -100,12 +98,17 @@ def facts_of(run: Run, planned: Planned | None) -> list[Facts]:
 
 
 def _pass_mfu(lines: list[Line], num_ranks: int) -> float | None:
-    """The peak is what a line's rate and its MFU come from."""
+    """The peak is what a line's rate and its MFU come from; steps of few tokens may have that of another format."""
     pass_s = _sum(lines, "forward_s") + _sum(lines, "backward_s")
-    mfu, tflops = lines[-1]["mfu"], lines[-1]["tflops_per_device"]
-    if not mfu or not pass_s:
+    if not pass_s or not all(line["mfu"] for line in lines):
         return None
-    return float(_sum(lines, "flops_executed") / pass_s / num_ranks / 1e12 / (tflops / mfu))
+    at_peak_s = (line["flops_executed"] / 1e12 * line["mfu"] / line["tflops_per_device"] for line in lines)
+    return float(sum(at_peak_s) / pass_s / num_ranks)
+
+
+def _in_fp8(line: Line, config: Mapping[str, Any]) -> bool:
+    """Lines of earlier versions do not tell it."""
+    return bool(line.get("in_fp8", config["precision"]["fp8"] not in ("off", "emulate", False)))
 
 
 def _slowest(ranks: Line | None) -> tuple[int, float] | None:

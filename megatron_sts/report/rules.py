@@ -51,9 +51,9 @@ def launch_wait_s(facts: Facts) -> float:
         return 0.0
     # What is recomputed does not count for MFU: a frozen model's passes compute half as much again.
     share = 2 / 3 if facts.config["parallel"]["recompute"] == "full" else 1.0
-    if facts.pass_mfu >= LOW_MFU[facts.is_fp8] * share:
+    if facts.pass_mfu >= LOW_MFU[facts.in_fp8] * share:
         return 0.0
-    return facts.pass_s * (1 - facts.pass_mfu / (USUAL_MFU[facts.is_fp8] * share))
+    return facts.pass_s * (1 - facts.pass_mfu / (USUAL_MFU[facts.in_fp8] * share))
 
 
 def _planned_launch_wait_s(facts: Facts) -> float | None:
@@ -172,7 +172,7 @@ RULES = (
         "communication",
         "gradients are reduced and weights gathered while no pass runs, or a copy waits there for a slower one",
         0.10,
-        "overlapped, all but the last bucket is hidden; the examples' plans, which overlap nothing, have 12 % at most",
+        "overlapped, all but the last bucket is hidden; the examples' plans, which overlap nothing, have 13 % at most",
         lambda facts: facts.parts_s["communication_s"],
         (
             Remedy("parallel.overlap_grad_reduce=true", _parallel("overlap_grad_reduce", False)),
@@ -210,7 +210,7 @@ RULES = (
         launch_wait_s,
         (
             Remedy("a larger batch.micro_batch_size"),
-            Remedy("precision.fp8=off: kernels are more, and smaller", lambda facts: facts.is_fp8),
+            Remedy("precision.fp8=off: kernels are more, and smaller", lambda facts: facts.in_fp8),
             Remedy("a smaller parallel.tensor_model_parallel_size", _has_tp),
             Remedy("megatron-sts doctor: are Transformer Engine's kernels used?"),
         ),

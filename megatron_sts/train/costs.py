@@ -49,11 +49,15 @@ class StepCosts:
 
     def _peak_tflops(self, load: TokenLoad) -> float | None:
         """The device's, as configured or known, of the format in which decoder layers multiply for a step's load."""
-        config, stage = self._resolved.config, self._stage
-        num_ranks = self._resolved.data_parallel_size * config.parallel.context_parallel_size
-        is_fp8 = has_fp8(self._resolved, stage, load.num_tokens // (stage.num_microbatches * num_ranks))
-        dtype = "fp8" if is_fp8 else config.precision.params
+        config = self._resolved.config
+        dtype = "fp8" if self._in_fp8(load) else config.precision.params
         return config.logging.device_peak_tflops or device_peak_tflops(current_device().name, dtype)
+
+    def _in_fp8(self, load: TokenLoad) -> bool:
+        """Whether decoder layers multiply in FP8, for a step's load."""
+        num_ranks = self._resolved.data_parallel_size * self._resolved.config.parallel.context_parallel_size
+        num_tokens = load.num_tokens // (self._stage.num_microbatches * num_ranks)
+        return has_fp8(self._resolved, self._stage, num_tokens)
 
     def _spread(self, result: StepResult, most: float) -> dict[str, float | None]:
         """How much more than the mean the copy with most FLOPs had; before: without ``batch.balance``, where that is on."""
@@ -94,6 +98,7 @@ class StepCosts:
             "flops_dense": dense,
             "flops_executed": executed,
             **self._spread(result, most),
+            "in_fp8": self._in_fp8(totals.load),
             **_seconds(times),
             **self._throughput(result, executed, dense, times.step_s),
             "peak_memory_bytes": peak_bytes,

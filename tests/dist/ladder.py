@@ -97,7 +97,8 @@ class Trained:
 def written_run(
     folder: Path, *stages: Written, model: str = "plain", fresh: bool = False, params: str = "fp32", **parallel: object
 ) -> Written:
-    """A config of a small model on the samples and (unless ``fresh``) weights in ``folder``; ``parallel`` is the layout."""
+    """A config of a small model on the samples and (unless ``fresh``) weights in ``folder``; ``parallel`` is the layout,
+    with the tower on the first stage unless it says more."""
     parts = MODELS[model]
     vision = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
     language = {"num_layers": NUM_LAYERS, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2}
@@ -115,7 +116,7 @@ def written_run(
         },
         "precision": {"params": params},
         "data": {"source": "llava_json", "path": str(folder / "samples.json")},
-        "parallel": parallel,
+        "parallel": {"vision": "first", **parallel},
         "stages": [{**common, **stage} for stage in stages or (ALIGNMENT, SKIPPING, DENSE)],
     }
 

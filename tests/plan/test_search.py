@@ -80,6 +80,10 @@ def test_less_memory_leaves_fewer_and_slower_ways() -> None:
         (["parallel.tensor_model_parallel_size=2"], "spread"),
         (["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false"], "spread"),
         (["parallel.tensor_model_parallel_size=2", "parallel.vision=first"], "first"),
+        (
+            ["parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false", "parallel.vision=first"],
+            "first",
+        ),
     ],
 )
 def test_a_frozen_tower_is_spread_unless_written_otherwise(written: list[str], found: str) -> None:

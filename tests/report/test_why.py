@@ -79,6 +79,7 @@ HEALTHY = Facts(
     parts_s=PARTS,
     padding_share=0.1,
     pass_mfu=0.5,
+    in_fp8=False,
     reads_late_s=0.0,
     slowest=(3, 0.02),
     num_microbatches=16,
@@ -209,8 +210,7 @@ def test_launch_overhead_on_the_gpu_that_was_measured(table: int, waits: set[str
     told = set()
     for kernels, stage, _, case, *numbers in rows_of:
         mfu = next(float(cell.rstrip("%")) / 100 for cell in numbers if cell.endswith("%"))
-        precision = {"params": "bf16", "fp8": "tensorwise" if kernels == "tensorwise" else "off"}
-        facts = replace(HEALTHY, pass_mfu=mfu, config=config_of(precision=precision))
+        facts = replace(HEALTHY, pass_mfu=mfu, in_fp8=kernels == "tensorwise")
         if any(finding.name == "launch overhead" for finding in findings(facts)):
             told.add((kernels, stage, case))
     never_paid = ("tensorwise", "finetune", "LDS 75%")
@@ -236,7 +236,7 @@ def test_shares_are_above_those_of_the_examples_plans() -> None:
     rule = {rule.name: rule for rule in RULES}
     reduced = ("gradient_reduction", "parameter_gather")
     communication = max(shares(name, "finetune", *reduced) for name in ("llava_llama3_70b", "llava_qwen25_72b"))
-    assert communication == pytest.approx(0.12, abs=0.005) and "12 % at most" in rule["communication"].because
+    assert communication == pytest.approx(0.13, abs=0.005) and "13 % at most" in rule["communication"].because
     layers = max(shares(name, "finetune", "tensor", "context") for name in ("llava_llama31_8b", "llava_qwen2_7b"))
     assert layers == pytest.approx(0.14, abs=0.005) and "14 % at most" in rule["layer communication"].because
     optimizer = max(shares("llava15_7b_fp8", stage, "optimizer") for stage in ("alignment", "finetune"))
@@ -289,7 +289,22 @@ def test_facts_are_those_of_the_lines(tmp_path: Path) -> None:
     # 2 x 0.8 TFLOP in 2 x 1.5 s of passes, on a device of 2 / 0.4 = 5 TFLOP/s.
     assert facts.pass_mfu == pytest.approx(1.6 / 3 / 5)
     assert facts.slowest == (1, pytest.approx(0.5))  # 1.5 s beside 1 s
-    assert facts.settings["name"] == "finetune" and facts.pp_size == 1 and not facts.is_fp8
+    assert facts.settings["name"] == "finetune" and facts.pp_size == 1 and not facts.in_fp8
+
+
+def test_passes_are_compared_with_the_peak_of_their_own_format(tmp_path: Path) -> None:
+    """Of a run in FP8, steps of few tokens are in bf16, at half the peak. Lines of earlier versions say nothing of that."""
+    told = {"data_wait_s": 0.0, "padded_tokens": 125, "num_microbatches": 4, **PARTS}
+    few = {**told, "mfu": 0.4, "tflops_per_device": 2.0, "in_fp8": False}
+    many = {**told, "mfu": 0.2, "tflops_per_device": 2.0, "in_fp8": True}
+    for number, (last, in_fp8) in enumerate([(few, False), (many, True), ({**many, "in_fp8": None}, False)]):
+        lines = [line("alignment", 0, 2.0, 8 * 10**11)]
+        lines += [line("finetune", step, 2.0, 8 * 10**11, **each) for step, each in enumerate((few, few, many, last))]
+        lines[-1] = {key: value for key, value in lines[-1].items() if value is not None}
+        (facts,) = facts_of(read_run(write_run(tmp_path / str(number), 700, 1.0, 0.6, lines)), None)
+        peaks = [5, 10, 10 if last["mfu"] == 0.2 else 5]
+        assert facts.pass_mfu == pytest.approx(sum(0.8 / peak for peak in peaks) / 3 / 0.75)
+        assert facts.in_fp8 == in_fp8  # the run that ``write_run`` writes has none
 
 
 def test_on_the_terminal_and_on_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,17 +18,17 @@ PP2: dict[str, Any] = {"pipeline_model_parallel_size": 2}
 VPP2: dict[str, Any] = {**PP2, "virtual_pipeline_model_parallel_size": 2}
 COPIES: dict[str, Any] = {"data_parallel_size": 2, "use_distributed_optimizer": True}
 CP2: dict[str, Any] = {"context_parallel_size": 2, "use_distributed_optimizer": True}
-SPREAD: dict[str, Any] = {"vision": "spread"}
+FIRST: dict[str, Any] = {"vision": "first"}
 TP2: dict[str, Any] = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 # The first is trained in one piece; its checkpoint within fine-tuning is what the others go on from.
 LAYOUTS: dict[str, tuple[int, list[dict[str, Any]]]] = {
-    "two ranks": (2, [PP2, PP2 | SPREAD, VPP2, {**PP2, "layout": [1, 3]}, {**VPP2, "layout": [2, 0, 1, 1]}]),
+    "two ranks": (2, [PP2 | FIRST, PP2, VPP2, {**PP2, "layout": [1, 3]}, {**VPP2, "layout": [2, 0, 1, 1]}]),
     # The distributed optimizer's shards lie on data- times context-parallel ranks.
-    "context": (2, [CP2, PP2 | {"use_distributed_optimizer": True}]),
+    "context": (2, [CP2 | FIRST, PP2 | {"use_distributed_optimizer": True}]),
     # In alignment the second pipeline rank has nothing to train, and no optimizer state to save.
     "four ranks": (4, [PP2 | COPIES, VPP2 | COPIES, VPP2 | COPIES | {"layout": [2, 0, 1, 1]}]),
-    # A tower that all ranks hold whole; two of them share it out; one stage's alone.
-    "spread": (4, [PP2 | COPIES | SPREAD, TP2 | COPIES, TP2 | COPIES | SPREAD]),
+    # A tower that all ranks hold whole, which is the default of a frozen one; two of them share it out; one stage's alone.
+    "spread": (4, [PP2 | COPIES, TP2 | COPIES | FIRST, TP2 | COPIES, PP2 | COPIES | FIRST]),
     # Tower and Q-Former are whole on tensor-parallel ranks, the rest is split.
     "qformer": (4, [TP2 | COPIES, PP2 | COPIES]),
 }
