@@ -191,7 +191,7 @@ RULES = (
         "layer communication",
         "passes wait for tensor- or context-parallel collectives",
         0.15,
-        "the examples' plans have 14 % at most where the language model learns",
+        "the examples' plans have 13 % at most where the language model learns",
         lambda facts: facts.parts_s["layer_communication_s"],
         (
             Remedy("a smaller parallel.context_parallel_size", lambda facts: not _parallel("context_parallel_size", 1)(facts)),

@@ -238,7 +238,7 @@ def test_shares_are_above_those_of_the_examples_plans() -> None:
     communication = max(shares(name, "finetune", *reduced) for name in ("llava_llama3_70b", "llava_qwen25_72b"))
     assert communication == pytest.approx(0.13, abs=0.005) and "13 % at most" in rule["communication"].because
     layers = max(shares(name, "finetune", "tensor", "context") for name in ("llava_llama31_8b", "llava_qwen2_7b"))
-    assert layers == pytest.approx(0.14, abs=0.005) and "14 % at most" in rule["layer communication"].because
+    assert layers == pytest.approx(0.13, abs=0.005) and "13 % at most" in rule["layer communication"].because
     optimizer = max(shares("llava15_7b_fp8", stage, "optimizer") for stage in ("alignment", "finetune"))
     assert optimizer == pytest.approx(0.03, abs=0.005) and "3 % at most" in rule["optimizer"].because
     assert layers < rule["layer communication"].share and optimizer < rule["optimizer"].share
