@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         found, rest = super().parse_known_args(args, namespace)
         if "options" not in found:  # the innermost command comes first
-            found.options = re.findall(r"(?<![\w-])--[a-z][\w-]*", self.format_help())
+            found.options = [option for option in self._option_string_actions if option.startswith("--")]
         return found, rest
 
     def error(self, message: str) -> NoReturn:
@@ -96,9 +95,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _meant(word: str, options: Sequence[str], takes_overrides: bool) -> str:
     """What somebody who wrote it wanted, if that can be guessed."""
-    if takes_overrides and re.match(r"--[\w.*]+=", word):  # an option has a hyphen, or none of that spelling
-        return f"; overrides have no dashes: {word.removeprefix('--')}"
-    closest = nearest(word.partition("=")[0], options)
+    name, equals, value = word.partition("=")
+    key = name.removeprefix("--")
+    if takes_overrides:
+        from megatron_sts.config.schema import RunConfig
+
+        if key.partition(".")[0] in RunConfig.model_fields:
+            return f"; overrides have no dashes: {key}={value if equals else 'VALUE'}"
+    closest = nearest(name, options)
     return f"; did you mean {closest}?" if closest else ""
 
 

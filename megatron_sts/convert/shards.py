@@ -73,7 +73,6 @@ def write_shards(folder: Path, units: Sequence[Unit], shard_bytes: int = SHARD_B
             if not (folder / name).exists():
                 _write_shard(folder, name, shard, done, reached)
             done += sum(unit.num_bytes for unit in shard)
-            reached(done)
     total = sum(unit.num_bytes for unit in units)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_atomically(folder / INDEX, json.dumps(index, indent=2) + "\n")

@@ -96,7 +96,7 @@ class MegatronSts(lmms):
         with self._together.block():
             [most] = max_over_ranks([float(len(requests))])
             with Progress(disable=not is_rank_zero()) as bar:
-                lines = ProgressLines(bar, "requests of rank 0, number", int(most))
+                lines = ProgressLines(bar, "requests of a rank", int(most))
                 for start in bar.track(range(0, int(most), self._num_at_once), description="megatron_sts"):
                     trail.enter("evaluation")
                     texts += self._answer(requests[start : start + self._num_at_once])

@@ -91,22 +91,16 @@ def test_more_tokens_leave_fewer(hardware: Hardware, hidden: int, tp: int) -> No
     assert numbers[-1] == 0
 
 
-@pytest.mark.parametrize(
-    ("vision", "chosen", "slower"),
-    [("first", [("proj",), ("qkv", "proj", "fc2")], 0.002), ("spread", [("proj",), ("qkv", "fc2")], 0.02)],
-)
-def test_the_choice_is_the_fastest_of_all_as_a_step_is_planned(
-    vision: str, chosen: list[tuple[Product, ...]], slower: float
-) -> None:
-    """Of whole steps, in the mean over masks that are drawn; ``passes_s`` has the mean mask alone. Without the tower in its passes the
-    host launches fine-tuning as fast as the GPU computes, to 1 %, and the choice is 1.9 % slower than the best."""
-    run = resolve_planned(
-        load(
-            EXAMPLES / "llava15_7b_fp8",
-            [*AUTO, "parallel.tensor_model_parallel_size=4", f"parallel.vision={vision}"],
-        )
-    )
-    assert [stage.bf16_products for stage in run.stages] == chosen  # not the same in both
+TOWERS = [(1, "first"), (1, "spread"), (2, "spread"), (4, "first"), (4, "spread")]
+
+
+@pytest.mark.parametrize(("pp", "vision", "slower"), [*((*each, 0.002) for each in TOWERS), (2, "first", 0.025)])
+def test_the_choice_is_the_fastest_of_all_as_a_step_is_planned(pp: int, vision: str, slower: float) -> None:
+    """Of whole steps, in the mean over masks that are drawn, with the update; ``passes_s`` has the mean mask alone, and layouts as even as
+    may be: two ranks, one of which has the tower, too, are planned with others, and then the choice is 2.1 % slower than the best."""
+    sizes = [f"parallel.pipeline_model_parallel_size={pp}", f"parallel.vision={vision}"]
+    sizes += ["parallel.tensor_model_parallel_size=4", "parallel.data_parallel_size=null"]
+    run = resolve_planned(load(EXAMPLES / "llava15_7b_fp8", [*AUTO, *sizes]), world_size=16)
     for number, stage in enumerate(run.stages):
 
         def step_s(left: tuple[Product, ...], number: int = number) -> float:
@@ -115,14 +109,15 @@ def test_the_choice_is_the_fastest_of_all_as_a_step_is_planned(
 
         times = {left: step_s(left) for left in SUBSETS}
         assert times[stage.bf16_products] <= min(times.values()) * (1 + slower)
-        assert times[stage.bf16_products] < times[()]
+        assert times[stage.bf16_products] <= times[()]
+    assert run.stages[0].bf16_products != run.stages[1].bf16_products
 
 
 def test_a_resolved_config_lists_them_and_comes_to_them_again(tmp_path: Path) -> None:
     run = resolve_planned(load(EXAMPLES / "llava15_7b_fp8", [*AUTO, "parallel.tensor_model_parallel_size=4"]))
     dump(run, tmp_path / "config.resolved.yaml")
     derived = yaml.safe_load((tmp_path / "config.resolved.yaml").read_text())["resolved"]
-    assert [stage["bf16_products"] for stage in derived["stages"]] == [["proj"], ["qkv", "fc2"]]
+    assert [stage["bf16_products"] for stage in derived["stages"]] == [["proj"], ["qkv", "proj"]]
     assert resolve_planned(load(tmp_path / "config.resolved.yaml")) == run
 
 

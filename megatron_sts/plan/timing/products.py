@@ -14,9 +14,9 @@ from megatron_sts.config.resolve import Resolved, ResolvedStage, with_bf16_produ
 from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.plan.hardware import Hardware, check_formats, load_hardware
 from megatron_sts.plan.steps import grid
-from megatron_sts.plan.timing.decoder import decoder_layer
-from megatron_sts.plan.timing.ends import first_rank, last_rank
 from megatron_sts.plan.timing.kernels import memory_s
+from megatron_sts.plan.timing.passes import Passes
+from megatron_sts.plan.timing.step import pieces_of
 from megatron_sts.plan.timing.update import fp8_cast_bytes
 from megatron_sts.plan.timing.workload import Workload, workload_of
 
@@ -62,20 +62,23 @@ def fastest(hardware: Hardware, workloads: Counter[Workload], share_run: float =
 
 
 def passes_s(hardware: Hardware, workload: Workload, share_run: float = 1.0) -> float:
-    """Forward and backward passes of one micro-batch through a rank's layers, as long as its GPU computes or its host launches, with
-    a micro-batch's share of casting weights.
+    """Forward and backward passes of a step's micro-batches through a pipeline of equally many layers a rank, with casts of weights.
 
-    A rank that has the whole model launches layers while its GPU computes what stands before and behind them; of a pipeline it is
-    ranks without these that others wait for.
+    A rank takes as long as its GPU computes or its host launches, which it does ahead of what stands before and behind the layers. All
+    micro-batches go through the rank that takes longest, one through the others, too.
     """
-    num_layers = workload.model.language.num_layers / workload.pipeline_parallel_size
-    passes = decoder_layer(hardware, workload, workload.fp8_products) * (share_run * num_layers)
-    if workload.pipeline_parallel_size == 1:
-        passes += first_rank(hardware, workload) + last_rank(hardware, workload)
+    pieces, pp = pieces_of(hardware, workload), workload.pipeline_parallel_size
+    num_layers = workload.model.language.num_layers / pp
+    layers = pieces.layer * (share_run * num_layers)
+    ends = {0: pieces.first, pp - 1: pieces.last} if pp > 1 else {0: pieces.first + pieces.last}
+    ranks_s = [_rank_s(layers + ends.get(rank, Passes())) for rank in range(pp)]
+    casts_s = num_layers * memory_s(hardware.device, [fp8_cast_bytes(workload)])
+    return (workload.num_microbatches - 1) * max(ranks_s) + sum(ranks_s) + casts_s
+
+
+def _rank_s(passes: Passes) -> float:
     computes = passes.forward.total + passes.backward.total
-    launches = passes.forward_launch_s + passes.backward_launch_s
-    casts = memory_s(hardware.device, [fp8_cast_bytes(workload)]) / workload.num_microbatches
-    return max(computes, launches) + num_layers * casts
+    return max(computes, passes.forward_launch_s + passes.backward_launch_s)
 
 
 def _of_stage(hardware: Hardware, resolved: Resolved, stage: ResolvedStage) -> tuple[Product, ...]:
