@@ -68,7 +68,8 @@ def test_a_slow_rank_is_named(tmp_path: Path) -> None:
 
     for run, num_stages, num_passes in zip(runs, (1, 2, 1), (2, 4, 4), strict=True):
         check_parts(run)
-        check_trace(run, num_stages, num_passes)
+        # Where a copy of the model has several ranks, each first encodes its share of the images.
+        check_trace(run, num_stages, num_passes, num_before=0 if run == runs[0] else 1)
     assert [len(steps(run)) for run in runs] == [NUM_STEPS] * 3
 
 
@@ -78,7 +79,7 @@ def lost_by(run: Path) -> list[Finding]:
     return [finding for finding in findings(facts) if finding.name != "padding"]
 
 
-def check_trace(run: Path, num_ranks: int, num_passes: int) -> None:
+def check_trace(run: Path, num_ranks: int, num_passes: int, num_before: int) -> None:
     """The last step's: what a pipeline's ranks did lies within the step, and every pass is there."""
     events = [
         event for event in json.loads((run / "traces/finetune.json").read_text())["traceEvents"] if event["ph"] == "X"
@@ -90,7 +91,7 @@ def check_trace(run: Path, num_ranks: int, num_passes: int) -> None:
         assert (event["ts"] + event["dur"]) / 1e6 <= 1.1 * last["step_time_s"]
     for rank in range(num_ranks):
         kinds = [event["cat"] for event in events if event["tid"] == rank]
-        assert kinds.count("forward") == kinds.count("backward") == num_passes
+        assert kinds.count("forward") - num_before == kinds.count("backward") == num_passes
 
 
 def check_parts(run: Path) -> None:
