@@ -137,9 +137,26 @@ def test_dump_and_load_is_the_identity(
     resolved = resolve(config)
     file = tmp_path_factory.mktemp("run") / "config.resolved.yaml"
     dump(resolved, file)
-    assert load(file) == resolved.config
+    unwritten = resolved.config.parallel.model_copy(update={"vision": None})
+    assert load(file) == resolved.config.model_copy(update={"parallel": unwritten})
     assert resolve(load(file)) == resolved
     assert yaml.safe_load(file.read_text())["resolved"]["stages"][1]["num_steps"] == resolved.stages[1].num_steps
+
+
+def test_a_resolved_config_says_where_the_tower_ran_and_binds_nobody_who_did_not_write_it(
+    path: Path, tmp_path: Path
+) -> None:
+    """Overrides of the file may let the tower learn, which then has to run on the first stage."""
+    two = ["parallel.pipeline_model_parallel_size=2"]
+    for number, (overrides, written) in enumerate([(two, None), ([*two, "parallel.vision=spread"], "spread")]):
+        resolved, file = resolve(load(path, overrides)), tmp_path / f"{number}.yaml"
+        dump(resolved, file)
+        stored = yaml.safe_load(file.read_text())
+        assert stored["parallel"]["vision"] == written and stored["resolved"].get("vision", written) == "spread"
+        assert resolve(load(file)) == resolved and resolved.spreads_vision
+    assert not resolve(load(tmp_path / "0.yaml", ["stages.*.freeze=[]"])).spreads_vision
+    with pytest.raises(ConfigError, match="parallel.vision=spread: the tower learns"):
+        resolve(load(tmp_path / "1.yaml", ["stages.*.freeze=[]"]))
 
 
 @settings(max_examples=15, deadline=None)
