@@ -155,7 +155,7 @@ def test_a_resolved_config_says_where_the_tower_ran_and_binds_nobody_who_did_not
         assert stored["parallel"]["vision"] == written and stored["resolved"].get("vision", written) == "spread"
         assert resolve(load(file)) == resolved and resolved.spreads_vision
     assert not resolve(load(tmp_path / "0.yaml", ["stages.*.freeze=[]"])).spreads_vision
-    with pytest.raises(ConfigError, match="parallel.vision=spread: the tower learns"):
+    with pytest.raises(ConfigError, match=r"parallel\.vision=spread: the tower learns"):
         resolve(load(tmp_path / "1.yaml", ["stages.*.freeze=[]"]))
 
 
