@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from megatron_sts.config.errors import ConfigError, MissingHereError, refuse
-from megatron_sts.config.files import has_tokenizer, missing_tokenizers, missing_weights
+from megatron_sts.config.files import has_tokenizer, missing_picture_folders, missing_tokenizers, missing_weights
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.config.stored_samples import check_stored
@@ -44,6 +44,7 @@ def obstacles(resolved: Resolved, *, is_going_on: bool = False) -> Iterator[Obst
         yield from (Obstacle(line, of_this_machine=True) for line in missing_weights(config))
         yield from (Obstacle(line, of_this_machine=False) for line in other_models(config.model))
     yield from (Obstacle(line, of_this_machine=True) for line in missing_tokenizers(config))
+    yield from (Obstacle(line, of_this_machine=True) for line in missing_picture_folders(config))
     first_with: dict[tuple[str, str], ResolvedStage] = {}
     for stage in resolved.stages:
         first_with.setdefault((stage.data.tokenizer, stage.data.template), stage)

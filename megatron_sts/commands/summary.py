@@ -24,6 +24,10 @@ from megatron_sts.lds.schedule import mean_skip_fraction
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.resume import is_begun
 
+_TOWER = {
+    "spread": "on all ranks of a model copy, which each encode a share of a step's images (parallel.vision: spread)",
+    "first": "on the first pipeline stage (parallel.vision: first)",
+}
 Outline = dict[str, Any]
 """JSON-ready; the keys are those that ``--json`` prints."""
 
@@ -52,6 +56,7 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
             "data": resolved.data_parallel_size,
             "sequence_parallel": parallel.sequence_parallel,
         },
+        "vision_tower": None if resolved.config.model.vision is None else parallel.vision,
         "precision": resolved.config.precision.model_dump(mode="json"),
         "kernels": kernels_here(resolved),
         "layers_per_chunk": [list(chunks) for chunks in resolved.layers_per_chunk],
@@ -128,6 +133,8 @@ def print_table(outline: Outline) -> None:
         f"[bold]{outline['world_size']} ranks[/]: tensor {sizes['tensor']} x pipeline {sizes['pipeline']} "
         f"x context {sizes['context']} x data {sizes['data']}, {sizes['virtual_pipeline']} model chunks a pipeline rank"
     )
+    if outline["vision_tower"] is not None:
+        console.print(f"[bold]Vision tower[/]: {_TOWER[outline['vision_tower']]}", highlight=False, soft_wrap=True)
     parts = ", ".join(f"{part} {_short(count)}" for part, count in outline["parameters"].items())
     console.print(f"[bold]{_short(sum(outline['parameters'].values()))} parameters[/]: {parts}", highlight=False)
     console.print(f"[bold]Kernels on this machine[/]: {_kernels(outline)}", highlight=False, soft_wrap=True)

@@ -44,7 +44,8 @@ def explain(error: ValidationError, values: Any, schema: type[Section], groups: 
         message = message.removeprefix("Value error, ")
         return f"{field}: {message}" if field else message
     if first["type"] == "extra_forbidden":
-        return f"{field}={_short(value)}: unknown key; {_nearest(first['loc'], schema)}"
+        remedy = (len(first["loc"]) == 1 and _elsewhere(field, value)) or _nearest(first["loc"], schema)
+        return f"{field}={_short(value)}: unknown key; {remedy}"
     if message.startswith(ASKED):
         here = [other for other in errors if _dotted(other, values) == field]
         message = f"it should be {' or '.join(dict.fromkeys(_asked(other) for other in here))}"
@@ -96,6 +97,16 @@ def _nearest(location: Sequence[str | int], schema: type[Section]) -> str:
     known = list(section.model_fields)
     near = nearest(str(location[-1]), known)
     return f"did you mean {near}?" if near else f"remove it, or choose from {', '.join(known)}"
+
+
+def _elsewhere(name: str, value: object) -> str | None:
+    """A key of some section that was written without what stands before it."""
+    from megatron_sts.config.describe import keys  # which imports the schema
+
+    below = next(iter(value), None) if isinstance(value, Mapping) else None
+    ending = f".{name}" if below is None else f".{name}.{below}"
+    found = next((key.name for key in keys() if key.name.endswith(ending)), None)
+    return found and f"did you mean {found}?"
 
 
 def _short(value: object) -> str:

@@ -33,6 +33,13 @@ def missing_tokenizers(config: RunConfig) -> Iterator[str]:
             yield f"{field}.tokenizer={data.tokenizer}: no such file or folder; correct it, or use {EMBEDDED_TOKENIZER}"
 
 
+def missing_picture_folders(config: RunConfig) -> Iterator[str]:
+    """One line for each field that names a folder of pictures which is not there."""
+    for field, data in data_sections(config).items():
+        if data.image_dir is not None and not Path(data.image_dir).is_dir():
+            yield f"{field}.image_dir={data.image_dir}: no such folder; give the folder that image names are relative to"
+
+
 def data_sections(config: RunConfig) -> dict[str, DataConfig]:
     """What stages read, by the dotted field that says it."""
     fields = {"data": config.data} if any(stage.data is None for stage in config.stages) else {}

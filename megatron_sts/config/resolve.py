@@ -256,6 +256,13 @@ def can_interleave(resolved: Resolved) -> bool:
     )
 
 
+def _fewer_tokens(stage: StageConfig, num_pictures: int) -> str:
+    """How else images may fit a row."""
+    if stage.batch.max_images > 1:
+        return ", or a smaller batch.max_images"
+    return ", or smaller model.vision.tiles.resolutions" if num_pictures else ""
+
+
 def count_samples(data: DataConfig) -> int:
     """Samples of one epoch of ``data``."""
     if data.source == "scenes":
@@ -328,7 +335,7 @@ def _resolve_stage(index: int, config: RunConfig, dataset_size: DatasetSize) -> 
             f"stages.{stage.name}.batch.sequence_length",
             uncompressed,
             f"{len(counts_in)} x {counts_in[0]} visual tokens{' (the most tiles)' if pictures else ''} and 2 of text do not fit",
-            f"use at least {needed}{', or smaller model.vision.tiles.resolutions' if pictures else ''}",
+            f"use at least {needed}{_fewer_tokens(stage, len(pictures))}",
         )
     check_padding(config.parallel, stage, multiple)
     return ResolvedStage(

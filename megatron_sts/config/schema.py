@@ -170,7 +170,8 @@ class BatchConfig(Section):
     sequence_length: PositiveInt
     """Tokens a sample without compression, visual placeholders included. VTC shortens it."""
     max_images: PositiveInt = 1
-    """Images a sample may carry. Without packing VTC shortens every row by what it drops from so many images."""
+    """Images a sample, as planned for: without packing VTC shortens every row by what it drops from so many, and memory, FLOPs and
+    seconds are planned with so many. Samples with more are trained all the same, where they fit the row."""
     packing: Literal["none", "pad", "pack"] = "pad"
     """How samples become rows. pad: one a row, padded to the sequence length; none: one a row, padded to the longest of
     the step; pack: as many as fit a row, each attending to itself alone. VTC then leaves rows as long, for more samples."""

@@ -24,6 +24,8 @@ class Facts:
     """Of the tokens that were computed."""
     pass_mfu: float | None
     """The model's FLOPs in the seconds of forward and backward passes, over the device's peak; None where that is not known."""
+    load_spread: float
+    """How much more FLOPs than the mean the data-parallel copy with most of them had."""
     in_fp8: bool
     """Whether that is the peak of FP8, in which the decoder multiplies."""
     reads_late_s: float
@@ -85,6 +87,7 @@ def facts_of(run: Run, planned: Planned | None) -> list[Facts]:
                     parts_s={**parts_s, BETWEEN: _sum(timed, BETWEEN) / num_covered},
                     padding_share=1 - _sum(timed, "tokens") / _sum(timed, "padded_tokens"),
                     pass_mfu=_pass_mfu(timed, run.config["resolved"]["world_size"]),
+                    load_spread=sum(line.get("load_spread", 1.0) for line in timed) / len(timed),
                     in_fp8=_in_fp8(timed[-1], run.config),
                     reads_late_s=_sum(timed, "data_wait_s") / len(timed),
                     slowest=_slowest(run.ranks.get(stage)),

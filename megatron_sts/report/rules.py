@@ -97,6 +97,10 @@ def _parallel(key: str, *values: object) -> Callable[[Facts], bool]:
     return lambda facts: facts.config["parallel"].get(key) in values
 
 
+def _is_unbalanced(facts: Facts) -> bool:
+    return facts.load_spread > UNBALANCED and facts.settings["batch"].get("balance", "off") == "off"
+
+
 def _has_lds(*samplers: str) -> Callable[[Facts], bool]:
     return lambda facts: (facts.settings["lds"] or {}).get("sampler") in samplers
 
@@ -118,6 +122,8 @@ def _source(facts: Facts) -> str:
     return str((facts.settings.get("data") or facts.config["data"])["source"])
 
 
+UNBALANCED = 1.05
+"""Above it the largest copy keeps the others waiting for longer than their steps differ anyway."""
 MORE_ROWS = Remedy("a larger batch.global_batch_size, so that it comes more seldom for each sample")
 
 RULES = (
@@ -175,6 +181,7 @@ RULES = (
         "overlapped, all but the last bucket is hidden; the examples' plans, which overlap nothing, have 13 % at most",
         lambda facts: facts.parts_s["communication_s"],
         (
+            Remedy("stages.*.batch.balance=cost: copies have unequal samples", _is_unbalanced),
             Remedy("parallel.overlap_grad_reduce=true", _parallel("overlap_grad_reduce", False)),
             Remedy(
                 "parallel.overlap_param_gather=true",

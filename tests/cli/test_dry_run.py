@@ -187,3 +187,21 @@ def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixt
     stage = json.loads(capsys.readouterr().out)["stages"][0]
     assert stage["mean_skip_fraction"] == 0.5
     assert stage["flops_per_step_mean"] < stage["flops_per_step_all_layers"]
+
+
+@pytest.mark.parametrize(
+    ("where", "said"), [(None, "on all ranks of a model copy"), ("first", "on the first pipeline stage")]
+)
+def test_dry_run_says_where_the_tower_runs(where: str | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train", str(Path(__file__).parents[2] / "examples" / "quickstart"), "--dry-run"]
+    words += [] if where is None else [f"parallel.vision={where}"]
+    assert main(words) == 0
+    assert f"Vision tower: {said}" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vision_tower"] == (where or "spread")
+
+
+def test_dry_run_names_a_missing_folder_of_pictures(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(config), "data.image_dir=nowhere", "--dry-run", "--json"]) == 0
+    [found] = json.loads(capsys.readouterr().out)["obstacles"]
+    assert found["of_this_machine"] and found["problem"].startswith("data.image_dir=nowhere: no such folder; ")

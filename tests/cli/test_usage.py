@@ -106,6 +106,8 @@ def test_ctrl_c_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["train", "nothing.yaml"], "nothing.yaml"),
         (["train", "CONFIG", "seed=-1"], "seed=-1"),
         (["train", "CONFIG", "sead=1"], "did you mean seed?"),
+        (["train", "CONFIG", "batch.balance=cost"], "did you mean stages.*.batch.balance?"),
+        (["train", "CONFIG", "fp8_where=auto"], "did you mean precision.fp8_where?"),
         (["train", "CONFIG", "--dryrun"], "did you mean --dry-run?"),
         (["train", "CONFIG", "--seed=1"], "overrides have no dashes: seed=1"),
         (["train", "CONFIG", "--stages.*.vtc=null"], "overrides have no dashes: stages.*.vtc=null"),

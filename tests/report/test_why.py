@@ -79,6 +79,7 @@ HEALTHY = Facts(
     parts_s=PARTS,
     padding_share=0.1,
     pass_mfu=0.5,
+    load_spread=1.0,
     in_fp8=False,
     reads_late_s=0.0,
     slowest=(3, 0.02),
@@ -290,6 +291,19 @@ def test_facts_are_those_of_the_lines(tmp_path: Path) -> None:
     assert facts.pass_mfu == pytest.approx(1.6 / 3 / 5)
     assert facts.slowest == (1, pytest.approx(0.5))  # 1.5 s beside 1 s
     assert facts.settings["name"] == "finetune" and facts.pp_size == 1 and not facts.in_fp8
+
+
+def test_unequal_copies_are_told_to_balance() -> None:
+    """Not where they are, nor where samples already go by their cost."""
+    waiting, remedy = ILL["communication"], "stages.*.batch.balance=cost"
+    balanced = {**waiting.settings, "batch": {"packing": "pad", "balance": "cost"}}
+    for facts, is_told in (
+        (replace(waiting, load_spread=1.2), True),
+        (replace(waiting, load_spread=1.02), False),
+        (replace(waiting, load_spread=1.2, settings=balanced), False),
+    ):
+        [found] = [finding for finding in findings(facts) if finding.name == "communication"]
+        assert any(remedy in each for each in found.remedies) == is_told
 
 
 def test_passes_are_compared_with_the_peak_of_their_own_format(tmp_path: Path) -> None:
