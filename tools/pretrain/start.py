@@ -28,9 +28,10 @@ SELF_SCORES = 3.0
 FIRST_SCORES = 7.7
 """The logit of the first token for a head that counts: as much as two like tokens."""
 HEADS: tuple[tuple[int | str | None, ...], ...] = (
-    (1, 2, "count", "like"), (1, 3, "like", "like"), (1, "count", "like", None), (1, "like", None, None)
+    (1, 2, "count", "like"), (1, 3, "like", "like"), (1, "count", "like", None), (1, 3, 4, "like"), (1, 2, "like", None)
 )  # fmt: skip
-"""Of layers 0, 1, 2 and all further ones: a distance in tokens, like tokens, how many there are, or random."""
+"""Of layers 0 to 3 and all further ones: a distance in tokens, like tokens, how many there are, or random. In layer 3 the second object
+of a question finds the first ("a above the b", "a left of the b"), in layer 4 the answer finds the second."""
 Random = Callable[..., torch.Tensor]
 
 
