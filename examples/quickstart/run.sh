@@ -11,4 +11,5 @@ printf '== dense\n'
 megatron-sts train "$here/config.yaml" 'stages.*.vtc=null' 'stages.*.lds=null' "$@" --run-dir "$runs/dense"
 printf '== STS\n'
 megatron-sts train "$here/config.yaml" "$@" --run-dir "$runs/sts"
+case " $* " in *" --dry-run "*) exit 0 ;; esac # nothing was trained
 megatron-sts report "$runs/dense" "$runs/sts"

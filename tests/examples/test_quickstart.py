@@ -32,11 +32,11 @@ TINY = [
 FAMILIES = {"existence", "relation", "counting", "ocr", "choice", "paired"}
 
 
-def start(folder: Path) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Runs the script in ``folder``, with this interpreter's ``megatron-sts``."""
     environment = {**os.environ, "PATH": warm.path(), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return subprocess.run(
-        ["bash", SCRIPT, *TINY], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
+        ["bash", SCRIPT, *TINY, *more], cwd=folder, env=environment, capture_output=True, text=True, timeout=200
     )
 
 
@@ -65,6 +65,13 @@ def test_quickstart_end_to_end_and_again(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert evaluations(runs) == 2
     assert json.loads((runs / "comparison.json").read_text()) == comparison
+
+
+def test_a_dry_run_of_both_ends_well(tmp_path: Path) -> None:
+    """There is nothing to compare then."""
+    dry = start(tmp_path, "--dry-run")
+    assert (dry.returncode, dry.stderr) == (0, "") and dry.stdout.count("sound: it can start here") == 2
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_kept_flops_are_those_of_the_config() -> None:
