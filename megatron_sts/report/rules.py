@@ -98,7 +98,10 @@ def _parallel(key: str, *values: object) -> Callable[[Facts], bool]:
 
 
 def _is_unbalanced(facts: Facts) -> bool:
-    return facts.load_spread > UNBALANCED and facts.settings["batch"].get("balance", "off") == "off"
+    """Where ``batch.balance`` would be taken, too: it refuses packed rows, shards and tiles."""
+    batch, vision = facts.settings["batch"], facts.config.get("model", {}).get("vision") or {}
+    is_refused = batch["packing"] == "pack" or _source(facts) == "energon" or vision.get("tiles") is not None
+    return facts.load_spread > UNBALANCED and batch.get("balance", "off") == "off" and not is_refused
 
 
 def _has_lds(*samplers: str) -> Callable[[Facts], bool]:

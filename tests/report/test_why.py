@@ -294,13 +294,17 @@ def test_facts_are_those_of_the_lines(tmp_path: Path) -> None:
 
 
 def test_unequal_copies_are_told_to_balance() -> None:
-    """Not where they are, nor where samples already go by their cost."""
-    waiting, remedy = ILL["communication"], "stages.*.batch.balance=cost"
+    """Not where they are, where samples already go by their cost, or where that is refused."""
+    waiting = replace(ILL["communication"], config=config_of(data={"source": "llava_json"}))
+    remedy = "stages.*.batch.balance=cost"
     balanced = {**waiting.settings, "batch": {"packing": "pad", "balance": "cost"}}
+    packed = {**waiting.settings, "batch": {"packing": "pack", "balance": "off"}}
     for facts, is_told in (
         (replace(waiting, load_spread=1.2), True),
         (replace(waiting, load_spread=1.02), False),
         (replace(waiting, load_spread=1.2, settings=balanced), False),
+        (replace(waiting, load_spread=1.2, settings=packed), False),
+        (replace(waiting, load_spread=1.2, config=config_of()), False),  # shards
     ):
         [found] = [finding for finding in findings(facts) if finding.name == "communication"]
         assert any(remedy in each for each in found.remedies) == is_told
