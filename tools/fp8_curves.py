@@ -28,7 +28,7 @@ from megatron_sts.report.run import Run, read_run
 QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
 SHORT = [
     "stages.alignment.steps=80", "stages.finetune.steps=120", "parallel.pipeline_model_parallel_size=1",
-    "evaluation.num_questions=0", "logging.tensorboard=false",
+    "parallel.layout=even",     "evaluation.num_questions=0", "logging.tensorboard=false",
 ]  # fmt: skip
 KINDS = {"dense": ["stages.*.vtc=null", "stages.*.lds=null"], "STS": []}
 FORMATS = {"plain": "off", "fp8": "emulate"}

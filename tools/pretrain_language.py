@@ -1,4 +1,4 @@
-"""Makes the study's tiny language model with this framework, from text only. Resumable: run it again after a stop.
+"""Makes the embedded tiny language model with this framework, from text only. Resumable: run it again after a stop.
 
 Six layers are trained first, from heads that already look back and count (``pretrain/start.py``), then grown to twelve, each layer
 becoming two that add half as much, then trained on with random layer skipping (LDS), so that the network lives with
@@ -29,7 +29,7 @@ from megatron_sts.runtime.dist import process_group
 
 CONFIGS = Path(__file__).parent / "pretrain"
 WORTH = Path(__file__).parent / "layer_worth.py"
-STUDY = Path(__file__).parents[1] / "examples" / "study" / "language.safetensors"
+EMBEDDED = Path(__file__).parents[1] / "megatron_sts" / "model" / "tiny" / "language.safetensors"
 
 
 def grow(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,7 +71,7 @@ def trained_weights(resolved: Resolved, run_dir: Path) -> dict[str, torch.Tensor
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run-dir", type=Path, required=True, help="keeps checkpoints and logs of both runs")
-    parser.add_argument("--out", type=Path, default=STUDY, help="safetensors file to write (bf16)")
+    parser.add_argument("--out", type=Path, default=EMBEDDED, help="safetensors file to write (bf16)")
     arguments = parser.parse_args()
 
     small = resolve(load(CONFIGS / "language_6.yaml", []))

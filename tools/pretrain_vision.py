@@ -1,8 +1,8 @@
 """Makes the embedded tiny vision tower with this framework, from scenes alone. Resumable: run it again after a stop.
 
-The tower learns to say, patch by patch, what lies there. Two linear heads read its features and are thrown away afterwards:
-one names the item whose centre a patch holds (which makes the features of that patch describe the whole item), one names
-what covers a patch. Only sprites of the train pool and handwriting of the train split are shown.
+The tower learns to say, patch by patch, what lies there, in two ways: the features of the patch that holds an item's centre learn to
+point to a direction that stands for the item's word (so they describe the whole item), as CLIP's do to those of a text encoder;
+and a linear head, thrown away afterwards, names what covers a patch. Only sprites of the train pool and handwriting of the train split are shown.
 
     python tools/pretrain_vision.py --run-dir runs/pretrain_vision
 """
@@ -20,6 +20,7 @@ from typing import get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.schema import RunConfig
@@ -27,12 +28,15 @@ from megatron_sts.data.scenes.catalog import load_catalog
 from megatron_sts.data.scenes.patches import num_patch_classes, patch_labels
 from megatron_sts.data.scenes.render import DigitSplit, Style, render
 from megatron_sts.data.scenes.scene import draw_crowded_scene, draw_scene, load_pool
+from megatron_sts.data.scenes.words import DIGITS
+from megatron_sts.data.template import load_tokenizer
 from megatron_sts.mcore import groups
 from megatron_sts.mcore.weights import save_weights
 from megatron_sts.runtime.dist import process_group
 from megatron_sts.vision.tower import VisionTower
 
-EMBEDDED = Path(__file__).parents[1] / "megatron_sts" / "model" / "tiny" / "vision.safetensors"
+TINY = Path(__file__).parents[1] / "megatron_sts" / "model" / "tiny"
+EMBEDDED, LANGUAGE = TINY / "vision.safetensors", TINY / "language.safetensors"
 VISION = {
     "num_layers": 4,
     "hidden_size": 128,
@@ -49,9 +53,13 @@ CROWDED = 0.75
 BENT_FROM = 1500
 """Step from which handwriting is also shown bent: by then its 1,400 samples are known far better than new ones."""
 LR, WARMUP_STEPS, WEIGHT_DECAY, BETAS, CLIP_GRAD = 1.5e-3, 100, 0.02, (0.9, 0.98), 1.0
+LOGIT_SCALE = 10.0
+"""Of cosines. So small that a patch must point almost where its word does: a projector can then turn patches into words by a matrix."""
+LENGTH_WEIGHT = 0.1
+"""Of the term for features of one root mean square, which cosines leave open."""
 BACKGROUND_WEIGHT = 0.3
 """Of class 0, which fills most patches."""
-COVERAGE_WEIGHT = 0.5
+COVERAGE_WEIGHT = 0.2
 """Of the second head's loss."""
 SAVE_EVERY, LOG_EVERY = 250, 50
 """Steps."""
@@ -76,23 +84,43 @@ class PatchClassifier(torch.nn.Module):
     """The tower and the two heads that teach it."""
 
     class_weight: torch.Tensor
+    words: torch.Tensor
 
     def __init__(self, resolved: Resolved) -> None:
         super().__init__()
         self.tower = VisionTower(resolved)
         hidden = self.tower.encoder.visual_hidden_size
-        self.centre = torch.nn.Linear(hidden, num_patch_classes())
+        self.register_buffer("words", word_vectors(hidden), persistent=False)
         self.coverage = torch.nn.Linear(hidden, num_patch_classes())
         weight = torch.ones(num_patch_classes())
         weight[0] = BACKGROUND_WEIGHT
         self.register_buffer("class_weight", weight, persistent=False)
 
+    def centre(self, features: torch.Tensor) -> torch.Tensor:
+        """Logits of the item whose centre a patch holds, ``[..., classes]``: by the angle to each word's direction, as CLIP's."""
+        return LOGIT_SCALE * F.normalize(features, dim=-1) @ self.words.T
+
     def loss(self, batch: PatchBatch) -> torch.Tensor:
-        """Weighted cross-entropy over patches, a scalar."""
+        """Weighted cross-entropy over patches, and what keeps all features about equally long; a scalar."""
         features = self.tower(batch.pixels).flatten(0, 1)
         centre = F.cross_entropy(self.centre(features), batch.centre.flatten(), self.class_weight)
         coverage = F.cross_entropy(self.coverage(features), batch.coverage.flatten(), self.class_weight)
-        return centre + COVERAGE_WEIGHT * coverage
+        length = (features.square().mean(-1).sqrt() - 1).square().mean()
+        return centre + COVERAGE_WEIGHT * coverage + LENGTH_WEIGHT * length
+
+
+def word_vectors(hidden: int) -> torch.Tensor:
+    """The direction that stands for each class of patches, of unit length: [classes, hidden].
+
+    It is that of the class's word in the embedded language model, without what all words share, and all of them turned by one
+    random rotation. So the tower sees likeness as a language model does, as CLIP's learns it from a text encoder, but in
+    directions of its own, which a projector still has to find.
+    """
+    weights = load_file(LANGUAGE)["language.embedding.word_embeddings.weight"].float()
+    encode = load_tokenizer("scenes", "chat").encode
+    words = weights[torch.tensor([encode(word)[0] for word in (".", *load_catalog().names, *DIGITS)])]
+    rotation, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(SEED)))
+    return F.normalize(words - words.mean(0), dim=1) @ rotation
 
 
 def vision_run() -> Resolved:

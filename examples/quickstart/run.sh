@@ -8,7 +8,9 @@ set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/../../launch/example.sh"
 
 printf '== dense\n'
-megatron-sts train "$here/config.yaml" 'stages.*.vtc=null' 'stages.*.lds=null' "$@" --run-dir "$runs/dense"
+# The layout and the micro-batches with which the dense run is fastest; samples and steps are the same.
+megatron-sts train "$here/config.yaml" 'stages.*.vtc=null' 'stages.*.lds=null' parallel.layout=even \
+  stages.alignment.batch.micro_batch_size=4 stages.finetune.batch.micro_batch_size=8 "$@" --run-dir "$runs/dense"
 printf '== STS\n'
 megatron-sts train "$here/config.yaml" "$@" --run-dir "$runs/sts"
 case " $* " in *" --dry-run "*) exit 0 ;; esac # nothing was trained

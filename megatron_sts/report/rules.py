@@ -284,7 +284,7 @@ RULES = (
         "padding",
         "passes compute tokens that are none",
         0.20,
-        "rows that fit their samples leave less: the quickstart's 10 to 13 %",
+        "rows that fit their samples leave less: the quickstart's 6 to 10 %",
         lambda facts: facts.padding_share * (facts.pass_s + facts.parts_s["layer_communication_s"]),
         (
             Remedy("batch.packing=pack", lambda facts: facts.settings["batch"]["packing"] != "pack"),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
+Pick = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 STROKE_PX = 7
 """Window of the top-hats: they answer to strokes thinner than this, and not to the edges of larger shapes."""
 POWER = 3
@@ -29,8 +32,25 @@ def text_density(pixels: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def _dilate(image: torch.Tensor) -> torch.Tensor:
-    return F.max_pool2d(F.pad(image, (STROKE_PX // 2,) * 4, mode="replicate"), STROKE_PX, stride=1)
+    return _extreme(image, torch.maximum)
 
 
 def _erode(image: torch.Tensor) -> torch.Tensor:
-    return -_dilate(-image)
+    return _extreme(image, torch.minimum)
+
+
+def _extreme(image: torch.Tensor, pick: Pick) -> torch.Tensor:
+    """The largest or smallest value in the window around each pixel; rows and columns apart, as a square is both."""
+    padded = F.pad(image, (STROKE_PX // 2,) * 4, mode="replicate")
+    return _along(_along(padded, 2, pick), 3, pick)
+
+
+def _along(image: torch.Tensor, axis: int, pick: Pick) -> torch.Tensor:
+    """Windows that grow by doubling, which takes a few whole-image operations; pooling by ``max_pool2d`` took sixteen times as long on a CPU."""
+    width = 1
+    while width < STROKE_PX:
+        shift = min(width, STROKE_PX - width)
+        length = image.shape[axis] - shift
+        image = pick(image.narrow(axis, 0, length), image.narrow(axis, shift, length))
+        width += shift
+    return image

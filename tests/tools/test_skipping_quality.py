@@ -29,7 +29,7 @@ def test_the_table_says_what_the_runs_wrote(tmp_path: Path) -> None:
     assert [line.split(": ")[0] for line in run.stdout.splitlines()] == list(CASES)
     rows = list(csv.DictReader((tmp_path / "quality.csv").open()))
     assert [(row["case"], row["family"]) for row in rows] == [
-        (case, family) for case in CASES for family in ("existence", "ocr", "choice")
+        (case, family) for case in CASES for family in ("existence", "relation", "counting", "ocr", "choice")
     ]
     for case, name in zip(CASES, ("bernoulli-5", "rounds_of_4_layers-no_yields-5"), strict=True):
         done = read_run(tmp_path / name)
