@@ -1,4 +1,4 @@
-"""What FP8 does to the loss, dense and with STS: the quickstart's training in its own format and in emulated FP8.
+"""What FP8 does to the loss, dense and with STS: the paper's recipe on the tiny model in its own format and in emulated FP8.
 
     python tools/fp8_curves.py [key.path=value ...] [--out DIR] [--seeds 1234 2] [--json]
 
@@ -25,10 +25,10 @@ from matplotlib.figure import Figure
 
 from megatron_sts.report.run import Run, read_run
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart"
+PAPER = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "paper"
 SHORT = [
     "stages.alignment.steps=80", "stages.finetune.steps=120", "parallel.pipeline_model_parallel_size=1",
-    "parallel.layout=even",     "evaluation.num_questions=0", "logging.tensorboard=false",
+    "evaluation.num_questions=0", "logging.tensorboard=false",
 ]  # fmt: skip
 KINDS = {"dense": ["stages.*.vtc=null", "stages.*.lds=null"], "STS": []}
 FORMATS = {"plain": "off", "fp8": "emulate"}
@@ -57,10 +57,10 @@ def main() -> None:
 
 
 def train(out: Path, scaling: str, seed: int, kind: str, fmt: str, overrides: Sequence[str]) -> Run:
-    """One run of the quickstart's config; does nothing when it is finished."""
+    """One run of the recipe; does nothing when it is finished."""
     folder = out / f"{seed}-{kind.lower()}-{fmt if fmt == 'plain' else scaling}"
     settings = [f"precision.fp8={FORMATS[fmt]}"] + ([f"precision.emulated_scaling={scaling}"] if fmt == "fp8" else [])
-    command = [sys.executable, "-m", "megatron_sts", "train", str(QUICKSTART / "config.yaml"), "--run-dir", str(folder)]
+    command = [sys.executable, "-m", "megatron_sts", "train", str(PAPER / "config.yaml"), "--run-dir", str(folder)]
     subprocess.run(
         [*command, f"seed={seed}", *KINDS[kind], *SHORT, *settings, *overrides], check=True, stdout=sys.stderr
     )

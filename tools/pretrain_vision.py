@@ -60,7 +60,7 @@ LENGTH_WEIGHT = 0.1
 BACKGROUND_WEIGHT = 0.3
 """Of class 0, which fills most patches."""
 COVERAGE_WEIGHT = 0.2
-"""Of the second head's loss."""
+"""Of the loss of what covers a patch."""
 SAVE_EVERY, LOG_EVERY = 250, 50
 """Steps."""
 EVAL_BATCHES = 10
@@ -81,7 +81,7 @@ class PatchBatch:
 
 
 class PatchClassifier(torch.nn.Module):
-    """The tower and the two heads that teach it."""
+    """The tower, the words that it learns to point to, and a head that says what covers a patch."""
 
     class_weight: torch.Tensor
     words: torch.Tensor
@@ -118,7 +118,9 @@ def word_vectors(hidden: int) -> torch.Tensor:
     """
     weights = load_file(LANGUAGE)["language.embedding.word_embeddings.weight"].float()
     encode = load_tokenizer("scenes", "chat").encode
-    words = weights[torch.tensor([encode(word)[0] for word in (".", *load_catalog().names, *DIGITS)])]
+    words = weights[
+        torch.tensor([encode(word) for word in (".", *load_catalog().names, *DIGITS)]).squeeze(1)
+    ]  # a token each
     rotation, _ = torch.linalg.qr(torch.randn(hidden, hidden, generator=torch.Generator().manual_seed(SEED)))
     return F.normalize(words - words.mean(0), dim=1) @ rotation
 

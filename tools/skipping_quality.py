@@ -1,4 +1,4 @@
-"""What skipping layers together costs in accuracy: the quickstart's fine-tuning with single layers and with rounds of them.
+"""What skipping layers together costs in accuracy: the paper's recipe (examples/recipes) in fine-tuning, with single layers and with rounds of them.
 
     python tools/skipping_quality.py [key.path=value ...] [--seeds 1 2 3] [--jobs 2] [--out DIR]
 
@@ -26,15 +26,13 @@ from scipy import stats
 
 from megatron_sts.report.run import Run, read_run
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "examples" / "quickstart" / "config.yaml"
+PAPER = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "paper" / "config.yaml"
 FAMILIES = ("existence", "relation", "counting", "ocr", "choice")
 ROUNDS = {"rounds of 2 layers": 6, "rounds of 4 layers": 3}
 CASES: dict[str, list[str]] = {"bernoulli": ["stages.finetune.lds.sampler=bernoulli"]}
 for _name, _number in ROUNDS.items():
     _drawn = ["stages.finetune.lds.sampler=rounds", f"stages.finetune.lds.rounds={_number}"]
     CASES |= {_name: _drawn, f"{_name}, no yields": [*_drawn, "stages.finetune.lds.head_yields=off"]}
-CHANGED = {"finetune": {"vtc": None, "lds": {"alpha": 0.5, "epsilon": 0.5}}}
-"""All tokens, and the paper's skipping, which leaves no layer alone."""
 NUM_LOSSES = 40
 """Steps of the stage's start, and of its end, whose mean loss is shown."""
 
@@ -95,11 +93,11 @@ def main() -> None:
 
 
 def write_config(out: Path, stage: str) -> Path:
-    """The quickstart's config with this stage alone, on one rank."""
-    config = yaml.safe_load(QUICKSTART.read_text())
-    config["stages"] = [{**each, **CHANGED.get(stage, {})} for each in config["stages"] if each["name"] == stage]
+    """The paper's recipe with this stage alone, on one rank."""
+    config = yaml.safe_load(PAPER.read_text())
+    config["stages"] = [each for each in config["stages"] if each["name"] == stage]
     config |= {"parallel": {}, "checkpoint": {}, "logging": {"tensorboard": False}}
-    config["evaluation"] = {**config["evaluation"], "families": list(FAMILIES), "left_out_of_mean": []}
+    config["evaluation"] = {"num_questions": 504, "families": list(FAMILIES)}
     path = out / f"{stage}.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     return path

@@ -7,8 +7,11 @@ set -euo pipefail
 # shellcheck source=launch/example.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../../launch/example.sh"
 
+# What is wrong with the second training is said before the first one runs.
+megatron-sts train "$here/config.yaml" "$@" --dry-run >/dev/null
+
 printf '== dense\n'
-# The layout and the micro-batches with which the dense run is fastest; samples and steps are the same.
+# The layout and the micro-batches with which the dense run was fastest; samples and steps are the same.
 megatron-sts train "$here/config.yaml" 'stages.*.vtc=null' 'stages.*.lds=null' parallel.layout=even \
   stages.alignment.batch.micro_batch_size=4 stages.finetune.batch.micro_batch_size=8 "$@" --run-dir "$runs/dense"
 printf '== STS\n'

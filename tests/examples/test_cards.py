@@ -18,7 +18,7 @@ from tools import cards as tool
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 WITHOUT = {"study"}
-"""Experiments that have not been run: there is nothing yet that a card could say they give."""
+"""Sweeps, most of which have not been run: no one command whose results a card could tell."""
 NAMES = sorted(path.name for path in EXAMPLES.iterdir() if (path / "README.md").is_file() and path.name not in WITHOUT)
 CARDS = {name: read_card(EXAMPLES / name) for name in NAMES}
 PLANNED = [name for name, card in CARDS.items() if card.status is Status.PLANNED]

@@ -1,7 +1,11 @@
 """The embedded vision tower fits the architecture that its README names, tensor by tensor."""
 
+import re
+import runpy
 from importlib.resources import as_file, files
+from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -13,6 +17,8 @@ from megatron_sts.mcore.weights import named_weights
 from megatron_sts.model.init import build_model
 from megatron_sts.runtime.dist import process_group
 from tests.dist.launch import run_ranks
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def check_tower() -> None:
@@ -38,3 +44,26 @@ def check_tower() -> None:
 
 def test_embedded_tower_loads_exactly() -> None:
     assert "same" in run_ranks(check_tower, 1, 100)[0]
+
+
+def check_eyes() -> None:
+    """By the angles to the words of the embedded language model: the two belong together."""
+    make = runpy.run_path(str(ROOT / "tools" / "pretrain_vision.py"))
+    with process_group(60):
+        resolved = make["vision_run"]()
+        groups.initialize(resolved.config.parallel, 0)
+        model = make["PatchClassifier"](resolved)
+        shipped = load_file(make["EMBEDDED"])
+        with torch.no_grad():
+            for name, parameter in model.tower.named_parameters():
+                parameter.copy_(shipped[f"vision.{name}"])
+        print(make["evaluate"](model, "google"))
+        groups.destroy()
+
+
+def test_the_embedded_tower_sees_what_its_log_says() -> None:
+    [found] = re.findall(r"objects ([\d.]+), digits ([\d.]+), false alarms ([\d.]+)", run_ranks(check_eyes, 1, 100)[0])
+    log = (ROOT / "megatron_sts/model/tiny/vision.log").read_text()
+    logged = re.findall(r"google style: objects ([\d.]+), digits ([\d.]+), false alarms ([\d.]+)", log)[-1]
+    # The weights are kept in bf16 and were logged in fp32: one of some 1,600 items may come out otherwise.
+    assert [float(number) for number in found] == pytest.approx([float(number) for number in logged], abs=0.003)

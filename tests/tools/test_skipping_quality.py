@@ -33,7 +33,9 @@ def test_the_table_says_what_the_runs_wrote(tmp_path: Path) -> None:
     ]
     for case, name in zip(CASES, ("bernoulli-5", "rounds_of_4_layers-no_yields-5"), strict=True):
         done = read_run(tmp_path / name)
-        lds = done.config["stages"][0]["lds"]
+        [stage] = done.config["stages"]
+        lds = stage["lds"]
+        assert stage["vtc"] is None and (lds["alpha"], lds["epsilon"], lds["depth_profile"]) == (0.5, 0.5, "linear")
         expected = ("bernoulli", "layout", "auto") if case == "bernoulli" else ("rounds", 3, "off")
         assert (lds["sampler"], lds["rounds"], lds["head_yields"]) == expected and done.config["seed"] == 5
         found = json.loads((tmp_path / name / "evaluation.json").read_text())["splits"]["eval"]

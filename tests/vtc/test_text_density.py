@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from megatron_sts.vtc.text_density import text_density
+from megatron_sts.vtc.text_density import STROKE_PX, _dilate, _erode, text_density
 
 SIDE, PATCH = 8, 14
 
@@ -67,3 +68,14 @@ def test_images_and_colours() -> None:
     batch = text_density(pixels, 4)
     assert batch.shape == (3, 16) and batch.dtype == torch.float32 and (batch > 0).all()
     assert torch.equal(batch, torch.cat([text_density(pixels[i : i + 1], 4) for i in range(3)]))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (7, 9), (1, 1)])
+def test_windows_are_those_of_max_pool(size: tuple[int, int]) -> None:
+    """torch's pooling says what the largest and the smallest value around each pixel are, to the last bit."""
+    image = torch.rand(2, 1, *size, generator=torch.Generator().manual_seed(0))
+
+    def pooled(values: torch.Tensor) -> torch.Tensor:
+        return F.max_pool2d(F.pad(values, (STROKE_PX // 2,) * 4, mode="replicate"), STROKE_PX, stride=1)
+
+    assert torch.equal(_dilate(image), pooled(image)) and torch.equal(_erode(image), -pooled(-image))
