@@ -35,15 +35,16 @@ def write_overview(
     first = [expected[list(runs).index(group.runs[0])] for group in groups]
     left_out = left_out_of_means(groups)
     accuracies = [group.accuracies(left_out) for group in groups]
+    ratios = [ratios_of(group, groups[0], left_out) for group in groups[1:]]
     figures = {**_figures(groups, accuracies, first), **(more or {})}
     folder.mkdir(parents=True, exist_ok=True)
     for title, figure in figures.items():
         save_png(figure, folder / f"{title.lower().replace(' ', '_')}.png")
-    _write_csv(groups, accuracies, folder / f"{OVERVIEW}.csv")
+    _write_csv(groups, accuracies, [{}, *ratios], folder / f"{OVERVIEW}.csv")
     sections = [
         ("Runs", table(COLUMNS, [_row(*each) for each in zip(groups, accuracies, strict=True)]) + _note(left_out)),
         ("Planned beside real", table(PLANNED_COLUMNS, _planned_rows(groups, first))),
-        *_beside_first(groups, left_out),
+        *_beside_first(groups, ratios),
         *((title, as_svg(figure)) for title, figure in figures.items()),
     ]
     path = folder / f"{OVERVIEW}.html"
@@ -107,19 +108,17 @@ def _note(left_out: frozenset[str]) -> str:
     return html.escape("Intervals are 95 %: over seeds by Student's t, of a single run over its questions." + without)
 
 
-def _beside_first(groups: Sequence[Group], left_out: frozenset[str]) -> Iterable[tuple[str, str]]:
+def _beside_first(groups: Sequence[Group], ratios: Sequence[Accuracies]) -> Iterable[tuple[str, str]]:
     """Accuracies as shares of the first group's, of those that can be compared with it."""
-    base = groups[0]
-    found = {group.label: ratios_of(group, base, left_out) for group in groups[1:]}
-    names = list(dict.fromkeys(name for ratios in found.values() for name in ratios))
+    names = list(dict.fromkeys(name for found in ratios for name in found))
     if not names:
         return
     rows = [
-        (label, *(_shown(ratios[name]) if name in ratios else "n/a" for name in names))
-        for label, ratios in found.items()
+        (group.label, *(_shown(found[name]) if name in found else "n/a" for name in names))
+        for group, found in zip(groups[1:], ratios, strict=True)
     ]
     note = "95 % intervals: pictures and seeds drawn anew, answers to one question and runs of one seed together."
-    yield f"Accuracy / that of {base.label}", table(("", *names), rows) + html.escape(note)
+    yield f"Accuracy / that of {groups[0].label}", table(("", *names), rows) + html.escape(note)
 
 
 def _shown(estimate: Estimate) -> str:
@@ -157,16 +156,16 @@ def _beside_plan(run: Run, stage: str, plans: Expected) -> tuple[str, ...]:
     )
 
 
-def _write_csv(groups: Sequence[Group], accuracies: Sequence[Accuracies], path: Path) -> None:
-    """A row a group: costs, and of each family and the mean the estimate with its interval."""
+def _write_csv(groups: Sequence[Group], accuracies: Sequence[Accuracies], ratios: Sequence[Accuracies], path: Path) -> None:  # fmt: skip
+    """A row a group: costs, of each family and the mean the estimate, and its share of the first group's, with their intervals."""
     names = list(dict.fromkeys(name for found in accuracies for name in found))
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        estimates = [f"{name}{part}" for name in names for part in ("", ".low", ".high")]
+        estimates = [f"{name}{of}{part}" for name in names for of in ("", ".of_first") for part in ("", ".low", ".high")]  # fmt: skip
         rows.writerow(["runs", "seeds", "flops_executed", "flops_dense", "seconds", "last_loss", *estimates])
-        for group, found in zip(groups, accuracies, strict=True):
+        for group, found, shares in zip(groups, accuracies, ratios, strict=True):
             costs = (group.of_runs(field) for field in ("flops_executed", "flops_dense", "step_time_s"))
-            cells = [value for name in names for value in _cells(found.get(name))]
+            cells = [value for name in names for each in (found, shares) for value in _cells(each.get(name))]
             loss = _last_loss(group)
             rows.writerow([group.label, len(group.seeds), *(f"{cost:.6g}" for cost in costs), "" if loss is None else f"{loss:.6g}", *cells])  # fmt: skip
 

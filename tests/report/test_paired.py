@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -100,4 +101,8 @@ def test_the_page_has_the_ratios(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["report", *folders, "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "overview.html").read_text()
     assert "<h2>Accuracy / that of dense</h2>" in page and "1.000 (1.000 to 1.000)" in page
+    with (tmp_path / "out" / "overview.csv").open() as file:
+        base, other = csv.DictReader(file)
+    assert [base[f"ocr.of_first{part}"] for part in ("", ".low", ".high")] == ["", "", ""]
+    assert [other[f"ocr.of_first{part}"] for part in ("", ".low", ".high")] == ["1.0000"] * 3
     capsys.readouterr()

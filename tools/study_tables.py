@@ -1,0 +1,165 @@
+"""Writes the tables of examples/study/README.md from the CSVs in examples/study/results: to standard output, or with --write into it.
+
+They stand between lines <!-- SWEEP --> and <!-- /SWEEP -->. With --collect RUNS first takes those CSVs of the sweeps that are done from a folder
+of their runs: what each run came to (SWEEP.csv), and cases beside their base (SWEEP.overview.csv, of ``megatron-sts report``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+
+from megatron_sts.cli import main as megatron_sts
+from megatron_sts.report.groups import T_95
+from tools.plan_table import write_into
+
+STUDY = Path(__file__).resolve().parent.parent / "examples" / "study"
+RESULTS = STUDY / "results"
+LLAVA = "claims_llava/"
+BESIDE: dict[str, tuple[str, ...]] = {
+    "claims_llava": (),
+    "claims_minigpt4": (),
+    "token_length": (f"{LLAVA}dense", f"{LLAVA}vtc-uniform"),
+    "reading": (f"{LLAVA}dense",),
+    "positions": (f"{LLAVA}dense", "reading/sampler=uniform-keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.25"),
+    "interaction": (f"{LLAVA}dense", f"{LLAVA}lds", f"{LLAVA}vtc-uniform", f"{LLAVA}sts-uniform", "reading/sampler=uniform-keep_ratio=0.5"),
+    "alignment_lds": (f"{LLAVA}dense", f"{LLAVA}lds"),
+    "grid": (),
+    "equal_flops": (),
+    "epochs": (),
+    "schedules": ("equal_flops/dense",),
+    "utilisation": ("equal_flops/dense", "schedules/paper"),
+    "updates": ("equal_flops/dense", "schedules/paper"),
+    "masks": ("equal_flops/dense", "schedules/paper"),
+    "failures": (),
+}  # fmt: skip
+"""By sweep the cases of others that its table has first. A table's first case is its base."""
+Row = Mapping[str, str]
+
+
+def collect(runs: Path, sweep: str) -> bool:
+    """Takes both CSVs of a sweep from ``runs``; False where it, or what it is read beside, is not done there."""
+    others = list(dict.fromkeys(case.partition("/")[0] for case in BESIDE[sweep]))
+    tables = {name: runs / name / "results.csv" for name in (*others, sweep)}
+    if not all(path.is_file() and all(row["status"] == "done" for row in rows_of(path)) for path in tables.values()):
+        return False
+    folders = [folder for case in (*BESIDE[sweep], *cases_of(tables[sweep], sweep)) for folder in seeds_of(runs, case)]
+    with tempfile.TemporaryDirectory() as out:
+        if megatron_sts(["report", *map(str, folders), "--out", out]):
+            raise SystemExit(f"megatron-sts report of {sweep} failed")
+        shutil.copy(Path(out) / "overview.csv", RESULTS / f"{sweep}.overview.csv")
+    shutil.copy(tables[sweep], RESULTS / f"{sweep}.csv")
+    return True
+
+
+def cases_of(table: Path, sweep: str) -> list[str]:
+    """In the order of the sweep, each once: ``SWEEP/NAME``."""
+    return list(dict.fromkeys(f"{sweep}/{name_of(row)}" for row in rows_of(table)))
+
+
+def name_of(row: Row) -> str:
+    """What a run is called without its seed."""
+    return row["run"].removesuffix(f"-seed={row['seed']}")
+
+
+def seeds_of(runs: Path, case: str) -> list[Path]:
+    """A case's runs, one a seed."""
+    return [runs / case.partition("/")[0] / row["run"] for row in raw_of(case, runs)]
+
+
+def raw_of(case: str, runs: Path | None = None) -> list[Row]:
+    """A row a seed, as kept, or as it is in a folder of ``runs``."""
+    sweep, _, name = case.partition("/")
+    table = RESULTS / f"{sweep}.csv" if runs is None else runs / sweep / "results.csv"
+    return [row for row in rows_of(table) if name_of(row) == name]
+
+
+def rows_of(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(sweep: str) -> str:
+    """Markdown: the base with what it came to, and of every other case shares of that."""
+    cases = [*BESIDE[sweep], *cases_of(RESULTS / f"{sweep}.csv", sweep)]
+    overview = rows_of(RESULTS / f"{sweep}.overview.csv")
+    base = overview[0]
+    families = [name for name in base if f"{name}.of_first" in base and name not in ("mean", "paired")]
+    validated = any(row.get("finetune.validation_loss") for row in raw_of(cases[0]))
+    heads = ["", "FLOPs", "validation loss" if validated else "last loss", "mean", *families, "paired"]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for case, row in zip(cases, overview, strict=True):
+        loss = validation_loss(case, cases[0]) if validated else f"{float(row['last_loss']):.3f}"
+        flops = f"{float(row['flops_executed']) / float(base['flops_executed']):.2f}" if row is not base else "1"
+        lines.append([shown_name(case, sweep), flops, loss, mean_of(row), *(family_of(row, name) for name in [*families, "paired"])])  # fmt: skip
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def shown_name(case: str, sweep: str) -> str:
+    """Without its sweep, where that is the table's; grid values by their bare names."""
+    other, _, name = case.partition("/")
+    return name if other == sweep else f"{name} ({other})"
+
+
+def mean_of(row: Row) -> str:
+    """The base's mean accuracy, or the share of it with its interval."""
+    if not row["mean.of_first"]:
+        return f"{float(row['mean']):.3f}"
+    share, low, high = (float(row[f"mean.of_first{part}"]) for part in ("", ".low", ".high"))
+    return f"{share:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def family_of(row: Row, name: str) -> str:
+    """The base's accuracy, or the share of it: bold where its interval leaves 1 out."""
+    if not row[f"{name}.of_first"]:
+        return f"{float(row[name]):.3f}"
+    share, low, high = (float(row[f"{name}.of_first{part}"]) for part in ("", ".low", ".high"))
+    return f"{share:.3f}" if low <= 1 <= high else f"**{share:.3f}**"
+
+
+def validation_loss(case: str, base: str) -> str:
+    """Its mean over seeds, or that of its differences from the base, seed by seed, with their 95 % interval by Student's t."""
+    ours, theirs = (
+        {row["seed"]: float(row["finetune.validation_loss"]) for row in raw_of(each)} for each in (case, base)
+    )
+    if case == base:
+        return f"{fmean(ours.values()):.4f}"
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if len(differences) < 2:
+        return f"{fmean(differences):+.4f}"
+    width = T_95[len(differences) - 2] * stdev(differences) / math.sqrt(len(differences))
+    return f"{fmean(differences):+.4f} ± {width:.4f}"
+
+
+def kept() -> Iterator[str]:
+    """Sweeps of which there are results."""
+    return (sweep for sweep in BESIDE if (RESULTS / f"{sweep}.overview.csv").is_file())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--collect", type=Path, metavar="RUNS", help="take the CSVs of finished sweeps from this folder"
+    )
+    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    args = parser.parse_args(arguments)
+    if args.collect:
+        for sweep in BESIDE:
+            print(f"{sweep}: {'taken' if collect(args.collect, sweep) else 'not done'}", file=sys.stderr)
+    for sweep in kept():
+        if args.write:
+            write_into(STUDY / "README.md", sweep, table(sweep))
+        else:
+            print(f"{sweep}\n\n{table(sweep)}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
