@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from megatron_sts.commands.arguments import Commands, add_command, add_folder, a
 from megatron_sts.config.errors import ConfigError, refuse
 
 if TYPE_CHECKING:
+    from megatron_sts.commands.sweep_runs import Processes
     from megatron_sts.config.resolve import Resolved
     from megatron_sts.config.sweep import SweepRun
 
@@ -58,6 +58,7 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check every run's config before the first one starts; then train, and write the table after each."""
     from megatron_sts.commands.sweep_costs import told
+    from megatron_sts.commands.sweep_runs import Processes
     from megatron_sts.config.sweep import config_of, read, runs_of
     from megatron_sts.report.sweep import update
 
@@ -76,11 +77,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(mine)} of {len(runs)} runs, into {out}: {costs}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    failed = []
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for each, status in zip(mine, pool.map(lambda one: train(config, one, out), mine), strict=True):
+    failed, processes = [], Processes()
+    with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
+        for each, status in zip(mine, pool.map(lambda one: train(config, one, out, processes), mine), strict=True):
             failed += [each.name] if status else []
             update(runs, out)
+    if processes.stopped_by is not None:
+        name = signal.Signals(processes.stopped_by).name
+        print(f"megatron-sts: stopped by {name}; the same command goes on", file=sys.stderr)
+        return 128 + processes.stopped_by
     print(f"megatron-sts: {out}/results.csv has {len(runs)} runs")
     if failed:
         print(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", file=sys.stderr)
@@ -115,13 +120,16 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
     return found
 
 
-def train(config: Path, one: SweepRun, out: Path) -> int:
-    """Trains one run in a process of its own; its exit status. What it prints goes into its folder."""
+def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> int | None:
+    """Trains one run in a process of its own; its exit status, or None: the sweep was stopped before. What it prints goes into its folder."""
     folder, began = out / one.name, time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
-    with (folder / LOG).open("a") as log:
-        status = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=os.environ).returncode
-    told = "done" if status == 0 else f"failed (status {status}, see {folder / LOG})"
-    print(f"megatron-sts: {one.name}: {told} after {time.monotonic() - began:.0f} s", flush=True)
+    status = processes.run(command, folder / LOG)
+    if status is None:
+        return None
+    ended = (
+        "stopped" if processes.stopped_by is not None and status else f"failed (status {status}, see {folder / LOG})"
+    )
+    print(f"megatron-sts: {one.name}: {ended if status else 'done'} after {time.monotonic() - began:.0f} s", flush=True)
     return status

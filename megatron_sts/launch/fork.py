@@ -54,6 +54,13 @@ def warm_up(modules: Sequence[str]) -> None:
     gc.freeze()
 
 
+def heard() -> tuple[signal.Signals, ...]:
+    """Those of ``STOPPING`` that end this process: not SIGHUP where it is ignored, as ``nohup`` has it."""
+    return tuple(
+        number for number in STOPPING if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    )
+
+
 def start_method() -> Literal["fork", "spawn"]:
     """``fork``, unless this process has threads, whose locks a child would hold for ever, or has begun to use a GPU."""
     is_single = len(os.listdir("/proc/self/task")) == 1

@@ -253,7 +253,7 @@ def _signals() -> Iterator[_Asked]:
     def remember(_number: int, _frame: FrameType | None) -> None:
         asked.save = True
 
-    before = {number: signal.signal(number, stop) for number in fork.STOPPING}
+    before = {number: signal.signal(number, stop) for number in fork.heard()}
     before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, remember)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # held until now
     try:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +130,52 @@ def test_runs_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.Capture
     assert flops == pytest.approx(sum(line["flops_dense"] for line in steps), rel=0.5)
     assert main(["sweep", str(file), "--out", str(out), "--dry-run", "--gflops", "1"]) == 0
     assert f"about {max(1, round(flops / 60e9))} min of training at 1 GFLOP/s" in capsys.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_a_stopped_sweep_leaves_no_run_alone_and_goes_on(tmp_path: Path) -> None:
+    """Started as by ``nohup``, it does not hear SIGHUP; by SIGTERM its run saves and ends, and no other begins."""
+    written = small_config(evaluation={"num_questions": 0}, checkpoint={}) | {"logging": {"tensorboard": False}}
+    written["stages"] = [written["stages"][1] | {"steps": 100_000}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"config": "config.yaml", "seeds": [1, 2]}))
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "megatron_sts", "sweep", str(tmp_path / "sweep.yaml"), "--out", str(out)]
+    sweep = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    first = out / "seed=1"
+    wait_for(lambda: (first / "metrics.jsonl").is_file() and '"step"' in (first / "metrics.jsonl").read_text())
+    sweep.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert sweep.poll() is None
+    sweep.send_signal(signal.SIGTERM)
+    told, _ = sweep.communicate(timeout=60)
+    assert sweep.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in told
+    assert "seed=1: stopped after" in told and "failed" not in told
+    assert list((first / "checkpoints").rglob("*.json")), "its run saved"
+    assert json.loads((first / "outcome.json").read_text())["outcome"] == "stopped"
+    assert not list((out / "seed=2").glob("metrics*")) and str(out) not in processes()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def processes() -> str:
+    """The command lines of all that runs."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
+            found.append(path.read_text())
+    return "\n".join(found)
 
 
 def test_a_run_that_could_not_start_keeps_all_from_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,20 @@ def test_ranks_end_with_the_launcher(launch, tmp_path: Path, number: signal.Sign
     wait_for(lambda: not any(is_running(rank["pid"]) for rank in told(tmp_path, 2)), "a rank outlives its launcher")
 
 
+def test_under_nohup_a_hangup_is_not_heard(launch, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a child inherits
+    try:
+        process = launch(2, "time.sleep(600)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for(lambda: all((tmp_path / f"{rank}.json").exists() for rank in range(2)), "no ranks")
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM
+
+
 def test_a_stop_request_waits_for_the_ranks(launch, tmp_path: Path) -> None:
     """It may come before a rank is ready for it."""
     work = """
