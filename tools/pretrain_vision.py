@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,11 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True)
+        expected = {name: value.shape for name, value in self.model.state_dict().items()}
+        if {name: value.shape for name, value in state["model"].items()} != expected:
+            sys.exit(
+                f"{self.state_path}: is of another model, of an earlier version of this tool; give a new --run-dir"
+            )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.log = state["step"], state["seconds"], state["log"]

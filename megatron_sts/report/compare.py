@@ -14,8 +14,9 @@ from megatron_sts.report.run import Line, Run
 
 Comparison = dict[str, Any]
 """JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
-``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; and ``no_accuracy``: null, or the sentence why
-accuracies are left out (both runs' are then empty)."""
+``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; ``heads``: what the two are called, for both are
+dense, or neither, where ranks or micro-batches are compared; and ``no_accuracy``: null, or the sentence why accuracies are left out (both
+runs' are then empty)."""
 
 
 def compare(dense: Run, sts: Run) -> Comparison:
@@ -43,8 +44,21 @@ def compare(dense: Run, sts: Run) -> Comparison:
         "runs": runs,
         "ratios": ratios(runs["dense"], runs["sts"]),
         "ways": ways_of,
+        "heads": _heads(dense, sts),
         "no_accuracy": lack if without else None,
     }
+
+
+def _heads(dense: Run, sts: Run) -> list[str]:
+    """By their folders, unless one is dense and one is not."""
+    if not _is_sparse(dense) and _is_sparse(sts):
+        return ["dense", "STS"]
+    names = [run.folder.absolute().name for run in (dense, sts)]
+    return names if names[0] != names[1] else ["first", "second"]
+
+
+def _is_sparse(run: Run) -> bool:
+    return any(stage.get("vtc") or stage.get("lds") for stage in run.config["stages"])
 
 
 SHARED = ("seed", "model", "precision", "data", "stages")
@@ -267,7 +281,8 @@ def _times(ratio: float | None) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The table as Markdown."""
-    lines = ["# Dense and STS", "", "| | dense | STS | STS / dense |", "|---|---:|---:|---:|"]
+    first, second = comparison["heads"]
+    lines = [f"# {title(comparison)}", "", f"| | {first} | {second} | {second} / {first} |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in table_rows(comparison)]
     split = comparison["runs"]["dense"]["split"]
     if split is not None:
@@ -276,9 +291,17 @@ def markdown(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
+def title(comparison: Comparison) -> str:
+    """What is compared."""
+    first, second = comparison["heads"]
+    return f"{first[:1].upper()}{first[1:]} and {second}"
+
+
 def remarks(comparison: Comparison) -> list[str]:
     """What a reader of the table has to know, in sentences."""
-    losses = f"Training losses are means of a stage's last {NUM_LOSSES} steps, of STS with tokens and layers left out"
+    losses = (
+        f"Training losses are means of a stage's last {NUM_LOSSES} steps, with what tokens and layers VTC and LDS leave"
+    )
     if any("last_validation_loss" in stage for run in comparison["runs"].values() for stage in run["losses"].values()):
         losses += "; validation losses are of models with all of them"
     lack = comparison["no_accuracy"]

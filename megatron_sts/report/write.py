@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megatron_sts.report.compare import Comparison, compare, markdown, remarks, table_rows
+from megatron_sts.report.compare import Comparison, compare, markdown, remarks, table_rows, title
 from megatron_sts.report.figures import comparison_figure, save_png, utilisation_figure
 from megatron_sts.report.groups import check_asked_alike, grouped
 from megatron_sts.report.page import run_page
@@ -51,8 +51,9 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
     save_png(comparison_figure(comparison), folder / "comparison.png")
-    table = Table("", title="Dense and STS", title_justify="left")
-    for heading in ("dense", "STS", "STS / dense"):
+    table = Table("", title=title(comparison), title_justify="left")
+    first, second = comparison["heads"]
+    for heading in (first, second, f"{second} / {first}"):
         table.add_column(heading, justify="right")
     for row in table_rows(comparison):
         table.add_row(*row)

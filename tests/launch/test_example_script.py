@@ -28,6 +28,12 @@ time.sleep(60 if "STAY" in os.environ else 0)
 """
 
 
+def heed() -> None:
+    """What ``nohup``, or a shell's ``&``, has the tests ignore is not ignored by what they start."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """With a megatron-sts on the path that tells what it gets."""
@@ -43,7 +49,12 @@ def test_a_signal_to_the_script_is_one_to_its_command(
     number: signal.Signals, environment: dict[str, str], tmp_path: Path
 ) -> None:
     with subprocess.Popen(
-        ["bash", "run.sh"], cwd=tmp_path, env=environment | {"STAY": "1"}, stdout=subprocess.PIPE, text=True
+        ["bash", "run.sh"],
+        cwd=tmp_path,
+        env=environment | {"STAY": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heed,
     ) as script:
         assert script.stdout is not None and script.stdout.readline() == "ready\n"
         script.send_signal(number)
@@ -59,7 +70,7 @@ def test_no_other_command_begins_once_a_signal_came(
     """Even if the one that ran was about to end well, and did."""
     surroundings = environment | {"STAY": "1", "FINISHES": "1"}
     with subprocess.Popen(
-        ["bash", "run.sh"], cwd=tmp_path, env=surroundings, stdout=subprocess.PIPE, text=True
+        ["bash", "run.sh"], cwd=tmp_path, env=surroundings, stdout=subprocess.PIPE, text=True, preexec_fn=heed
     ) as script:
         assert script.stdout is not None and script.stdout.readline() == "ready\n"
         script.send_signal(number)
@@ -71,6 +82,7 @@ def test_no_other_command_begins_once_a_signal_came(
 def test_ctrl_c_at_a_terminal_comes_once(environment: dict[str, str], tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
+        heed()
         os.chdir(tmp_path)
         os.execvpe("bash", ["bash", "run.sh"], environment | {"STAY": "1"})
     with os.fdopen(terminal, "rb+", buffering=0) as file:

@@ -2,6 +2,8 @@
 
 import re
 import runpy
+import subprocess
+import sys
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -67,3 +69,11 @@ def test_the_embedded_tower_sees_what_its_log_says() -> None:
     logged = re.findall(r"google style: objects ([\d.]+), digits ([\d.]+), false alarms ([\d.]+)", log)[-1]
     # The weights are kept in bf16 and were logged in fp32: one of some 1,600 items may come out otherwise.
     assert [float(number) for number in found] == pytest.approx([float(number) for number in logged], abs=0.003)
+
+
+def test_the_state_of_another_model_is_one_line(tmp_path: Path) -> None:
+    torch.save({"model": {"vision.other": torch.ones(1)}, "optimizer": {}, "step": 1, "seconds": 1.0, "log": []}, tmp_path / "state.pt")  # fmt: skip
+    command = [sys.executable, str(ROOT / "tools/pretrain_vision.py"), "--run-dir", str(tmp_path), "--out", str(tmp_path / "out.safetensors")]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.returncode == 1 and "is of another model" in run.stderr and "Traceback" not in run.stderr
+    assert not (tmp_path / "out.safetensors").exists()

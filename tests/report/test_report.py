@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from megatron_sts.cli import main
 from megatron_sts.config.errors import ConfigError
@@ -16,7 +17,7 @@ from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.report import sweep
-from megatron_sts.report.compare import Comparison, compare
+from megatron_sts.report.compare import Comparison, compare, markdown
 from megatron_sts.report.fields import PARTS
 from megatron_sts.report.figures import run_figures, times_figure
 from megatron_sts.report.planned import beside_plan
@@ -110,6 +111,19 @@ def test_compare(runs: tuple[Path, Path]) -> None:
     assert found["ratios"]["accuracy_mean"] == pytest.approx(0.75)
     assert found["ratios"]["accuracy"] == pytest.approx(dict.fromkeys(FAMILIES, 0.75))
     assert found["ratios"]["stages"]["alignment"] == {"flops": 0.7, "wall": 0.5}
+
+
+def test_two_dense_runs_are_called_by_their_folders(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    """Runs of one config on other ranks; with the scheme in the second alone they are dense and STS."""
+    first, second = runs
+    assert "| | dense | sts | sts / dense |" in markdown(compared(first, second))
+    (tmp_path / "other").mkdir()
+    again = write_run(tmp_path / "other" / "dense", 1000, 2.0, 0.8)
+    assert markdown(compared(first, again)).startswith("# First and second\n\n| | first | second | second / first |")
+    config = yaml.safe_load((second / "config.resolved.yaml").read_text())
+    config["stages"][1]["lds"] = {"alpha": 0.5}
+    dump(resolve(RunConfig.model_validate({key: config[key] for key in CONFIG})), second / "config.resolved.yaml")
+    assert markdown(compared(first, second)).startswith("# Dense and STS\n\n| | dense | STS | STS / dense |")
 
 
 def test_a_step_takes_back_those_after_it(tmp_path: Path) -> None:
