@@ -225,8 +225,11 @@ class Run:
 
     def _resume(self) -> None:
         state = torch.load(self.state_path, weights_only=True)
-        expected = {name: value.shape for name, value in self.model.state_dict().items()}
-        if {name: value.shape for name, value in state["model"].items()} != expected:
+        shapes, kept = (
+            {name: value.shape for name, value in found.items() if isinstance(value, torch.Tensor)}
+            for found in (self.model.state_dict(), state["model"])
+        )
+        if shapes != kept:
             sys.exit(
                 f"{self.state_path}: is of another model, of an earlier version of this tool; give a new --run-dir"
             )
