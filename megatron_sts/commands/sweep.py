@@ -8,14 +8,15 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_overrides, positive
+from megatron_sts.commands.sweep_runs import STOPPED, Processes
 from megatron_sts.config.errors import ConfigError, refuse
 
 if TYPE_CHECKING:
-    from megatron_sts.commands.sweep_runs import Processes
     from megatron_sts.config.resolve import Resolved
     from megatron_sts.config.sweep import SweepRun
 
@@ -58,7 +59,6 @@ def add(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check every run's config before the first one starts; then train, and write the table after each."""
     from megatron_sts.commands.sweep_costs import told
-    from megatron_sts.commands.sweep_runs import Processes
     from megatron_sts.config.sweep import config_of, read, runs_of
     from megatron_sts.report.sweep import update
 
@@ -77,19 +77,35 @@ def run(args: argparse.Namespace) -> int:
         print(f"{len(mine)} of {len(runs)} runs, into {out}: {costs}")
         return 0
     out.mkdir(parents=True, exist_ok=True)
-    failed, processes = [], Processes()
+    processes, statuses = Processes(), list[int | None]()
     with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
-        for each, status in zip(mine, pool.map(lambda one: train(config, one, out, processes), mine), strict=True):
-            failed += [each.name] if status else []
-            update(runs, out)
-    if processes.stopped_by is not None:
-        name = signal.Signals(processes.stopped_by).name
-        print(f"megatron-sts: stopped by {name}; the same command goes on", file=sys.stderr)
-        return 128 + processes.stopped_by
-    print(f"megatron-sts: {out}/results.csv has {len(runs)} runs")
+        for status in pool.map(lambda one: train(config, one, out, processes), mine):
+            statuses.append(status)
+            if status is not None:  # it began
+                update(runs, out)
+    return told_end(mine, statuses, processes.stopped_by, out / "results.csv")
+
+
+def told_end(mine: Sequence[SweepRun], statuses: Sequence[int | None], stopped_by: int | None, table: Path) -> int:
+    """Says how a sweep ended; its exit status."""
+    is_cut = stopped_by is not None and any(status is None or status in STOPPED for status in statuses)
+    failed = [
+        one.name for one, status in zip(mine, statuses, strict=True) if status and not (is_cut and status in STOPPED)
+    ]
+    say(f"megatron-sts: {table} has {statuses.count(0)} runs of {len(mine)} that are done")
     if failed:
-        print(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", file=sys.stderr)
+        say(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", sys.stderr)
+    if is_cut:
+        assert stopped_by is not None
+        say(f"megatron-sts: stopped by {signal.Signals(stopped_by).name}; the same command goes on", sys.stderr)
+        return 128 + stopped_by
     return 1 if failed else 0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Prints; after a hang-up there may be nobody to read it."""
+    with suppress(OSError):
+        print(text, file=file, flush=True)
 
 
 def part_of(runs: Sequence[SweepRun], part: str | None) -> Sequence[SweepRun]:
@@ -123,13 +139,12 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
 def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> int | None:
     """Trains one run in a process of its own; its exit status, or None: the sweep was stopped before. What it prints goes into its folder."""
     folder, began = out / one.name, time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
     status = processes.run(command, folder / LOG)
     if status is None:
         return None
-    ended = (
-        "stopped" if processes.stopped_by is not None and status else f"failed (status {status}, see {folder / LOG})"
-    )
-    print(f"megatron-sts: {one.name}: {ended if status else 'done'} after {time.monotonic() - began:.0f} s", flush=True)
+    ended = f"failed (status {status}, see {folder / LOG})" if status else "done"
+    if processes.stopped_by is not None and status in STOPPED:
+        ended = "stopped"
+    say(f"megatron-sts: {one.name}: {ended} after {time.monotonic() - began:.0f} s")
     return status

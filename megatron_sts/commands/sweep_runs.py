@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
 from types import FrameType
 
 from megatron_sts.launch.fork import heard
 
+STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
+"""What a run's process returns that was asked to end."""
+GRACE_S = 60.0
+"""A run that was asked to save and end has so long: its launcher gives its ranks less."""
+
 
 class Processes:
-    """Runs' processes. A signal that ends the sweep asks each of them to save and end, and keeps others from starting."""
+    """Runs' processes. A signal that ends the sweep asks each of them to save and end, and keeps others from starting; a second
+    one, or none that has ended within ``GRACE_S``, kills them."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = Lock()
+        self._deadline = float("inf")
         self.stopped_by: int | None = None
-        """The signal."""
+        """The first signal."""
 
     @contextmanager
     def obeying_signals(self) -> Iterator[None]:
@@ -33,22 +42,35 @@ class Processes:
                 signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log: Path) -> int | None:
-        """Its exit status; None where the sweep was stopped before it could start. What it prints is added to ``log``."""
-        with log.open("a") as file:
-            with self._lock:
-                if self.stopped_by is not None:
-                    return None
+        """Its exit status; None where the sweep was stopped before it could start. What it prints is added to ``log``, whose folder is
+        made."""
+        with self._lock:
+            if self.stopped_by is not None:
+                return None
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("a") as file:
                 # In a group of its own: Ctrl-C reaches it through us alone, once.
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, process_group=0)
-                self._running.add(process)
-            status = process.wait()
+            self._running.add(process)
+        while True:
+            try:
+                status = process.wait(timeout=1)
+                break
+            except subprocess.TimeoutExpired:
+                if time.monotonic() > self._deadline:
+                    process.kill()  # its ranks end with it
         with self._lock:
             self._running.discard(process)
         return status
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
-        is_first, self.stopped_by = self.stopped_by is None, number
-        if is_first:  # a second one would interrupt their saving
-            with self._lock:  # of other threads, as this is the main one
-                for process in self._running:
-                    process.send_signal(signal.SIGTERM)
+        if self.stopped_by is not None:
+            self._deadline = 0.0
+            return
+        self.stopped_by, self._deadline = number, time.monotonic() + GRACE_S
+        with self._lock:  # of other threads, as this is the main one
+            for process in self._running:
+                process.send_signal(signal.SIGTERM)
+            told = f"megatron-sts: {signal.Signals(number).name}: runs save and end; once more ends them at once\n"
+        with suppress(OSError):  # the terminal may be gone
+            os.write(2, told.encode())

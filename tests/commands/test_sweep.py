@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,10 @@ import pytest
 import yaml
 
 from megatron_sts.cli import main
+from megatron_sts.commands.sweep import told_end
+from megatron_sts.commands.sweep_runs import Processes
 from megatron_sts.config.errors import ConfigError
-from megatron_sts.config.sweep import Sweep, read, runs_of
+from megatron_sts.config.sweep import Sweep, SweepRun, read, runs_of
 from megatron_sts.report import sweep as table
 from tests.train.stagehand import config as small_config
 
@@ -133,13 +137,14 @@ def test_runs_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.timeout(300)
-def test_a_stopped_sweep_leaves_no_run_alone_and_goes_on(tmp_path: Path) -> None:
+def test_a_stopped_sweep_leaves_no_run_alone(tmp_path: Path) -> None:
     """Started as by ``nohup``, it does not hear SIGHUP; by SIGTERM its run saves and ends, and no other begins."""
     written = small_config(evaluation={"num_questions": 0}, checkpoint={}) | {"logging": {"tensorboard": False}}
     written["stages"] = [written["stages"][1] | {"steps": 100_000}]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"config": "config.yaml", "seeds": [1, 2]}))
     out = tmp_path / "out"
+    first = out / "seed=1"
     command = [sys.executable, "-m", "megatron_sts", "sweep", str(tmp_path / "sweep.yaml"), "--out", str(out)]
     sweep = subprocess.Popen(
         command,
@@ -148,18 +153,60 @@ def test_a_stopped_sweep_leaves_no_run_alone_and_goes_on(tmp_path: Path) -> None
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
     )
-    first = out / "seed=1"
-    wait_for(lambda: (first / "metrics.jsonl").is_file() and '"step"' in (first / "metrics.jsonl").read_text())
-    sweep.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    assert sweep.poll() is None
-    sweep.send_signal(signal.SIGTERM)
-    told, _ = sweep.communicate(timeout=60)
+    try:
+        wait_for(lambda: num_steps(first) > 0)
+        sweep.send_signal(signal.SIGHUP)
+        before = num_steps(first)
+        wait_for(lambda: num_steps(first) > before + 20)  # it neither ends nor is about to
+        sweep.send_signal(signal.SIGTERM)
+        told, _ = sweep.communicate(timeout=60)
+    finally:
+        sweep.kill()
     assert sweep.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in told
     assert "seed=1: stopped after" in told and "failed" not in told
     assert list((first / "checkpoints").rglob("*.json")), "its run saved"
     assert json.loads((first / "outcome.json").read_text())["outcome"] == "stopped"
-    assert not list((out / "seed=2").glob("metrics*")) and str(out) not in processes()
+    assert not (out / "seed=2").exists() and os.fsencode(out) not in processes()
+
+
+def num_steps(run: Path) -> int:
+    file = run / "metrics.jsonl"
+    return file.read_text().count('"step_time_s"') if file.is_file() else 0
+
+
+def test_a_run_that_does_not_listen_is_killed_by_a_second_signal(tmp_path: Path) -> None:
+    processes = Processes()
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
+    )
+    with ThreadPoolExecutor(1) as pool:
+        status = pool.submit(processes.run, [sys.executable, "-c", deaf], tmp_path / "run" / "log")
+        wait_for(lambda: (tmp_path / "run/log").is_file() and "deaf" in (tmp_path / "run/log").read_text())
+        processes._stop(signal.SIGINT, None)
+        time.sleep(1.5)
+        assert not status.done()
+        processes._stop(signal.SIGTERM, None)
+        assert status.result(timeout=20) == -signal.SIGKILL and processes.stopped_by == signal.SIGINT
+    assert processes.run(["true"], tmp_path / "other" / "log") is None and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("statuses", "stopped_by", "status", "said"),
+    [
+        ((0, 0), None, 0, ""),
+        ((0, 1), None, 1, "1 of 2 runs failed: b\n"),
+        ((0, 0), 15, 0, ""),  # it came too late
+        ((143, None), 2, 130, "stopped by SIGINT; the same command goes on\n"),
+        ((1, 143), 15, 143, "1 of 2 runs failed: a\nmegatron-sts: stopped by SIGTERM; the same command goes on\n"),
+        ((143, 0), None, 1, "1 of 2 runs failed: a\n"),  # ended by somebody else
+    ],
+)
+def test_how_a_sweep_ended(
+    statuses: tuple[int | None, ...], stopped_by: int | None, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [SweepRun(name=name, case=None, values={}, seed=None, overrides=()) for name in ("a", "b")]
+    assert told_end(runs, statuses, stopped_by, Path("results.csv")) == status
+    assert capsys.readouterr().err.endswith(said)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
@@ -169,13 +216,13 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.1)
 
 
-def processes() -> str:
+def processes() -> bytes:
     """The command lines of all that runs."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended
-            found.append(path.read_text())
-    return "\n".join(found)
+            found.append(path.read_bytes())
+    return b"\n".join(found)
 
 
 def test_a_run_that_could_not_start_keeps_all_from_starting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

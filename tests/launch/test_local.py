@@ -177,12 +177,39 @@ def test_under_nohup_a_hangup_is_not_heard(launch, tmp_path: Path) -> None:
         process = launch(2, "time.sleep(600)")
     finally:
         signal.signal(signal.SIGHUP, before)
-    wait_for(lambda: all((tmp_path / f"{rank}.json").exists() for rank in range(2)), "no ranks")
-    process.send_signal(signal.SIGHUP)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM
+    try:
+        wait_for(lambda: all((tmp_path / f"{rank}.json").exists() for rank in range(2)), "no ranks")
+        process.send_signal(signal.SIGHUP)
+        time.sleep(1)  # a hangup that is heard ends them at once
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+
+
+def test_a_second_sigterm_does_not_cut_saving_short(launch, tmp_path: Path) -> None:
+    """A job's end comes to every process, and to ranks' launcher once more from who started it."""
+    work = """
+def save(number, frame, folder=folder, rank=rank):
+    open(f"{folder}/begun{rank}", "w").close()
+    time.sleep(1)
+    open(f"{folder}/saved{rank}", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGTERM, save)
+open(f"{folder}/ready{rank}", "w").close()
+time.sleep(600)
+"""
+    process = launch(2, work)
+    try:
+        wait_for(lambda: all((tmp_path / f"ready{rank}").exists() for rank in range(2)), "no ranks")
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: all((tmp_path / f"begun{rank}").exists() for rank in range(2)), "not told")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+    assert all((tmp_path / f"saved{rank}").exists() for rank in range(2))
 
 
 def test_a_stop_request_waits_for_the_ranks(launch, tmp_path: Path) -> None:
