@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import argparse
 import csv
-import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from megatron_sts.cli import main as megatron_sts
-from megatron_sts.report.groups import T_95
+from megatron_sts.report.groups import half_width
 from tools.plan_table import write_into
 
 STUDY = Path(__file__).resolve().parent.parent / "examples" / "study"
@@ -41,6 +40,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "failures": (),
 }  # fmt: skip
 """By sweep the cases of others that its table has first. A table's first case is its base."""
+VALIDATED = "finetune.validation_loss"
 Row = Mapping[str, str]
 
 
@@ -48,7 +48,7 @@ def collect(runs: Path, sweep: str) -> bool:
     """Takes both CSVs of a sweep from ``runs``; False where it, or what it is read beside, is not done there."""
     others = list(dict.fromkeys(case.partition("/")[0] for case in BESIDE[sweep]))
     tables = {name: runs / name / "results.csv" for name in (*others, sweep)}
-    if not all(path.is_file() and all(row["status"] == "done" for row in rows_of(path)) for path in tables.values()):
+    if not all(path.is_file() and {row["status"] for row in rows_of(path)} == {"done"} for path in tables.values()):
         return False
     folders = [folder for case in (*BESIDE[sweep], *cases_of(tables[sweep], sweep)) for folder in seeds_of(runs, case)]
     with tempfile.TemporaryDirectory() as out:
@@ -90,15 +90,18 @@ def table(sweep: str) -> str:
     """Markdown: the base with what it came to, and of every other case shares of that."""
     cases = [*BESIDE[sweep], *cases_of(RESULTS / f"{sweep}.csv", sweep)]
     overview = rows_of(RESULTS / f"{sweep}.overview.csv")
+    assert [case.rpartition("/")[2] for case in cases] == [row["runs"].rpartition("/")[2] for row in overview], sweep
     base = overview[0]
     families = [name for name in base if f"{name}.of_first" in base and name not in ("mean", "paired")]
-    validated = any(row.get("finetune.validation_loss") for row in raw_of(cases[0]))
-    heads = ["", "FLOPs", "validation loss" if validated else "last loss", "mean", *families, "paired"]
+    validated = any(row.get(VALIDATED) for row in raw_of(cases[0]))
+    heads = ["", "FLOPs", "validation loss" if validated else "training loss", "mean", *families, "paired"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for case, row in zip(cases, overview, strict=True):
+        is_base = row is base
+        flops = "1" if is_base else f"{float(row['flops_executed']) / float(base['flops_executed']):.2f}"
         loss = validation_loss(case, cases[0]) if validated else f"{float(row['last_loss']):.3f}"
-        flops = f"{float(row['flops_executed']) / float(base['flops_executed']):.2f}" if row is not base else "1"
-        lines.append([shown_name(case, sweep), flops, loss, mean_of(row), *(family_of(row, name) for name in [*families, "paired"])])  # fmt: skip
+        shares = [family_of(row, name, is_base=is_base) for name in [*families, "paired"]]
+        lines.append([shown_name(case, sweep), flops, loss, mean_of(row, is_base=is_base), *shares])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -108,34 +111,39 @@ def shown_name(case: str, sweep: str) -> str:
     return name if other == sweep else f"{name} ({other})"
 
 
-def mean_of(row: Row) -> str:
+def mean_of(row: Row, *, is_base: bool) -> str:
     """The base's mean accuracy, or the share of it with its interval."""
-    if not row["mean.of_first"]:
+    if is_base:
         return f"{float(row['mean']):.3f}"
+    if not row["mean.of_first"]:
+        return "n/a"
     share, low, high = (float(row[f"mean.of_first{part}"]) for part in ("", ".low", ".high"))
     return f"{share:.3f} [{low:.3f}, {high:.3f}]"
 
 
-def family_of(row: Row, name: str) -> str:
+def family_of(row: Row, name: str, *, is_base: bool) -> str:
     """The base's accuracy, or the share of it: bold where its interval leaves 1 out."""
-    if not row[f"{name}.of_first"]:
+    if is_base:
         return f"{float(row[name]):.3f}"
+    if not row[f"{name}.of_first"]:
+        return "n/a"
     share, low, high = (float(row[f"{name}.of_first{part}"]) for part in ("", ".low", ".high"))
     return f"{share:.3f}" if low <= 1 <= high else f"**{share:.3f}**"
 
 
 def validation_loss(case: str, base: str) -> str:
-    """Its mean over seeds, or that of its differences from the base, seed by seed, with their 95 % interval by Student's t."""
+    """Its mean over seeds, or that of its differences from the base, seed by seed, with their 95 % interval by Student's t (none of
+    one seed)."""
     ours, theirs = (
-        {row["seed"]: float(row["finetune.validation_loss"]) for row in raw_of(each)} for each in (case, base)
+        {row["seed"]: float(row[VALIDATED]) for row in raw_of(each) if row[VALIDATED]} for each in (case, base)
     )
     if case == base:
         return f"{fmean(ours.values()):.4f}"
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    if len(differences) < 2:
-        return f"{fmean(differences):+.4f}"
-    width = T_95[len(differences) - 2] * stdev(differences) / math.sqrt(len(differences))
-    return f"{fmean(differences):+.4f} ± {width:.4f}"
+    if not differences:
+        return "n/a"
+    width = f" ± {half_width(differences):.4f}" if len(differences) > 1 else ""
+    return f"{fmean(differences):+.4f}{width}"
 
 
 def kept() -> Iterator[str]:
@@ -154,10 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for sweep in BESIDE:
             print(f"{sweep}: {'taken' if collect(args.collect, sweep) else 'not done'}", file=sys.stderr)
     for sweep in kept():
-        if args.write:
-            write_into(STUDY / "README.md", sweep, table(sweep))
-        else:
+        if not args.write:
             print(f"{sweep}\n\n{table(sweep)}")
+            continue
+        try:
+            write_into(STUDY / "README.md", sweep, table(sweep))
+        except ValueError as error:
+            parser.error(str(error))
     return 0
 
 

@@ -247,9 +247,8 @@ def _signals() -> Iterator[_Asked]:
     asked = _Asked()
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        if (
-            number == asked.stop == signal.SIGTERM
-        ):  # ranks save already: a job's end comes to each process, and again from who started it
+        # Ranks save already: a job's end comes to each process, and once more from who started it.
+        if number == asked.stop == signal.SIGTERM:
             return
         asked.stop = number
         asked.check()

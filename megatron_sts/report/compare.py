@@ -14,7 +14,7 @@ from megatron_sts.report.run import Line, Run
 
 Comparison = dict[str, Any]
 """JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
-``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; ``heads``: what the two are called, for both are
+``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; ``labels``: what the two are called, for both are
 dense, or neither, where ranks or micro-batches are compared; and ``no_accuracy``: null, or the sentence why accuracies are left out (both
 runs' are then empty)."""
 
@@ -44,12 +44,12 @@ def compare(dense: Run, sts: Run) -> Comparison:
         "runs": runs,
         "ratios": ratios(runs["dense"], runs["sts"]),
         "ways": ways_of,
-        "heads": _heads(dense, sts),
+        "labels": _labels(dense, sts),
         "no_accuracy": lack if without else None,
     }
 
 
-def _heads(dense: Run, sts: Run) -> list[str]:
+def _labels(dense: Run, sts: Run) -> list[str]:
     """By their folders, unless one is dense and one is not."""
     if not _is_sparse(dense) and _is_sparse(sts):
         return ["dense", "STS"]
@@ -281,7 +281,7 @@ def _times(ratio: float | None) -> str:
 
 def markdown(comparison: Comparison) -> str:
     """The table as Markdown."""
-    first, second = comparison["heads"]
+    first, second = comparison["labels"]
     lines = [f"# {title(comparison)}", "", f"| | {first} | {second} | {second} / {first} |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in table_rows(comparison)]
     split = comparison["runs"]["dense"]["split"]
@@ -293,15 +293,16 @@ def markdown(comparison: Comparison) -> str:
 
 def title(comparison: Comparison) -> str:
     """What is compared."""
-    first, second = comparison["heads"]
-    return f"{first[:1].upper()}{first[1:]} and {second}"
+    first, second = comparison["labels"]
+    return "Dense and STS" if first == "dense" and second == "STS" else f"{first} and {second}"
 
 
 def remarks(comparison: Comparison) -> list[str]:
     """What a reader of the table has to know, in sentences."""
-    losses = (
-        f"Training losses are means of a stage's last {NUM_LOSSES} steps, with what tokens and layers VTC and LDS leave"
-    )
+    losses = f"Training losses are means of a stage's last {NUM_LOSSES} steps"
+    stages = [stage for run in comparison["runs"].values() for stage in run["stages"].values()]
+    if any(stage["flops_executed"] != stage["flops_dense"] for stage in stages):
+        losses += ", of STS with tokens and layers left out"
     if any("last_validation_loss" in stage for run in comparison["runs"].values() for stage in run["losses"].values()):
         losses += "; validation losses are of models with all of them"
     lack = comparison["no_accuracy"]

@@ -26,16 +26,16 @@ def comparison_figure(comparison: dict[str, Any]) -> Figure:
     """Left: what each stage of STS costs against dense; right: accuracy by family, with standard errors, where there are any."""
     if comparison["no_accuracy"] is not None:
         figure = Figure(figsize=(5, 4), layout="constrained")
-        _draw_costs(figure.subplots(), comparison["ratios"], comparison["heads"])
+        _draw_costs(figure.subplots(), comparison["ratios"], comparison["labels"])
         return figure
     figure = Figure(figsize=(11, 4), layout="constrained")
     costs, accuracy = figure.subplots(1, 2, width_ratios=(2, 3))
-    _draw_costs(costs, comparison["ratios"], comparison["heads"])
-    _draw_accuracy(accuracy, comparison["runs"], comparison["heads"])
+    _draw_costs(costs, comparison["ratios"], comparison["labels"])
+    _draw_accuracy(accuracy, comparison["runs"], comparison["labels"])
     return figure
 
 
-def _draw_costs(axes: Axes, ratios: dict[str, Any], heads: Sequence[str]) -> None:
+def _draw_costs(axes: Axes, ratios: dict[str, Any], labels: Sequence[str]) -> None:
     groups = {**ratios["stages"], "all": ratios}
     for offset, (key, label, colour) in enumerate((("flops", "FLOPs", "#aec7e8"), ("wall", "wall-clock", STS))):
         heights = [group[key] or 0.0 for group in groups.values()]
@@ -43,16 +43,16 @@ def _draw_costs(axes: Axes, ratios: dict[str, Any], heads: Sequence[str]) -> Non
             [place + 0.4 * offset for place in range(len(groups))], heights, 0.38, label=label, color=colour
         )
         axes.bar_label(bars, fmt="%.2f")
-    axes.axhline(1.0, color=DENSE, linestyle="--", linewidth=1, label=heads[0])
+    axes.axhline(1.0, color=DENSE, linestyle="--", linewidth=1, label=labels[0])
     axes.set_xticks([place + 0.2 for place in range(len(groups))], list(groups))
-    axes.set_ylabel(f"{heads[1]} / {heads[0]}")
+    axes.set_ylabel(f"{labels[1]} / {labels[0]}")
     axes.set_ylim(0, 1.3 * max(1.0, *(group[key] or 0.0 for group in groups.values() for key in ("flops", "wall"))))
     axes.legend(loc="upper center", ncols=3)
 
 
-def _draw_accuracy(axes: Axes, runs: dict[str, Any], heads: Sequence[str]) -> None:
+def _draw_accuracy(axes: Axes, runs: dict[str, Any], labels: Sequence[str]) -> None:
     families = list(runs["dense"]["accuracy"])
-    for offset, (name, head, colour) in enumerate((("dense", heads[0], DENSE), ("sts", heads[1], STS))):
+    for offset, (name, head, colour) in enumerate((("dense", labels[0], DENSE), ("sts", labels[1], STS))):
         run, places = runs[name], [place + 0.4 * offset for place in range(len(families))]
         heights, errors = ([run[key][family] for family in families] for key in ("accuracy", "standard_error"))
         axes.bar(places, heights, 0.38, yerr=errors, capsize=3, label=head, color=colour)

@@ -77,11 +77,16 @@ class Group:
     def _estimate(self, found: dict[int, list[dict[str, Any]]], names: Sequence[str]) -> Estimate:
         means = [fmean(run[name]["accuracy"] for run in runs for name in names) for runs in found.values()]
         if len(means) > 1:
-            width = T_95[min(len(means) - 1, len(T_95)) - 1] * stdev(means) / math.sqrt(len(means))
+            width = half_width(means)
         else:
             [[run, *_]] = found.values()
             width = Z_95 * math.hypot(*(run[name]["standard_error"] for name in names)) / len(names)
         return Estimate(fmean(means), fmean(means) - width, fmean(means) + width)
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean of several values, by Student's t."""
+    return T_95[min(len(values) - 1, len(T_95)) - 1] * stdev(values) / math.sqrt(len(values))
 
 
 def first_split(run: Run) -> dict[str, Any]:

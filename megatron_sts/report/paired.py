@@ -25,15 +25,25 @@ def ratios_of(group: Group, base: Group, left_out: frozenset[str]) -> dict[str, 
     right. Intervals are a bootstrap's percentiles: pictures and seeds are drawn anew, with replacement, both runs of a seed and both
     answers to a question together. Three seeds are few to draw from: the interval says little of other seeds.
     """
-    seeds = sorted(_by_seed(group).keys() & _by_seed(base).keys())
+    seeds = shared_seeds(group, base)
     found = {}
     for family in _families(group, base):
         both = [_answers([_by_seed(each)[seed] for seed in seeds], family) for each in (group, base)]
         if both[0] is not None and both[1] is not None and both[0].shape == both[1].shape:
             found[family] = (both[0], both[1])
     kept = {family: answers for family, answers in found.items() if family not in left_out}
-    named = {family: {family: answers} for family, answers in found.items()} | ({"mean": kept} if kept else {})
+    is_whole = len(kept) == sum(
+        family not in left_out for family in _families(group, base)
+    )  # else it is the mean of others
+    named = {family: {family: answers} for family, answers in found.items()} | (
+        {"mean": kept} if kept and is_whole else {}
+    )
     return {name: _ratio(families) for name, families in named.items()} if seeds else {}
+
+
+def shared_seeds(group: Group, base: Group) -> list[int]:
+    """Of finished runs of both."""
+    return sorted(_by_seed(group).keys() & _by_seed(base).keys())
 
 
 def _ratio(families: Mapping[str, tuple[Bits, Bits]]) -> Estimate:

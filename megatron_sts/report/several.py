@@ -16,7 +16,7 @@ from megatron_sts.report.figures import as_svg, save_png
 from megatron_sts.report.groups import Estimate, Group, grouped, left_out_of_means
 from megatron_sts.report.losses import last_loss
 from megatron_sts.report.page import page, table
-from megatron_sts.report.paired import ratios_of
+from megatron_sts.report.paired import ratios_of, shared_seeds
 from megatron_sts.report.run import Run
 from megatron_sts.report.several_figures import accuracy_figure, gradient_norms_figure, layers_figure, losses_figure
 
@@ -157,20 +157,20 @@ def _beside_plan(run: Run, stage: str, plans: Expected) -> tuple[str, ...]:
 
 
 def _write_csv(groups: Sequence[Group], accuracies: Sequence[Accuracies], ratios: Sequence[Accuracies], path: Path) -> None:  # fmt: skip
-    """A row a group: costs, of each family and the mean the estimate, and its share of the first group's, with their intervals."""
-    names = list(dict.fromkeys(name for found in accuracies for name in found))
+    """A row a group: costs, of each family and the mean the estimate, then as shares of the first group's on the seeds that both have."""
+    names, parts = list(dict.fromkeys(name for found in accuracies for name in found)), ("", ".low", ".high")
     with path.open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file, lineterminator="\n")
-        estimates = [f"{name}{of}{part}" for name in names for of in ("", ".of_first") for part in ("", ".low", ".high")]  # fmt: skip
-        rows.writerow(["runs", "seeds", "flops_executed", "flops_dense", "seconds", "last_loss", *estimates])
+        estimates = [f"{name}{of}{part}" for of in ("", ".of_first") for name in names for part in parts]
+        rows.writerow(["runs", "seeds", "flops_executed", "flops_dense", "seconds", "last_loss", "shared_seeds", *estimates])  # fmt: skip
         for group, found, shares in zip(groups, accuracies, ratios, strict=True):
             costs = (group.of_runs(field) for field in ("flops_executed", "flops_dense", "step_time_s"))
-            cells = [value for name in names for each in (found, shares) for value in _cells(each.get(name))]
-            loss = _last_loss(group)
-            rows.writerow([group.label, len(group.seeds), *(f"{cost:.6g}" for cost in costs), "" if loss is None else f"{loss:.6g}", *cells])  # fmt: skip
+            cells = [value for each in (found, shares) for name in names for value in _cells(each.get(name))]
+            loss, shared = _last_loss(group), len(shared_seeds(group, groups[0]))
+            rows.writerow([group.label, len(group.seeds), *(f"{cost:.6g}" for cost in costs), "" if loss is None else f"{loss:.6g}", shared, *cells])  # fmt: skip
 
 
 def _cells(estimate: Estimate | None) -> tuple[str, ...]:
     if estimate is None:
         return "", "", ""
-    return tuple(f"{value:.4f}" for value in (estimate.mean, estimate.low, estimate.high))
+    return tuple("" if math.isnan(value) else f"{value:.4f}" for value in (estimate.mean, estimate.low, estimate.high))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from megatron_sts.report.compare import Comparison, compare, markdown, remarks, table_rows, title
@@ -51,10 +52,10 @@ def write_comparison(comparison: Comparison, folder: Path) -> None:
     (folder / "comparison.json").write_text(json.dumps(comparison, indent=2) + "\n", encoding="utf-8")
     (folder / "comparison.md").write_text(markdown(comparison), encoding="utf-8")
     save_png(comparison_figure(comparison), folder / "comparison.png")
-    table = Table("", title=title(comparison), title_justify="left")
-    first, second = comparison["heads"]
+    table = Table("", title=escape(title(comparison)), title_justify="left")
+    first, second = comparison["labels"]
     for heading in (first, second, f"{second} / {first}"):
-        table.add_column(heading, justify="right")
+        table.add_column(escape(heading), justify="right")
     for row in table_rows(comparison):
         table.add_row(*row)
     Console().print(table)

@@ -119,7 +119,7 @@ def test_two_dense_runs_are_called_by_their_folders(runs: tuple[Path, Path], tmp
     assert "| | dense | sts | sts / dense |" in markdown(compared(first, second))
     (tmp_path / "other").mkdir()
     again = write_run(tmp_path / "other" / "dense", 1000, 2.0, 0.8)
-    assert markdown(compared(first, again)).startswith("# First and second\n\n| | first | second | second / first |")
+    assert markdown(compared(first, again)).startswith("# first and second\n\n| | first | second | second / first |")
     config = yaml.safe_load((second / "config.resolved.yaml").read_text())
     config["stages"][1]["lds"] = {"alpha": 0.5}
     dump(resolve(RunConfig.model_validate({key: config[key] for key in CONFIG})), second / "config.resolved.yaml")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from tests.report.test_overview import seeded
+from tests.report.test_paired import group
 from tests.report.test_report import CONFIG
 from tools import study_tables
 from tools.study_tables import BESIDE, STUDY, kept, main, table, validation_loss
@@ -49,21 +51,43 @@ def test_differences_are_those_of_seeds(tmp_path: Path, monkeypatch: pytest.Monk
 def test_results_are_taken_from_runs_that_are_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Dense answers all, LDS every second question of one family; a third case has no seed in common with dense."""
     (tmp_path / "results").mkdir()
     monkeypatch.setattr(study_tables, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study_tables, "STUDY", tmp_path)
     monkeypatch.setattr(study_tables, "BESIDE", {"first": (), "second": ("first/dense",)})
-    stages = [{**stage, "lds": {"alpha": 0.5}} for stage in CONFIG["stages"]]
-    for sweep, case, more in (("first", "dense", {}), ("second", "lds", {"stages": stages})):
-        (tmp_path / "runs" / sweep).mkdir(parents=True)
-        rows = []
-        for seed in (1, 2):
-            run = seeded(tmp_path / "runs" / sweep / f"{case}-seed={seed}", seed, 0.5, **more)
-            rows.append({"run": run.name, "seed": str(seed), "status": "done" if sweep == "first" or seed == 1 else "missing"})  # fmt: skip
-        write_csv(tmp_path / "runs" / sweep / "results.csv", rows)
+    all_right = np.ones(400, bool)
+    every_second = {"ocr": np.arange(400) % 2 == 0, "paired": all_right}
+    all_of_both = {"ocr": all_right, "paired": all_right}
+    lds = [{**stage, "lds": {"alpha": 0.5}} for stage in CONFIG["stages"]]
+    other = [{**stage, "lds": {"alpha": 0.3}} for stage in CONFIG["stages"]]
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "runs/second").mkdir()
+    left_out = {"evaluation": {"left_out_of_mean": ["paired"]}}
+    group(tmp_path / "runs/first", "dense", {1: all_of_both, 2: all_of_both}, **left_out)
+    group(tmp_path / "runs/second", "lds", {1: every_second, 2: every_second}, stages=lds, **left_out)
+    group(tmp_path / "runs/second", "other", {3: all_of_both}, stages=other, **left_out)
+    done = [
+        {"run": f"{case}-seed={seed}", "seed": str(seed), "status": "done"}
+        for case, seed in (("dense", 1), ("dense", 2), ("lds", 1), ("lds", 2), ("other", 3))
+    ]
+    write_csv(tmp_path / "runs/first/results.csv", done[:2])
+    write_csv(tmp_path / "runs/second/results.csv", [*done[2:4], {**done[4], "status": "missing"}])
     assert main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: not done" in capsys.readouterr().err
-    write_csv(tmp_path / "runs/second/results.csv", [{**row, "status": "done"} for row in rows])
+    write_csv(tmp_path / "runs/second/results.csv", done[2:])
     assert main(["--collect", str(tmp_path / "runs")]) == 0
-    [heads, _, dense, lds] = table("second").splitlines()
-    assert heads.startswith("|  | FLOPs | last loss | mean |")
-    assert dense.startswith("| dense (first) | 1 |") and lds.startswith("| lds | ")
+    heads, _, dense, sparse, unpaired = table("second").splitlines()
+    assert heads == "|  | FLOPs | training loss | mean | ocr | paired |"
+    assert dense == "| dense (first) | 1 | 1.500 | 1.000 | 1.000 | 1.000 |"
+    found = re.fullmatch(
+        r"\| lds \| 1.00 \| 1.500 \| 0.500 \[(0.4\d\d), (0.5\d\d)\] \| \*\*0.500\*\* \| 1.000 \|", sparse
+    )
+    assert found and float(found[1]) < 0.49 and float(found[2]) > 0.51
+    assert unpaired == "| other | 1.00 | 1.500 | n/a | n/a | n/a |"
+    (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
+    with pytest.raises(SystemExit):  # there is no place for the first
+        main(["--write"])
+    assert "not exactly one place for the table" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text("<!-- first -->\n<!-- /first -->\n<!-- second -->\n<!-- /second -->\n")
+    assert main(["--write"]) == 0 and table("second") in (tmp_path / "README.md").read_text()
