@@ -120,3 +120,28 @@ def test_interleaved_ranks() -> None:
     [row] = rows(TOOLS, "| 3 | 8 |")
     [(paper, ours)] = re.findall(r"([\d.]+) of the saved FLOPs arrived as\s+time with the paper's sampler, ([\d.]+) with", FIRST_PAGE)  # fmt: skip
     assert (ours, paper) == (row[3], row[7].split(" / ")[0])
+
+
+def test_the_studys_claims() -> None:
+    """What its text says of a sampler is what the table's source has."""
+    kept = csv.DictReader((ROOT / "examples/study/results/claims_llava.overview.csv").open())
+    found = {row["runs"]: row for row in kept}
+    [row] = rows(STUDY, "| 96.9 to 99.7 %")
+    shown = re.findall(r"`(\w+)` \(([\d.]+) %\)", row[1])
+    assert {name for name, _ in shown} == {"uniform", "guided", "anchored", "random"}
+    for name, share in shown:
+        assert float(share) == pytest.approx(100 * float(found[f"sts-{name}"]["mean.of_first"]), abs=0.05 + 1e-9)
+    [share] = re.findall(r"\*\*reproduces\*\*: (\d+) %", STUDY)
+    saved = [
+        1 - float(row["flops_executed"]) / float(row["flops_dense"]) for name, row in found.items() if "sts" in name
+    ]
+    assert all(float(share) == pytest.approx(100 * each, abs=0.5) for each in saved)
+    text = re.findall(
+        r"(?:dense accuracy|on top\s+`anchored` keeps) \(?([\d.]+)(?:, 95 % interval ([\d.]+) to ([\d.]+))?", STUDY
+    )
+    anchored = [found[name] for name in ("vtc-anchored", "sts-anchored")]
+    assert len(text) == 2
+    for (mean, low, high), row in zip(text, anchored, strict=True):
+        for number, part in ((mean, ""), (low, ".low"), (high, ".high")):
+            if number:
+                assert float(number) == pytest.approx(float(row[f"mean.of_first{part}"]), abs=5.5e-4)

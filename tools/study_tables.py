@@ -1,7 +1,7 @@
 """Writes the tables of examples/study/README.md from the CSVs in examples/study/results: to standard output, or with --write into it.
 
 They stand between lines <!-- SWEEP --> and <!-- /SWEEP -->. With --collect RUNS first takes those CSVs of the sweeps that are done from a folder
-of their runs: what each run came to (SWEEP.csv), and cases beside their base (SWEEP.overview.csv, of ``megatron-sts report``).
+of their runs: what each run came to (SWEEP.csv), and cases beside their base (SWEEP.overview.csv, and some pictures, of ``megatron-sts report``).
 """
 
 from __future__ import annotations
@@ -11,13 +11,19 @@ import csv
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from plan_table import write_into
+
 from megatron_sts.cli import main as megatron_sts
-from megatron_sts.report.groups import half_width
-from tools.plan_table import write_into
+from megatron_sts.config.sweep import SweepRun
+from megatron_sts.report.figures import save_png
+from megatron_sts.report.groups import Group, half_width
+from megatron_sts.report.run import read_run
+from megatron_sts.report.several_figures import losses_figure
+from megatron_sts.report.sweep import row_of, write
 
 STUDY = Path(__file__).resolve().parent.parent / "examples" / "study"
 RESULTS = STUDY / "results"
@@ -37,9 +43,13 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "utilisation": ("equal_flops/dense", "schedules/paper"),
     "updates": ("equal_flops/dense", "schedules/paper"),
     "masks": ("equal_flops/dense", "schedules/paper"),
-    "failures": (),
 }  # fmt: skip
 """By sweep the cases of others that its table has first. A table's first case is its base."""
+FIGURES = {"claims_llava": "accuracy_against_flops.png"}
+"""Pictures of the report that the README shows."""
+FAILURES = "failures"
+RESIDUAL = {"twice": "residual added twice", "lost": "residual lost"}
+"""Runs of wrong_residual.py, KIND: in runs/failures/residual-KIND. They have the config of the healthy run, and are no cases."""
 VALIDATED = "finetune.validation_loss"
 Row = Mapping[str, str]
 
@@ -55,7 +65,28 @@ def collect(runs: Path, sweep: str) -> bool:
         if megatron_sts(["report", *map(str, folders), "--out", out]):
             raise SystemExit(f"megatron-sts report of {sweep} failed")
         shutil.copy(Path(out) / "overview.csv", RESULTS / f"{sweep}.overview.csv")
+        if sweep in FIGURES:
+            shutil.copy(Path(out) / FIGURES[sweep], RESULTS / f"{sweep}.png")
     shutil.copy(tables[sweep], RESULTS / f"{sweep}.csv")
+    return True
+
+
+def collect_failures(runs: Path) -> bool:
+    """Takes the provoked failures' CSV, and draws their losses; False where one of them is not done."""
+    table = runs / FAILURES / "results.csv"
+    folders = {row["run"]: runs / FAILURES / row["run"] for row in (rows_of(table) if table.is_file() else ())}
+    folders |= {name: runs / FAILURES / f"residual-{kind}" for kind, name in RESIDUAL.items()}
+    rows = [
+        row_of(SweepRun(name=folder.name, case=name, values={}, seed=None, overrides=()), folder.parent)
+        for name, folder in folders.items()
+    ]
+    if any(row["status"] != "done" for row in rows):
+        return False
+    with tempfile.TemporaryDirectory() as out:
+        write(rows, Path(out))
+        shutil.copy(Path(out) / "results.csv", RESULTS / f"{FAILURES}.csv")
+    groups = [Group(name, [read_run(folder)]) for name, folder in folders.items()]
+    save_png(losses_figure(groups), RESULTS / f"{FAILURES}.png")
     return True
 
 
@@ -105,6 +136,30 @@ def table(sweep: str) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def failures_table() -> str:
+    """Markdown: one run each, as it came out."""
+    rows = rows_of(RESULTS / f"{FAILURES}.csv")
+    families = [name for name in rows[0] if name.startswith("eval.") and name not in ("eval.mean", "eval.paired")]
+    heads = [
+        "",
+        "FLOPs / dense",
+        "fine-tuning's first loss",
+        "last",
+        "mean",
+        *(name[5:] for name in families),
+        "paired",
+    ]
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    for row in rows:
+        executed, dense = (
+            sum(float(row[f"{stage}.{key}"]) for stage in ("alignment", "finetune"))
+            for key in ("flops_executed", "flops_dense")
+        )
+        numbers = [float(row[name]) for name in ("finetune.first_loss", "finetune.last_loss", "eval.mean", *families, "eval.paired")]  # fmt: skip
+        lines.append([row["case"], f"{executed / dense:.2f}", *(f"{number:.3f}" for number in numbers)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def shown_name(case: str, sweep: str) -> str:
     """Without its sweep, where that is the table's; grid values by their bare names."""
     other, _, name = case.partition("/")
@@ -146,9 +201,10 @@ def validation_loss(case: str, base: str) -> str:
     return f"{fmean(differences):+.4f}{width}"
 
 
-def kept() -> Iterator[str]:
-    """Sweeps of which there are results."""
-    return (sweep for sweep in BESIDE if (RESULTS / f"{sweep}.overview.csv").is_file())
+def tables() -> dict[str, str]:
+    """Of each sweep of which there are results."""
+    found = {sweep: table(sweep) for sweep in BESIDE if (RESULTS / f"{sweep}.overview.csv").is_file()}
+    return found | ({FAILURES: failures_table()} if (RESULTS / f"{FAILURES}.csv").is_file() else {})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,14 +215,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
     args = parser.parse_args(arguments)
     if args.collect:
-        for sweep in BESIDE:
-            print(f"{sweep}: {'taken' if collect(args.collect, sweep) else 'not done'}", file=sys.stderr)
-    for sweep in kept():
+        taken = {sweep: collect(args.collect, sweep) for sweep in BESIDE}
+        for sweep, is_taken in (taken | {FAILURES: collect_failures(args.collect)}).items():
+            print(f"{sweep}: {'taken' if is_taken else 'not done'}", file=sys.stderr)
+    for sweep, text in tables().items():
         if not args.write:
-            print(f"{sweep}\n\n{table(sweep)}")
+            print(f"{sweep}\n\n{text}")
             continue
         try:
-            write_into(STUDY / "README.md", sweep, table(sweep))
+            write_into(STUDY / "README.md", sweep, text)
         except ValueError as error:
             parser.error(str(error))
     return 0

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
 from tests.report.test_paired import group
 from tests.report.test_report import CONFIG
-from tools import study_tables
-from tools.study_tables import BESIDE, STUDY, kept, main, table, validation_loss
+
+ROOT = Path(__file__).resolve().parents[2]
+STUDY = ROOT / "examples" / "study"
+
+
+@pytest.fixture
+def study_tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """As ``python tools/study_tables.py`` finds its neighbours."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    return importlib.import_module("study_tables")
 
 
 def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
@@ -22,18 +34,25 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def test_the_readme_has_the_tables_of_the_results() -> None:
+def test_the_readme_has_the_tables_of_the_results(study_tables: ModuleType) -> None:
     text = (STUDY / "README.md").read_text()
-    assert [f"<!-- {sweep} -->\n{table(sweep)}<!-- /{sweep} -->" in text for sweep in kept()] == [True] * len(list(kept()))  # fmt: skip
+    missing = [
+        sweep for sweep, of in study_tables.tables().items() if f"<!-- {sweep} -->\n{of}<!-- /{sweep} -->" not in text
+    ]
+    assert study_tables.tables() and not missing
 
 
-def test_every_sweep_has_a_table_or_has_its_own() -> None:
-    assert {*BESIDE, "recipes", "aligned"} == {path.stem for path in STUDY.glob("sweeps/*.yaml")}
-    for cases in BESIDE.values():
+def test_every_sweep_has_a_table_or_has_its_own(study_tables: ModuleType) -> None:
+    assert {*study_tables.BESIDE, "failures", "recipes", "aligned"} == {
+        path.stem for path in STUDY.glob("sweeps/*.yaml")
+    }
+    for cases in study_tables.BESIDE.values():
         assert all((STUDY / f"sweeps/{case.partition('/')[0]}.yaml").is_file() for case in cases)
 
 
-def test_differences_are_those_of_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_are_those_of_seeds(
+    study_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 0.01, 0.02 and 0.03: t = 4.30 of 0.01 / sqrt(3)."""
     monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
     losses = {"dense": (0.1, 0.2, 0.3), "lds": (0.11, 0.22, 0.33), "once": (0.15,)}
@@ -43,13 +62,13 @@ def test_differences_are_those_of_seeds(tmp_path: Path, monkeypatch: pytest.Monk
         for seed, loss in enumerate(found)
     ]
     write_csv(tmp_path / "sweep.csv", rows)
-    assert validation_loss("sweep/dense", "sweep/dense") == "0.2000"
-    assert validation_loss("sweep/lds", "sweep/dense") == "+0.0200 ± 0.0248"
-    assert validation_loss("sweep/once", "sweep/dense") == "+0.0500"
+    assert study_tables.validation_loss("sweep/dense", "sweep/dense") == "0.2000"
+    assert study_tables.validation_loss("sweep/lds", "sweep/dense") == "+0.0200 ± 0.0248"
+    assert study_tables.validation_loss("sweep/once", "sweep/dense") == "+0.0500"
 
 
 def test_results_are_taken_from_runs_that_are_done(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    study_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Dense answers all, LDS every second question of one family; a third case has no seed in common with dense."""
     (tmp_path / "results").mkdir()
@@ -73,11 +92,11 @@ def test_results_are_taken_from_runs_that_are_done(
     ]
     write_csv(tmp_path / "runs/first/results.csv", done[:2])
     write_csv(tmp_path / "runs/second/results.csv", [*done[2:4], {**done[4], "status": "missing"}])
-    assert main(["--collect", str(tmp_path / "runs")]) == 0
+    assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: not done" in capsys.readouterr().err
     write_csv(tmp_path / "runs/second/results.csv", done[2:])
-    assert main(["--collect", str(tmp_path / "runs")]) == 0
-    heads, _, dense, sparse, unpaired = table("second").splitlines()
+    assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
+    heads, _, dense, sparse, unpaired = study_tables.table("second").splitlines()
     assert heads == "|  | FLOPs | training loss | mean | ocr | paired |"
     assert dense == "| dense (first) | 1 | 1.500 | 1.000 | 1.000 | 1.000 |"
     found = re.fullmatch(
@@ -87,7 +106,14 @@ def test_results_are_taken_from_runs_that_are_done(
     assert unpaired == "| other | 1.00 | 1.500 | n/a | n/a | n/a |"
     (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
     with pytest.raises(SystemExit):  # there is no place for the first
-        main(["--write"])
+        study_tables.main(["--write"])
     assert "not exactly one place for the table" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("<!-- first -->\n<!-- /first -->\n<!-- second -->\n<!-- /second -->\n")
-    assert main(["--write"]) == 0 and table("second") in (tmp_path / "README.md").read_text()
+    assert study_tables.main(["--write"]) == 0 and study_tables.table("second") in (tmp_path / "README.md").read_text()
+
+
+def test_it_runs_as_the_readme_says() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/study_tables.py"], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0 and "| sts-anchored |" in done.stdout, done.stderr
