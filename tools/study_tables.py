@@ -77,7 +77,7 @@ def collect_failures(runs: Path) -> bool:
     folders = {row["run"]: runs / FAILURES / row["run"] for row in (rows_of(table) if table.is_file() else ())}
     folders |= {name: runs / FAILURES / f"residual-{kind}" for kind, name in RESIDUAL.items()}
     rows = [
-        row_of(SweepRun(name=folder.name, case=name, values={}, seed=None, overrides=()), folder.parent)
+        row_of(SweepRun(name=folder.name, case=name, values={}, seed=None, overrides=()), folder)
         for name, folder in folders.items()
     ]
     if any(row["status"] != "done" for row in rows):

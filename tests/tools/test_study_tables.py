@@ -13,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from tests.report.test_overview import seeded
 from tests.report.test_paired import group
 from tests.report.test_report import CONFIG
 
@@ -110,6 +111,23 @@ def test_results_are_taken_from_runs_that_are_done(
     assert "not exactly one place for the table" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("<!-- first -->\n<!-- /first -->\n<!-- second -->\n<!-- /second -->\n")
     assert study_tables.main(["--write"]) == 0 and study_tables.table("second") in (tmp_path / "README.md").read_text()
+
+
+def test_provoked_failures_are_taken_with_their_planted_mistakes(
+    study_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+    runs = tmp_path / "failures"
+    runs.mkdir()
+    write_csv(runs / "results.csv", [{"run": "healthy", "seed": ""}])
+    for name, accuracy in (("healthy", 0.9), ("residual-twice", 0.5), ("residual-lost", 0.25)):
+        assert not study_tables.collect_failures(tmp_path)
+        folder = seeded(runs / name, 1, accuracy)
+        (folder / "outcome.json").write_text('{"outcome": "done", "cause": null}')
+    assert study_tables.collect_failures(tmp_path) and (tmp_path / "failures.png").is_file()
+    shown = [line.split(" | ") for line in study_tables.failures_table().splitlines()[2:]]
+    assert [cells[0] for cells in shown] == ["| healthy", "| residual added twice", "| residual lost"]
+    assert [cells[4] for cells in shown] == ["0.900", "0.500", "0.250"]
 
 
 def test_it_runs_as_the_readme_says() -> None:
