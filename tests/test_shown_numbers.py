@@ -10,6 +10,8 @@ from statistics import fmean
 
 import pytest
 
+from megatron_sts.report.groups import half_width
+
 ROOT = Path(__file__).parent.parent
 FIRST_PAGE = (ROOT / "README.md").read_text()
 STUDY = (ROOT / "examples/study/README.md").read_text()
@@ -123,25 +125,37 @@ def test_interleaved_ranks() -> None:
 
 
 def test_the_studys_claims() -> None:
-    """What its text says of a sampler is what the table's source has."""
+    """What its text says of a sampler, and of its own intervals, is what the table's sources have."""
     kept = csv.DictReader((ROOT / "examples/study/results/claims_llava.overview.csv").open())
     found = {row["runs"]: row for row in kept}
     [row] = rows(STUDY, "| 96.9 to 99.7 %")
-    shown = re.findall(r"`(\w+)` \(([\d.]+) %\)", row[1])
+    shown = re.findall(r"`(\w+)` \(([\d.]+) %", row[1])
     assert {name for name, _ in shown} == {"uniform", "guided", "anchored", "random"}
     for name, share in shown:
         assert float(share) == pytest.approx(100 * float(found[f"sts-{name}"]["mean.of_first"]), abs=0.05 + 1e-9)
-    [share] = re.findall(r"\*\*reproduces\*\*: (\d+) %", STUDY)
-    saved = [
-        1 - float(row["flops_executed"]) / float(row["flops_dense"]) for name, row in found.items() if "sts" in name
-    ]
+    [share] = re.findall(r"FLOPs saved \| (\d+) %", STUDY)
+    saved = [1 - float(row["flops_executed"]) / float(row["flops_dense"]) for name, row in found.items() if "sts" in name]  # fmt: skip
     assert all(float(share) == pytest.approx(100 * each, abs=0.5) for each in saved)
-    text = re.findall(
-        r"(?:dense accuracy|on top\s+`anchored` keeps) \(?([\d.]+)(?:, 95 % interval ([\d.]+) to ([\d.]+))?", STUDY
-    )
-    anchored = [found[name] for name in ("vtc-anchored", "sts-anchored")]
+    text = re.findall(r"(?:loss \(|keeps )(\d\.\d+) (?:of the dense accuracy, 95 % interval |\()(\d\.\d+) to (\d\.\d+)", STUDY)  # fmt: skip
     assert len(text) == 2
-    for (mean, low, high), row in zip(text, anchored, strict=True):
-        for number, part in ((mean, ""), (low, ".low"), (high, ".high")):
-            if number:
-                assert float(number) == pytest.approx(float(row[f"mean.of_first{part}"]), abs=5.5e-4)
+    for numbers, name in zip(text, ("vtc-anchored", "sts-anchored"), strict=True):
+        for number, part in zip(numbers, ("", ".low", ".high"), strict=True):
+            assert float(number) == pytest.approx(float(found[name][f"mean.of_first{part}"]), abs=5.5e-4)
+
+
+def test_the_studys_bold_cells() -> None:
+    """How many families' bootstrap intervals leave 1 out, and of these, how many Student's t over the seeds does too."""
+    kept = csv.DictReader((ROOT / "examples/study/results/claims_llava.overview.csv").open())
+    raw = list(csv.DictReader((ROOT / "examples/study/results/claims_llava.csv").open()))
+    by_run = {(row["case"], row["seed"]): row for row in raw}
+    bold, by_t = 0, 0
+    for row in list(kept)[1:]:
+        for family in ("existence", "relation", "counting", "ocr", "choice", "paired"):
+            low, high = (float(row[f"{family}.of_first.{end}"]) for end in ("low", "high"))
+            if low <= 1 <= high:
+                continue
+            bold += 1
+            shares = [float(by_run[row["runs"], seed][f"eval.{family}"]) / float(by_run["dense", seed][f"eval.{family}"]) for seed in "123"]  # fmt: skip
+            by_t += abs(fmean(shares) - 1) > half_width(shares)
+    [told] = re.findall(r"of the (\d+) that are, (\d+) are so by Student's t", STUDY)
+    assert (bold, by_t) == (int(told[0]), int(told[1]))
