@@ -161,7 +161,7 @@ def failures_table() -> str:
 
 
 def shown_name(case: str, sweep: str) -> str:
-    """Without its sweep, where that is the table's; grid values by their bare names."""
+    """Without its sweep, where that is the table's."""
     other, _, name = case.partition("/")
     return name if other == sweep else f"{name} ({other})"
 

@@ -32,12 +32,10 @@ def ratios_of(group: Group, base: Group, left_out: frozenset[str]) -> dict[str, 
         if both[0] is not None and both[1] is not None and both[0].shape == both[1].shape:
             found[family] = (both[0], both[1])
     kept = {family: answers for family, answers in found.items() if family not in left_out}
-    is_whole = len(kept) == sum(
-        family not in left_out for family in _families(group, base)
-    )  # else it is the mean of others
-    named = {family: {family: answers} for family, answers in found.items()} | (
-        {"mean": kept} if kept and is_whole else {}
-    )
+    wanted = [family for family in _families(group, base) if family not in left_out]
+    named = {family: {family: answers} for family, answers in found.items()}
+    if kept and len(kept) == len(wanted):  # else it would be the mean of other families
+        named["mean"] = kept
     return {name: _ratio(families) for name, families in named.items()} if seeds else {}
 
 
