@@ -33,8 +33,8 @@ class Processes:
 
     @contextmanager
     def obeying_signals(self) -> Iterator[None]:
-        """While the block runs; of the main thread."""
-        before = {number: signal.signal(number, self._stop) for number in heard()}
+        """While the block runs; of the main thread. SIGUSR1, which batch systems send before they kill, is one of them."""
+        before = {number: signal.signal(number, self._stop) for number in (*heard(), signal.SIGUSR1)}
         try:
             yield
         finally:

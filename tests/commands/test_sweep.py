@@ -190,6 +190,15 @@ def test_a_run_that_does_not_listen_is_killed_by_a_second_signal(tmp_path: Path)
     assert processes.run(["true"], tmp_path / "other" / "log") is None and not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_what_stops_a_sweep_is_its_own_while_it_trains(number: signal.Signals, tmp_path: Path) -> None:
+    processes, before = Processes(), signal.getsignal(number)
+    with processes.obeying_signals():
+        os.kill(os.getpid(), number)
+        assert processes.run(["true"], tmp_path / "run" / "log") is None
+    assert processes.stopped_by == number and signal.getsignal(number) == before
+
+
 @pytest.mark.parametrize(
     ("statuses", "stopped_by", "status", "said"),
     [
