@@ -27,7 +27,7 @@ from megatron_sts.report.run import Run, read_run
 
 PAPER = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "paper"
 SHORT = [
-    "stages.alignment.steps=80", "stages.finetune.steps=120", "parallel.pipeline_model_parallel_size=1",
+    "stages.alignment.steps=80", "stages.finetune.steps=120", "parallel.data_parallel_size=1",
     "evaluation.num_questions=0", "logging.tensorboard=false",
 ]  # fmt: skip
 KINDS = {"dense": ["stages.*.vtc=null", "stages.*.lds=null"], "STS": []}

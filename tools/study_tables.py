@@ -29,6 +29,7 @@ STUDY = Path(__file__).resolve().parent.parent / "examples" / "study"
 RESULTS = STUDY / "results"
 LLAVA = "claims_llava/"
 BESIDE: dict[str, tuple[str, ...]] = {
+    "recipes": (),
     "claims_llava": (),
     "claims_minigpt4": (),
     "token_length": (f"{LLAVA}dense", f"{LLAVA}vtc-uniform"),
@@ -45,6 +46,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "masks": ("equal_flops/dense", "schedules/paper"),
 }  # fmt: skip
 """By sweep the cases of others that its table has first. A table's first case is its base."""
+TIMED = ("recipes",)
+"""Sweeps whose seconds count: their runs had the machine to themselves."""
 FIGURES = {"claims_llava": "accuracy_against_flops.png"}
 """Pictures of the report that the README shows."""
 FAILURES = "failures"
@@ -125,14 +128,16 @@ def table(sweep: str) -> str:
     base = overview[0]
     families = [name for name in base if f"{name}.of_first" in base and name not in ("mean", "paired")]
     validated = any(row.get(VALIDATED) for row in raw_of(cases[0]))
-    heads = ["", "FLOPs", "validation loss" if validated else "training loss", "mean", *families, "paired"]
+    seconds_head = ["seconds"] if sweep in TIMED else []
+    heads = ["", "FLOPs", *seconds_head, "validation loss" if validated else "training loss", "mean", *families, "paired"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for case, row in zip(cases, overview, strict=True):
         is_base = row is base
         flops = "1" if is_base else f"{float(row['flops_executed']) / float(base['flops_executed']):.2f}"
         loss = validation_loss(case, cases[0]) if validated else f"{float(row['last_loss']):.3f}"
         shares = [family_of(row, name, is_base=is_base) for name in [*families, "paired"]]
-        lines.append([shown_name(case, sweep), flops, loss, mean_of(row, is_base=is_base), *shares])
+        seconds = [seconds_of(case, cases[0])] if sweep in TIMED else []
+        lines.append([shown_name(case, sweep), flops, *seconds, loss, mean_of(row, is_base=is_base), *shares])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
@@ -164,6 +169,12 @@ def shown_name(case: str, sweep: str) -> str:
     """Without its sweep, where that is the table's."""
     other, _, name = case.partition("/")
     return name if other == sweep else f"{name} ({other})"
+
+
+def seconds_of(case: str, base: str) -> str:
+    """Of training, summed over both stages and all seeds, as a share of the base's."""
+    ours, theirs = (sum(float(row[f"{stage}.wall_s"]) for row in raw_of(each) for stage in ("alignment", "finetune")) for each in (case, base))  # fmt: skip
+    return "1" if case == base else f"{ours / theirs:.2f}"
 
 
 def mean_of(row: Row, *, is_base: bool) -> str:

@@ -11,9 +11,9 @@ set -euo pipefail
 megatron-sts train "$here/config.yaml" "$@" --dry-run >/dev/null
 
 printf '== dense\n'
-# The layout and the micro-batches with which the dense run was fastest; samples and steps are the same.
-megatron-sts train "$here/config.yaml" 'stages.*.vtc=null' 'stages.*.lds=null' parallel.layout=even \
-  stages.alignment.batch.micro_batch_size=4 stages.finetune.batch.micro_batch_size=8 "$@" --run-dir "$runs/dense"
+# The micro-batches with which the dense run was fastest; samples and steps are the same.
+megatron-sts train "$here/config.yaml" 'stages.*.vtc=null' 'stages.*.lds=null' stages.finetune.batch.micro_batch_size=16 \
+  "$@" --run-dir "$runs/dense"
 printf '== STS\n'
 megatron-sts train "$here/config.yaml" "$@" --run-dir "$runs/sts"
 case " $* " in *" --dry-run "*) exit 0 ;; esac # nothing was trained

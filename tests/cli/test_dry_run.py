@@ -194,6 +194,7 @@ def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixt
 )
 def test_dry_run_says_where_the_tower_runs(where: str | None, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", str(Path(__file__).parents[2] / "examples" / "quickstart"), "--dry-run"]
+    words += ["parallel.data_parallel_size=1", "parallel.pipeline_model_parallel_size=2"]
     words += [] if where is None else [f"parallel.vision={where}"]
     assert main(words) == 0
     assert f"Vision tower: {said}" in capsys.readouterr().out

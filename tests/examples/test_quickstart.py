@@ -25,7 +25,7 @@ EXAMPLE = ROOT / "examples" / "quickstart"
 SCRIPT = EXAMPLE / "run.sh"
 TINY = [
     "model.vision.init=null", "model.language.init=null", "model.vision.num_layers=1", "model.language.num_layers=8",
-    "parallel.pipeline_model_parallel_size=1", "parallel.layout=even", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
+    "parallel.data_parallel_size=1", "stages.*.steps=2", "stages.*.optimizer.warmup_steps=1",
     "stages.*.batch.global_batch_size=2", "stages.*.batch.micro_batch_size=2", "evaluation.num_questions=12",
     "logging.tensorboard=false",
 ]  # fmt: skip

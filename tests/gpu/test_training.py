@@ -228,7 +228,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path: Path, fp8: str) -> 
 
 def train_quickstart(run_dir: Path, fp8: str) -> subprocess.Popen[bytes]:
     settings = [
-        "parallel.pipeline_model_parallel_size=1", "parallel.layout=even", "precision.params=bf16", f"precision.fp8={fp8}", "stages.*.steps=6", "stages.*.optimizer.warmup_steps=2",
+        "parallel.data_parallel_size=1", "precision.params=bf16", f"precision.fp8={fp8}", "stages.*.steps=6", "stages.*.optimizer.warmup_steps=2",
         "evaluation.num_questions=24", "checkpoint.interval_steps=2", "checkpoint.keep_last=99", "logging.tensorboard=false",
     ]  # fmt: skip
     command = [sys.executable, "-m", "megatron_sts", "train", str(REPOSITORY / "examples/quickstart/config.yaml")]

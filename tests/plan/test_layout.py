@@ -85,7 +85,8 @@ def test_no_other_samplers_layout_is_better_for_rounds() -> None:
         "stages.finetune.batch.micro_batch_size=8",
         "stages.alignment.steps=1",
     ]
-    changed += ["stages.alignment.optimizer.warmup_steps=1", "parallel.layout=auto"]
+    changed += ["stages.alignment.optimizer.warmup_steps=1", "parallel.layout=auto", "parallel.data_parallel_size=1"]
+    changed += ["stages.finetune.batch.global_batch_size=32", "parallel.pipeline_model_parallel_size=2"]
     run = with_chunks_free(resolve(load(QUICKSTART, changed), choose_layout=lambda _: near_even(12, 2, 2)))
     comparison = compare(run)
     assert comparison is not None
