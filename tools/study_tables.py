@@ -30,6 +30,7 @@ RESULTS = STUDY / "results"
 LLAVA = "claims_llava/"
 BESIDE: dict[str, tuple[str, ...]] = {
     "recipes": (),
+    "dense_rates": ("recipes/dense",),
     "claims_llava": (),
     "claims_minigpt4": (),
     "token_length": (f"{LLAVA}dense", f"{LLAVA}vtc-uniform"),
@@ -58,19 +59,20 @@ Row = Mapping[str, str]
 
 
 def collect(runs: Path, sweep: str) -> bool:
-    """Takes both CSVs of a sweep from ``runs``; False where it, or what it is read beside, is not done there."""
-    others = list(dict.fromkeys(case.partition("/")[0] for case in BESIDE[sweep]))
-    tables = {name: runs / name / "results.csv" for name in (*others, sweep)}
-    if not all(path.is_file() and {row["status"] for row in rows_of(path)} == {"done"} for path in tables.values()):
+    """Takes both CSVs of a sweep from ``runs``; False where it, or a case that it is read beside, is not done there."""
+    table = runs / sweep / "results.csv"
+    cases = [*BESIDE[sweep], *(cases_of(table, sweep) if table.is_file() else ())]
+    found = {case: raw_of(case, runs) for case in cases if (runs / case.partition("/")[0] / "results.csv").is_file()}
+    if not table.is_file() or any({row["status"] for row in found.get(case, ())} != {"done"} for case in cases):
         return False
-    folders = [folder for case in (*BESIDE[sweep], *cases_of(tables[sweep], sweep)) for folder in seeds_of(runs, case)]
+    folders = [runs / case.partition("/")[0] / row["run"] for case, rows in found.items() for row in rows]
     with tempfile.TemporaryDirectory() as out:
         if megatron_sts(["report", *map(str, folders), "--out", out]):
             raise SystemExit(f"megatron-sts report of {sweep} failed")
         shutil.copy(Path(out) / "overview.csv", RESULTS / f"{sweep}.overview.csv")
         if sweep in FIGURES:
             shutil.copy(Path(out) / FIGURES[sweep], RESULTS / f"{sweep}.png")
-    shutil.copy(tables[sweep], RESULTS / f"{sweep}.csv")
+    shutil.copy(table, RESULTS / f"{sweep}.csv")
     return True
 
 
@@ -101,11 +103,6 @@ def cases_of(table: Path, sweep: str) -> list[str]:
 def name_of(row: Row) -> str:
     """What a run is called without its seed."""
     return row["run"].removesuffix(f"-seed={row['seed']}")
-
-
-def seeds_of(runs: Path, case: str) -> list[Path]:
-    """A case's runs, one a seed."""
-    return [runs / case.partition("/")[0] / row["run"] for row in raw_of(case, runs)]
 
 
 def raw_of(case: str, runs: Path | None = None) -> list[Row]:

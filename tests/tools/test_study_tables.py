@@ -44,9 +44,7 @@ def test_the_readme_has_the_tables_of_the_results(study_tables: ModuleType) -> N
 
 
 def test_every_sweep_has_a_table_or_has_its_own(study_tables: ModuleType) -> None:
-    assert {*study_tables.BESIDE, "failures", "recipes", "aligned"} == {
-        path.stem for path in STUDY.glob("sweeps/*.yaml")
-    }
+    assert {*study_tables.BESIDE, "failures", "aligned"} == {path.stem for path in STUDY.glob("sweeps/*.yaml")}
     for cases in study_tables.BESIDE.values():
         assert all((STUDY / f"sweeps/{case.partition('/')[0]}.yaml").is_file() for case in cases)
 
@@ -66,6 +64,21 @@ def test_differences_are_those_of_seeds(
     assert study_tables.validation_loss("sweep/dense", "sweep/dense") == "0.2000"
     assert study_tables.validation_loss("sweep/lds", "sweep/dense") == "+0.0200 ± 0.0248"
     assert study_tables.validation_loss("sweep/once", "sweep/dense") == "+0.0500"
+
+
+def test_seconds_are_of_both_stages_and_all_seeds(
+    study_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+    seconds = {"dense": ((10, 100), (20, 70)), "fast": ((5, 50), (15, 20))}
+    rows = [
+        {"run": f"{case}-seed={seed}", "seed": str(seed), "alignment.wall_s": str(one), "finetune.wall_s": str(two)}
+        for case, found in seconds.items()
+        for seed, (one, two) in enumerate(found)
+    ]
+    write_csv(tmp_path / "sweep.csv", rows)
+    assert study_tables.seconds_of("sweep/dense", "sweep/dense") == "1"
+    assert study_tables.seconds_of("sweep/fast", "sweep/dense") == "0.45"  # 90 of 200
 
 
 def test_results_are_taken_from_runs_that_are_done(
