@@ -125,8 +125,8 @@ def table(sweep: str) -> str:
     base = overview[0]
     families = [name for name in base if f"{name}.of_first" in base and name not in ("mean", "paired")]
     validated = any(row.get(VALIDATED) for row in raw_of(cases[0]))
-    seconds_head = ["seconds"] if sweep in TIMED else []
-    heads = ["", "FLOPs", *seconds_head, "validation loss" if validated else "training loss", "mean", *families, "paired"]
+    loss_head = "validation loss" if validated else "training loss"
+    heads = ["", "FLOPs", *(["seconds"] if sweep in TIMED else []), loss_head, "mean", *families, "paired"]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for case, row in zip(cases, overview, strict=True):
         is_base = row is base

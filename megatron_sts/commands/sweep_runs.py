@@ -35,9 +35,11 @@ class Processes:
     def obeying_signals(self) -> Iterator[None]:
         """While the block runs; of the main thread. SIGUSR1, which batch systems send before they kill, is one of them."""
         before = {number: signal.signal(number, self._stop) for number in (*heard(), signal.SIGUSR1)}
+        mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])  # whoever started us may hold it
         try:
             yield
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -192,11 +192,17 @@ def test_a_run_that_does_not_listen_is_killed_by_a_second_signal(tmp_path: Path)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_what_stops_a_sweep_is_its_own_while_it_trains(number: signal.Signals, tmp_path: Path) -> None:
+    """Also where whoever started it holds SIGUSR1."""
     processes, before = Processes(), signal.getsignal(number)
-    with processes.obeying_signals():
-        os.kill(os.getpid(), number)
-        assert processes.run(["true"], tmp_path / "run" / "log") is None
-    assert processes.stopped_by == number and signal.getsignal(number) == before
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        with processes.obeying_signals():
+            os.kill(os.getpid(), number)
+            assert processes.run(["true"], tmp_path / "run" / "log") is None
+        assert processes.stopped_by == number and signal.getsignal(number) == before
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @pytest.mark.parametrize(
