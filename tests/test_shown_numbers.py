@@ -74,11 +74,13 @@ def test_recipes() -> None:
     times = {seed: wall(by_case["dense"][seed]) / wall(row) for seed, row in by_case["fast"].items()}
     shown = re.findall(r"times as fast, by seed: (\d\.\d+), (\d\.\d+), (\d\.\d+)", STUDY)
     assert [float(each) for each in shown[0]] == pytest.approx([times[seed] for seed in ("1234", "2", "3")], abs=SHOWN_DIGITS)  # fmt: skip
-    overview = csv.DictReader((ROOT / "examples/study/results/recipes.overview.csv").open())
-    [fast] = [row for row in overview if row["runs"] == "fast"]
-    mean = tuple(f"{float(fast[f'mean.of_first{part}']):.3f}" for part in ("", ".low", ".high"))
-    assert re.findall(r"model kept (\d\.\d+) \[(\d\.\d+), (\d\.\d+)\]", FIRST_PAGE) == [mean]
-    assert re.findall(r"counting least \((\d\.\d+)\)", FIRST_PAGE) == [f"{float(fast['counting.of_first']):.3f}"]
+    kept = {seed: float(row["eval.mean"]) / float(by_case["dense"][seed]["eval.mean"]) for seed, row in by_case["fast"].items()}  # fmt: skip
+    shares = tuple(f"{kept[seed]:.3f}" for seed in ("1234", "2", "3"))
+    for text in (FIRST_PAGE, (ROOT / "examples/quickstart/README.md").read_text()):
+        assert re.findall(r"kept\s+(\d\.\d+),\s+(\d\.\d+)\s+and\s+(\d\.\d+)", text) == [shares]
+        [span] = re.findall(r"(\d\.\d+)\s+to\s+(\d\.\d+)\s+of\s+the\s+time", text)
+        found = [1 / max(times.values()), 1 / min(times.values())]
+        assert [float(each) for each in span] == pytest.approx(found, abs=SHOWN_DIGITS)
 
 
 def wall(run: dict[str, str]) -> float:

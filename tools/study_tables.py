@@ -65,6 +65,10 @@ def collect(runs: Path, sweep: str) -> bool:
     found = {case: raw_of(case, runs) for case in cases if (runs / case.partition("/")[0] / "results.csv").is_file()}
     if not table.is_file() or any({row["status"] for row in found.get(case, ())} != {"done"} for case in cases):
         return False
+    for case in BESIDE[sweep]:
+        if differs(found[case], case):
+            print(f"{sweep}: {case} is not as it is kept: take its whole sweep first", file=sys.stderr)
+            return False
     folders = [runs / case.partition("/")[0] / row["run"] for case, rows in found.items() for row in rows]
     with tempfile.TemporaryDirectory() as out:
         if megatron_sts(["report", *map(str, folders), "--out", out]):
@@ -74,6 +78,16 @@ def collect(runs: Path, sweep: str) -> bool:
             shutil.copy(Path(out) / FIGURES[sweep], RESULTS / f"{sweep}.png")
     shutil.copy(table, RESULTS / f"{sweep}.csv")
     return True
+
+
+def differs(rows: Sequence[Row], case: str) -> bool:
+    """Whether a case came to anything else than what is kept of it, from which parts of other tables are made."""
+    kept = RESULTS / f"{case.partition('/')[0]}.csv"
+    told = [
+        {(row["run"], key): row[key] for row in each for key in row if key.startswith("eval.") or key.endswith("_loss")}
+        for each in (rows, raw_of(case) if kept.is_file() else ())
+    ]
+    return told[0] != told[1]
 
 
 def collect_failures(runs: Path) -> bool:
@@ -169,9 +183,18 @@ def shown_name(case: str, sweep: str) -> str:
 
 
 def seconds_of(case: str, base: str) -> str:
-    """Of training, summed over both stages and all seeds, as a share of the base's."""
-    ours, theirs = (sum(float(row[f"{stage}.wall_s"]) for row in raw_of(each) for stage in ("alignment", "finetune")) for each in (case, base))  # fmt: skip
-    return "1" if case == base else f"{ours / theirs:.2f}"
+    """Of training, summed over both stages and the seeds that both have, as a share of the base's."""
+    ours, theirs = (
+        {row["seed"]: [row[f"{stage}.wall_s"] for stage in ("alignment", "finetune")] for row in raw_of(each)}
+        for each in (case, base)
+    )
+    seeds = ours.keys() & theirs.keys()
+    if not seeds or not all(all(ours[seed] + theirs[seed]) for seed in seeds):
+        return "n/a"
+    share = sum(float(each) for seed in seeds for each in ours[seed]) / sum(
+        float(each) for seed in seeds for each in theirs[seed]
+    )
+    return "1" if case == base else f"{share:.2f}"
 
 
 def mean_of(row: Row, *, is_base: bool) -> str:

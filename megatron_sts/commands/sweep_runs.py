@@ -21,8 +21,8 @@ GRACE_S = 60.0
 
 
 class Processes:
-    """Runs' processes. A signal that ends the sweep asks each of them to save and end, and keeps others from starting; a second
-    one, or none that has ended within ``GRACE_S``, kills them."""
+    """Runs' processes. A signal that ends the sweep asks each of them to save and end, and keeps others from starting. They are
+    killed where they have not within ``GRACE_S``, or by Ctrl-C after that signal: batch systems repeat theirs, people mean it."""
 
     def __init__(self) -> None:
         self._running: set[subprocess.Popen[bytes]] = set()
@@ -51,8 +51,10 @@ class Processes:
                 return None
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("a") as file:
-                # In a group of its own: Ctrl-C reaches it through us alone, once.
+                # In a group of its own: Ctrl-C reaches it through us alone, once. SIGUSR1 waits until it is ready for it.
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, process_group=0)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._running.add(process)
         while True:
             try:
@@ -67,12 +69,13 @@ class Processes:
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if self.stopped_by is not None:
-            self._deadline = 0.0
+            if number in (signal.SIGINT, signal.SIGQUIT):
+                self._deadline = 0.0
             return
         self.stopped_by, self._deadline = number, time.monotonic() + GRACE_S
         with self._lock:  # of other threads, as this is the main one
             for process in self._running:
                 process.send_signal(signal.SIGTERM)
-            told = f"megatron-sts: {signal.Signals(number).name}: runs save and end; once more ends them at once\n"
+            told = f"megatron-sts: {signal.Signals(number).name}: runs save and end; Ctrl-C ends them at once\n"
         with suppress(OSError):  # the terminal may be gone
             os.write(2, told.encode())

@@ -55,6 +55,15 @@ def test_every_sweep_is_in_the_readme_and_all_of_them_there_exist() -> None:
     assert sorted(named) == [path.stem for path in SWEEPS]
 
 
+def test_totals_are_those_of_the_sweeps() -> None:
+    text = (STUDY / "README.md").read_text()
+    rows = [line.split("|") for line in text.splitlines() if re.match(r"\| \[\w+\]\(sweeps/", line)]
+    [(num_runs, flops, hours)] = re.findall(r"All (\d+) runs together are about (\S+) FLOPs, ([\d.]+) hours", text)
+    assert int(num_runs) == sum(int(row[3]) for row in rows)
+    assert float(flops) == pytest.approx(sum(float(row[4]) for row in rows), rel=0.01)
+    assert float(hours) == pytest.approx(sum(int(row[5]) for row in rows) / 60, abs=0.051)
+
+
 def test_schedules_skip_the_same_share_of_layers() -> None:
     shares = {}
     for name, (_, run) in resolved(STUDY / "sweeps" / "schedules.yaml").items():

@@ -158,6 +158,11 @@ def tasks(run: Path, job: str) -> list[tuple[list[str], dict[str, str]]]:
 @pytest.mark.parametrize("launcher", ["torchrun", "srun", "by hand"])
 def test_words_arrive_as_written(cluster, stand_in: str, tmp_path: Path, capsys, launcher: str) -> None:
     run = tmp_path / "a 'run' of \"mine\" 100%j"
+    overrides = [
+        *NASTY,
+        "parallel.data_parallel_size=null",
+        "parallel.pipeline_model_parallel_size=2",
+    ]  # for four ranks
     if launcher == "by hand":
         environment = os.environ | {
             "STS_PYTHON": stand_in,
@@ -166,20 +171,20 @@ def test_words_arrive_as_written(cluster, stand_in: str, tmp_path: Path, capsys,
             "STS_ROOT": str(tmp_path),
         }
         options = ["--parsable", "--nodes=2", "--cpus-per-task=4", f"--output={tmp_path}/log"]
-        command = ["sbatch", *options, str(ROOT / "launch/slurm/train.sbatch"), "config.yaml", *NASTY]
+        command = ["sbatch", *options, str(ROOT / "launch/slurm/train.sbatch"), "config.yaml", *overrides]
         job = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.strip()
         config = "config.yaml"
     else:
         flag = ["--srun-ranks"] if launcher == "srun" else ["--follow"]
         words = ["--run-dir", str(run), "--python", stand_in, "--env", "NCCL_IB_HCA=a b", "--cpus-per-rank", "2", *flag]
-        launch(*words, *NASTY, gpus=2, ranks=2)
+        launch(*words, *overrides, gpus=2, ranks=2)
         [job] = submitted(capsys)
         config = str(run / "launch/001/config.yaml")
     assert end_of(job) == "COMPLETED"
     found = tasks(run, job)
     assert len(found) == (4 if launcher == "srun" else 2)
     for words, environment in found:
-        assert words == ["-m", "megatron_sts.launch.slurm_task", "train", config, *NASTY, "--run-dir", str(run)]
+        assert words == ["-m", "megatron_sts.launch.slurm_task", "train", config, *overrides, "--run-dir", str(run)]
         assert (
             environment["STS_CPUS_PER_TASK"]
             == environment["SLURM_CPUS_PER_TASK"]
@@ -285,7 +290,7 @@ def test_the_next_start_does_without_a_node_that_was_lost(cluster, stand_in: str
         ("no other", 1, ["--exclude", "node2,node3"], "lost,true,0"),
     ]:
         words = ["--run-dir", str(tmp_path / name), *python, *exclude, "--env", f"PLAY={play}", "--env", "STS_MEET_S=3"]
-        launch(*words, "parallel.pipeline_model_parallel_size=1", "parallel.layout=even", nodes=nodes)
+        launch(*words, "parallel.data_parallel_size=null", nodes=nodes)
         [jobs[name]] = submitted(capsys)
     assert {end_of(job) for job in jobs.values()} == {"COMPLETED"}
     logs = {name: log_of(tmp_path / name) for name in jobs}

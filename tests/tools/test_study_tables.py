@@ -79,6 +79,10 @@ def test_seconds_are_of_both_stages_and_all_seeds(
     write_csv(tmp_path / "sweep.csv", rows)
     assert study_tables.seconds_of("sweep/dense", "sweep/dense") == "1"
     assert study_tables.seconds_of("sweep/fast", "sweep/dense") == "0.45"  # 90 of 200
+    once = {"run": "once-seed=1", "seed": "1", "alignment.wall_s": "9", "finetune.wall_s": "9"}
+    write_csv(tmp_path / "sweep.csv", [*rows, once, {**once, "run": "untold-seed=1", "finetune.wall_s": ""}])
+    assert study_tables.seconds_of("sweep/once", "sweep/dense") == "0.20"  # 18 of the 90 of that seed
+    assert study_tables.seconds_of("sweep/untold", "sweep/dense") == "n/a"
 
 
 def test_results_are_taken_from_runs_that_are_done(
@@ -118,6 +122,10 @@ def test_results_are_taken_from_runs_that_are_done(
     )
     assert found and float(found[1]) < 0.49 and float(found[2]) > 0.51
     assert unpaired == "| other | 1.00 | 1.500 | n/a | n/a | n/a |"
+    anew = [{**row, "eval.mean": "0.5"} for row in done[:2]]
+    write_csv(tmp_path / "runs/first/results.csv", [*anew, {**anew[0], "run": "late-seed=1", "status": "missing"}])
+    assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
+    assert "second: first/dense is not as it is kept: take its whole sweep first" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
     with pytest.raises(SystemExit):  # there is no place for the first
         study_tables.main(["--write"])
