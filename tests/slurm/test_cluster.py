@@ -202,6 +202,7 @@ def test_words_arrive_as_written(cluster, stand_in: str, tmp_path: Path, capsys,
 
 def test_a_job_that_can_never_start_is_refused(cluster, tmp_path: Path, capsys) -> None:
     place = ["--nodes", "4", "--gpus-per-node", "0", "--ranks-per-node", "1", "--run-dir", str(tmp_path / "run")]
+    place += ["parallel.data_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]  # four ranks
     assert main(["launch", "slurm", QUICKSTART, *place]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "SLURM could not start this job" in told and "not available" in told
