@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -17,10 +18,12 @@ from megatron_sts.commands.notes import notes
 from megatron_sts.commands.obstacles import obstacles, other_run, unreadable_data
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved, ResolvedStage
+from megatron_sts.config.schema import LdsConfig
+from megatron_sts.config.tokens import TokenCounts
 from megatron_sts.cost.flops import planned_load, step_flops
 from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per_rank
 from megatron_sts.cost.peak import CONTEXT_BYTES, peak_memory
-from megatron_sts.lds.schedule import mean_skip_fraction
+from megatron_sts.lds.schedule import mean_skip_fraction, skip_probabilities
 from megatron_sts.runtime.probe import check_usable
 from megatron_sts.train.resume import is_begun
 
@@ -82,7 +85,6 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
     counts = stage.typical
     load, dense = (planned_load(resolved, stage, shape) for shape in (counts, stage.uncompressed))
     num_layers = resolved.config.model.language.num_layers
-    no_layers, all_layers = (mean_flops(resolved, stage, layers_executed=count) for count in (0, num_layers))
     skipped = 0.0 if config.lds is None else float(mean_skip_fraction(config.lds, stage.num_steps, num_layers))
     return {
         "name": stage.name,
@@ -99,8 +101,8 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
         "tokens_per_step": load.num_tokens,
         "images_per_step": load.num_images,
         "flops_per_step_dense": step_flops(resolved, stage, dense, layers_executed=num_layers),
-        "flops_per_step_all_layers": all_layers,
-        "flops_per_step_mean": round(all_layers - skipped * (all_layers - no_layers)),
+        "flops_per_step_all_layers": mean_flops(resolved, stage, None),
+        "flops_per_step_mean": mean_flops(resolved, stage, config.lds),
         "mean_skip_fraction": skipped,
         "state_bytes_per_rank": [memory.total_bytes for memory in memory_per_rank(resolved, stage)],
         "peak_bytes_per_rank": [peak.total_bytes for peak in peak_memory(resolved, stage, assumed_kernels(resolved))],
@@ -110,12 +112,15 @@ def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:
     }
 
 
-def mean_flops(resolved: Resolved, stage: ResolvedStage, *, layers_executed: int) -> int:
-    """Of a step in the mean over the stage, whose steps may have different shapes."""
-    shapes = Counter(stage.tokens(step) for step in range(stage.num_steps))
+def mean_flops(resolved: Resolved, stage: ResolvedStage, lds: LdsConfig | None) -> int:
+    """Of a step in the mean over the stage, with ``lds``: its steps may have different shapes, and those with most tokens skip least."""
+    num_layers, layers_executed = resolved.config.model.language.num_layers, defaultdict[TokenCounts, list[float]](list)
+    for step in range(stage.num_steps):
+        skipped = 0.0 if lds is None else float(skip_probabilities(lds, step, stage.num_steps, num_layers).sum())
+        layers_executed[stage.tokens(step)].append(num_layers - skipped)
     total = sum(
-        count * step_flops(resolved, stage, planned_load(resolved, stage, shape), layers_executed=layers_executed)
-        for shape, count in shapes.items()
+        len(layers) * step_flops(resolved, stage, planned_load(resolved, stage, shape), layers_executed=fmean(layers))
+        for shape, layers in layers_executed.items()
     )
     return round(total / stage.num_steps)
 

@@ -189,6 +189,27 @@ def test_dry_run_counts_what_is_skipped(config: Path, capsys: pytest.CaptureFixt
     assert stage["flops_per_step_mean"] < stage["flops_per_step_all_layers"]
 
 
+def test_dry_run_knows_that_dense_steps_skip_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Half of the steps with all tokens and all layers: the mean of two stages that are all of one kind. Means of both, multiplied, are less."""
+    part, found = "stages.finetune", {}
+    lds = "alpha: 0.5, epsilon: 0.5, schedule: piecewise, schedule_points"
+    vtc = "keep_ratio: 0.25, schedule: piecewise, schedule_points"
+    for name, (begin, middle) in {"sparse": (0.25, 0.25), "mixed": (0.25, 1), "dense": (1, 1)}.items():
+        words = [
+            str(Path(__file__).parents[2] / "examples" / "quickstart"),
+            f"{part}.steps=10",
+            f"{part}.optimizer.warmup_steps=1",
+        ]
+        words += [f"{part}.vtc={{{vtc}: [[0, {begin}], [0.4, {begin}], [0.5, {middle}]]}}"]
+        words += [f"{part}.lds={{{lds}: [[0, {int(begin < 1)}], [0.4, {int(begin < 1)}], [0.5, {int(middle < 1)}]]}}"]
+        assert main(["train", *words, "--dry-run", "--json"]) == 0
+        found[name] = json.loads(capsys.readouterr().out)["stages"][1]
+    assert found["dense"]["flops_per_step_mean"] == found["dense"]["flops_per_step_dense"]
+    halves = (found["sparse"]["flops_per_step_mean"] + found["dense"]["flops_per_step_mean"]) / 2
+    assert found["mixed"]["flops_per_step_mean"] == pytest.approx(halves, abs=2)  # each is rounded
+    assert found["mixed"]["mean_skip_fraction"] == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize(
     ("where", "said"), [(None, "on all ranks of a model copy"), ("first", "on the first pipeline stage")]
 )

@@ -202,7 +202,7 @@ def test_words_arrive_as_written(cluster, stand_in: str, tmp_path: Path, capsys,
 
 def test_a_job_that_can_never_start_is_refused(cluster, tmp_path: Path, capsys) -> None:
     place = ["--nodes", "4", "--gpus-per-node", "0", "--ranks-per-node", "1", "--run-dir", str(tmp_path / "run")]
-    place += ["parallel.data_parallel_size=2", "parallel.pipeline_model_parallel_size=2"]  # four ranks
+    place += ["parallel.pipeline_model_parallel_size=2"]  # for four ranks
     assert main(["launch", "slurm", QUICKSTART, *place]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "SLURM could not start this job" in told and "not available" in told
@@ -316,6 +316,26 @@ def test_numbers_of_an_array_are_filled_in(cluster, stand_in: str, tmp_path: Pat
     for number in (3, 5):
         [(words, _), _] = [json.loads(path.read_text()) for path in (tmp_path / f"runs/{number}").glob("task-*")]
         assert f"seed={number}" in words and words[-1] == str(tmp_path / f"runs/{number}")
+
+
+def test_a_signal_to_the_batch_shell_reaches_a_sweep(cluster, tmp_path: Path) -> None:
+    """As megatron_sts/config/README.md starts one; its run saves."""
+    written = stagehand.config(evaluation={"num_questions": 0}, checkpoint={}) | {"logging": {"tensorboard": False}}
+    written["stages"] = [written["stages"][1] | {"steps": 100_000}]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"config": "config.yaml", "seeds": [1]}))
+    out = tmp_path / "out"
+    wrapped = f"exec {sys.executable} -m megatron_sts sweep {tmp_path}/sweep.yaml --out {out}"
+    command = ["sbatch", "--parsable", "--signal=B:USR1@180", f"--output={tmp_path}/log", "--wrap", wrapped]
+    job = subprocess.run(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=True
+    ).stdout.strip()
+    wait_for(lambda: ("finetune", 1) in numbers(out / "seed=1"), "no step")
+    tell("--batch", "--signal=USR1", job)
+    wait_for(
+        lambda: (tmp_path / "log").read_text().endswith("stopped by SIGUSR1; the same command goes on\n"), "not stopped"
+    )
+    assert json.loads((out / "seed=1" / "outcome.json").read_text())["outcome"] == "stopped"
 
 
 def local_run(run: Path, config: str, *overrides: str) -> dict[tuple[str, int], dict[str, Any]]:
