@@ -89,7 +89,7 @@ sts_install() {
   if ! { sts_python_is_new_enough "$venv/bin/python" && "$venv/bin/python" -m pip --version >/dev/null 2>&1; }; then
     sts_make_venv "$venv" || return 1
   fi
-  sts_say "installing megatron-sts and what it needs into $venv (the first time: several GB, minutes)"
+  sts_say "installing megatron-sts and what it needs into $venv (the first time: some 6 GB, five to ten minutes)"
   [ -t 2 ] || quiet=(--quiet)
   "$venv/bin/python" -m pip install --disable-pip-version-check ${quiet[@]+"${quiet[@]}"} -e "${root}[dev]" >&2 || {
     sts_say "error: the installation failed (see above); start again to resume it"

@@ -223,7 +223,12 @@ FLOP_ROWS = {
 
 
 def _stages_table(stages: list[Outline]) -> Table:
-    table = Table("", *(stage["name"] for stage in stages), title="Stages", title_justify="left")
+    table = Table(
+        "",
+        *(stage["name"] for stage in stages),
+        title="Stages (tokens: as in the middle of each)",
+        title_justify="left",
+    )
     table.add_row("frozen", *(", ".join(stage["freeze"]) or "nothing" for stage in stages))
     if any(stage["bf16_products"] for stage in stages):
         table.add_row("not in FP8", *(", ".join(stage["bf16_products"]) or "nothing" for stage in stages))

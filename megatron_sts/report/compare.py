@@ -314,5 +314,6 @@ def ways_apart(comparison: Comparison) -> list[str]:
     if not comparison["ways"]:
         return []
     fields = ", ".join(f"{field} {json.dumps(dense)} and {json.dumps(sts)}" for field, dense, sts in comparison["ways"])
-    ranks = " and ".join(str(comparison["runs"][name]["num_ranks"]) for name in ("dense", "sts"))
-    return [f"Not run alike, on {ranks} ranks, so that seconds, tokens/s and memory compare that too: {fields}."]
+    dense, sts = (comparison["runs"][name]["num_ranks"] for name in ("dense", "sts"))
+    ranks = f"{dense} rank{'s' if dense > 1 else ''} each" if dense == sts else f"{dense} and {sts} ranks"
+    return [f"Not run alike, on {ranks}, so that seconds, tokens/s and memory compare that too: {fields}."]

@@ -6,16 +6,20 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, ResolvedStage, resolve
 from megatron_sts.cost.flops import planned_load, step_flops
+from megatron_sts.data.scenes.source import evaluation_questions
 from megatron_sts.lds.mask import draw_mask
 from megatron_sts.lds.placement import placement
 from tests import warm
@@ -46,8 +50,18 @@ def evaluations(runs: Path) -> int:
     return sum(json.loads(line).get("event") == "evaluation" for line in lines)
 
 
+def answer(folder: Path) -> str:
+    """What the README's ``generate`` prints in ``folder``."""
+    (folder / "examples").symlink_to(ROOT / "examples")
+    [line] = re.findall(r"^megatron-sts generate runs/quickstart/.*$", (ROOT / "README.md").read_text(), re.M)
+    environment = {**os.environ, "PATH": warm.path(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        shlex.split(line), cwd=folder, env=environment, capture_output=True, text=True, timeout=100, check=True
+    ).stdout
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(520)
 def test_quickstart_end_to_end_and_again(tmp_path: Path) -> None:
     first = start(tmp_path)
     assert first.returncode == 0, first.stderr
@@ -61,10 +75,18 @@ def test_quickstart_end_to_end_and_again(tmp_path: Path) -> None:
     assert comparison["ratios"]["stages"]["alignment"]["flops"] < 0.8
     assert comparison["ratios"]["stages"]["finetune"]["flops"] < 0.5
     assert (runs / "comparison.png").exists() and (runs / "dense" / "report.html").exists()
+    assert answer(tmp_path).endswith("\n")
     again = start(tmp_path)
     assert again.returncode == 0, again.stderr
     assert evaluations(runs) == 2
     assert json.loads((runs / "comparison.json").read_text()) == comparison
+
+
+def test_the_picture_to_ask_about_is_a_scene_of_the_evaluation() -> None:
+    question = evaluation_questions("counting", "eval", 11, 1234)[10]
+    assert question.question == "how many cat ?"
+    with Image.open(EXAMPLE / "scene.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), question.image())
 
 
 def test_a_dry_run_of_both_ends_well(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from megatron_sts.config.load import dump
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.report import sweep
-from megatron_sts.report.compare import Comparison, compare, markdown
+from megatron_sts.report.compare import Comparison, compare, markdown, ways_apart
 from megatron_sts.report.fields import PARTS
 from megatron_sts.report.figures import run_figures, times_figure
 from megatron_sts.report.planned import beside_plan
@@ -298,6 +298,8 @@ def test_how_ranks_shared_the_work_does_not_keep_runs_apart(
     line = "Not run alike, on 1 and 2 ranks, so that seconds, tokens/s and memory compare that too: parallel.context_parallel_size 1 and 2, "
     said = capsys.readouterr().out
     assert line in said and "wall-clock x ranks" in said and line in (runs[0].parent / "comparison.md").read_text()
+    found["runs"]["sts"]["num_ranks"] = 1
+    assert ways_apart(found)[0].startswith("Not run alike, on 1 rank each, so that")
 
 
 def test_where_the_time_goes(tmp_path: Path) -> None:
