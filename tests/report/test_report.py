@@ -32,6 +32,7 @@ STAGE = {
     "optimizer": {"lr": 1e-3},
     "batch": {"global_batch_size": 8, "micro_batch_size": 2, "sequence_length": 32},
 }
+PARTS_S = dict(zip(PARTS, (0.1, 0.4, 0.7, 0.1, 0.2, 0.1, 0.3, 0.1), strict=True))
 CONFIG = {
     "model": {
         "vision": None,
@@ -304,20 +305,19 @@ def test_how_ranks_shared_the_work_does_not_keep_runs_apart(
 
 def test_where_the_time_goes(tmp_path: Path) -> None:
     """Means over the steps that tell, one is of an earlier version; of the ranks the last window."""
-    parts = dict(zip(PARTS, (0.1, 0.4, 0.7, 0.1, 0.2, 0.1, 0.3, 0.1), strict=True))
     rates = {"images_per_s": 4.0, "tflops_per_device": 2.0, "mfu": None}
     told = [
-        line("finetune", step, 2.0, 700, **parts, **rates, checkpoint_s=saved) for step, saved in ((1, 0.0), (2, 0.6))
+        line("finetune", step, 2.0, 700, **PARTS_S, **rates, checkpoint_s=saved) for step, saved in ((1, 0.0), (2, 0.6))
     ]
     windows = [{"event": "ranks", "stage": "finetune", "forward_s": [first, 2.0]} for first in (9.0, 1.0)]
     lines = [line("alignment", 0, 1.0, 1), line("finetune", 0, 1.0, 700), told[0], windows[0], told[1], windows[1]]
     run = read_run(write_run(tmp_path / "run", 700, 1.0, 0.6, lines))
     found = times(run)
     assert list(found) == ["finetune"]
-    assert found["finetune"].parts == pytest.approx({**parts, "checkpoint_s": 0.3})
+    assert found["finetune"].parts == pytest.approx({**PARTS_S, "checkpoint_s": 0.3})
     assert found["finetune"].ranks == {"forward_s": [1.0, 2.0]}
     mean, ranks = times_figure(found).axes
-    assert [bar.get_width() for bar in mean.patches] == pytest.approx([*parts.values(), 0.3])
+    assert [bar.get_width() for bar in mean.patches] == pytest.approx([*PARTS_S.values(), 0.3])
     assert ranks.get_xlim() == (-0.5, 1.5) and ranks.get_xlabel() == "rank"
     assert report([run], None) == 0
     page = (run.folder / "report.html").read_text()
@@ -328,11 +328,10 @@ def test_where_the_time_goes(tmp_path: Path) -> None:
 
 def test_measured_beside_planned(tmp_path: Path) -> None:
     """Of the stage whose lines tell, without its first step; ``plan`` is asked for as many steps as the run has."""
-    parts = dict(zip(PARTS, (0.1, 0.4, 0.7, 0.1, 0.2, 0.1, 0.3, 0.1), strict=True))
     rates = {"images_per_s": 4.0, "tflops_per_device": 2.0, "mfu": 0.5, "padded_tokens": 256, "images": 8}
     times_s = (9.0, 2.0, 4.0)
     told = [
-        line("finetune", step, time_s, 7 * 10**12, **parts, **rates, checkpoint_s=0.0)
+        line("finetune", step, time_s, 7 * 10**12, **PARTS_S, **rates, checkpoint_s=0.0)
         for step, time_s in enumerate(times_s)
     ]
     folder = write_run(tmp_path / "run", 700, 1.0, 0.6, [line("alignment", 0, 1.0, 1), *told])
@@ -348,11 +347,8 @@ def test_measured_beside_planned(tmp_path: Path) -> None:
     assert list(processes) == [0, 1, 2, 3]
     assert [name.rpartition(" ")[2] for name in processes.values()] == ["(measured)"] * 2 + ["(planned)"] * 2
     assert processes[1] == "finetune, step 1 (measured)"
-    done = [
-        (event["tid"], event["name"], event["ts"], event["dur"])
-        for event in events
-        if event["ph"] == "X" and event["pid"] == 1
-    ]
+    spans = [event for event in events if event["ph"] == "X" and event["pid"] == 1]
+    done = [tuple(event[key] for key in ("tid", "name", "ts", "dur")) for event in spans]
     assert done == [(0, "forward", 5e5, 2.5e5), (0, "backward", 1e6, 2.5e5), (1, "pipeline wait", 0.0, 5e5)]
     page = (folder / "report.html").read_text()
     assert "Measured beside planned" in page and page.count("<svg") == 5 and "alignment: seconds a step" not in page
