@@ -248,6 +248,11 @@ def check_rates_of_parts(stage: StageConfig, model: ModelConfig) -> None:
 def check_decay(stage: StageConfig) -> None:
     """The learning rate falls, to a value that its schedule reads."""
     optimizer, field = stage.optimizer, f"stages.{stage.name}.optimizer.min_lr"
+    if (optimizer.schedule == "wsd") != (optimizer.decay_fraction is not None):
+        why = "schedule=wsd needs it" if optimizer.schedule == "wsd" else f"schedule={optimizer.schedule} reads none"
+        remedy = "give one, such as 0.1" if optimizer.schedule == "wsd" else "leave it out, or use schedule=wsd"
+        field = f"stages.{stage.name}.optimizer.decay_fraction"
+        refuse(field, "null" if optimizer.decay_fraction is None else optimizer.decay_fraction, why, remedy)
     if optimizer.schedule == "constant" and optimizer.min_lr:
         refuse(field, optimizer.min_lr, "schedule=constant reads none", "set it to 0, or another schedule")
     if optimizer.min_lr > optimizer.lr:

@@ -143,11 +143,14 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)]
     """Largest learning rate, reached after the warm-up."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """cosine, linear: where the learning rate ends; at most ``lr``."""
+    """Where the learning rate ends, unless it is constant; at most ``lr``."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises linearly from 0."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls to ``min_lr`` at the stage's end; constant: it does not."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """How the learning rate falls to ``min_lr`` at the stage's end. wsd: it stays, and falls linearly in the last
+    ``decay_fraction`` of the steps (warm-up, stable, decay: MiniCPM, arXiv 2404.06395); constant: it does not fall."""
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """wsd: share of the stage's steps in which the learning rate falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, times the learning rate; biases and norms have none."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0

@@ -40,7 +40,20 @@ def num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -
             f"the stage has {steps} steps",
             f"use at most {steps}",
         )
+    if (falling := num_decay_steps(stage, steps)) and stage.optimizer.warmup_steps + falling > steps:
+        refuse(
+            f"stages.{stage.name}.optimizer.decay_fraction",
+            stage.optimizer.decay_fraction,
+            f"of {steps} steps {stage.optimizer.warmup_steps} are the warm-up, and {falling} these",
+            "lower one of the two",
+        )
     return steps
+
+
+def num_decay_steps(stage: StageConfig, num_steps: int) -> int | None:
+    """wsd: the last steps, in which the learning rate falls: at least one. None with other schedules."""
+    fraction = stage.optimizer.decay_fraction
+    return None if fraction is None else max(1, round(exact(fraction) * num_steps))
 
 
 def num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:

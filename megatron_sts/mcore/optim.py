@@ -19,6 +19,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.schema import OptimizerConfig as StageOptimizerConfig
 from megatron_sts.config.schema import PartsOptimizerConfig
+from megatron_sts.config.step_counts import num_decay_steps
 from megatron_sts.lds.mask import SkipMask
 from megatron_sts.mcore.buckets import LayerDataParallel
 from megatron_sts.mcore.config import PARAMS_DTYPE
@@ -95,7 +96,7 @@ class StageOptimizer:
     def __init__(
         self, resolved: Resolved, stage: ResolvedStage, chunks: Sequence[LayerDataParallel], clock: StepClock
     ) -> None:
-        settings = stage.config.optimizer
+        self._stage, settings = stage.config, stage.config.optimizer
         dtype = PARAMS_DTYPE[resolved.config.precision.params]
         self._chunks = chunks
         self._freeze_skipped = stage.config.lds is not None and stage.config.lds.skipped_update == "freeze"
@@ -128,7 +129,9 @@ class StageOptimizer:
             min_lr=settings.min_lr if settings.schedule != "constant" else settings.lr,
             lr_warmup_steps=settings.warmup_steps,
             lr_decay_steps=max(stage.num_steps, settings.warmup_steps + 1),
-            lr_decay_style=settings.schedule,
+            lr_decay_style="WSD" if settings.schedule == "wsd" else settings.schedule,
+            wsd_decay_steps=num_decay_steps(stage.config, stage.num_steps),
+            lr_wsd_decay_style="linear",
             start_wd=settings.weight_decay,
             end_wd=settings.weight_decay,
             wd_incr_steps=0,
@@ -155,11 +158,13 @@ class StageOptimizer:
     def load_schedule(self, state: dict[str, Any]) -> float:
         """Goes on where ``state`` left the schedule, planned for this stage's number of steps; the next learning rate had
         that not changed."""
-        planned = self.scheduler.lr_decay_steps
-        self.scheduler.load_state_dict({**state, "lr_decay_steps": planned})
-        self.scheduler.lr_decay_steps = state["lr_decay_steps"]
+        scheduler = self.scheduler
+        planned, num_falling = scheduler.lr_decay_steps, scheduler.wsd_decay_steps
+        scheduler.load_state_dict({**state, "lr_decay_steps": planned})
+        scheduler.lr_decay_steps = state["lr_decay_steps"]
+        scheduler.wsd_decay_steps = num_decay_steps(self._stage, state["lr_decay_steps"])
         before = self.lr
-        self.scheduler.lr_decay_steps = planned
+        scheduler.lr_decay_steps, scheduler.wsd_decay_steps = planned, num_falling
         return before
 
     def begin_step(self, mask: SkipMask) -> None:

@@ -359,6 +359,18 @@ def test_ground_floor_is_torch_free() -> None:
             "stages.0.optimizer={schedule: constant, lr: 0.1, min_lr: 0.01}",
             "stages.alignment.optimizer.min_lr=0.01: schedule=constant reads none",
         ),
+        (
+            "stages.0.optimizer={schedule: wsd, lr: 0.1}",
+            "stages.alignment.optimizer.decay_fraction=null: schedule=wsd needs it; give one",
+        ),
+        (
+            "stages.0.optimizer.decay_fraction=0.1",
+            "stages.alignment.optimizer.decay_fraction=0.1: schedule=cosine reads none",
+        ),
+        (
+            "stages.0.optimizer={schedule: wsd, lr: 0.1, warmup_steps: 6, decay_fraction: 0.5}",
+            "stages.alignment.optimizer.decay_fraction=0.5: of 10 steps 6 are the warm-up, and 5 these; lower one",
+        ),
         ("model.language.norm_epsilon=-1", "model.language.norm_epsilon=-1: it should be greater"),
         ("model.language.init_std=-1", "model.language.init_std=-1: it should be greater than 0"),
         ("model.language.embedding_init_std=1e300", "model.language.embedding_init_std=1e+300: it should be less"),
