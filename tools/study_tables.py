@@ -18,7 +18,7 @@ from statistics import fmean
 from plan_table import write_into
 
 from megatron_sts.cli import main as megatron_sts
-from megatron_sts.config.sweep import SweepRun
+from megatron_sts.config.sweep import SweepRun, read, runs_of
 from megatron_sts.report.figures import save_png
 from megatron_sts.report.groups import Group, half_width
 from megatron_sts.report.run import read_run
@@ -30,6 +30,7 @@ RESULTS = STUDY / "results"
 LLAVA = "claims_llava/"
 BESIDE: dict[str, tuple[str, ...]] = {
     "recipes": (),
+    "fast_parts": ("recipes/dense", "recipes/fast"),
     "dense_rates": ("recipes/dense",),
     "claims_llava": (),
     "claims_minigpt4": (),
@@ -59,11 +60,11 @@ Row = Mapping[str, str]
 
 
 def collect(runs: Path, sweep: str) -> bool:
-    """Takes both CSVs of a sweep from ``runs``; False where it, or a case that it is read beside, is not done there."""
-    table = runs / sweep / "results.csv"
-    cases = [*BESIDE[sweep], *(cases_of(table, sweep) if table.is_file() else ())]
+    """Takes both CSVs of a sweep from ``runs``; False where a case of it, or one that it is read beside, is not done there."""
+    table, written = runs / sweep / "results.csv", runs_of(read(STUDY / "sweeps" / f"{sweep}.yaml"))
+    cases = [*BESIDE[sweep], *dict.fromkeys(f"{sweep}/{run.name.removesuffix(f'-seed={run.seed}')}" for run in written)]
     found = {case: raw_of(case, runs) for case in cases if (runs / case.partition("/")[0] / "results.csv").is_file()}
-    if not table.is_file() or any({row["status"] for row in found.get(case, ())} != {"done"} for case in cases):
+    if any({row["status"] for row in found.get(case, ())} != {"done"} for case in cases):
         return False
     for case in BESIDE[sweep]:
         if differs(found[case], case):

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import yaml
 
 from tests.report.test_overview import seeded
 from tests.report.test_paired import group
@@ -33,6 +34,12 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_sweep(study: Path, name: str, *cases: str) -> None:
+    (study / "sweeps").mkdir(exist_ok=True)
+    sweep = {"config": "../config.yaml", "cases": {case: [] for case in cases}, "seeds": [1, 2]}
+    (study / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(sweep))
 
 
 def test_the_readme_has_the_tables_of_the_results(study_tables: ModuleType) -> None:
@@ -100,6 +107,8 @@ def test_results_are_taken_from_runs_that_are_done(
     other = [{**stage, "lds": {"alpha": 0.3}} for stage in CONFIG["stages"]]
     (tmp_path / "runs/first").mkdir(parents=True)
     (tmp_path / "runs/second").mkdir()
+    write_sweep(tmp_path, "first", "dense")
+    write_sweep(tmp_path, "second", "lds", "other")
     left_out = {"evaluation": {"left_out_of_mean": ["paired"]}}
     group(tmp_path / "runs/first", "dense", {1: all_of_both, 2: all_of_both}, **left_out)
     group(tmp_path / "runs/second", "lds", {1: every_second, 2: every_second}, stages=lds, **left_out)
@@ -110,6 +119,9 @@ def test_results_are_taken_from_runs_that_are_done(
     ]
     write_csv(tmp_path / "runs/first/results.csv", done[:2])
     write_csv(tmp_path / "runs/second/results.csv", [*done[2:4], {**done[4], "status": "missing"}])
+    assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
+    assert "second: not done" in capsys.readouterr().err
+    write_csv(tmp_path / "runs/second/results.csv", done[2:4])  # of some of its cases
     assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: not done" in capsys.readouterr().err
     write_csv(tmp_path / "runs/second/results.csv", done[2:])
@@ -123,7 +135,8 @@ def test_results_are_taken_from_runs_that_are_done(
     assert found and float(found[1]) < 0.49 and float(found[2]) > 0.51
     assert unpaired == "| other | 1.00 | 1.500 | n/a | n/a | n/a |"
     anew = [{**row, "eval.mean": "0.5"} for row in done[:2]]
-    write_csv(tmp_path / "runs/first/results.csv", [*anew, {**anew[0], "run": "late-seed=1", "status": "missing"}])
+    write_csv(tmp_path / "runs/first/results.csv", anew)
+    write_sweep(tmp_path, "first", "dense", "late")
     assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: first/dense is not as it is kept: take its whole sweep first" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
