@@ -60,9 +60,11 @@ Row = Mapping[str, str]
 
 
 def collect(runs: Path, sweep: str) -> bool:
-    """Takes both CSVs of a sweep from ``runs``; False where a case of it, or one that it is read beside, is not done there."""
-    table, written = runs / sweep / "results.csv", runs_of(read(STUDY / "sweeps" / f"{sweep}.yaml"))
-    cases = [*BESIDE[sweep], *dict.fromkeys(f"{sweep}/{run.name.removesuffix(f'-seed={run.seed}')}" for run in written)]
+    """Takes both CSVs of a sweep from ``runs``; False where a run of it, or a case that it is read beside, is not done there."""
+    table = runs / sweep / "results.csv"
+    if not table.is_file() or [row["run"] for row in rows_of(table)] != run_names(sweep):
+        return False
+    cases = [*BESIDE[sweep], *cases_of(table, sweep)]
     found = {case: raw_of(case, runs) for case in cases if (runs / case.partition("/")[0] / "results.csv").is_file()}
     if any({row["status"] for row in found.get(case, ())} != {"done"} for case in cases):
         return False
@@ -79,6 +81,11 @@ def collect(runs: Path, sweep: str) -> bool:
             shutil.copy(Path(out) / FIGURES[sweep], RESULTS / f"{sweep}.png")
     shutil.copy(table, RESULTS / f"{sweep}.csv")
     return True
+
+
+def run_names(sweep: str) -> list[str]:
+    """As its file has them."""
+    return [run.name for run in runs_of(read(STUDY / "sweeps" / f"{sweep}.yaml"))]
 
 
 def differs(rows: Sequence[Row], case: str) -> bool:

@@ -226,7 +226,7 @@ def _stages_table(stages: list[Outline]) -> Table:
     table = Table(
         "",
         *(stage["name"] for stage in stages),
-        title="Stages (tokens: as in the middle of each)",
+        title="Stages (tokens as in the middle of each, FLOPs in the mean)",
         title_justify="left",
     )
     table.add_row("frozen", *(", ".join(stage["freeze"]) or "nothing" for stage in stages))

@@ -147,10 +147,11 @@ class OptimizerConfig(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Steps in which the learning rate rises linearly from 0."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """How the learning rate falls to ``min_lr`` at the stage's end. wsd: it stays, and falls linearly in the last
-    ``decay_fraction`` of the steps (warm-up, stable, decay: MiniCPM, arXiv 2404.06395); constant: it does not fall."""
+    """How the learning rate falls to ``min_lr``, which it has reached after the stage's last step. wsd: it stays, and falls
+    linearly over the last ``decay_fraction`` of the steps (warm-up, stable, decay: MiniCPM, arXiv 2404.06395), the first of
+    which has all of it; constant: it does not fall."""
     decay_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """wsd: share of the stage's steps in which the learning rate falls."""
+    """wsd: share of the stage's steps over which the learning rate falls."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's, times the learning rate; biases and norms have none."""
     clip_grad: Annotated[float, Field(ge=0)] = 1.0

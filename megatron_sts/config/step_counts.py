@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 from megatron_sts.config.errors import refuse
 from megatron_sts.config.schema import DataConfig, ParallelConfig, StageConfig
@@ -44,16 +45,16 @@ def num_steps(stage: StageConfig, data: DataConfig, dataset_size: DatasetSize) -
         refuse(
             f"stages.{stage.name}.optimizer.decay_fraction",
             stage.optimizer.decay_fraction,
-            f"of {steps} steps {stage.optimizer.warmup_steps} are the warm-up, and {falling} these",
-            "lower one of the two",
+            f"the warm-up has {stage.optimizer.warmup_steps} steps and this {falling}, together more than {steps}",
+            "lower warmup_steps, or this",
         )
     return steps
 
 
 def num_decay_steps(stage: StageConfig, num_steps: int) -> int | None:
-    """wsd: the last steps, in which the learning rate falls: at least one. None with other schedules."""
+    """wsd: the last steps, over which the learning rate falls; rounded half up, at least one. None with other schedules."""
     fraction = stage.optimizer.decay_fraction
-    return None if fraction is None else max(1, round(exact(fraction) * num_steps))
+    return None if fraction is None else max(1, math.floor(exact(fraction) * num_steps + Fraction(1, 2)))
 
 
 def num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:

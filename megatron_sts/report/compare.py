@@ -315,5 +315,5 @@ def ways_apart(comparison: Comparison) -> list[str]:
         return []
     fields = ", ".join(f"{field} {json.dumps(dense)} and {json.dumps(sts)}" for field, dense, sts in comparison["ways"])
     dense, sts = (comparison["runs"][name]["num_ranks"] for name in ("dense", "sts"))
-    ranks = f"{dense} rank{'s' if dense > 1 else ''} each" if dense == sts else f"{dense} and {sts} ranks"
-    return [f"Not run alike, on {ranks}, so that seconds, tokens/s and memory compare that too: {fields}."]
+    what = "Not run alike" if dense == sts else f"Not run alike, on {dense} and {sts} ranks"
+    return [f"{what}, so that seconds, tokens/s and memory compare that too: {fields}."]

@@ -369,7 +369,7 @@ def test_ground_floor_is_torch_free() -> None:
         ),
         (
             "stages.0.optimizer={schedule: wsd, lr: 0.1, warmup_steps: 6, decay_fraction: 0.5}",
-            "stages.alignment.optimizer.decay_fraction=0.5: of 10 steps 6 are the warm-up, and 5 these; lower one",
+            "stages.alignment.optimizer.decay_fraction=0.5: the warm-up has 6 steps and this 5, together more than 10; lower",
         ),
         ("model.language.norm_epsilon=-1", "model.language.norm_epsilon=-1: it should be greater"),
         ("model.language.init_std=-1", "model.language.init_std=-1: it should be greater than 0"),

@@ -12,7 +12,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.report.test_overview import seeded
 from tests.report.test_paired import group
@@ -34,12 +33,6 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-
-
-def write_sweep(study: Path, name: str, *cases: str) -> None:
-    (study / "sweeps").mkdir(exist_ok=True)
-    sweep = {"config": "../config.yaml", "cases": {case: [] for case in cases}, "seeds": [1, 2]}
-    (study / f"sweeps/{name}.yaml").write_text(yaml.safe_dump(sweep))
 
 
 def test_the_readme_has_the_tables_of_the_results(study_tables: ModuleType) -> None:
@@ -107,8 +100,6 @@ def test_results_are_taken_from_runs_that_are_done(
     other = [{**stage, "lds": {"alpha": 0.3}} for stage in CONFIG["stages"]]
     (tmp_path / "runs/first").mkdir(parents=True)
     (tmp_path / "runs/second").mkdir()
-    write_sweep(tmp_path, "first", "dense")
-    write_sweep(tmp_path, "second", "lds", "other")
     left_out = {"evaluation": {"left_out_of_mean": ["paired"]}}
     group(tmp_path / "runs/first", "dense", {1: all_of_both, 2: all_of_both}, **left_out)
     group(tmp_path / "runs/second", "lds", {1: every_second, 2: every_second}, stages=lds, **left_out)
@@ -117,11 +108,13 @@ def test_results_are_taken_from_runs_that_are_done(
         {"run": f"{case}-seed={seed}", "seed": str(seed), "status": "done"}
         for case, seed in (("dense", 1), ("dense", 2), ("lds", 1), ("lds", 2), ("other", 3))
     ]
+    written = {"first": [row["run"] for row in done[:2]], "second": [row["run"] for row in done[2:]]}
+    monkeypatch.setattr(study_tables, "run_names", written.__getitem__)
     write_csv(tmp_path / "runs/first/results.csv", done[:2])
     write_csv(tmp_path / "runs/second/results.csv", [*done[2:4], {**done[4], "status": "missing"}])
     assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: not done" in capsys.readouterr().err
-    write_csv(tmp_path / "runs/second/results.csv", done[2:4])  # of some of its cases
+    write_csv(tmp_path / "runs/second/results.csv", done[2:4])  # some of its runs
     assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: not done" in capsys.readouterr().err
     write_csv(tmp_path / "runs/second/results.csv", done[2:])
@@ -136,7 +129,7 @@ def test_results_are_taken_from_runs_that_are_done(
     assert unpaired == "| other | 1.00 | 1.500 | n/a | n/a | n/a |"
     anew = [{**row, "eval.mean": "0.5"} for row in done[:2]]
     write_csv(tmp_path / "runs/first/results.csv", anew)
-    write_sweep(tmp_path, "first", "dense", "late")
+    written["first"].append("late-seed=1")
     assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
     assert "second: first/dense is not as it is kept: take its whole sweep first" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
@@ -162,6 +155,13 @@ def test_provoked_failures_are_taken_with_their_planted_mistakes(
     shown = [line.split(" | ") for line in study_tables.failures_table().splitlines()[2:]]
     assert [cells[0] for cells in shown] == ["| healthy", "| residual added twice", "| residual lost"]
     assert [cells[4] for cells in shown] == ["0.900", "0.500", "0.250"]
+
+
+def test_runs_are_those_of_the_file(study_tables: ModuleType) -> None:
+    for sweep in study_tables.BESIDE:
+        kept = STUDY / "results" / f"{sweep}.csv"
+        if kept.is_file():
+            assert study_tables.run_names(sweep) == [row["run"] for row in study_tables.rows_of(kept)]
 
 
 def test_it_runs_as_the_readme_says() -> None:
