@@ -132,25 +132,38 @@ def test_the_studys_claims() -> None:
     saved = [1 - float(row["flops_executed"]) / float(row["flops_dense"]) for name, row in found.items() if "sts" in name]  # fmt: skip
     assert all(float(share) == pytest.approx(100 * each, abs=0.5) for each in saved)
     text = re.findall(r"(?:loss \(|keeps )(\d\.\d+) (?:of the dense accuracy, 95 % interval |\()(\d\.\d+) to (\d\.\d+)", STUDY)  # fmt: skip
-    assert len(text) == 2
-    for numbers, name in zip(text, ("vtc-anchored", "sts-anchored"), strict=True):
+    reading = csv.DictReader((ROOT / "examples/study/results/reading.overview.csv").open())
+    found |= {row["runs"].rpartition("/")[2]: row for row in reading}
+    for numbers, name in zip(text, ("vtc-anchored", "sts-anchored", "sampler=anchored-keep_ratio=0.5"), strict=True):
         for number, part in zip(numbers, ("", ".low", ".high"), strict=True):
             assert float(number) == pytest.approx(float(found[name][f"mean.of_first{part}"]), abs=5.5e-4)
 
 
-def test_the_studys_bold_cells() -> None:
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ("claims_llava", r"of the (\d+) that are, (\d+) are so by Student's t"),
+        ("reading", r"Of the (\d+) bold cells (\d+) are so by Student's t"),
+    ],
+)
+def test_the_studys_bold_cells(sweep: str, words: str) -> None:
     """How many families' bootstrap intervals leave 1 out, and of these, how many Student's t over the seeds does too."""
-    kept = csv.DictReader((ROOT / "examples/study/results/claims_llava.overview.csv").open())
-    raw = list(csv.DictReader((ROOT / "examples/study/results/claims_llava.csv").open()))
-    by_run = {(row["case"], row["seed"]): row for row in raw}
-    bold, by_t = 0, 0
-    for row in list(kept)[1:]:
+    results = ROOT / "examples/study/results"
+    kept = list(csv.DictReader((results / f"{sweep}.overview.csv").open()))[1:]
+    raw = [row for name in {"claims_llava", sweep} for row in csv.DictReader((results / f"{name}.csv").open())]
+    by_run, bold, by_t = {row["run"]: row for row in raw}, 0, 0
+    for row in kept:
+        case = row["runs"].rpartition("/")[2]
         for family in ("existence", "relation", "counting", "ocr", "choice", "paired"):
             low, high = (float(row[f"{family}.of_first.{end}"]) for end in ("low", "high"))
             if low <= 1 <= high:
                 continue
             bold += 1
-            shares = [float(by_run[row["runs"], seed][f"eval.{family}"]) / float(by_run["dense", seed][f"eval.{family}"]) for seed in "123"]  # fmt: skip
+            shares = [
+                float(by_run[f"{case}-seed={seed}"][f"eval.{family}"])
+                / float(by_run[f"dense-seed={seed}"][f"eval.{family}"])
+                for seed in (1, 2, 3)
+            ]
             by_t += abs(fmean(shares) - 1) > half_width(shares)
-    [told] = re.findall(r"of the (\d+) that are, (\d+) are so by Student's t", STUDY)
+    [told] = re.findall(words, STUDY)
     assert (bold, by_t) == (int(told[0]), int(told[1]))
