@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +18,9 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.sweep import SweepRun, config_of, read, runs_of
 from megatron_sts.lds.gate import SkipGate
-from megatron_sts.lds.mask import SkipMask
-from megatron_sts.lds.schedule import mean_skip_fraction
+from megatron_sts.lds.mask import SkipMask, draw_mask
+from megatron_sts.lds.placement import placement
+from megatron_sts.lds.schedule import mean_skip_fraction, skip_probabilities
 from megatron_sts.mcore.layer import SkippableTransformerLayer
 from megatron_sts.report.run import read_run
 from tests import warm
@@ -71,6 +73,29 @@ def test_schedules_skip_the_same_share_of_layers() -> None:
         assert stage.config.lds is not None
         shares[name] = mean_skip_fraction(stage.config.lds, stage.num_steps, 12)
     assert all(share == pytest.approx(1 / 6, rel=0.02) for share in shares.values()), shares
+
+
+def test_the_readme_says_how_often_layers_run() -> None:
+    """Of the masks that the runs drew, which follow from their seeds, and of the schedule that they were drawn from."""
+    runs = {**resolved(STUDY / "sweeps" / "utilisation.yaml"), **resolved(STUDY / "sweeps" / "schedules.yaml")}
+    ran, planned = [], []
+    for name in ("alpha0.3-seed=1", "paper-seed=1", "alpha0.66-seed=1"):
+        run = runs[name][1]
+        [stage] = run.stages
+        assert stage.config.lds is not None
+        steps, lds, place = range(stage.num_steps), stage.config.lds, placement(run, stage)
+        masks = [draw_mask(lds, run.config.seed, 0, n, stage.num_steps, place, stage.num_microbatches) for n in steps]
+        ran.append(np.array([1 - np.mean(mask.rows, axis=0) for mask in masks]))
+        planned.append(1 - np.array([skip_probabilities(lds, n, stage.num_steps, 12) for n in steps], float))
+    quarter = [each[:50] for each in (*ran, *planned)]
+    of_all = "of all layers {:.3f}, {:.3f} and {:.3f} ran, planned {:.3f}, {:.3f} and {:.3f}; in the first quarter of the stage {:.3f}, {:.3f} and {:.3f} ({:.3f}, {:.3f}, {:.3f})"
+    of_some = "of the first layer {:.2f}, {:.2f} and {:.2f}, of the last {:.2f}, {:.2f} and {:.2f}"
+    text = (STUDY / "README.md").read_text().replace("\n", " ")
+    assert of_all.format(*(each.mean() for each in (*ran, *planned, *quarter))) in text
+    assert of_some.format(*(each[:, layer].mean() for layer in (0, -1) for each in ran)) in text
+    errors = [np.sqrt((p * (1 - p)).sum(0)) / len(p) for p in planned]
+    furthest = max((abs(r.mean(0) - p.mean(0)) / error).max() for r, p, error in zip(ran, planned, errors, strict=True))
+    assert f"further from its plan than {furthest:.1f} standard errors" in text
 
 
 def test_equal_flops_are_equal() -> None:
