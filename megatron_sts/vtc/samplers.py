@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -24,7 +25,7 @@ class Sampler(Protocol):
     """Chooses tokens for a list of images."""
 
     def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
-        """Kept tokens of each image, int64 [len(keys), num_tokens_out], distinct and ascending, on the CPU."""
+        """Kept tokens of each image, int64 [len(keys), num_tokens_out], distinct and ascending, on the CPU. Not to be written to."""
         ...
 
 
@@ -32,8 +33,7 @@ class UniformSampler:
     """The same evenly spaced tokens for every image; see ``uniform_tokens``."""
 
     def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
-        kept = torch.tensor(uniform_tokens(num_tokens_in, num_tokens_out), dtype=torch.int64)
-        return kept.repeat(len(keys), 1)
+        return _same_tokens(uniform_tokens, num_tokens_in, num_tokens_out).expand(len(keys), -1)
 
 
 class RandomSampler:
@@ -63,8 +63,12 @@ class PooledSampler:
     """The centre of each area that ``pooled`` averages: where its tokens stand."""
 
     def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
-        kept = torch.tensor(pooled_tokens(num_tokens_in, num_tokens_out), dtype=torch.int64)
-        return kept.repeat(len(keys), 1)
+        return _same_tokens(pooled_tokens, num_tokens_in, num_tokens_out).expand(len(keys), -1)
+
+
+@cache
+def _same_tokens(rule: Callable[[int, int], tuple[int, ...]], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
+    return torch.tensor(rule(num_tokens_in, num_tokens_out), dtype=torch.int64)
 
 
 def make_sampler(vtc: VtcConfig, seed: int, stage: int) -> Sampler:
