@@ -167,3 +167,27 @@ def test_the_studys_bold_cells(sweep: str, words: str) -> None:
             by_t += abs(fmean(shares) - 1) > half_width(shares)
     [told] = re.findall(words, STUDY)
     assert (bold, by_t) == (int(told[0]), int(told[1]))
+
+
+SHARE_DIFFERENCES = [
+    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "relation", "over seeds relations (by {:.2f} ± {:.2f})"),
+    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "counting", "and counting ({:.2f} ± {:.2f}) at half"),
+    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "mean", "the mean ({:.2f} ± {:.2f}) does not"),
+]  # fmt: skip
+"""A case, the one that is better, in what, and how the study says by how much."""
+
+
+@pytest.mark.parametrize(("worse", "better", "of", "words"), SHARE_DIFFERENCES)
+def test_the_studys_differences(worse: str, better: str, of: str, words: str) -> None:
+    """Of the shares of dense accuracy, seed by seed, with their 95 % interval by Student's t."""
+    dense, ours, theirs = (accuracies(case, of) for case in ("claims_llava/dense", worse, better))
+    found = [(theirs[seed] - ours[seed]) / dense[seed] for seed in ours]
+    assert len(found) == 3
+    assert words.format(fmean(found), half_width(found)) in STUDY.replace("\n", " ")
+
+
+def accuracies(case: str, of: str) -> dict[str, float]:
+    """By seed."""
+    sweep, _, name = case.partition("/")
+    raw = csv.DictReader((ROOT / f"examples/study/results/{sweep}.csv").open())
+    return {row["seed"]: float(row[f"eval.{of}"]) for row in raw if row["run"] == f"{name}-seed={row['seed']}"}

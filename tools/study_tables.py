@@ -1,7 +1,7 @@
 """Writes the tables of examples/study/README.md from the CSVs in examples/study/results: to standard output, or with --write into it.
 
-They stand between lines <!-- SWEEP --> and <!-- /SWEEP -->. With --collect RUNS first takes those CSVs of the sweeps that are done from a folder
-of their runs: what each run came to (SWEEP.csv), and cases beside their base (SWEEP.overview.csv, and some pictures, of ``megatron-sts report``).
+They stand between lines <!-- SWEEP --> and <!-- /SWEEP -->. With --collect RUNS first takes those CSVs of the sweeps that are done, or of the
+SWEEPs named, from a folder of their runs: what each run came to (SWEEP.csv), and cases beside their base (SWEEP.overview.csv, and some pictures, of ``megatron-sts report``).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ LLAVA = "claims_llava/"
 BESIDE: dict[str, tuple[str, ...]] = {
     "recipes": (),
     "fast_parts": ("recipes/dense", "recipes/fast"),
+    "smollm2": (),
     "dense_rates": ("recipes/dense",),
     "claims_llava": (),
     "claims_minigpt4": (),
@@ -48,7 +49,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "masks": ("equal_flops/dense", "schedules/paper"),
 }  # fmt: skip
 """By sweep the cases of others that its table has first. A table's first case is its base."""
-TIMED = ("recipes",)
+TIMED = ("recipes", "smollm2")
 """Sweeps whose seconds count: their runs had the machine to themselves."""
 FIGURES = {"claims_llava": "accuracy_against_flops.png"}
 """Pictures of the report that the README shows."""
@@ -145,16 +146,17 @@ def table(sweep: str) -> str:
     overview = rows_of(RESULTS / f"{sweep}.overview.csv")
     assert [case.rpartition("/")[2] for case in cases] == [row["runs"].rpartition("/")[2] for row in overview], sweep
     base = overview[0]
-    families = [name for name in base if f"{name}.of_first" in base and name not in ("mean", "paired")]
+    found = [name for name in base if f"{name}.of_first" in base and name != "mean"]
+    families = sorted(found, key=lambda name: name == "paired")  # which no mean has stands last
     validated = any(row.get(VALIDATED) for row in raw_of(cases[0]))
     loss_head = "validation loss" if validated else "training loss"
-    heads = ["", "FLOPs", *(["seconds"] if sweep in TIMED else []), loss_head, "mean", *families, "paired"]
+    heads = ["", "FLOPs", *(["seconds"] if sweep in TIMED else []), loss_head, "mean", *families]
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)]]
     for case, row in zip(cases, overview, strict=True):
         is_base = row is base
         flops = "1" if is_base else f"{float(row['flops_executed']) / float(base['flops_executed']):.2f}"
         loss = validation_loss(case, cases[0]) if validated else f"{float(row['last_loss']):.3f}"
-        shares = [family_of(row, name, is_base=is_base) for name in [*families, "paired"]]
+        shares = [family_of(row, name, is_base=is_base) for name in families]
         seconds = [seconds_of(case, cases[0])] if sweep in TIMED else []
         lines.append([shown_name(case, sweep), flops, *seconds, loss, mean_of(row, is_base=is_base), *shares])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
@@ -252,11 +254,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--collect", type=Path, metavar="RUNS", help="take the CSVs of finished sweeps from this folder"
     )
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    known = [*BESIDE, FAILURES]
+    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help="that --collect takes; default: all, in minutes")
     args = parser.parse_args(arguments)
-    if args.collect:
-        taken = {sweep: collect(args.collect, sweep) for sweep in BESIDE}
-        for sweep, is_taken in (taken | {FAILURES: collect_failures(args.collect)}).items():
-            print(f"{sweep}: {'taken' if is_taken else 'not done'}", file=sys.stderr)
+    if unknown := set(args.sweeps) - set(known):
+        parser.error(f"no sweep {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if args.sweeps and not args.collect:
+        parser.error(f"SWEEP says what --collect takes: add --collect RUNS, or leave {' '.join(args.sweeps)} out")
+    for sweep in args.sweeps or known if args.collect else ():
+        is_taken = collect_failures(args.collect) if sweep == FAILURES else collect(args.collect, sweep)
+        print(f"{sweep}: {'taken' if is_taken else 'not done'}", file=sys.stderr)
     for sweep, text in tables().items():
         if not args.write:
             print(f"{sweep}\n\n{text}")

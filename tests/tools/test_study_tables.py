@@ -44,7 +44,9 @@ def test_the_readme_has_the_tables_of_the_results(study_tables: ModuleType) -> N
 
 
 def test_every_sweep_has_a_table_or_has_its_own(study_tables: ModuleType) -> None:
-    assert {*study_tables.BESIDE, "failures", "aligned"} == {path.stem for path in STUDY.glob("sweeps/*.yaml")}
+    assert {*study_tables.BESIDE, "failures", "aligned", "smollm2_read"} == {
+        path.stem for path in STUDY.glob("sweeps/*.yaml")
+    }
     for cases in study_tables.BESIDE.values():
         assert all((STUDY / f"sweeps/{case.partition('/')[0]}.yaml").is_file() for case in cases)
 
@@ -130,8 +132,15 @@ def test_results_are_taken_from_runs_that_are_done(
     anew = [{**row, "eval.mean": "0.5"} for row in done[:2]]
     write_csv(tmp_path / "runs/first/results.csv", anew)
     written["first"].append("late-seed=1")
-    assert study_tables.main(["--collect", str(tmp_path / "runs")]) == 0
-    assert "second: first/dense is not as it is kept: take its whole sweep first" in capsys.readouterr().err
+    capsys.readouterr()
+    assert study_tables.main(["--collect", str(tmp_path / "runs"), "second"]) == 0
+    told = "second: first/dense is not as it is kept: take its whole sweep first", "second: not done"
+    assert capsys.readouterr().err.splitlines() == [*told]  # of no other sweep
+    for wrong in (["--collect", str(tmp_path / "runs"), "third"], ["first"]):
+        with pytest.raises(SystemExit):
+            study_tables.main(wrong)
+    said = capsys.readouterr().err
+    assert "no sweep third; there are first, second" in said and "add --collect RUNS, or leave first out" in said
     (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
     with pytest.raises(SystemExit):  # there is no place for the first
         study_tables.main(["--write"])
