@@ -170,11 +170,11 @@ def test_the_studys_bold_cells(sweep: str, words: str) -> None:
 
 
 SHARES = [
-    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "relation", "over seeds relations (by {:.2f} ± {:.2f})"),
-    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "counting", "and counting ({:.2f} ± {:.2f}) at half"),
+    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "relation", "relations (by {:.2f} ± {:.2f})"),
+    ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "counting", "and counting ({:.2f} ± {:.2f}); the"),
     ("positions/keep_ratio=0.5", "reading/sampler=uniform-keep_ratio=0.5", "mean", "the mean ({:.2f} ± {:.2f}) does not"),
-    ("alignment_lds/in-alignment", None, "mean", "in alignment alone LDS kept {:.3f} ± {:.3f} of"),
-    ("alignment_lds/in-both", "claims_llava/lds", "mean", "where fine-tuning has it too, it took another {:.3f} ± {:.3f}"),
+    ("alignment_lds/in-alignment", None, "mean", "alone, LDS in alignment kept {:.3f} ± {:.3f} of"),
+    ("alignment_lds/in-both", "claims_llava/lds", "mean", "it took {:.3f} ± {:.3f} more than `lds`"),
     ("alignment_lds/in-both", None, "relation", "relations of `in-both` ({:.3f} ± {:.3f})"),
 ]  # fmt: skip
 """A case, the one that is better, in what, and how the study says by how much; without a better one what the case keeps."""
@@ -192,8 +192,39 @@ def test_the_studys_intervals(case: str, better: str | None, of: str, words: str
     assert words.format(fmean(found), half_width(found)) in STUDY.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("case", "column", "words"),
+    [
+        ("alignment_lds/in-both", "alignment.last_loss", "the loss of captions was {:.2f}, {:.2f} and {:.2f} by seed"),
+        ("claims_llava/dense", "alignment.last_loss", "by seed, dense {:.2f}, {:.2f} and {:.2f}"),
+    ],
+)
+def test_the_studys_losses_by_seed(case: str, column: str, words: str) -> None:
+    assert words.format(*by_seed(case, column).values()) in STUDY.replace("\n", " ")
+
+
+def test_the_studys_pairs() -> None:
+    """Where its text says that all runs of some cases are worse, and what single seeds came to."""
+    pairs = [
+        ("alignment_lds/in-alignment", "claims_llava/dense"),
+        ("alignment_lds/in-both", "claims_llava/lds"),
+        *((f"positions/keep_ratio={kept}", f"reading/sampler=uniform-keep_ratio={kept}") for kept in (0.5, 0.25)),
+    ]
+    for worse, better in pairs:
+        ours, theirs = accuracies(worse, "mean"), accuracies(better, "mean")
+        assert len(ours) == 3 and all(ours[seed] < theirs[seed] for seed in ours)
+    ours, dense = accuracies("positions/keep_ratio=0.5", "mean"), accuracies("claims_llava/dense", "mean")
+    assert (
+        "(by seed {:.3f}, {:.3f}, {:.3f}) instead of 0.870".format(*(ours[seed] / dense[seed] for seed in ours))
+        in STUDY
+    )
+
+
 def accuracies(case: str, of: str) -> dict[str, float]:
-    """By seed."""
+    return by_seed(case, f"eval.{of}")
+
+
+def by_seed(case: str, column: str) -> dict[str, float]:
     sweep, _, name = case.partition("/")
     raw = csv.DictReader((ROOT / f"examples/study/results/{sweep}.csv").open())
-    return {row["seed"]: float(row[f"eval.{of}"]) for row in raw if row["run"] == f"{name}-seed={row['seed']}"}
+    return {row["seed"]: float(row[column]) for row in raw if row["run"] == f"{name}-seed={row['seed']}"}

@@ -32,7 +32,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "recipes": (),
     "fast_parts": ("recipes/dense", "recipes/fast"),
     "smollm2": (),
-    "dense_rates": ("recipes/dense",),
+    "learning_rates": ("recipes/dense", "recipes/fast"),
     "claims_llava": (),
     "claims_minigpt4": (),
     "token_length": (f"{LLAVA}dense", f"{LLAVA}vtc-uniform"),
@@ -147,7 +147,7 @@ def table(sweep: str) -> str:
     assert [case.rpartition("/")[2] for case in cases] == [row["runs"].rpartition("/")[2] for row in overview], sweep
     base = overview[0]
     found = [name for name in base if f"{name}.of_first" in base and name != "mean"]
-    families = sorted(found, key=lambda name: name == "paired")  # which no mean has stands last
+    families = sorted(found, key=lambda name: name == "paired")  # left out of the mean: last
     validated = any(row.get(VALIDATED) for row in raw_of(cases[0]))
     loss_head = "validation loss" if validated else "training loss"
     heads = ["", "FLOPs", *(["seconds"] if sweep in TIMED else []), loss_head, "mean", *families]

@@ -25,7 +25,7 @@ class Sampler(Protocol):
     """Chooses tokens for a list of images."""
 
     def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
-        """Kept tokens of each image, int64 [len(keys), num_tokens_out], distinct and ascending, on the CPU. Not to be written to."""
+        """Kept tokens of each image, int64 [len(keys), num_tokens_out], distinct and ascending, on the CPU."""
         ...
 
 
@@ -33,7 +33,7 @@ class UniformSampler:
     """The same evenly spaced tokens for every image; see ``uniform_tokens``."""
 
     def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
-        return _same_tokens(uniform_tokens, num_tokens_in, num_tokens_out).expand(len(keys), -1)
+        return _same_tokens(uniform_tokens, num_tokens_in, num_tokens_out).expand(len(keys), -1).clone()
 
 
 class RandomSampler:
@@ -63,7 +63,7 @@ class PooledSampler:
     """The centre of each area that ``pooled`` averages: where its tokens stand."""
 
     def indices(self, keys: Sequence[ImageKey], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
-        return _same_tokens(pooled_tokens, num_tokens_in, num_tokens_out).expand(len(keys), -1)
+        return _same_tokens(pooled_tokens, num_tokens_in, num_tokens_out).expand(len(keys), -1).clone()
 
 
 @cache

@@ -129,6 +129,9 @@ def test_results_are_taken_from_runs_that_are_done(
     )
     assert found and float(found[1]) < 0.49 and float(found[2]) > 0.51
     assert unpaired == "| other | 1.00 | 1.500 | n/a | n/a | n/a |"
+    capsys.readouterr()
+    assert study_tables.main(["--collect", str(tmp_path / "runs"), "first"]) == 0
+    assert capsys.readouterr().err.splitlines() == ["first: taken"]
     anew = [{**row, "eval.mean": "0.5"} for row in done[:2]]
     write_csv(tmp_path / "runs/first/results.csv", anew)
     written["first"].append("late-seed=1")

@@ -28,6 +28,15 @@ def test_indices_are_distinct_ascending_and_in_range(
     assert (indices.diff(dim=1) > 0).all() and (indices >= 0).all() and (indices < counts[0]).all()
 
 
+@given(samplers, st.lists(image_keys, min_size=1, max_size=4), token_counts)
+def test_indices_are_the_callers(sampler: Sampler, keys: list[tuple[int, int]], counts: tuple[int, int]) -> None:
+    """What a caller writes into them is in no later ones, nor in another image's."""
+    indices = sampler.indices(keys, *counts)
+    before = indices.clone()
+    indices[0] += 1
+    assert torch.equal(indices[1:], before[1:]) and torch.equal(sampler.indices(keys, *counts), before)
+
+
 @given(samplers, st.integers(1, 150))
 def test_keeping_all_is_the_identity(sampler: Sampler, num_tokens: int) -> None:
     assert sampler.indices([(0, 0)], num_tokens, num_tokens)[0].tolist() == list(range(num_tokens))

@@ -80,7 +80,7 @@ def _write_number(canvas: np.ndarray, number: PlacedNumber, split: DigitSplit, r
 
 
 def _blend(canvas: np.ndarray, top: int, left: int, colour: np.ndarray, transparency: np.ndarray) -> None:
-    """Lays a premultiplied colour over the canvas. Both ``[h, w, 3]``: a transparency for all channels would take thrice as long."""
+    """Lays a premultiplied colour over the canvas. Both ``[h, w, 3]``: one transparency shared by the channels would take thrice as long."""
     view = canvas[top : top + colour.shape[0], left : left + colour.shape[1]]
     view *= transparency
     view += colour
