@@ -255,7 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
     known = [*BESIDE, FAILURES]
-    parser.add_argument("sweeps", nargs="*", metavar="SWEEP", help="that --collect takes; default: all, in minutes")
+    parser.add_argument(
+        "sweeps", nargs="*", metavar="SWEEP", help="that --collect takes; default: all, which takes minutes"
+    )
     args = parser.parse_args(arguments)
     if unknown := set(args.sweeps) - set(known):
         parser.error(f"no sweep {', '.join(sorted(unknown))}; there are {', '.join(known)}")

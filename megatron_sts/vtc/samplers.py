@@ -68,6 +68,7 @@ class PooledSampler:
 
 @cache
 def _same_tokens(rule: Callable[[int, int], tuple[int, ...]], num_tokens_in: int, num_tokens_out: int) -> torch.Tensor:
+    """Kept for later calls: callers get copies of it."""
     return torch.tensor(rule(num_tokens_in, num_tokens_out), dtype=torch.int64)
 
 
