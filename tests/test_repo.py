@@ -15,7 +15,12 @@ from megatron_sts.config.resolve import resolve
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PLACES = ("megatron_sts/", "examples/", "tools/", "tests/", "launch/", "findings/", ".ci/")
-DOCUMENTS = [README, *sorted(path for place in PLACES for path in ROOT.glob(f"{place}**/README.md"))]
+DOCUMENTS = [
+    README,
+    *sorted(
+        {*(path for place in PLACES for path in ROOT.glob(f"{place}**/README.md")), *ROOT.glob("examples/study/*.md")}
+    ),
+]
 OTHERS = {
     "training.py",
     "eval.py",

@@ -14,7 +14,7 @@ from megatron_sts.report.groups import half_width
 
 ROOT = Path(__file__).parent.parent
 FIRST_PAGE = (ROOT / "README.md").read_text()
-STUDY = (ROOT / "examples/study/README.md").read_text()
+STUDY = "".join(page.read_text() for page in sorted((ROOT / "examples/study").glob("*.md")))
 TOOLS = (ROOT / "tools/README.md").read_text()
 SHOWN_DIGITS = 0.005 + 1e-9
 """Two digits behind the point, rounded up or down."""
@@ -178,19 +178,27 @@ SHARES = [
     ("learning_rates/dense-5e-4", None, "mean", "at 5e-4 it came to {:.3f} ± {:.3f} of"),
     ("learning_rates/dense-3.5e-4", None, "mean", "at 3.5e-4 to {:.3f} ± {:.3f};"),
     ("recipes/fast", "learning_rates/fast-5e-4", "mean", "in each seed, by {:.3f} ± {:.3f}"),
+    ("masks/rounds-of-4", "schedules/paper", "mean", "`rounds` of 4 layers took {:.3f} ± {:.3f} of dense's"),
+    ("masks/rounds-of-2", "schedules/paper", "mean", "and of 2 layers {:.3f} ± {:.3f} (Student's"),
+    ("masks/bernoulli-microbatch", "schedules/paper", "mean", "a mask a micro-batch {:.3f} ± {:.3f}. `rounds`"),
+    ("masks/balanced-microbatch", "schedules/paper", "counting", "counting: {:.3f} ± {:.3f} with a mask a micro-batch"),
+    ("masks/balanced-step", "schedules/paper", "counting", "{:.3f} ± {:.3f} with one a step"),
+    ("less_lds/less-lds", None, "mean", "it kept {:.3f} ± {:.3f} of the dense accuracy (by seed"),
     ("alignment_lds/in-both", "claims_llava/lds", "relation", "had lost as much but for {:.3f}"),
     ("claims_llava/lds", None, "relation", "(`lds`, {:.3f} ± {:.3f})"),
     ("alignment_lds/in-both", None, "relation", "relations of `in-both` ({:.3f} ± {:.3f})"),
 ]  # fmt: skip
 """A case, the one that is better, in what, and how the study says by how much; without a better one what the case keeps."""
+BASES = {"recipes": "recipes", "learning_rates": "recipes", "less_lds": "less_lds", "masks": "equal_flops"}
+"""By sweep where its dense runs are, if not in claims_llava."""
 
 
 @pytest.mark.parametrize(("case", "better", "of", "words"), SHARES)
 def test_the_studys_intervals(case: str, better: str | None, of: str, words: str) -> None:
     """Of shares of the dense accuracy, seed by seed, with their 95 % interval by Student's t."""
-    base = "claims_llava" if "1" in (ours := accuracies(case, of)) else "recipes"  # whose seeds are 1234, 2 and 3
-    dense = accuracies(f"{base}/dense", of)
-    assert len(ours) == 3
+    ours = accuracies(case, of)
+    dense = accuracies(f"{BASES.get(case.partition('/')[0], 'claims_llava')}/dense", of)
+    assert len(ours) == len(dense)
     found = [ours[seed] / dense[seed] for seed in ours]
     if better is not None:
         theirs = accuracies(better, of)
@@ -222,12 +230,27 @@ def test_the_studys_pairs() -> None:
         assert len(ours) == 3 and all(ours[seed] < theirs[seed] for seed in ours)
     for case, base, words in (
         ("positions/keep_ratio=0.5", "claims_llava", "(by seed {:.3f}, {:.3f}, {:.3f}) instead of 0.870"),
+        ("less_lds/less-lds", "less_lds", "(by seed {:.3f}, {:.3f}, {:.3f}, {:.3f}), `fast` at 5e-4"),
         ("learning_rates/fast-5e-4", "recipes", "(by seed {:.3f}, {:.3f}, {:.3f}), higher than at 8e-4 in each seed"),
     ):
         ours, dense = accuracies(case, "mean"), accuracies(f"{base}/dense", "mean")
         assert words.format(*(ours[seed] / dense[seed] for seed in ours)) in STUDY
     fast, dense = (fmean(accuracies(f"learning_rates/{case}-5e-4", "mean").values()) for case in ("fast", "dense"))
     assert f"of dense at 5e-4 that is {fast / dense:.3f}" in STUDY
+
+
+def test_the_studys_less_lds() -> None:
+    raw = list(csv.DictReader((ROOT / "examples/study/results/less_lds.csv").open()))
+    dense, less = ({row["seed"]: row for row in raw if row["case"] == case} for case in ("dense", "less-lds"))
+    walls = {seed: (wall(dense[seed]), wall(less[seed])) for seed in dense}
+    times = [
+        fmean(a for a, _ in walls.values()) / fmean(b for _, b in walls.values()),
+        *(a / b for a, b in walls.values()),
+    ]
+    assert "was {:.2f} times as fast as dense (by seed {:.2f}, {:.2f}, {:.2f}, {:.2f})".format(*times) in STUDY
+    counting = {seed: float(less[seed]["eval.counting"]) / float(dense[seed]["eval.counting"]) for seed in dense}
+    assert f"from {min(counting.values()):.2f} to {max(counting.values()):.2f} here" in STUDY
+    assert min(counting, key=counting.__getitem__) == "3"
 
 
 def accuracies(case: str, of: str) -> dict[str, float]:

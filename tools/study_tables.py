@@ -1,4 +1,4 @@
-"""Writes the tables of examples/study/README.md from the CSVs in examples/study/results: to standard output, or with --write into it.
+"""Writes the tables of examples/study/*.md from the CSVs in examples/study/results: to standard output, or with --write into these pages.
 
 They stand between lines <!-- SWEEP --> and <!-- /SWEEP -->. With --collect RUNS first takes those CSVs of the sweeps that are done, or of the
 SWEEPs named, from a folder of their runs: what each run came to (SWEEP.csv), and cases beside their base (SWEEP.overview.csv, and some pictures, of ``megatron-sts report``).
@@ -33,6 +33,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "fast_parts": ("recipes/dense", "recipes/fast"),
     "smollm2": (),
     "learning_rates": ("recipes/dense", "recipes/fast"),
+    "less_lds": (),
     "claims_llava": (),
     "claims_minigpt4": (),
     "token_length": (f"{LLAVA}dense", f"{LLAVA}vtc-uniform"),
@@ -52,7 +53,7 @@ BESIDE: dict[str, tuple[str, ...]] = {
 TIMED = ("recipes", "smollm2")
 """Sweeps whose seconds count: their runs had the machine to themselves."""
 FIGURES = {"claims_llava": "accuracy_against_flops.png"}
-"""Pictures of the report that the README shows."""
+"""Pictures of the report that a page shows."""
 FAILURES = "failures"
 RESIDUAL = {"twice": "residual added twice", "lost": "residual lost"}
 """Runs of wrong_residual.py, KIND: in runs/failures/residual-KIND. They have the config of the healthy run, and are no cases."""
@@ -248,12 +249,25 @@ def tables() -> dict[str, str]:
     return found | ({FAILURES: failures_table()} if (RESULTS / f"{FAILURES}.csv").is_file() else {})
 
 
+def page_of(sweep: str) -> Path:
+    """Which has the place of its table.
+
+    Raises:
+        ValueError: none has, or several have.
+    """
+    pages = [page for page in sorted(STUDY.glob("*.md")) if f"<!-- {sweep} -->" in page.read_text()]
+    if len(pages) != 1:
+        found = ", ".join(page.name for page in pages) or "none"
+        raise ValueError(f"exactly one page of {STUDY} must have a line <!-- {sweep} -->, found in: {found}")
+    return pages[0]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--collect", type=Path, metavar="RUNS", help="take the CSVs of finished sweeps from this folder"
     )
-    parser.add_argument("--write", action="store_true", help="replace the tables in README.md")
+    parser.add_argument("--write", action="store_true", help="replace the tables in the pages")
     known = [*BESIDE, FAILURES]
     parser.add_argument(
         "sweeps", nargs="*", metavar="SWEEP", help="that --collect takes; default: all, which takes minutes"
@@ -266,14 +280,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for sweep in args.sweeps or known if args.collect else ():
         is_taken = collect_failures(args.collect) if sweep == FAILURES else collect(args.collect, sweep)
         print(f"{sweep}: {'taken' if is_taken else 'not done'}", file=sys.stderr)
-    for sweep, text in tables().items():
-        if not args.write:
-            print(f"{sweep}\n\n{text}")
-            continue
-        try:
-            write_into(STUDY / "README.md", sweep, text)
-        except ValueError as error:
-            parser.error(str(error))
+    found = tables()
+    if not args.write:
+        print("\n".join(f"{sweep}\n\n{text}" for sweep, text in found.items()))
+        return 0
+    try:
+        for page, sweep in [(page_of(sweep), sweep) for sweep in found]:  # nothing is written where a place is missing
+            write_into(page, sweep, found[sweep])
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -75,7 +75,7 @@ def test_schedules_skip_the_same_share_of_layers() -> None:
     assert all(share == pytest.approx(1 / 6, rel=0.02) for share in shares.values()), shares
 
 
-def test_the_readme_says_how_often_layers_run() -> None:
+def test_the_page_says_how_often_layers_run() -> None:
     """Of the masks that the runs drew, which follow from their seeds, and of the schedule that they were drawn from."""
     runs = {**resolved(STUDY / "sweeps" / "utilisation.yaml"), **resolved(STUDY / "sweeps" / "schedules.yaml")}
     ran, planned = [], []
@@ -90,7 +90,7 @@ def test_the_readme_says_how_often_layers_run() -> None:
     quarter = [each[:50] for each in (*ran, *planned)]
     of_all = "of all layers {:.3f}, {:.3f} and {:.3f} ran, planned {:.3f}, {:.3f} and {:.3f}; in the first quarter of the stage {:.3f}, {:.3f} and {:.3f} ({:.3f}, {:.3f}, {:.3f})"
     of_some = "of the first layer {:.2f}, {:.2f} and {:.2f}, of the last {:.2f}, {:.2f} and {:.2f}"
-    text = (STUDY / "README.md").read_text().replace("\n", " ")
+    text = (STUDY / "layers.md").read_text().replace("\n", " ")
     assert of_all.format(*(each.mean() for each in (*ran, *planned, *quarter))) in text
     assert of_some.format(*(each[:, layer].mean() for layer in (0, -1) for each in ran)) in text
     errors = [np.sqrt((p * (1 - p)).sum(0)) / len(p) for p in planned]

@@ -1,4 +1,4 @@
-"""The study's README shows what its kept results say."""
+"""The study's pages show what its kept results say."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def test_the_readme_has_the_tables_of_the_results(study_tables: ModuleType) -> None:
-    text = (STUDY / "README.md").read_text()
+def test_the_pages_have_the_tables_of_the_results(study_tables: ModuleType) -> None:
     missing = [
-        sweep for sweep, of in study_tables.tables().items() if f"<!-- {sweep} -->\n{of}<!-- /{sweep} -->" not in text
+        sweep
+        for sweep, of in study_tables.tables().items()
+        if f"<!-- {sweep} -->\n{of}<!-- /{sweep} -->" not in study_tables.page_of(sweep).read_text()
     ]
     assert study_tables.tables() and not missing
 
@@ -144,12 +145,24 @@ def test_results_are_taken_from_runs_that_are_done(
             study_tables.main(wrong)
     said = capsys.readouterr().err
     assert "no sweep third; there are first, second" in said and "add --collect RUNS, or leave first out" in said
-    (tmp_path / "README.md").write_text("<!-- second -->\n<!-- /second -->\n")
+    (tmp_path / "tokens.md").write_text("<!-- second -->\n<!-- /second -->\n")
     with pytest.raises(SystemExit):  # there is no place for the first
         study_tables.main(["--write"])
+    assert "a line <!-- first -->, found in: none" in capsys.readouterr().err
+    for page in ("README.md", "layers.md"):
+        (tmp_path / page).write_text("<!-- first -->\n<!-- /first -->\n")
+    with pytest.raises(SystemExit):
+        study_tables.main(["--write"])
+    assert "a line <!-- first -->, found in: README.md, layers.md" in capsys.readouterr().err
+    (tmp_path / "layers.md").unlink()
+    (tmp_path / "README.md").write_text("<!-- first -->\n")
+    with pytest.raises(SystemExit):  # no end
+        study_tables.main(["--write"])
     assert "not exactly one place for the table" in capsys.readouterr().err
-    (tmp_path / "README.md").write_text("<!-- first -->\n<!-- /first -->\n<!-- second -->\n<!-- /second -->\n")
-    assert study_tables.main(["--write"]) == 0 and study_tables.table("second") in (tmp_path / "README.md").read_text()
+    (tmp_path / "README.md").write_text("<!-- first -->\n<!-- /first -->\n")
+    assert study_tables.main(["--write"]) == 0
+    for page, sweep in (("README.md", "first"), ("tokens.md", "second")):
+        assert study_tables.table(sweep) in (tmp_path / page).read_text()
 
 
 def test_provoked_failures_are_taken_with_their_planted_mistakes(
