@@ -183,13 +183,21 @@ SHARES = [
     ("masks/bernoulli-microbatch", "schedules/paper", "mean", "a mask a micro-batch {:.3f} ± {:.3f}. `rounds`"),
     ("masks/balanced-microbatch", "schedules/paper", "counting", "counting: {:.3f} ± {:.3f} with a mask a micro-batch"),
     ("masks/balanced-step", "schedules/paper", "counting", "{:.3f} ± {:.3f} with one a step"),
+    ("updates/zero_grad", "schedules/paper", "mean", "`zero_grad` kept {:.3f} ± {:.3f} less than `paper`"),
+    ("schedules/paper", "updates/inverse_keep", "mean", "`inverse_keep` {:.3f} ± {:.3f} more, and both"),
+    ("updates/zero_grad-inverse_keep", "schedules/paper", "mean", "both together {:.3f} ± {:.3f} less (Student's"),
     ("less_lds/less-lds", None, "mean", "it kept {:.3f} ± {:.3f} of the dense accuracy (by seed"),
     ("alignment_lds/in-both", "claims_llava/lds", "relation", "had lost as much but for {:.3f}"),
     ("claims_llava/lds", None, "relation", "(`lds`, {:.3f} ± {:.3f})"),
     ("alignment_lds/in-both", None, "relation", "relations of `in-both` ({:.3f} ± {:.3f})"),
 ]  # fmt: skip
 """A case, the one that is better, in what, and how the study says by how much; without a better one what the case keeps."""
-BASES = {"recipes": "recipes", "learning_rates": "recipes", "less_lds": "less_lds", "masks": "equal_flops"}
+BASES = {
+    "recipes": "recipes",
+    "learning_rates": "recipes",
+    "less_lds": "less_lds",
+    **dict.fromkeys(("schedules", "masks", "updates"), "equal_flops"),
+}
 """By sweep where its dense runs are, if not in claims_llava."""
 
 
@@ -210,11 +218,21 @@ def test_the_studys_intervals(case: str, better: str | None, of: str, words: str
     ("case", "column", "words"),
     [
         ("alignment_lds/in-both", "alignment.last_loss", "the loss of captions was {:.2f}, {:.2f} and {:.2f} by seed"),
+        ("updates/inverse_keep", "finetune.first_loss", "({:.2f}, {:.2f} and {:.2f} in the first 20 steps; `paper`"),
+        ("schedules/paper", "finetune.first_loss", "`paper` {:.2f}, {:.2f} and {:.2f})"),
         ("claims_llava/dense", "alignment.last_loss", "by seed, dense {:.2f}, {:.2f} and {:.2f}"),
     ],
 )
 def test_the_studys_losses_by_seed(case: str, column: str, words: str) -> None:
     assert words.format(*by_seed(case, column).values()) in STUDY.replace("\n", " ")
+
+
+def test_the_studys_inverse_keep() -> None:
+    """Its validation loss beside that of ``paper``, seed by seed."""
+    paper, ours = (by_seed(case, "finetune.validation_loss") for case in ("schedules/paper", "updates/inverse_keep"))
+    lower = [paper[seed] - ours[seed] for seed in paper]
+    assert min(lower) > 0
+    assert f"in each seed, by {fmean(lower):.4f} ± {half_width(lower):.4f}, which" in STUDY.replace("\n", " ")
 
 
 def test_the_studys_pairs() -> None:
