@@ -24,7 +24,6 @@ from megatron_sts.config.run_folder import (
     whole_checkpoints,
 )
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.launch import outcome
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
 
@@ -139,13 +138,13 @@ def remedy(checkpoint: Path, *, is_only: bool = False) -> str:
 
 
 def is_finished(resolved: Resolved, run_dir: Path) -> bool:
-    """Whether every step is done and the evaluation, if asked for, written: by ``check_same_run`` of this very run."""
+    """Whether every step is done and the evaluation, if asked for, written."""
     found = newest(resolved, run_dir)
     if found is None:
-        return is_over(run_dir) and is_answered(resolved, run_dir)
+        return False
     progress, last = found[1], resolved.stages[-1]
     is_trained = (progress.stage, progress.step) == (last.index, last.num_steps) and not progress.stopped_on_bad_samples
-    return is_trained and is_answered(resolved, run_dir)
+    return is_trained and (not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir))
 
 
 def evaluation_of(resolved: Resolved) -> dict[str, Any]:
@@ -164,17 +163,6 @@ def is_evaluated(resolved: Resolved, run_dir: Path) -> bool:
     return all(found.get(key) == value for key, value in evaluation_of(resolved).items())
 
 
-def is_answered(resolved: Resolved, run_dir: Path) -> bool:
-    """Whether no question is left to be asked."""
-    return not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir)
-
-
-def is_over(run_dir: Path) -> bool:
-    """Whether a run came to its end there, and its checkpoints were deleted since, as those who need room do."""
-    told = outcome.read(run_dir)
-    return (run_dir / CONFIG).is_file() and told is not None and told.outcome == "done" and not is_begun(run_dir)
-
-
 def is_begun(run_dir: Path) -> bool:
     """Whether a run goes on there."""
     return (run_dir / CONFIG).is_file() and bool(whole_checkpoints(run_dir / CHECKPOINTS))
@@ -190,7 +178,6 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     """
     found = newest(resolved, run_dir) if is_begun(run_dir) else None
     if found is None:
-        check_not_over(resolved, run_dir)
         return
     before = load(run_dir / CONFIG)
     for field, old, new in _differences(before, resolved):
@@ -206,25 +193,6 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     if 0 < progress.step < stage.num_steps:
         copies = before.parallel.data_parallel_size or 1
         check_same_copies(stage, checkpoint, copies, resolved.data_parallel_size)
-
-
-def check_not_over(resolved: Resolved, run_dir: Path) -> None:
-    """Refuses to train anew where a run is over, see ``is_over``: what it came to would be written over. The very same run has
-    nothing left to do.
-
-    Raises:
-        ConfigError: naming the first field that differs, or that its questions would be others.
-    """
-    if not is_over(run_dir):
-        return
-    for field, old, new in _differences(load(run_dir / CONFIG), resolved):
-        if not field.endswith((*FREE, *FILES, INTERVAL)):
-            raise _other_run(field, old, new, run_dir)
-    if not is_answered(resolved, run_dir):
-        raise ConfigError(
-            f"{run_dir} holds a run that is done, but none of its checkpoints, so that these questions cannot be asked: put them "
-            "back, restore the evaluation that it had, or give another --run-dir"
-        )
 
 
 def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir: Path, *, extend: bool) -> None:

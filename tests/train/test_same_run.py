@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -17,15 +16,12 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import MANIFEST, whole_checkpoints
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.launch import outcome
 from megatron_sts.runtime.integrity import digest_of
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.resume import (
-    EVALUATION,
     Progress,
     check_same_run,
     damage_of_progress,
-    evaluation_of,
     is_finished,
     read_progress,
     write_config,
@@ -139,29 +135,6 @@ def test_finished(run_dir: Path) -> None:
     checkpoint(run_dir, "1-finetune-0000004", stage=1, step=4)
     assert is_finished(resolved(), run_dir)
     assert not is_finished(resolved(evaluation={"num_questions": 10}), run_dir)
-
-
-def test_what_a_run_came_to_is_not_written_over(run_dir: Path) -> None:
-    """When a run is done and its checkpoints were deleted; one that was stopped, or failed, begins anew."""
-    rmtree(run_dir / "checkpoints")
-    for kind in ("stopped", "failed"):
-        outcome.write(run_dir, kind)
-        check_same_run(resolved(seed=2), run_dir)
-        assert not is_finished(resolved(), run_dir)
-    outcome.write(run_dir, "done")
-    check_same_run(resolved(), run_dir)
-    assert is_finished(resolved(), run_dir)
-    with pytest.raises(ConfigError, match=r"^seed=2: .* holds a run with seed=1; .* or give another --run-dir$"):
-        check_same_run(resolved(seed=2), run_dir)
-    longer = [{**stage, "steps": 9} if stage["name"] == "finetune" else stage for stage in stagehand.config()["stages"]]
-    with pytest.raises(ConfigError, match=r"^stages\.finetune\.steps=9: "):
-        check_same_run(resolved(stages=longer), run_dir)
-    asked = resolved(evaluation={"num_questions": 10})
-    with pytest.raises(ConfigError, match=r"is done, but none of its checkpoints"):
-        check_same_run(asked, run_dir)
-    (run_dir / EVALUATION).write_text(json.dumps(evaluation_of(asked)))
-    check_same_run(asked, run_dir)
-    assert is_finished(asked, run_dir)
 
 
 def test_damaged_progress(run_dir: Path) -> None:
