@@ -15,6 +15,7 @@ from megatron_sts.report.groups import half_width
 ROOT = Path(__file__).parent.parent
 FIRST_PAGE = (ROOT / "README.md").read_text()
 STUDY = "".join(page.read_text() for page in sorted((ROOT / "examples/study").glob("*.md")))
+LDS = (ROOT / "megatron_sts/lds/README.md").read_text()
 TOOLS = (ROOT / "tools/README.md").read_text()
 SHOWN_DIGITS = 0.005 + 1e-9
 """Two digits behind the point, rounded up or down."""
@@ -178,14 +179,20 @@ SHARES = [
     ("learning_rates/dense-5e-4", None, "mean", "at 5e-4 it came to {:.3f} ± {:.3f} of"),
     ("learning_rates/dense-3.5e-4", None, "mean", "at 3.5e-4 to {:.3f} ± {:.3f};"),
     ("recipes/fast", "learning_rates/fast-5e-4", "mean", "in each seed, by {:.3f} ± {:.3f}"),
-    ("masks/rounds-of-4", "schedules/paper", "mean", "`rounds` of 4 layers took {:.3f} ± {:.3f} of dense's"),
-    ("masks/rounds-of-2", "schedules/paper", "mean", "and of 2 layers {:.3f} ± {:.3f} (Student's"),
-    ("masks/bernoulli-microbatch", "schedules/paper", "mean", "a mask a micro-batch {:.3f} ± {:.3f}. `rounds`"),
-    ("masks/balanced-microbatch", "schedules/paper", "counting", "counting: {:.3f} ± {:.3f} with a mask a micro-batch"),
+    ("masks/rounds-of-4", "schedules/paper", "mean", "and of 4 layers {:.3f} ± {:.3f}, `balanced`"),
+    ("masks/rounds-of-2", "schedules/paper", "mean", "`rounds` of 2 layers {:.3f} ± {:.3f} and of 4"),
+    ("masks/bernoulli-microbatch", "schedules/paper", "mean", "a mask a micro-batch lost {:.3f} ± {:.3f} of the dense"),
+    ("masks/balanced-microbatch", "schedules/paper", "counting", "counting ({:.3f} ± {:.3f} with a mask a micro-batch"),
     ("masks/balanced-step", "schedules/paper", "counting", "{:.3f} ± {:.3f} with one a step"),
-    ("updates/zero_grad", "schedules/paper", "mean", "`zero_grad` kept {:.3f} ± {:.3f} less than `paper`"),
-    ("schedules/paper", "updates/inverse_keep", "mean", "`inverse_keep` {:.3f} ± {:.3f} more, and both"),
-    ("updates/zero_grad-inverse_keep", "schedules/paper", "mean", "both together {:.3f} ± {:.3f} less (Student's"),
+    ("masks/balanced-step", "schedules/paper", "mean", "`balanced` {:.3f} ± {:.3f} with a mask a step and"),
+    ("masks/balanced-microbatch", "schedules/paper", "mean", "{:.3f} ± {:.3f} with one a micro-batch; a whole point"),
+    ("masks/rounds-of-4", "schedules/paper", "mean", "`rounds` of 4 layers lost {:.3f} ± {:.3f} of the dense accuracy"),
+    ("masks/rounds-of-2", "schedules/paper", "mean", "accuracy, of 2 layers {:.3f} ± {:.3f} ("),
+    ("updates/zero_grad", "schedules/paper", "ocr", "reading with `zero_grad` ({:.3f} ± {:.3f} lost)"),
+    ("less_lds/less-lds", None, "counting", "Counting is at {:.3f} ± {:.3f} in the mean"),
+    ("updates/zero_grad", "schedules/paper", "mean", "`zero_grad` lost {:.3f} ± {:.3f} of the dense accuracy"),
+    ("schedules/paper", "updates/inverse_keep", "mean", "`inverse_keep` gained {:.3f} ± {:.3f}. Of 21"),
+    ("updates/zero_grad-inverse_keep", "schedules/paper", "mean", "both together {:.3f} ± {:.3f};"),
     ("less_lds/less-lds", None, "mean", "it kept {:.3f} ± {:.3f} of the dense accuracy (by seed"),
     ("alignment_lds/in-both", "claims_llava/lds", "relation", "had lost as much but for {:.3f}"),
     ("claims_llava/lds", None, "relation", "(`lds`, {:.3f} ± {:.3f})"),
@@ -211,7 +218,7 @@ def test_the_studys_intervals(case: str, better: str | None, of: str, words: str
     if better is not None:
         theirs = accuracies(better, of)
         found = [(theirs[seed] - ours[seed]) / dense[seed] for seed in ours]
-    assert words.format(fmean(found), half_width(found)) in STUDY.replace("\n", " ")
+    assert words.format(fmean(found), half_width(found)) in (STUDY + LDS).replace("\n", " ")
 
 
 @pytest.mark.parametrize(
@@ -248,7 +255,7 @@ def test_the_studys_pairs() -> None:
         assert len(ours) == 3 and all(ours[seed] < theirs[seed] for seed in ours)
     for case, base, words in (
         ("positions/keep_ratio=0.5", "claims_llava", "(by seed {:.3f}, {:.3f}, {:.3f}) instead of 0.870"),
-        ("less_lds/less-lds", "less_lds", "(by seed {:.3f}, {:.3f}, {:.3f}, {:.3f}), `fast` at 5e-4"),
+        ("less_lds/less-lds", "less_lds", "(by seed {:.3f}, {:.3f}, {:.3f}, {:.3f}); on the three"),
         ("learning_rates/fast-5e-4", "recipes", "(by seed {:.3f}, {:.3f}, {:.3f}), higher than at 8e-4 in each seed"),
     ):
         ours, dense = accuracies(case, "mean"), accuracies(f"{base}/dense", "mean")
@@ -267,8 +274,38 @@ def test_the_studys_less_lds() -> None:
     ]
     assert "was {:.2f} times as fast as dense (by seed {:.2f}, {:.2f}, {:.2f}, {:.2f})".format(*times) in STUDY
     counting = {seed: float(less[seed]["eval.counting"]) / float(dense[seed]["eval.counting"]) for seed in dense}
-    assert f"from {min(counting.values()):.2f} to {max(counting.values()):.2f} here" in STUDY
-    assert min(counting, key=counting.__getitem__) == "3"
+    assert f"scatters from {min(counting.values()):.2f} to {max(counting.values()):.2f} by seed" in STUDY
+    ours, theirs = (accuracies(f"less_lds/{case}", "mean") for case in ("less-lds", "dense"))
+    fast, base = (accuracies(f"learning_rates/{case}-5e-4", "mean") for case in ("fast", "dense"))
+    lost = [fast[seed] / base[seed] - ours[seed] / theirs[seed] for seed in fast]
+    assert f"that is {fmean(lost):.3f} ± {half_width(lost):.3f} less than it kept of its own" in STUDY
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [("masks", "of {} comparisons this one shows"), ("updates", "Of {} comparisons one shows")],
+)
+def test_the_studys_comparisons(sweep: str, words: str) -> None:
+    """With ``paper``, of each case in each family and the mean: in how many Student's t over seeds leaves 0 out."""
+    columns = ("mean", "existence", "relation", "counting", "ocr", "choice", "paired")
+    raw = csv.DictReader((ROOT / f"examples/study/results/{sweep}.csv").open())
+    cases, shown = sorted({row["case"] for row in raw}), 0
+    for case in cases:
+        for of in columns:
+            ours, paper, dense = (accuracies(name, of) for name in (f"{sweep}/{case}", "schedules/paper", "equal_flops/dense"))  # fmt: skip
+            lost = [(paper[seed] - ours[seed]) / dense[seed] for seed in dense]
+            shown += abs(fmean(lost)) > half_width(lost)
+    assert shown == 1 and words.format(len(cases) * len(columns)) in STUDY
+
+
+def test_the_studys_rounds() -> None:
+    """Their first losses and their last validation losses beside ``paper``'s."""
+    paper = by_seed("schedules/paper", "finetune.first_loss").values()
+    rounds = sorted(loss for layers in (2, 4) for loss in by_seed(f"masks/rounds-of-{layers}", "finetune.first_loss").values())  # fmt: skip
+    words = "({:.1f} to {:.1f} in the first 20 steps but for one run, `paper` {:.1f} to {:.1f})"
+    assert words.format(rounds[1], rounds[-1], min(paper), max(paper)) in STUDY and rounds[0] < max(paper)
+    ours, theirs = (by_seed(case, "finetune.validation_loss") for case in ("masks/rounds-of-2", "schedules/paper"))
+    assert all(ours[seed] > theirs[seed] for seed in theirs)
 
 
 def accuracies(case: str, of: str) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import shutil
 import sys
 import tempfile
@@ -255,10 +256,13 @@ def page_of(sweep: str) -> Path:
     Raises:
         ValueError: none has, or several have.
     """
-    pages = [page for page in sorted(STUDY.glob("*.md")) if f"<!-- {sweep} -->" in page.read_text()]
+    place = re.compile(f"<!-- {sweep} -->\n.*?<!-- /{sweep} -->", re.DOTALL)
+    pages = [page for page in sorted(STUDY.glob("*.md")) for _ in place.findall(page.read_text())]
     if len(pages) != 1:
         found = ", ".join(page.name for page in pages) or "none"
-        raise ValueError(f"exactly one page of {STUDY} must have a line <!-- {sweep} -->, found in: {found}")
+        raise ValueError(
+            f"exactly one page of {STUDY} must have one place for the table, from <!-- {sweep} --> to <!-- /{sweep} -->; found in: {found}"
+        )
     return pages[0]
 
 

@@ -148,17 +148,18 @@ def test_results_are_taken_from_runs_that_are_done(
     (tmp_path / "tokens.md").write_text("<!-- second -->\n<!-- /second -->\n")
     with pytest.raises(SystemExit):  # there is no place for the first
         study_tables.main(["--write"])
-    assert "a line <!-- first -->, found in: none" in capsys.readouterr().err
+    assert "from <!-- first --> to <!-- /first -->; found in: none" in capsys.readouterr().err
     for page in ("README.md", "layers.md"):
         (tmp_path / page).write_text("<!-- first -->\n<!-- /first -->\n")
     with pytest.raises(SystemExit):
         study_tables.main(["--write"])
-    assert "a line <!-- first -->, found in: README.md, layers.md" in capsys.readouterr().err
+    assert "from <!-- first --> to <!-- /first -->; found in: README.md, layers.md" in capsys.readouterr().err
     (tmp_path / "layers.md").unlink()
     (tmp_path / "README.md").write_text("<!-- first -->\n")
     with pytest.raises(SystemExit):  # no end
         study_tables.main(["--write"])
-    assert "not exactly one place for the table" in capsys.readouterr().err
+    assert "found in: none" in capsys.readouterr().err
+    assert (tmp_path / "tokens.md").read_text() == "<!-- second -->\n<!-- /second -->\n"  # nothing is written by halves
     (tmp_path / "README.md").write_text("<!-- first -->\n<!-- /first -->\n")
     assert study_tables.main(["--write"]) == 0
     for page, sweep in (("README.md", "first"), ("tokens.md", "second")):
