@@ -273,6 +273,9 @@ def test_the_studys_less_lds() -> None:
         *(a / b for a, b in walls.values()),
     ]
     assert "was {:.2f} times as fast as dense (by seed {:.2f}, {:.2f}, {:.2f}, {:.2f})".format(*times) in STUDY
+    first = cases_of_recipes("dense"), cases_of_recipes("fast")
+    longer = [fmean(wall(row) for row in now.values()) / fmean(map(wall, then)) for now, then in zip((dense, less), first, strict=True)]  # fmt: skip
+    assert "dense runs took {:.0f} % longer than then, these {:.0f} % longer".format(*(100 * (each - 1) for each in longer)) in STUDY  # fmt: skip
     counting = {seed: float(less[seed]["eval.counting"]) / float(dense[seed]["eval.counting"]) for seed in dense}
     assert f"scatters from {min(counting.values()):.2f} to {max(counting.values()):.2f} by seed" in STUDY
     ours, theirs = (accuracies(f"less_lds/{case}", "mean") for case in ("less-lds", "dense"))
@@ -306,6 +309,11 @@ def test_the_studys_rounds() -> None:
     assert words.format(rounds[1], rounds[-1], min(paper), max(paper)) in STUDY and rounds[0] < max(paper)
     ours, theirs = (by_seed(case, "finetune.validation_loss") for case in ("masks/rounds-of-2", "schedules/paper"))
     assert all(ours[seed] > theirs[seed] for seed in theirs)
+
+
+def cases_of_recipes(case: str) -> list[dict[str, str]]:
+    raw = csv.DictReader((ROOT / "examples/study/results/recipes.csv").open())
+    return [row for row in raw if row["case"] == case]
 
 
 def accuracies(case: str, of: str) -> dict[str, float]:
