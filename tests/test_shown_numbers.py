@@ -260,8 +260,10 @@ def test_the_studys_pairs() -> None:
     ):
         ours, dense = accuracies(case, "mean"), accuracies(f"{base}/dense", "mean")
         assert words.format(*(ours[seed] / dense[seed] for seed in ours)) in STUDY
-    fast, dense = (fmean(accuracies(f"learning_rates/{case}-5e-4", "mean").values()) for case in ("fast", "dense"))
-    assert f"of dense at 5e-4 that is {fast / dense:.3f}" in STUDY
+    fast_mean, dense_mean = (
+        fmean(accuracies(f"learning_rates/{case}-5e-4", "mean").values()) for case in ("fast", "dense")
+    )
+    assert f"of dense at 5e-4 that is {fast_mean / dense_mean:.3f}" in STUDY
 
 
 def test_the_studys_less_lds() -> None:
