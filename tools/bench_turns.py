@@ -30,12 +30,11 @@ from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.sweep import SweepRun, config_of, read, runs_of
-from megatron_sts.report.run import Run, read_run
+from megatron_sts.report.run import METRICS, Run, read_run
 
 SETTINGS = ("evaluation.num_questions=0", "logging.tensorboard=false", "logging.interval_steps=1")
 TURNS_A_STEP = 4
 """A turn is to be so many times as long as the steps: else most steps would be stopped in."""
-METRICS = "metrics.jsonl"
 
 
 class FailedError(Exception):

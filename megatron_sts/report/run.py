@@ -15,8 +15,10 @@ from yaml import YAMLError
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.explain import one_line
 
+METRICS = "metrics.jsonl"
+"""In a run's folder."""
 Line = dict[str, Any]
-"""One line of metrics.jsonl."""
+"""One line of it."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,11 @@ def read_run(folder: Path) -> Run:
     Raises:
         ConfigError: it is not the folder of a run, or a file of it is damaged.
     """
-    for name in ("config.resolved.yaml", "metrics.jsonl"):
+    for name in ("config.resolved.yaml", METRICS):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: holds no {name}; give the folder that train wrote (--run-dir)")
     config, result = folder / "config.resolved.yaml", folder / "evaluation.json"
-    lines = [_parse(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [_parse(text) for text in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     return Run(
         folder=folder,
         config=_whole(config, lambda text: OmegaConf.to_container(OmegaConf.create(text))),

@@ -16,7 +16,7 @@ from megatron_sts.config.logs import WandbConfig
 from megatron_sts.config.replicated import without_replicas
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.data.records import SkippedSample
-from megatron_sts.report.run import read_run
+from megatron_sts.report.run import METRICS, read_run
 from megatron_sts.report.trace import write_trace
 from megatron_sts.report.utilisation import utilisation
 from megatron_sts.runtime.progress_lines import ProgressLines
@@ -60,9 +60,9 @@ class RunLog:
         if not enabled:
             return
         run_dir.mkdir(parents=True, exist_ok=True)
-        self._lines, self._unwritten = (run_dir / "metrics.jsonl").open("ab", buffering=0), b""
+        self._lines, self._unwritten = (run_dir / METRICS).open("ab", buffering=0), b""
         self._has_earlier_lines = self._lines.tell() > 0
-        if not _ends_whole(run_dir / "metrics.jsonl"):  # a crash in the middle of a line
+        if not _ends_whole(run_dir / METRICS):  # a crash in the middle of a line
             self._unwritten = b"\n"
         self._has_board, self._board = tensorboard, _open_board(run_dir) if tensorboard else None
         self._wandb = WandbBoard(wandb[0], run_dir, wandb[1], self.warn) if wandb else None

@@ -24,6 +24,8 @@ from megatron_sts.config.run_folder import (
     whole_checkpoints,
 )
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.launch import outcome
+from megatron_sts.report.run import METRICS, read_run
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
 
@@ -178,6 +180,7 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     """
     found = newest(resolved, run_dir) if is_begun(run_dir) else None
     if found is None:
+        check_not_over(run_dir)
         return
     before = load(run_dir / CONFIG)
     for field, old, new in _differences(before, resolved):
@@ -193,6 +196,23 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     if 0 < progress.step < stage.num_steps:
         copies = before.parallel.data_parallel_size or 1
         check_same_copies(stage, checkpoint, copies, resolved.data_parallel_size)
+
+
+def check_not_over(run_dir: Path) -> None:
+    """Refuses to train anew where a run came to its end and its checkpoints were deleted since: its results would be written over.
+
+    Raises:
+        ConfigError: naming the folder.
+    """
+    try:
+        is_trained = read_run(run_dir).is_complete
+    except ConfigError:  # nothing is there, or what is there is damaged
+        return
+    told = outcome.read(run_dir)
+    is_done = (run_dir / EVALUATION).is_file() or (told is not None and told.outcome == "done")
+    if is_trained and is_done:  # else its last checkpoint may never have been written
+        refuse("--run-dir", str(run_dir), "it holds a whole run, but no checkpoint of it any more: training would begin anew and "
+               "write over its results", f"give another folder, or delete {run_dir / METRICS} to train it anew")  # fmt: skip
 
 
 def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir: Path, *, extend: bool) -> None:

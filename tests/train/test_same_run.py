@@ -16,9 +16,12 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import MANIFEST, whole_checkpoints
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.launch import outcome
+from megatron_sts.report.run import METRICS
 from megatron_sts.runtime.integrity import digest_of
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.resume import (
+    EVALUATION,
     Progress,
     check_same_run,
     damage_of_progress,
@@ -50,6 +53,33 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 VALIDATION = {"interval_steps": 2, "num_samples": 8}
+
+
+@pytest.mark.parametrize("left", ["evaluation", "outcome"])
+def test_what_a_run_came_to_is_not_written_over(tmp_path: Path, left: str) -> None:
+    """When its checkpoints were deleted. One that was cut off begins anew, also in the last step's saving."""
+    write_config(resolved(), tmp_path, KERNELS, {})
+    check_same_run(resolved(), tmp_path)
+    steps = [{"stage": stage, "step": step} for stage in ("alignment", "finetune") for step in range(4)]
+    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in steps[:-1]))
+    outcome.write(tmp_path, "failed", "the disk was full")
+    check_same_run(resolved(), tmp_path)
+    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in steps))
+    check_same_run(resolved(), tmp_path)
+    if left == "outcome":
+        outcome.write(tmp_path, "done")
+    else:
+        (tmp_path / EVALUATION).write_text("{}")
+    said = (
+        rf"^--run-dir={tmp_path}: it holds a whole run, .*; give another folder, or delete {tmp_path}/metrics.jsonl to"
+    )
+    with pytest.raises(ConfigError, match=said):
+        check_same_run(resolved(), tmp_path)
+    (tmp_path / METRICS).unlink()
+    check_same_run(resolved(), tmp_path)
+    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in steps))
+    checkpoint(tmp_path, "1-finetune-0000004", stage=1, step=4)
+    check_same_run(resolved(), tmp_path)
 
 
 def test_how_often_is_free_and_on_what_is_not(run_dir: Path) -> None:
