@@ -25,7 +25,7 @@ from megatron_sts.cost.memory import memory_per_rank, parameters, parameters_per
 from megatron_sts.cost.peak import CONTEXT_BYTES, peak_memory
 from megatron_sts.lds.schedule import mean_skip_fraction, skip_probabilities
 from megatron_sts.runtime.probe import check_usable
-from megatron_sts.train.resume import is_begun
+from megatron_sts.train.resume import is_begun, is_over
 
 _TOWER = {
     "spread": "on all ranks of a model copy, which each encode a share of a step's images (parallel.vision: spread)",
@@ -45,7 +45,7 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
     """
     parallel = resolved.config.parallel
     found = [
-        *obstacles(resolved, is_going_on=is_begun(run_dir)),
+        *obstacles(resolved, is_going_on=is_begun(run_dir) or is_over(run_dir)),
         *unreadable_data(resolved),
         *other_run(resolved, run_dir, extend=extend),
     ]

@@ -79,11 +79,14 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool)
     from megatron_sts.commands.obstacles import obstacles, unreadable_data
     from megatron_sts.train import resume
 
-    if rank is None:  # rank 0 does it for the others; first, because other data give an epoch another number of steps
+    if rank is None or resume.is_over(
+        run_dir
+    ):  # else rank 0 does it for the others; first, because other data give an epoch another number of steps
         resume.check_same_content(resolved, run_dir)
     resume.check_same_run(resolved, run_dir, extend=extend)
     if resume.is_finished(resolved, run_dir):
-        outcome.write(run_dir, "done")
+        if (told := outcome.read(run_dir)) is None or told.outcome != "done":
+            outcome.write(run_dir, "done")
         if rank is None or rank.rank == 0:
             print(f"megatron-sts: the run in {run_dir} is finished; nothing is left to do")
         return 0

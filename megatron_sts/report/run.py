@@ -37,6 +37,8 @@ class Run:
     """The last ``ranks`` event of each stage that has one."""
     validations: dict[str, list[Line]]
     """The ``validation`` events of each stage that has any, in order of steps."""
+    saved: dict[str, int]
+    """How many steps of each stage its newest checkpoint held, whether it still is there or not."""
 
     @property
     def num_layers(self) -> int:
@@ -48,6 +50,12 @@ class Run:
         """Whether every stage has come to its end, whose step always has a line."""
         stages = [entry["name"] for entry in self.config["resolved"]["stages"]]
         return all(name in self.steps and self.steps[name][-1]["step"] + 1 == self.num_steps(name) for name in stages)
+
+    @property
+    def was_saved(self) -> bool:
+        """Whether it is complete, and its last weights were written."""
+        last = self.config["resolved"]["stages"][-1]["name"]
+        return self.is_complete and self.saved.get(last) == self.num_steps(last)
 
     def total(self, field: str, stage: str | None = None) -> float:
         """A field summed over a stage's steps, or all; a step without a line (``logging.interval_steps``) counts as the next one."""
@@ -84,6 +92,7 @@ def read_run(folder: Path) -> Run:
         skipping=_last_events(lines, "skipping"),
         ranks=_last_events(lines, "ranks"),
         validations=_validations(lines),
+        saved=_saved(lines),
     )
 
 
@@ -125,6 +134,17 @@ def _validations(lines: Iterable[Line]) -> dict[str, list[Line]]:
             while found and next(reversed(found)) > line["step"]:
                 found.popitem()
     return {name: list(found.values()) for name, found in stages.items() if found}
+
+
+def _saved(lines: Iterable[Line]) -> dict[str, int]:
+    """Steps by stage. One that runs again takes back what was saved after it."""
+    saved: dict[str, int] = {}
+    for line in lines:
+        if line.get("event") == "checkpoint":
+            saved[line["stage"]] = line["step"]
+        elif "step" in line and "event" not in line and line["step"] < saved.get(line["stage"], 0):
+            del saved[line["stage"]]
+    return saved
 
 
 def _parse(text: str) -> Line:

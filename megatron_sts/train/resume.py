@@ -24,8 +24,7 @@ from megatron_sts.config.run_folder import (
     whole_checkpoints,
 )
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.launch import outcome
-from megatron_sts.report.run import METRICS, read_run
+from megatron_sts.report.run import read_run
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
 
@@ -140,13 +139,13 @@ def remedy(checkpoint: Path, *, is_only: bool = False) -> str:
 
 
 def is_finished(resolved: Resolved, run_dir: Path) -> bool:
-    """Whether every step is done and the evaluation, if asked for, written."""
+    """Whether every step is done and the evaluation, if asked for, written; of a run that ``check_same_run`` let pass."""
     found = newest(resolved, run_dir)
     if found is None:
-        return False
+        return is_over(run_dir)
     progress, last = found[1], resolved.stages[-1]
     is_trained = (progress.stage, progress.step) == (last.index, last.num_steps) and not progress.stopped_on_bad_samples
-    return is_trained and (not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir))
+    return is_trained and is_answered(resolved, run_dir)
 
 
 def evaluation_of(resolved: Resolved) -> dict[str, Any]:
@@ -165,6 +164,21 @@ def is_evaluated(resolved: Resolved, run_dir: Path) -> bool:
     return all(found.get(key) == value for key, value in evaluation_of(resolved).items())
 
 
+def is_answered(resolved: Resolved, run_dir: Path) -> bool:
+    """Whether no question is left to ask."""
+    return not resolved.config.evaluation.num_questions or is_evaluated(resolved, run_dir)
+
+
+def is_over(run_dir: Path) -> bool:
+    """Whether a whole run was trained there and saved, and no checkpoint of it is left: somebody needed the room."""
+    if not (run_dir / CONFIG).is_file() or whole_checkpoints(run_dir / CHECKPOINTS):
+        return False
+    try:
+        return read_run(run_dir).was_saved
+    except ConfigError:  # no line was written, or they are damaged: nothing can be read from there either
+        return False
+
+
 def is_begun(run_dir: Path) -> bool:
     """Whether a run goes on there."""
     return (run_dir / CONFIG).is_file() and bool(whole_checkpoints(run_dir / CHECKPOINTS))
@@ -180,7 +194,8 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     """
     found = newest(resolved, run_dir) if is_begun(run_dir) else None
     if found is None:
-        check_not_over(run_dir)
+        if is_over(run_dir):
+            check_same_as_over(resolved, run_dir)
         return
     before = load(run_dir / CONFIG)
     for field, old, new in _differences(before, resolved):
@@ -198,21 +213,20 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
         check_same_copies(stage, checkpoint, copies, resolved.data_parallel_size)
 
 
-def check_not_over(run_dir: Path) -> None:
-    """Refuses to train anew where a run came to its end and its checkpoints were deleted since: its results would be written over.
+def check_same_as_over(resolved: Resolved, run_dir: Path) -> None:
+    """Refuses to train anew where another run is over, or this one with other questions: its results would be written over.
 
     Raises:
-        ConfigError: naming the folder.
+        ConfigError: naming the first field that differs, or the questions.
     """
-    try:
-        is_trained = read_run(run_dir).is_complete
-    except ConfigError:  # nothing is there, or what is there is damaged
-        return
-    told = outcome.read(run_dir)
-    is_done = (run_dir / EVALUATION).is_file() or (told is not None and told.outcome == "done")
-    if is_trained and is_done:  # else its last checkpoint may never have been written
-        refuse("--run-dir", str(run_dir), "it holds a whole run, but no checkpoint of it any more: training would begin anew and "
-               "write over its results", f"give another folder, or delete {run_dir / METRICS} to train it anew")  # fmt: skip
+    lengths = {stage["name"]: stage["num_steps"] for stage in _derived(run_dir)["stages"]}
+    same_length = {stage.name: stage.num_steps for stage in resolved.stages} == lengths
+    for field, old, new in _differences(load(run_dir / CONFIG), resolved):
+        if not field.endswith((*FREE, *FILES, INTERVAL, *(LENGTHS if same_length else ()))):
+            raise _other_run(field, old, new, run_dir)
+    if not is_answered(resolved, run_dir):
+        refuse("evaluation.num_questions", resolved.config.evaluation.num_questions, f"{run_dir} holds a whole run with other questions, and no checkpoint of it any more to ask these",
+               "restore the evaluation that it had, or give another --run-dir")  # fmt: skip
 
 
 def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir: Path, *, extend: bool) -> None:
@@ -233,8 +247,8 @@ def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir:
 def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
     """Refuses to go on with files that hold something else than at the first start, wherever they lie.
 
-    Weights that the run began with are compared only under another name: a run that goes on does not read them. Data on whose
-    bad samples it stopped may have been mended.
+    Weights that the run began with are compared only under another name, as a run that goes on does not read them, or where it is over. Data on
+    whose bad samples it stopped may have been mended.
 
     Returns:
         What the config's files hold, for ``write_config``.
@@ -243,18 +257,18 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
         ConfigError: naming the first field that differs, and in what.
     """
     now = contents(resolved.config)
-    found = newest(resolved, run_dir) if is_begun(run_dir) else None
-    if found is None:
+    found, is_left = newest(resolved, run_dir) if is_begun(run_dir) else None, is_over(run_dir)
+    if found is None and not is_left:
         return now
     held = _derived(run_dir).get(CONTENT, {})
-    may_be_mended = found[1].stopped_on_bad_samples
+    may_be_mended = found is not None and found[1].stopped_on_bad_samples
     differing = _differences(load(run_dir / CONFIG), resolved)
     renamed = {field: (old, new) for field, old, new in differing if field.endswith(FILES)}
     for field in dict.fromkeys([*renamed, *now]):
         is_comparable = field in held and field in now
         if field in renamed and not is_comparable:
             raise _other_run(field, *renamed[field], run_dir)
-        is_read = not field.endswith(".init") or field in renamed
+        is_read = is_left or not field.endswith(".init") or field in renamed
         if field.endswith(MENDABLE) and may_be_mended:
             held.pop(field, None)
         elif is_comparable and is_read and (what := changes(held[field], now[field])):

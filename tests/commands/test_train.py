@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,18 +121,22 @@ def test_one_rank_killed_resumed_finished(config: Path, tmp_path: Path) -> None:
     found = outcome.read(run)
     assert found and (found.outcome, found.stage, found.step, found.cause) == ("done", "finetune", 60, None)
     outcome.clear(run)
-    with started(config, run) as process:
-        status, out, errors = ends(process, 60)
-    assert (status, errors) == (0, [])
-    assert (again := outcome.read(run)) and again.outcome == "done"
-    assert out == f"megatron-sts: the run in {run} is finished; nothing is left to do\n"
-    with started(config, run, "stages.finetune.lds.alpha=0.5") as process:
-        status, _, errors = ends(process, 60)
-    assert status == 2
-    assert errors == [
-        f"megatron-sts: error: stages.finetune.lds.alpha=0.5: {run} holds a run with stages.finetune.lds.alpha=0.6; "
-        "restore that value to go on, or give another --run-dir"
-    ]
+    trained = steps(run)
+    for _ in range(2):  # at last without its checkpoints
+        with started(config, run) as process:
+            status, out, errors = ends(process, 60)
+        assert (status, errors) == (0, [])
+        assert (again := outcome.read(run)) and (again.outcome, again.step) == ("done", 60)
+        assert out == f"megatron-sts: the run in {run} is finished; nothing is left to do\n"
+        with started(config, run, "stages.finetune.lds.alpha=0.5") as process:
+            status, _, errors = ends(process, 60)
+        assert status == 2
+        assert errors == [
+            f"megatron-sts: error: stages.finetune.lds.alpha=0.5: {run} holds a run with stages.finetune.lds.alpha=0.6; "
+            "restore that value to go on, or give another --run-dir"
+        ]
+        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    assert steps(run) == trained
 
 
 def test_two_ranks_stopped_then_one_dies(tmp_path: Path) -> None:

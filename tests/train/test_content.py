@@ -209,6 +209,22 @@ def test_data_may_be_mended_after_a_stop_for_bad_samples(tmp_path: Path) -> None
         go_on(run_dir, on_json(path))
 
 
+@pytest.mark.parametrize("kind", ["json", "weights"])
+def test_a_run_that_is_over_is_of_other_files(tmp_path: Path, kind: str) -> None:
+    """Its checkpoints were deleted: what it began with counts, as it would be trained again."""
+    write, use = KINDS[kind]
+    path = write(tmp_path / "here")
+    run_dir = begin(tmp_path / "run", use(path))
+    shutil.rmtree(run_dir / "checkpoints")
+    lines = [{"stage": stage, "step": step} for stage in ("alignment", "finetune") for step in range(4)]
+    saved = {"event": "checkpoint", "stage": "finetune", "step": 4}
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, saved]))
+    go_on(run_dir, use(path))
+    (flip if kind == "weights" else lengthen)(next(path.rglob("*.safetensors")) if kind == "weights" else path)
+    with pytest.raises(ConfigError, match=r"holds something else than when the run in"):
+        go_on(run_dir, use(path))
+
+
 def test_weights_of_another_name_must_be_the_same(tmp_path: Path) -> None:
     run_dir = begin(tmp_path / "run", from_weights(write_weights(tmp_path / "here")))
     flip(write_weights(tmp_path / "there") / "model.safetensors")

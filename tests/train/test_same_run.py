@@ -16,7 +16,6 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import MANIFEST, whole_checkpoints
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.launch import outcome
 from megatron_sts.report.run import METRICS
 from megatron_sts.runtime.integrity import digest_of
 from megatron_sts.runtime.kernels import Kernels
@@ -25,6 +24,7 @@ from megatron_sts.train.resume import (
     Progress,
     check_same_run,
     damage_of_progress,
+    evaluation_of,
     is_finished,
     read_progress,
     write_config,
@@ -55,31 +55,54 @@ def run_dir(tmp_path: Path) -> Path:
 VALIDATION = {"interval_steps": 2, "num_samples": 8}
 
 
-@pytest.mark.parametrize("left", ["evaluation", "outcome"])
-def test_what_a_run_came_to_is_not_written_over(tmp_path: Path, left: str) -> None:
-    """When its checkpoints were deleted. One that was cut off begins anew, also in the last step's saving."""
+def write_steps(run_dir: Path, *events: dict[str, Any], steps: int = 4) -> None:
+    """Lines of a run whose last stage came so far, and what followed."""
+    lines = [{"stage": stage, "step": step} for stage, num in (("alignment", 4), ("finetune", steps)) for step in range(num)]  # fmt: skip
+    (run_dir / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in [*lines, *events]))
+
+
+SAVED = {"event": "checkpoint", "stage": "finetune", "step": 4}
+
+
+def test_a_whole_run_is_over_without_its_checkpoints(tmp_path: Path) -> None:
+    """Nothing is left to do, and another run is refused: it would be written over."""
     write_config(resolved(), tmp_path, KERNELS, {})
+    write_steps(tmp_path, SAVED)
     check_same_run(resolved(), tmp_path)
-    steps = [{"stage": stage, "step": step} for stage in ("alignment", "finetune") for step in range(4)]
-    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in steps[:-1]))
-    outcome.write(tmp_path, "failed", "the disk was full")
-    check_same_run(resolved(), tmp_path)
-    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in steps))
-    check_same_run(resolved(), tmp_path)
-    if left == "outcome":
-        outcome.write(tmp_path, "done")
-    else:
-        (tmp_path / EVALUATION).write_text("{}")
-    said = (
-        rf"^--run-dir={tmp_path}: it holds a whole run, .*; give another folder, or delete {tmp_path}/metrics.jsonl to"
-    )
-    with pytest.raises(ConfigError, match=said):
-        check_same_run(resolved(), tmp_path)
-    (tmp_path / METRICS).unlink()
-    check_same_run(resolved(), tmp_path)
-    (tmp_path / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in steps))
-    checkpoint(tmp_path, "1-finetune-0000004", stage=1, step=4)
-    check_same_run(resolved(), tmp_path)
+    assert is_finished(resolved(), tmp_path)
+    with pytest.raises(ConfigError, match=r"^seed=2: .* holds a run with seed=1; .* or give another --run-dir$"):
+        check_same_run(resolved(seed=2), tmp_path)
+    longer = [{**stage, "steps": 9} if stage["name"] == "finetune" else stage for stage in stagehand.config()["stages"]]
+    with pytest.raises(ConfigError, match=r"^stages\.finetune\.steps=9: "):
+        check_same_run(resolved(stages=longer), tmp_path)
+    asked = resolved(evaluation={"num_questions": 10})
+    with pytest.raises(
+        ConfigError, match=r"^evaluation\.num_questions=10: .*, and no checkpoint of it any more to ask these; "
+    ):
+        check_same_run(asked, tmp_path)
+    (tmp_path / EVALUATION).write_text(json.dumps(evaluation_of(asked)))
+    check_same_run(asked, tmp_path)
+    assert is_finished(asked, tmp_path)
+    checkpoint(tmp_path, "0-alignment-0000004", stage=1, step=0)
+    assert not is_finished(asked, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("events", "steps"),
+    [
+        ([], 4),
+        ([{**SAVED, "stage": "alignment"}], 4),
+        ([{**SAVED, "step": 2}], 3),
+        ([SAVED, {"stage": "finetune", "step": 3}], 4),
+    ],
+    ids=["never saved", "cut off in the last save", "cut off", "begun anew"],
+)
+def test_a_run_that_was_cut_off_begins_anew(tmp_path: Path, events: list[dict[str, Any]], steps: int) -> None:
+    write_config(resolved(), tmp_path, KERNELS, {})
+    (tmp_path / EVALUATION).write_text("{}")
+    write_steps(tmp_path, *events, steps=steps)
+    check_same_run(resolved(seed=2), tmp_path)
+    assert not is_finished(resolved(), tmp_path)
 
 
 def test_how_often_is_free_and_on_what_is_not(run_dir: Path) -> None:
