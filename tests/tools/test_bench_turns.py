@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -14,14 +19,14 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.run import Run
 from tests import warm
 from tests.train import stagehand
-from tools.bench_turns import timed
+from tools.bench_turns import take_turns, timed
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_turns.py"
 
 
 def run_of(*steps_s: float) -> Run:
     lines = [{"step": step, "step_time_s": each, "flops_executed": 3.0} for step, each in enumerate(steps_s)]
-    return Run(Path("a"), {}, {"finetune": lines}, None, {}, {}, {})
+    return Run(Path("a"), {}, {"finetune": lines}, None, {}, {}, {}, {})
 
 
 def test_steps_in_which_a_run_was_stopped_do_not_count() -> None:
@@ -31,14 +36,56 @@ def test_steps_in_which_a_run_was_stopped_do_not_count() -> None:
 
 
 def test_turns_that_are_too_short_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"--turn-s=0\.7: steps of finetune of a took 0\.2 s; give 4 times as much"):
-        list(timed(run_of(0.2, 0.2, 0.9), 0.7))
+    said = r"--turn-s=1.9: 10 steps of finetune of a take longer, 0\.2 s each; give 2 at least"
+    with pytest.raises(ConfigError, match=said):
+        list(timed(run_of(0.2, 0.2, 1.9), 1.9))
+
+
+class Dummy:
+    """A run that ends in its second turn, after a part of it; it notes when it is stopped."""
+
+    def __init__(self, name: str, seconds: float) -> None:
+        self.name, self._left_s, self._runs_since, self.stops = name, seconds, 0.0, list[float]()
+        self._stopped_at: float | None = None
+
+    def _ran_s(self) -> float:
+        return time.monotonic() - self._runs_since if self._runs_since else 0.0
+
+    @property
+    def is_running(self) -> bool:
+        return self._left_s > self._ran_s()
+
+    @property
+    def share(self) -> float:
+        return 1 - (self._left_s - self._ran_s()) / 2
+
+    def steps_s(self) -> list[float]:
+        return []
+
+    def signal(self, number: signal.Signals) -> None:
+        now = time.monotonic()
+        if number == signal.SIGCONT and self._stopped_at is not None:
+            self.stops.append(now - self._stopped_at)
+            self._stopped_at = None
+        if number == signal.SIGCONT and not self._runs_since:
+            self._runs_since = now
+        if number == signal.SIGSTOP and self._stopped_at is None:
+            self._stopped_at = now
+            self._left_s, self._runs_since = self._left_s - self._ran_s(), 0.0
+
+
+def test_no_stop_is_shorter_than_a_turn() -> None:
+    """Also when the other run ends early in its turn; it would count as a part of a step."""
+    sides: Any = [Dummy("short", 0.45), Dummy("long", 0.9)]
+    take_turns(sides, 0.3)
+    assert sides[0].stops and sides[1].stops
+    assert min(sides[0].stops + sides[1].stops) >= 0.3
 
 
 def sweep_of(folder: Path) -> Path:
     """Runs of a second or two on two ranks each."""
     parallel = {**stagehand.LAYOUTS["DP=2"], "timeout_s": 100}
-    steps = ["stages.*.steps=40", "checkpoint.interval_steps=null"]
+    steps = ["stages.*.steps=80", "checkpoint.interval_steps=null"]
     (folder / "bad.json").write_text(json.dumps([{"id": "0", "conversations": []}] * 8))
     (folder / "config.yaml").write_text(yaml.safe_dump(stagehand.config(parallel=parallel)))
     cases = {"dense": ["stages.*.vtc=null", "stages.*.lds=null"], "sparse": [], "broken": ["stages.*.data.source=llava_json", f"stages.*.data.path={folder}/bad.json"]}  # fmt: skip
@@ -50,18 +97,18 @@ def sweep_of(folder: Path) -> Path:
 
 def test_two_runs(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = [sys.executable, str(TOOL), str(sweep_of(tmp_path)), "dense", "sparse", "--turn-s", "1", "--out", str(out), "--json"]  # fmt: skip
+    command = [sys.executable, str(TOOL), str(sweep_of(tmp_path)), "dense", "sparse", "--turn-s", "2", "--out", str(out), "--json"]  # fmt: skip
     run = warm.run(command, capture_output=True, text=True, timeout=240)
     assert run.returncode == 0, run.stderr[-3000:]
     found = json.loads(run.stdout.splitlines()[-1])
     assert [[(each["run"], each["stage"], each["num_steps"]) for each in stages] for stages in found] == [
-        [(name, stage, 40) for stage in ("alignment", "finetune")] for name in ("dense", "sparse")
+        [(name, stage, 80) for stage in ("alignment", "finetune")] for name in ("dense", "sparse")
     ]
     assert all(sum(each["num_stopped"] for each in stages) > 0 for stages in found)
     dense, sparse = found
     assert all(a["flops_executed"] > b["flops_executed"] for a, b in zip(dense, sparse, strict=True))
     alone = tmp_path / "alone"
-    told = warm.run([sys.executable, "-m", "megatron_sts", "train", str(tmp_path / "config.yaml"), "stages.*.steps=40", "--run-dir", str(alone)], timeout=240)  # fmt: skip
+    told = warm.run([sys.executable, "-m", "megatron_sts", "train", str(tmp_path / "config.yaml"), "stages.*.steps=80", "--run-dir", str(alone)], timeout=240)  # fmt: skip
     assert told.returncode == 0
     losses = [[(line["stage"], line["step"], line["loss"]) for line in stagehand.lines(folder) if "loss" in line] for folder in (alone, out / "sparse")]  # fmt: skip
     assert losses[0] == losses[1]
@@ -70,12 +117,32 @@ def test_two_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("runs", "said"),
     [
+        (["dense", "dense"], "RUN=dense: it is given twice; give two runs"),
         (["dense", "spars"], "RUN=spars: .* has no such run; give two of dense, sparse, broken"),
-        (["dense", "broken"], "broken failed with status [1-9]: .*[a-z]"),
+        (["dense", "broken"], "broken failed with status [1-9]: .*error: .*max_bad_fraction"),
     ],
 )
 def test_what_cannot_be_timed_is_told(tmp_path: Path, runs: list[str], said: str) -> None:
-    command = [sys.executable, str(TOOL), str(sweep_of(tmp_path)), *runs, "--turn-s", "1"]
+    command = [sys.executable, str(TOOL), str(sweep_of(tmp_path)), *runs, "--turn-s", "2"]
     run = warm.run(command, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 2
+    assert run.returncode == (1 if "broken" in runs else 2)
+    assert not left_of(tmp_path)
     assert re.search(said, " ".join(run.stderr.split()))
+
+
+def left_of(folder: Path) -> list[str]:
+    """Processes of runs there, stopped or not."""
+    return [line for each in psutil.process_iter(["cmdline"]) if str(folder) in (line := " ".join(each.info["cmdline"] or ()))]  # fmt: skip
+
+
+def test_nothing_is_left_by_a_signal(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOOL), str(sweep_of(tmp_path)), "dense", "sparse", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as tool:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("out/*/metrics.jsonl")):
+            assert tool.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        assert len(left_of(tmp_path)) >= 3
+        tool.terminate()
+        assert tool.wait(timeout=90) == 128 + signal.SIGTERM
+    assert not left_of(tmp_path)
