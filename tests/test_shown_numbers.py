@@ -144,14 +144,19 @@ def test_the_studys_claims() -> None:
     ("sweep", "words"),
     [
         ("claims_llava", r"of the (\d+) that are, (\d+) are so by Student's t"),
-        ("reading", r"Of the (\d+) bold cells (\d+) are so by Student's t"),
+        ("reading", r"Of the (\d+) bold cells (\d+) are so by Student's t over seeds too"),
+        ("claims_minigpt4", r"Of the (\d+) bold cells (\d+) are so by\s+Student's t over seeds \("),
     ],
 )
 def test_the_studys_bold_cells(sweep: str, words: str) -> None:
     """How many families' bootstrap intervals leave 1 out, and of these, how many Student's t over the seeds does too."""
     results = ROOT / "examples/study/results"
     kept = list(csv.DictReader((results / f"{sweep}.overview.csv").open()))[1:]
-    raw = [row for name in {"claims_llava", sweep} for row in csv.DictReader((results / f"{name}.csv").open())]
+    raw = [
+        row
+        for name in {BASES.get(sweep, "claims_llava"), sweep}
+        for row in csv.DictReader((results / f"{name}.csv").open())
+    ]
     by_run, bold, by_t = {row["run"]: row for row in raw}, 0, 0
     for row in kept:
         case = row["runs"].rpartition("/")[2]
@@ -196,13 +201,24 @@ SHARES = [
     ("less_lds/less-lds", None, "mean", "it kept {:.3f} ± {:.3f} of the dense accuracy (by seed"),
     ("alignment_lds/in-both", "claims_llava/lds", "relation", "had lost as much but for {:.3f}"),
     ("claims_llava/lds", None, "relation", "(`lds`, {:.3f} ± {:.3f})"),
+    ("claims_minigpt4/vtc-guided", None, "mean", "`guided` kept {:.3f} ± {:.3f} (Student's t"),
+    ("claims_minigpt4/vtc-random", None, "mean", "`random` {:.3f} ± {:.3f}, `uniform` 0.882"),
+    ("claims_minigpt4/vtc-uniform", None, "mean", "`uniform` {:.3f} ± {:.3f}. By seed"),
+    ("claims_minigpt4/lds", None, "mean", "alone it kept {:.3f} ± {:.3f} and saved 9 %"),
+    ("claims_minigpt4/sts-uniform", "claims_minigpt4/vtc-uniform", "mean", "it took {:.3f} ± {:.3f} more with `uniform`"),
+    ("claims_minigpt4/sts-guided", "claims_minigpt4/vtc-guided", "mean", "{:.3f} ± {:.3f} with `guided`, 0.032"),
+    ("claims_minigpt4/sts-random", "claims_minigpt4/vtc-random", "mean", "{:.3f} ± {:.3f} with `random`. - Against"),
+    ("claims_minigpt4/vtc-uniform", "claims_minigpt4/dense", "ocr", "Reading with `uniform` loses {:.2f} ± {:.2f} by VTC"),
     ("alignment_lds/in-both", None, "relation", "relations of `in-both` ({:.3f} ± {:.3f})"),
 ]  # fmt: skip
 """A case, the one that is better, in what, and how the study says by how much; without a better one what the case keeps."""
+CASES = ("lds", "vtc-uniform", "vtc-random", "vtc-guided", "sts-uniform", "sts-random", "sts-guided")
+"""Of the MiniGPT-4 type."""
 BASES = {
     "recipes": "recipes",
     "learning_rates": "recipes",
     "less_lds": "less_lds",
+    "claims_minigpt4": "claims_minigpt4",
     **dict.fromkeys(("schedules", "masks", "updates"), "equal_flops"),
 }
 """By sweep where its dense runs are, if not in claims_llava."""
@@ -264,6 +280,43 @@ def test_the_studys_pairs() -> None:
         fmean(accuracies(f"learning_rates/{case}-5e-4", "mean").values()) for case in ("fast", "dense")
     )
     assert f"of dense at 5e-4 that is {fast_mean / dense_mean:.3f}" in STUDY
+
+
+def test_the_studys_minigpt4() -> None:
+    """What its text says of single runs, losses and FLOPs."""
+    text = STUDY.replace("\n", " ")
+    dense = accuracies("claims_minigpt4/dense", "mean")
+    kept = {
+        case: [accuracies(f"claims_minigpt4/{case}", "mean")[seed] / dense[seed] for seed in dense] for case in CASES
+    }
+    assert "`uniform` kept {:.3f}, {:.3f} and {:.3f}: whether".format(*kept["vtc-uniform"]) in text
+    assert "(`guided`; by seed {:.3f}, {:.3f}, {:.3f})".format(*kept["sts-guided"]) in text
+    assert "`uniform` between {:.2f} and {:.2f} by seed. Prefer".format(min(kept["vtc-uniform"]), max(kept["vtc-uniform"])) in text  # fmt: skip
+    assert all(a > b - 0.001 for a, b in zip(kept["vtc-guided"], kept["vtc-uniform"], strict=True))
+    worst = [accuracies("claims_minigpt4/vtc-uniform", of)["3"] / accuracies("claims_minigpt4/dense", of)["3"] for of in ("relation", "counting")]  # fmt: skip
+    assert "({:.2f} and {:.2f} in `uniform`'s worst seed)".format(*worst) in text
+    assert kept["vtc-uniform"][2] == min(kept["vtc-uniform"])
+    with_vtc = [
+        (share, loss)
+        for case in CASES[1:4]
+        for share, loss in zip(
+            kept[case], by_seed(f"claims_minigpt4/{case}", "alignment.last_loss").values(), strict=True
+        )
+    ]
+    losses = [loss for _, loss in with_vtc]
+    without = by_seed("claims_minigpt4/dense", "alignment.last_loss").values()
+    assert f"was {min(losses):.1f} to {max(losses):.1f} with VTC, {min(without):.2f} to {max(without):.2f} dense" in text  # fmt: skip
+    least = sorted(with_vtc)[:3]
+    assert f"kept least, {least[0][0]:.2f} to {least[2][0]:.2f}, had {min(loss for _, loss in least):.1f} to {max(loss for _, loss in least):.1f}" in text  # fmt: skip
+    [lucky] = [(share, loss) for share, loss in with_vtc if 1.75 < loss < 1.85]
+    assert "a run with {1:.1f} kept {0:.3f}".format(*lucky) in text
+    raw = csv.DictReader((ROOT / "examples/study/results/claims_minigpt4.overview.csv").open())
+    found = {row["runs"]: row for row in raw}
+    shares = {case: float(found[case]["flops_executed"]) / float(found["dense"]["flops_executed"]) for case in CASES}
+    assert [round(100 * (1 - shares[case])) for case in CASES] == [9, 3, 3, 3, 13, 13, 12]
+    means = {case: float(found[case]["mean.of_first"]) for case in CASES}
+    assert f"keep {means['sts-guided']:.3f} (`guided`" in text
+    assert f"{means['sts-random']:.3f} (`random`) and {means['sts-uniform']:.3f} (`uniform`) in the mean" in text
 
 
 def test_the_studys_less_lds() -> None:
