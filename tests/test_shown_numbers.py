@@ -143,9 +143,9 @@ def test_the_studys_claims() -> None:
 @pytest.mark.parametrize(
     ("sweep", "words"),
     [
-        ("claims_llava", r"of the (\d+) that are, (\d+) are so by Student's t"),
+        ("claims_llava", r"of the (\d+) that are, (\d+) are so by Student's t over seeds too\. \("),
         ("reading", r"Of the (\d+) bold cells (\d+) are so by Student's t over seeds too"),
-        ("claims_minigpt4", r"Of the (\d+) bold cells (\d+) are so by\s+Student's t over seeds \("),
+        ("claims_minigpt4", r"of the (\d+) that are, (\d+) are so by Student's t over seeds too \(paired"),
     ],
 )
 def test_the_studys_bold_cells(sweep: str, words: str) -> None:
@@ -201,14 +201,20 @@ SHARES = [
     ("less_lds/less-lds", None, "mean", "it kept {:.3f} ± {:.3f} of the dense accuracy (by seed"),
     ("alignment_lds/in-both", "claims_llava/lds", "relation", "had lost as much but for {:.3f}"),
     ("claims_llava/lds", None, "relation", "(`lds`, {:.3f} ± {:.3f})"),
-    ("claims_minigpt4/vtc-guided", None, "mean", "`guided` kept {:.3f} ± {:.3f} (Student's t"),
-    ("claims_minigpt4/vtc-random", None, "mean", "`random` {:.3f} ± {:.3f}, `uniform` 0.882"),
-    ("claims_minigpt4/vtc-uniform", None, "mean", "`uniform` {:.3f} ± {:.3f}. By seed"),
-    ("claims_minigpt4/lds", None, "mean", "alone it kept {:.3f} ± {:.3f} and saved 9 %"),
-    ("claims_minigpt4/sts-uniform", "claims_minigpt4/vtc-uniform", "mean", "it took {:.3f} ± {:.3f} more with `uniform`"),
-    ("claims_minigpt4/sts-guided", "claims_minigpt4/vtc-guided", "mean", "{:.3f} ± {:.3f} with `guided`, 0.032"),
-    ("claims_minigpt4/sts-random", "claims_minigpt4/vtc-random", "mean", "{:.3f} ± {:.3f} with `random`. - Against"),
-    ("claims_minigpt4/vtc-uniform", "claims_minigpt4/dense", "ocr", "Reading with `uniform` loses {:.2f} ± {:.2f} by VTC"),
+    ("claims_minigpt4/vtc-guided", None, "mean", "`guided` kept {:.3f} ± {:.3f} (by seed"),
+    ("claims_minigpt4/vtc-random", None, "mean", "`random` {:.3f} ± {:.3f} (0.992"),
+    ("claims_minigpt4/vtc-uniform", None, "mean", "`uniform` {:.3f} ± {:.3f} (0.984"),
+    ("claims_minigpt4/lds", None, "mean", "alone kept {:.3f} ± {:.3f} and saved 9 %"),
+    ("claims_minigpt4/lds", None, "ocr", "reading was lower in all seeds ({:.3f} ± {:.3f})"),
+    ("claims_minigpt4/sts-uniform", "claims_minigpt4/vtc-uniform", "mean", "took a further {:.3f} ± {:.3f} (`uniform`)"),
+    ("claims_minigpt4/sts-guided", "claims_minigpt4/vtc-guided", "mean", "{:.3f} ± {:.3f} (`guided`), 0.032"),
+    ("claims_minigpt4/sts-random", "claims_minigpt4/vtc-random", "mean", "{:.3f} ± {:.3f} (`random`). - Against"),
+    ("claims_minigpt4/sts-guided", None, "mean", "and keep {:.3f} ± {:.3f} (`guided`)"),
+    ("claims_minigpt4/sts-random", None, "mean", "{:.3f} ± {:.3f} (`random`), 0.858"),
+    ("claims_minigpt4/sts-uniform", None, "mean", "{:.3f} ± {:.3f} (`uniform`): **96.9 %"),
+    ("claims_minigpt4/vtc-uniform", "claims_minigpt4/dense", "ocr", "lose {:.2f} ± {:.2f} and 0.24"),
+    ("claims_minigpt4/vtc-uniform", "claims_minigpt4/dense", "counting", "and {:.2f} ± {:.2f} by VTC alone; relations"),
+    ("claims_minigpt4/vtc-uniform", "claims_minigpt4/vtc-guided", "relation", "in all seeds, by {:.2f} ± {:.2f}. Nothing"),
     ("alignment_lds/in-both", None, "relation", "relations of `in-both` ({:.3f} ± {:.3f})"),
 ]  # fmt: skip
 """A case, the one that is better, in what, and how the study says by how much; without a better one what the case keeps."""
@@ -284,39 +290,58 @@ def test_the_studys_pairs() -> None:
 
 def test_the_studys_minigpt4() -> None:
     """What its text says of single runs, losses and FLOPs."""
-    text = STUDY.replace("\n", " ")
-    dense = accuracies("claims_minigpt4/dense", "mean")
-    kept = {
-        case: [accuracies(f"claims_minigpt4/{case}", "mean")[seed] / dense[seed] for seed in dense] for case in CASES
-    }
-    assert "`uniform` kept {:.3f}, {:.3f} and {:.3f}: whether".format(*kept["vtc-uniform"]) in text
-    assert "(`guided`; by seed {:.3f}, {:.3f}, {:.3f})".format(*kept["sts-guided"]) in text
-    assert "`uniform` between {:.2f} and {:.2f} by seed. Prefer".format(min(kept["vtc-uniform"]), max(kept["vtc-uniform"])) in text  # fmt: skip
-    assert all(a > b - 0.001 for a, b in zip(kept["vtc-guided"], kept["vtc-uniform"], strict=True))
-    worst = [accuracies("claims_minigpt4/vtc-uniform", of)["3"] / accuracies("claims_minigpt4/dense", of)["3"] for of in ("relation", "counting")]  # fmt: skip
-    assert "({:.2f} and {:.2f} in `uniform`'s worst seed)".format(*worst) in text
+    text, sweep = STUDY.replace("\n", " "), "claims_minigpt4"
+    dense = accuracies(f"{sweep}/dense", "mean")
+    kept = {case: [accuracies(f"{sweep}/{case}", "mean")[seed] / dense[seed] for seed in dense] for case in CASES}
+    for name in ("guided", "random", "uniform"):
+        assert "({:.3f}, {:.3f}, {:.3f}".format(*kept[f"vtc-{name}"]) in text.replace("(by seed ", "(")
+    assert all(round(kept[case][0], 3) >= round(max(kept[case]), 3) for case in CASES[1:])  # seed 1
+    firsts = by_seed(f"{sweep}/dense", "alignment.first_loss").values()
+    assert "(first loss {:.2f}, the others {:.2f} and {:.2f})".format(*firsts) in text
+    worst = [accuracies(f"{sweep}/vtc-uniform", of)["3"] / accuracies(f"{sweep}/dense", of)["3"] for of in ("relation", "counting")]  # fmt: skip
+    assert "({:.2f} and {:.2f} left in `uniform`'s worst seed)".format(*worst) in text
     assert kept["vtc-uniform"][2] == min(kept["vtc-uniform"])
-    with_vtc = [
+    with_vtc = sorted(
         (share, loss)
         for case in CASES[1:4]
-        for share, loss in zip(
-            kept[case], by_seed(f"claims_minigpt4/{case}", "alignment.last_loss").values(), strict=True
-        )
-    ]
-    losses = [loss for _, loss in with_vtc]
-    without = by_seed("claims_minigpt4/dense", "alignment.last_loss").values()
-    assert f"was {min(losses):.1f} to {max(losses):.1f} with VTC, {min(without):.2f} to {max(without):.2f} dense" in text  # fmt: skip
-    least = sorted(with_vtc)[:3]
-    assert f"kept least, {least[0][0]:.2f} to {least[2][0]:.2f}, had {min(loss for _, loss in least):.1f} to {max(loss for _, loss in least):.1f}" in text  # fmt: skip
-    [lucky] = [(share, loss) for share, loss in with_vtc if 1.75 < loss < 1.85]
-    assert "a run with {1:.1f} kept {0:.3f}".format(*lucky) in text
-    raw = csv.DictReader((ROOT / "examples/study/results/claims_minigpt4.overview.csv").open())
-    found = {row["runs"]: row for row in raw}
-    shares = {case: float(found[case]["flops_executed"]) / float(found["dense"]["flops_executed"]) for case in CASES}
-    assert [round(100 * (1 - shares[case])) for case in CASES] == [9, 3, 3, 3, 13, 13, 12]
-    means = {case: float(found[case]["mean.of_first"]) for case in CASES}
-    assert f"keep {means['sts-guided']:.3f} (`guided`" in text
-    assert f"{means['sts-random']:.3f} (`random`) and {means['sts-uniform']:.3f} (`uniform`) in the mean" in text
+        for share, loss in zip(kept[case], by_seed(f"{sweep}/{case}", "alignment.last_loss").values(), strict=True)
+    )
+    losses = sorted(loss for _, loss in with_vtc[:3])
+    assert f"a loss of captions of {losses[0]:.1f} to {losses[-1]:.1f} at the end" in text
+    others = sorted((loss, share) for share, loss in with_vtc[3:] if loss > 1.5)
+    assert "two of {:.2f} and {:.2f} kept {:.3f} and {:.3f}: it".format(*(each for pair in zip(*others, strict=True) for each in pair)) in text  # fmt: skip
+    ends = [by_seed(f"{name}/dense", "alignment.last_loss").values() for name in (sweep, "claims_llava")]
+    assert "(loss of captions {:.2f} to {:.2f} dense, in the LLaVA type {:.2f} to {:.2f})".format(*(each(of) for of in ends for each in (min, max))) in text  # fmt: skip
+
+
+def test_the_studys_two_types() -> None:
+    """FLOPs and means of the MiniGPT-4 type, beside the LLaVA type's."""
+    text, saved, means, absolute = STUDY.replace("\n", " "), [], [], []
+    for sweep in ("claims_minigpt4", "claims_llava"):
+        found = {row["runs"]: row for row in csv.DictReader((ROOT / f"examples/study/results/{sweep}.overview.csv").open())}  # fmt: skip
+        flops = {case: float(row["flops_executed"]) / float(found["dense"]["flops_executed"]) for case, row in found.items()}  # fmt: skip
+        alignment = [by_seed(f"{sweep}/{case}", "alignment.flops_executed")["1"] for case in ("vtc-uniform", "dense")]
+        saved.append([100 * (1 - flops["vtc-uniform"]), 100 * (1 - flops["lds"]), 100 * (1 - alignment[0] / alignment[1]), 100 * (1 - flops["sts-uniform"])])  # fmt: skip
+        means.append([fmean(float(each) for each in shares_of(sweep, f"vtc-{name}")) for name in ("guided", "random", "uniform")])  # fmt: skip
+        absolute.append(float(found["dense"]["mean"]))
+    ours, llava = saved
+    assert f"{ours[0]:.0f} % of the FLOPs instead of {llava[0]:.0f}." in text
+    assert f"{ours[2]:.0f} % of alignment's FLOPs instead of {llava[2]:.0f}." in text
+    assert f"both together save {ours[3]:.1f} %" in text
+    assert f"VTC in alignment saved {ours[0]:.0f} % of the FLOPs, LDS {ours[1]:.0f} %. LDS kept" in text
+    assert f"and saved {ours[1]:.0f} %, not told apart" in text
+    assert "the LLaVA type {:.3f}, {:.3f} and {:.3f}. No mean".format(*means[1]) in text
+    assert "VTC {:.3f} (`guided`), {:.3f} (`random`), {:.3f} (`uniform`), which".format(*means[0]) in text
+    both = [fmean(shares_of("claims_minigpt4", f"sts-{name}")) for name in ("guided", "random", "uniform")]
+    assert f"both together {min(both):.2f} to {max(both):.2f} (" in text.replace("   (", " (")
+    assert "answers {:.3f} of the questions (LLaVA type {:.3f})".format(*absolute) in text
+    assert f"reading {fmean(accuracies('claims_minigpt4/dense', 'ocr').values()):.3f}: a weaker" in text
+
+
+def shares_of(sweep: str, case: str) -> list[float]:
+    """Of the dense accuracy in the mean, by seed."""
+    dense = accuracies(f"{sweep}/dense", "mean")
+    return [share / dense[seed] for seed, share in accuracies(f"{sweep}/{case}", "mean").items()]
 
 
 def test_the_studys_less_lds() -> None:
