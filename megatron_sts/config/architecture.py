@@ -116,7 +116,7 @@ class QFormerConfig(Section):
     cross_attention_frequency: PositiveInt = 2
     """Layers 0, n, 2n, ... attend to the image."""
     init: str | None = None
-    """As ``vision.init``, but none are embedded."""
+    """As ``vision.init``, or ``tiny/qformer`` (embedded)."""
 
 
 class ProjectorConfig(Section):

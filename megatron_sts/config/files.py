@@ -13,7 +13,7 @@ from megatron_sts.config.schema import DataConfig, RunConfig
 
 EMBEDDED_TOKENIZER = "scenes"
 EMBEDDED_PREFIX = "tiny/"
-EMBEDDED_WEIGHTS = {"vision": "tiny/vision", "language": "tiny/language"}
+EMBEDDED_WEIGHTS = {"vision": "tiny/vision", "qformer": "tiny/qformer", "language": "tiny/language"}
 """Names of what this package brings along, where a path may stand too."""
 
 
