@@ -338,6 +338,26 @@ def test_the_studys_two_types() -> None:
     assert f"reading {fmean(accuracies('claims_minigpt4/dense', 'ocr').values()):.3f}: a weaker" in text
 
 
+def test_the_studys_smollm2() -> None:
+    text = STUDY.replace("\n", " ")
+    raw = csv.DictReader((ROOT / "examples/study/results/smollm2.csv").open())
+    runs = {row["run"]: row for row in raw}
+    dense, fast = runs["dense"], runs["fast"]
+    stages = [float(dense[f"{stage}.wall_s"]) / float(fast[f"{stage}.wall_s"]) for stage in ("alignment", "finetune")]
+    assert "{:.2f} times, {:.2f} in alignment and {:.2f} in fine-tuning".format(wall(dense) / wall(fast), *stages) in text  # fmt: skip
+    [median] = re.findall(r"had all of these taken their median, ([\d.]+) s", text)
+    steady = wall(dense) - float(dense["alignment.wall_s"]) + 200 * float(median)
+    assert f"{median} s, it would be {steady / wall(fast):.2f}." in text
+    mean = float(fast["eval.mean"]) / float(dense["eval.mean"])
+    assert f"{mean:.3f} of dense's." in text and f"kept {mean:.3f} of the accuracy in a training" in text
+    found = [float(row[f"eval.{of}"]) for row in (fast, dense) for of in ("existence", "choice")]
+    words = "Existence ({:.3f}) and choice ({:.3f}) are at what guessing gives, where dense has begun to answer ({:.3f} and {:.3f})"
+    assert words.format(*found) in text
+    assert f"reading is at {float(fast['eval.ocr']) / float(dense['eval.ocr']):.3f}." in text
+    losses = [float(row[f"{stage}.last_loss"]) for stage in ("alignment", "finetune") for row in (fast, dense)]
+    assert "was {:.2f} instead of {:.2f}, at that of fine-tuning {:.2f} instead of {:.2f}.".format(*losses) in text
+
+
 def shares_of(sweep: str, case: str) -> list[float]:
     """Of the dense accuracy in the mean, by seed."""
     dense = accuracies(f"{sweep}/dense", "mean")
