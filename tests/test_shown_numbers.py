@@ -347,7 +347,7 @@ def test_the_studys_smollm2() -> None:
     assert "{:.2f} times, {:.2f} in alignment and {:.2f} in fine-tuning".format(wall(dense) / wall(fast), *stages) in text  # fmt: skip
     [median] = re.findall(r"had all of these taken their median, ([\d.]+) s", text)
     steady = wall(dense) - float(dense["alignment.wall_s"]) + 200 * float(median)
-    assert f"{median} s, it would be {steady / wall(fast):.2f}." in text
+    assert f"{median} s, it would be {steady / wall(fast):.2f} (" in text
     mean = float(fast["eval.mean"]) / float(dense["eval.mean"])
     assert f"{mean:.3f} of dense's." in text and f"kept {mean:.3f} of the accuracy in a training" in text
     found = [float(row[f"eval.{of}"]) for row in (fast, dense) for of in ("existence", "choice")]

@@ -79,9 +79,8 @@ def start(resolved: Resolved, run_dir: Path, rank: Rank | None, *, extend: bool)
     from megatron_sts.commands.obstacles import obstacles, unreadable_data
     from megatron_sts.train import resume
 
-    if rank is None or resume.is_over(
-        run_dir
-    ):  # else rank 0 does it for the others; first, because other data give an epoch another number of steps
+    # First, because other data give an epoch another number of steps. Where ranks will train, rank 0 does it for all of them.
+    if rank is None or resume.is_over(run_dir):
         resume.check_same_content(resolved, run_dir)
     resume.check_same_run(resolved, run_dir, extend=extend)
     if resume.is_finished(resolved, run_dir):

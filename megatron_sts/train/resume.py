@@ -225,7 +225,8 @@ def check_same_as_over(resolved: Resolved, run_dir: Path) -> None:
         if not field.endswith((*FREE, *FILES, INTERVAL, *(LENGTHS if same_length else ()))):
             raise _other_run(field, old, new, run_dir)
     if not is_answered(resolved, run_dir):
-        refuse("evaluation.num_questions", resolved.config.evaluation.num_questions, f"{run_dir} holds a whole run with other questions, and no checkpoint of it any more to ask these",
+        refuse("evaluation.num_questions", resolved.config.evaluation.num_questions,
+               f"{run_dir} holds a whole run that was not asked these questions, and no checkpoint of it any more to ask these",
                "restore the evaluation that it had, or give another --run-dir")  # fmt: skip
 
 
@@ -247,8 +248,8 @@ def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir:
 def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
     """Refuses to go on with files that hold something else than at the first start, wherever they lie.
 
-    Weights that the run began with are compared only under another name, as a run that goes on does not read them, or where it is over. Data on
-    whose bad samples it stopped may have been mended.
+    Weights that the run began with are compared only under another name, as a run that goes on does not read them, or where it
+    is over. Data on whose bad samples it stopped may have been mended.
 
     Returns:
         What the config's files hold, for ``write_config``.
@@ -257,8 +258,8 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
         ConfigError: naming the first field that differs, and in what.
     """
     now = contents(resolved.config)
-    found, is_left = newest(resolved, run_dir) if is_begun(run_dir) else None, is_over(run_dir)
-    if found is None and not is_left:
+    found, is_run_over = newest(resolved, run_dir) if is_begun(run_dir) else None, is_over(run_dir)
+    if found is None and not is_run_over:
         return now
     held = _derived(run_dir).get(CONTENT, {})
     may_be_mended = found is not None and found[1].stopped_on_bad_samples
@@ -268,7 +269,7 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
         is_comparable = field in held and field in now
         if field in renamed and not is_comparable:
             raise _other_run(field, *renamed[field], run_dir)
-        is_read = is_left or not field.endswith(".init") or field in renamed
+        is_read = is_run_over or not field.endswith(".init") or field in renamed
         if field.endswith(MENDABLE) and may_be_mended:
             held.pop(field, None)
         elif is_comparable and is_read and (what := changes(held[field], now[field])):
