@@ -109,20 +109,37 @@ KEEP = """
 import os, sys
 from megatron_sts.launch import meeting, slurm_task
 meeting.NOTICE_S = 0.5
-# Each line in one write: two ranks share a pipe, and an unbuffered print writes word by word.
-rank = "import os; os.write(1, f'rank {os.environ[\\"RANK\\"]} of {os.environ[\\"WORLD_SIZE\\"]}\\\\n'.encode())"
-command = [sys.executable, "-c", rank, sys.argv[1]]
+command = [sys.executable, "-c", *sys.argv[1:]]
 sys.exit(slurm_task.keep_ranks(command, "127.0.0.1", is_head=os.environ["SLURM_NODEID"] == "0"))
 """
 
 
-def tasks_of_nodes(run: Path, numbers: list[int], total: int, meet_s: int) -> list[tuple[int, str]]:
-    """Status and output of the tasks of those nodes, of ``total``, two ranks each."""
+# In one write: two ranks share a pipe, and an unbuffered print writes word by word.
+SAYS_ITS_NUMBER = """
+import os
+os.write(1, f'rank {os.environ["RANK"]} of {os.environ["WORLD_SIZE"]}\\n'.encode())
+"""
+ENDS_ON_THE_FIRST_NODE = """
+import os, sys, time
+from pathlib import Path
+from megatron_sts.launch import outcome
+if os.environ["GROUP_RANK"] == "0":
+    if os.environ["RANK"] == "0" and {is_told}:
+        outcome.claim(Path(sys.argv[1]), "rank 0: why")
+    sys.exit(1)
+time.sleep(60)
+"""
+
+
+def tasks_of_nodes(
+    run: Path, numbers: list[int], total: int, meet_s: int, rank: str = SAYS_ITS_NUMBER
+) -> list[tuple[int, str]]:
+    """Status and output of the tasks of those nodes, of ``total``, two ranks each that do what ``rank`` says."""
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": str(total), "SLURM_JOB_NODELIST": f"node[1-{total}]"}
     job |= {"STS_RANKS_PER_NODE": "2", "MASTER_PORT": str(free_port()), "STS_MEET_S": str(meet_s)}
     tasks = [
         warm.Popen(
-            [sys.executable, "-c", KEEP, str(run)],
+            [sys.executable, "-c", KEEP, rank, str(run)],
             env=os.environ | job | {"SLURM_NODEID": str(number), "SLURMD_NODENAME": f"node{number + 1}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -163,6 +180,23 @@ def test_the_first_node_does_not_come(tmp_path: Path) -> None:
     assert "for 1 s (Connection refused): node 0 did not start there" in error
     found = outcome.read(tmp_path)
     assert found and found.requeue and found.cause and error.endswith(found.cause)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_the_first_node_ends_with_the_store(tmp_path: Path, is_told: bool) -> None:
+    """Before the other's ranks have noticed: its task says so, unless the outcome says why, which the first one's task has said."""
+    rank = ENDS_ON_THE_FIRST_NODE.format(is_told=is_told)
+    (status, said), (other_status, others) = tasks_of_nodes(tmp_path, [0, 1], total=2, meet_s=60, rank=rank)
+    assert status == other_status == 1 and said.splitlines()[-1].startswith("megatron-sts: error: ")
+    # Also torch's stack frames, here alone: this process has imported it before keep_ranks could set how much it says.
+    errors = [line for line in others.splitlines() if line.startswith("megatron-sts")]
+    found = outcome.read(tmp_path)
+    assert found and found.cause
+    if is_told:
+        assert (found.cause, errors) == ("rank 0: why", [])
+    else:
+        assert "node2: torch's agents on the nodes lost each other at 127.0.0.1:" in found.cause and found.requeue
+        assert errors == [f"megatron-sts: error: {found.cause}"]
 
 
 HELD = """
