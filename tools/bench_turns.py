@@ -227,6 +227,13 @@ def measure(sweep_file: Path, names: Sequence[str], out: Path, turn_s: float) ->
     return [list(timed(read_run(side.folder), turn_s)) for side in sides]
 
 
+def warnings(found: Sequence[Sequence[Timed]], turn_s: float) -> Iterator[str]:
+    """Where a run was stopped in none of its steps: it had its time in one piece, as if it had run alone."""
+    for stages in found:
+        if not any(each.num_stopped for each in stages):
+            yield f"{stages[0].run} was stopped in no step: it took no turns; give less than --turn-s {turn_s:g}, or runs with more steps"
+
+
 def show(found: Sequence[Sequence[Timed]]) -> None:
     """A row a stage, and all together; the last columns are the second run's beside the first's."""
     first, second = found
@@ -269,6 +276,8 @@ def main() -> None:
             parser.error(str(error))
         except FailedError as error:
             sys.exit(f"{parser.prog}: error: {error}")
+    for warning in warnings(found, args.turn_s):
+        print(f"{parser.prog}: warning: {warning}", file=sys.stderr)
     if args.json:
         print(json.dumps([[asdict(each) | {"seconds": each.seconds} for each in stages] for stages in found]))
     else:

@@ -19,7 +19,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.run import Run
 from tests import warm
 from tests.train import stagehand
-from tools.bench_turns import take_turns, timed
+from tools.bench_turns import take_turns, timed, warnings
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_turns.py"
 
@@ -39,6 +39,13 @@ def test_turns_that_are_too_short_are_refused() -> None:
     said = r"--turn-s=1.9: 10 steps of finetune of a take longer, 0\.2 s each; give 2 at least"
     with pytest.raises(ConfigError, match=said):
         list(timed(run_of(0.2, 0.2, 1.9), 1.9))
+
+
+def test_a_run_that_took_no_turns_is_named() -> None:
+    one, other = list(timed(run_of(0.1, 0.1, 5.6), 5)), list(timed(run_of(0.1, 0.1), 5))
+    assert list(warnings([one, one], 5)) == []
+    [told] = warnings([one, other], 5)
+    assert told.startswith("a was stopped in no step: it took no turns; give less than --turn-s 5")
 
 
 class Dummy:
