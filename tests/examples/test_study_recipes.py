@@ -1,0 +1,83 @@
+"""What the study's pages say of recipes is what the runs came to."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from megatron_sts.report.groups import half_width
+from tests.examples.study_results import PAGES, TEXT, accuracies, rows_of, wall
+
+ROOT = Path(__file__).resolve().parents[2]
+FIRST_PAGE = (ROOT / "README.md").read_text()
+SHOWN_DIGITS = 0.005 + 1e-9
+"""Two digits behind the point, rounded up or down."""
+
+
+def test_recipes() -> None:
+    """The study's first seed is the quickstart; what pages say of its three seeds is what the runs came to."""
+    raw = rows_of("recipes")
+    by_case = {case: {row["seed"]: row for row in raw if row["case"] == case} for case in ("dense", "paper", "fast")}
+    kept = json.loads((ROOT / "examples/quickstart/expected/comparison.json").read_text())["runs"]
+    for case, run in (("dense", "dense"), ("fast", "sts")):
+        for family, accuracy in kept[run]["accuracy"].items():
+            assert float(by_case[case]["1234"][f"eval.{family}"]) == pytest.approx(accuracy, abs=1e-5)
+    times = {seed: wall(by_case["dense"][seed]) / wall(row) for seed, row in by_case["fast"].items()}
+    shown = re.findall(r"times as fast, by seed: (\d\.\d+), (\d\.\d+), (\d\.\d+)", PAGES)
+    assert [float(each) for each in shown[0]] == pytest.approx([times[seed] for seed in ("1234", "2", "3")], abs=SHOWN_DIGITS)  # fmt: skip
+    kept = {seed: float(row["eval.mean"]) / float(by_case["dense"][seed]["eval.mean"]) for seed, row in by_case["fast"].items()}  # fmt: skip
+    shares = tuple(f"{kept[seed]:.3f}" for seed in ("1234", "2", "3"))
+    for text in (FIRST_PAGE, (ROOT / "examples/quickstart/README.md").read_text()):
+        assert re.findall(r"kept\s+(\d\.\d+),\s+(\d\.\d+)\s+and\s+(\d\.\d+)", text) == [shares]
+        [span] = re.findall(r"(\d\.\d+)\s+to\s+(\d\.\d+)\s+of\s+the\s+time", text)
+        found = [1 / max(times.values()), 1 / min(times.values())]
+        assert [float(each) for each in span] == pytest.approx(found, abs=SHOWN_DIGITS)
+
+
+def test_smollm2() -> None:
+    text = TEXT
+    raw = rows_of("smollm2")
+    runs = {row["run"]: row for row in raw}
+    dense, fast = runs["dense"], runs["fast"]
+    stages = [float(dense[f"{stage}.wall_s"]) / float(fast[f"{stage}.wall_s"]) for stage in ("alignment", "finetune")]
+    assert "{:.2f} times, {:.2f} in alignment and {:.2f} in fine-tuning".format(wall(dense) / wall(fast), *stages) in text  # fmt: skip
+    [median] = re.findall(r"had all of these taken their median, ([\d.]+) s", text)
+    steady = wall(dense) - float(dense["alignment.wall_s"]) + 200 * float(median)
+    assert f"{median} s, it would be {steady / wall(fast):.2f} (" in text
+    mean = float(fast["eval.mean"]) / float(dense["eval.mean"])
+    assert f"{mean:.3f} of dense's." in text and f"kept {mean:.3f} of the accuracy in a training" in text
+    found = [float(row[f"eval.{of}"]) for row in (fast, dense) for of in ("existence", "choice")]
+    words = "Existence ({:.3f}) and choice ({:.3f}) are at what guessing gives, where dense has begun to answer ({:.3f} and {:.3f})"
+    assert words.format(*found) in text
+    assert f"reading is at {float(fast['eval.ocr']) / float(dense['eval.ocr']):.3f}." in text
+    losses = [float(row[f"{stage}.last_loss"]) for stage in ("alignment", "finetune") for row in (fast, dense)]
+    assert "was {:.2f} instead of {:.2f}, at that of fine-tuning {:.2f} instead of {:.2f}.".format(*losses) in text
+
+
+def test_less_lds() -> None:
+    raw = rows_of("less_lds")
+    dense, less = ({row["seed"]: row for row in raw if row["case"] == case} for case in ("dense", "less-lds"))
+    walls = {seed: (wall(dense[seed]), wall(less[seed])) for seed in dense}
+    times = [
+        fmean(a for a, _ in walls.values()) / fmean(b for _, b in walls.values()),
+        *(a / b for a, b in walls.values()),
+    ]
+    assert "was {:.2f} times as fast as dense (by seed {:.2f}, {:.2f}, {:.2f}, {:.2f})".format(*times) in PAGES
+    first = cases_of_recipes("dense"), cases_of_recipes("fast")
+    longer = [fmean(wall(row) for row in now.values()) / fmean(map(wall, then)) for now, then in zip((dense, less), first, strict=True)]  # fmt: skip
+    assert "dense runs took {:.0f} % longer than then, these {:.0f} % longer".format(*(100 * (each - 1) for each in longer)) in PAGES  # fmt: skip
+    counting = {seed: float(less[seed]["eval.counting"]) / float(dense[seed]["eval.counting"]) for seed in dense}
+    assert f"scatters from {min(counting.values()):.2f} to {max(counting.values()):.2f} by seed" in PAGES
+    ours, theirs = (accuracies(f"less_lds/{case}", "mean") for case in ("less-lds", "dense"))
+    fast, base = (accuracies(f"learning_rates/{case}-5e-4", "mean") for case in ("fast", "dense"))
+    lost = [fast[seed] / base[seed] - ours[seed] / theirs[seed] for seed in fast]
+    assert f"that is {fmean(lost):.3f} ± {half_width(lost):.3f} less than it kept of its own" in PAGES
+
+
+def cases_of_recipes(case: str) -> list[dict[str, str]]:
+    raw = rows_of("recipes")
+    return [row for row in raw if row["case"] == case]
