@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
+import study_course
+import study_grid
 from plan_table import write_into
 
 from megatron_sts.cli import main as megatron_sts
@@ -53,8 +55,13 @@ BESIDE: dict[str, tuple[str, ...]] = {
 """By sweep the cases of others that its table has first. A table's first case is its base."""
 TIMED = ("recipes", "smollm2")
 """Sweeps whose seconds count: their runs had the machine to themselves."""
-FIGURES = {"claims_llava": "accuracy_against_flops.png"}
-"""Pictures of the report that a page shows."""
+FIGURES = {
+    "claims_llava": {"accuracy_against_flops": ""},
+    "epochs": {"gradient_norm": ".gradient_norm", "executed_layers": ".layers"},
+}
+"""Pictures of the report that a page shows, and what the sweep's name is followed by in theirs."""
+COURSE = {"epochs": "epochs.course"}
+"""Sweeps of which also each epoch is kept, and the name of that table."""
 FAILURES = "failures"
 RESIDUAL = {"twice": "residual added twice", "lost": "residual lost"}
 """Runs of wrong_residual.py, KIND: in runs/failures/residual-KIND. They have the config of the healthy run, and are no cases."""
@@ -80,8 +87,10 @@ def collect(runs: Path, sweep: str) -> bool:
         if megatron_sts(["report", *map(str, folders), "--out", out]):
             raise SystemExit(f"megatron-sts report of {sweep} failed")
         shutil.copy(Path(out) / "overview.csv", RESULTS / f"{sweep}.overview.csv")
-        if sweep in FIGURES:
-            shutil.copy(Path(out) / FIGURES[sweep], RESULTS / f"{sweep}.png")
+        for picture, ending in FIGURES.get(sweep, {}).items():
+            shutil.copy(Path(out) / f"{picture}.png", RESULTS / f"{sweep}{ending}.png")
+    if sweep in COURSE:
+        study_course.write(folders, RESULTS / f"{COURSE[sweep]}.csv")
     shutil.copy(table, RESULTS / f"{sweep}.csv")
     return True
 
@@ -246,7 +255,13 @@ def validation_loss(case: str, base: str) -> str:
 
 def tables() -> dict[str, str]:
     """Of each sweep of which there are results."""
-    found = {sweep: table(sweep) for sweep in BESIDE if (RESULTS / f"{sweep}.overview.csv").is_file()}
+    found = {
+        sweep: study_grid.table(RESULTS / "grid.csv") if sweep == "grid" else table(sweep)
+        for sweep in BESIDE
+        if (RESULTS / f"{sweep}.overview.csv").is_file()
+    }
+    courses = {name: RESULTS / f"{name}.csv" for name in COURSE.values()}
+    found |= {name: study_course.table(path) for name, path in courses.items() if path.is_file()}
     return found | ({FAILURES: failures_table()} if (RESULTS / f"{FAILURES}.csv").is_file() else {})
 
 

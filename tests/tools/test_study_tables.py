@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -195,3 +195,55 @@ def test_it_runs_as_the_readme_says() -> None:
         [sys.executable, "tools/study_tables.py"], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert done.returncode == 0 and "| sts-anchored |" in done.stdout, done.stderr
+
+
+def test_an_epoch_is_the_mean_of_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs of two steps, of two layers in two micro-batches; the second run has one epoch and skips nothing."""
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    study_course = importlib.import_module("study_course")
+
+    def run(epochs: int, seed: int, layer_runs: list[list[int]]) -> SimpleNamespace:
+        steps = [
+            {"loss": 1.0 + n, "grad_norm": 3.0 * n, "layer_runs": runs, "num_microbatches": 2}
+            for n, runs in enumerate(layer_runs)
+        ]
+        validations = [{"step": n, "loss": n / 8} for n in range(1, len(steps) + 1)]
+        config = {"seed": seed, "stages": [{"epochs": float(epochs)}]}
+        return SimpleNamespace(config=config, steps={"finetune": steps}, validations={"finetune": validations})
+
+    runs = {"lds-seed=1": run(2, 1, [[2, 0], [2, 2], [2, 1], [2, 1]]), "dense-seed=2": run(1, 2, [[2, 2], [2, 2]])}
+    monkeypatch.setattr(study_course, "read_run", lambda folder: runs[folder.name])
+    study_course.write(map(Path, runs), tmp_path / "course.csv")
+    assert (tmp_path / "course.csv").read_text().splitlines() == [
+        "run,seed,epoch,loss,validation_loss,gradient_norm,layers_executed",
+        "lds-seed=1,1,1,1.5,0.25,1.5,0.75",
+        "lds-seed=1,1,2,3.5,0.5,7.5,0.75",
+        "dense-seed=2,2,1,1.5,0.25,1.5,1",
+    ]
+    assert study_course.table(tmp_path / "course.csv").splitlines()[2:] == [
+        "| validation loss at its end, lds | 0.250 | 0.500 |",
+        "| validation loss at its end, dense | 0.250 |  |",
+        "| norm of gradients, lds | 1.500 | 7.500 |",
+        "| norm of gradients, dense | 1.500 |  |",
+        "| layers executed, lds | 0.750 | 0.750 |",
+    ]
+
+
+def test_the_grid_has_shares_of_its_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    runs = {("no-lds", "1"): (0.8, 100, 300), ("no-lds", "0.5"): (0.7, 60, 300), ("alpha0.3", "1"): (0.6, 100, 200), ("alpha0.3", "0.5"): (0.88, 60, 200)}  # fmt: skip
+    names = ("eval.mean", "alignment.flops_executed", "finetune.flops_executed")
+    keys = ("case", "stages.alignment.vtc.keep_ratio")
+    write_csv(
+        tmp_path / "grid.csv",
+        [
+            {**dict(zip(keys, key, strict=True)), **dict(zip(names, map(str, found), strict=True))}
+            for key, found in runs.items()
+        ],
+    )
+    assert importlib.import_module("study_grid").table(tmp_path / "grid.csv").splitlines() == [
+        "| keep ratio | 1 | 0.5 |",
+        "| --- | ---: | ---: |",
+        "| no-lds | 1.000 at 1.00 | 0.875 at 0.90 |",
+        "| alpha0.3 | 0.750 at 0.75 | 1.100 at 0.65 |",
+    ]
