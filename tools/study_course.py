@@ -1,4 +1,4 @@
-"""How training went on, epoch by epoch, in the study's sweep of epochs: from its runs' folders into a CSV, and from that a table."""
+"""How training went on in the study's runs: by epoch, from their folders into a CSV and from that a table; and the loss of each step."""
 
 from __future__ import annotations
 
@@ -51,6 +51,16 @@ def write(folders: Iterable[Path], path: Path) -> None:
             for row in course_of(folder):
                 numbers = {name: value if isinstance(value, int) else f"{value:.6g}" for name, value in row.items()}
                 writer.writerow({"run": folder.name, **numbers})
+
+
+def write_losses(folders: Iterable[Path], path: Path, stage: str) -> None:
+    """The training loss of each step of a stage: a row a step, a column a run."""
+    losses = {folder.name: [line["loss"] for line in read_run(folder).steps[stage]] for folder in folders}
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["step", *losses])
+        for step, row in enumerate(zip(*losses.values(), strict=True), start=1):
+            writer.writerow([step, *(f"{loss:.5g}" for loss in row)])
 
 
 def table(path: Path) -> str:

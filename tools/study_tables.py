@@ -57,11 +57,14 @@ TIMED = ("recipes", "smollm2")
 """Sweeps whose seconds count: their runs had the machine to themselves."""
 FIGURES = {
     "claims_llava": {"accuracy_against_flops": ""},
+    "token_length": {"loss": ""},
     "epochs": {"gradient_norm": ".gradient_norm", "executed_layers": ".layers"},
 }
 """Pictures of the report that a page shows, and what the sweep's name is followed by in theirs."""
 COURSE = {"epochs": "epochs.course"}
 """Sweeps of which also each epoch is kept, and the name of that table."""
+LOSSES_OF = {"token_length": "alignment"}
+"""Sweeps of which each step's loss is kept, of this stage."""
 FAILURES = "failures"
 RESIDUAL = {"twice": "residual added twice", "lost": "residual lost"}
 """Runs of wrong_residual.py, KIND: in runs/failures/residual-KIND. They have the config of the healthy run, and are no cases."""
@@ -91,6 +94,8 @@ def collect(runs: Path, sweep: str) -> bool:
             shutil.copy(Path(out) / f"{picture}.png", RESULTS / f"{sweep}{ending}.png")
     if sweep in COURSE:
         study_course.write(folders, RESULTS / f"{COURSE[sweep]}.csv")
+    if sweep in LOSSES_OF:
+        study_course.write_losses(folders, RESULTS / f"{sweep}.losses.csv", LOSSES_OF[sweep])
     shutil.copy(table, RESULTS / f"{sweep}.csv")
     return True
 

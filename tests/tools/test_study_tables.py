@@ -220,6 +220,8 @@ def test_an_epoch_is_the_mean_of_its_steps(tmp_path: Path, monkeypatch: pytest.M
         "lds-seed=1,1,2,3.5,0.5,7.5,0.75",
         "dense-seed=2,2,1,1.5,0.25,1.5,1",
     ]
+    study_course.write_losses([Path("lds-seed=1")], tmp_path / "losses.csv", "finetune")
+    assert (tmp_path / "losses.csv").read_text() == "step,lds-seed=1\n1,1\n2,2\n3,3\n4,4\n"
     assert study_course.table(tmp_path / "course.csv").splitlines()[2:] == [
         "| validation loss at its end, lds | 0.250 | 0.500 |",
         "| validation loss at its end, dense | 0.250 |  |",
