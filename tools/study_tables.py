@@ -55,12 +55,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
 """By sweep the cases of others that its table has first. A table's first case is its base."""
 TIMED = ("recipes", "smollm2")
 """Sweeps whose seconds count: their runs had the machine to themselves."""
-FIGURES = {
-    "claims_llava": {"accuracy_against_flops": ""},
-    "token_length": {"loss": ""},
-    "epochs": {"gradient_norm": ".gradient_norm", "executed_layers": ".layers"},
-}
-"""Pictures of the report that a page shows, and what the sweep's name is followed by in theirs."""
+FIGURES = {"claims_llava": "accuracy_against_flops", "token_length": "loss", "epochs": "executed_layers"}
+"""Pictures of the report that a page shows."""
 COURSE = {"epochs": "epochs.course"}
 """Sweeps of which also each epoch is kept, and the name of that table."""
 LOSSES_OF = {"token_length": "alignment"}
@@ -90,8 +86,8 @@ def collect(runs: Path, sweep: str) -> bool:
         if megatron_sts(["report", *map(str, folders), "--out", out]):
             raise SystemExit(f"megatron-sts report of {sweep} failed")
         shutil.copy(Path(out) / "overview.csv", RESULTS / f"{sweep}.overview.csv")
-        for picture, ending in FIGURES.get(sweep, {}).items():
-            shutil.copy(Path(out) / f"{picture}.png", RESULTS / f"{sweep}{ending}.png")
+        if sweep in FIGURES:
+            shutil.copy(Path(out) / f"{FIGURES[sweep]}.png", RESULTS / f"{sweep}.png")
     if sweep in COURSE:
         study_course.write(folders, RESULTS / f"{COURSE[sweep]}.csv")
     if sweep in LOSSES_OF:

@@ -1,0 +1,64 @@
+"""What the study says of epochs, of ever fewer tokens and of the grid is what the runs came to."""
+
+from __future__ import annotations
+
+from statistics import fmean
+
+from megatron_sts.report.groups import half_width
+from tests.examples.study_results import TEXT, accuracies, by_seed, rows_of, shares_of
+
+FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "paired")
+EPOCHS = (1, 3, 5)
+
+
+def with_width(values: list[float]) -> tuple[float, float]:
+    """Their mean, and half of its 95 % interval by Student's t."""
+    return fmean(values), half_width(values)
+
+
+def test_epochs() -> None:
+    cases = [(f"epochs/lds-epochs={number}", f"epochs/dense-epochs={number}") for number in EPOCHS]
+    kept = [number for pair in cases for number in with_width(shares_of(*pair))]
+    words = "LDS kept {:.3f} ± {:.3f} of the accuracy of dense training as long after one epoch, {:.3f} ± {:.3f} after three, {:.3f} ± {:.3f} after five"
+    assert words.format(*kept) in TEXT
+    assert "{:.3f}, {:.3f} and {:.3f} of dense training as long, after one, three and five".format(*kept[::2]) in TEXT
+    losses = [[by_seed(case, "finetune.validation_loss") for case in pair] for pair in cases]
+    higher = [[lds[seed] - dense[seed] for seed in dense] for lds, dense in losses]
+    assert all(each > 0 for pair in higher for each in pair)
+    widths = [number for pair in higher for number in with_width(pair)]
+    assert "by {:.4f} ± {:.4f}, {:.4f} ± {:.4f} and {:.4f} ± {:.4f}; the last shows it".format(*widths) in TEXT
+    assert [fmean(pair) > half_width(pair) for pair in higher] == [False, False, True]
+    shares = {(number, of): with_width(shares_of(*pair, of)) for number, pair in zip(EPOCHS, cases, strict=True) for of in ("mean", *FAMILIES)}  # fmt: skip
+    [(where, (share, width))] = [(key, found) for key, found in shares.items() if abs(found[0] - 1) > found[1]]
+    assert where == (3, "relation") and len(shares) == 21
+    assert f"relations after three epochs ({share:.3f} ± {width:.3f})" in TEXT
+    gained = []
+    for fewer, more in ((1, 3), (3, 5)):
+        for case in ("dense", "lds"):
+            before, after = (accuracies(f"epochs/{case}-epochs={number}", "mean") for number in (fewer, more))
+            gained += with_width([after[seed] - before[seed] for seed in before])
+    words = "from one to three {:.3f} ± {:.3f} of all answers dense and {:.3f} ± {:.3f} with LDS, from three to five {:.3f} ± {:.3f} and {:.3f} ± {:.3f}."
+    assert words.format(*gained) in TEXT
+    for number in EPOCHS:
+        flops = [fmean(by_seed(f"epochs/{case}-epochs={number}", "finetune.flops_executed").values()) for case in ("lds", "dense")]  # fmt: skip
+        assert round(100 * (1 - flops[0] / flops[1])) == 15
+
+
+def test_the_course_of_epochs() -> None:
+    rows = rows_of("epochs.course")
+    by_run: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        by_run.setdefault(row["run"], []).append(row)
+    ends = {row["run"]: float(row["finetune.validation_loss"]) for row in rows_of("epochs")}
+    assert {run: round(float(course[-1]["validation_loss"]), 5) for run, course in by_run.items()} == {run: round(loss, 5) for run, loss in ends.items()}  # fmt: skip
+    losses = [[float(row["validation_loss"]) for row in course] for course in by_run.values()]
+    assert all(course == sorted(course, reverse=True) for course in losses)  # none has begun to rise
+    first = {
+        case: [
+            fmean(float(row["gradient_norm"]) for row in rows if row["run"].startswith(f"{case}-epochs={number}-") and row["epoch"] == "1")
+            for number in EPOCHS
+        ]
+        for case in ("lds", "dense")
+    }  # fmt: skip
+    words = "({:.1f} to {:.1f} in the first epoch, dense {:.1f} to {:.1f})"
+    assert words.format(*(each(first[case]) for case in ("lds", "dense") for each in (min, max))) in TEXT
