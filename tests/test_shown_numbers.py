@@ -61,9 +61,9 @@ def test_quickstart_by_family() -> None:
 @pytest.mark.parametrize(
     ("start", "stage", "case"),
     [
-        ("| LLaVA-1.5-7B", "alignment", "VTC"),
-        ("| 8 of its layers", "finetune", "LDS 50%"),
-        ("| the same, LDS", "finetune", "LDS 25%"),
+        ("| a step of LLaVA-1.5-7B", "alignment", "VTC"),
+        ("| a step of fine-tuning 8", "finetune", "LDS 50%"),
+        ("| the same, a quarter", "finetune", "LDS 25%"),
     ],
 )
 def test_one_gpu_on_the_first_page(start: str, stage: str, case: str) -> None:

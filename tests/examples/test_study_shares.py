@@ -22,6 +22,7 @@ SHARES = [
     ("alignment_lds/in-both", "claims_llava/lds", "mean", "it took {:.3f} ± {:.3f} more than `lds`"),
     ("learning_rates/dense-5e-4", None, "mean", "at 5e-4 it came to {:.3f} ± {:.3f} of"),
     ("learning_rates/dense-3.5e-4", None, "mean", "at 3.5e-4 to {:.3f} ± {:.3f};"),
+    ("recipes/fast", None, "mean", "(by seed 0.996, 0.981, 0.981: {:.3f} ± {:.3f} by Student's t"),
     ("recipes/fast", "learning_rates/fast-5e-4", "mean", "in each seed, by {:.3f} ± {:.3f}"),
     ("masks/rounds-of-4", "schedules/paper", "mean", "and of 4 layers {:.3f} ± {:.3f}, `balanced`"),
     ("masks/rounds-of-2", "schedules/paper", "mean", "`rounds` of 2 layers {:.3f} ± {:.3f} and of 4"),
