@@ -57,7 +57,7 @@ def _sentences(facts: dict[str, Any]) -> str:
     lds = facts["lds"]
     planned = lds["samplers"][lds["sampler"]]
     text = [
-        f"The best dense layout has {lds['dense_layout']['vpp']} chunks a rank. With as many equal chunks as `{lds['sampler']}` has,",
+        f"The best layout without LDS has {lds['dense_layout']['vpp']} chunks a rank. With as many equal chunks as `{lds['sampler']}` has,",
         f"and neither head nor tower, an efficiency of {lds['bound']:.2f} would be the bound.",
         f"Layers' skip probabilities change by at most {planned['largest_change_at_start']:.3f} in the first step.",
     ]
@@ -102,7 +102,7 @@ def seconds_table(resolved: Resolved, dense_layout: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     sentence = (
         f"On {run.num_gpus} x {hardware.name}, as modelled, ± {run.uncertainty:.0%}: {run.dense_hours / run.hours:.2f} times as "
-        "fast as dense. Executed FLOPs count for MFU."
+        "fast as dense, without LDS and VTC. Executed FLOPs count for MFU."
     )
     return "\n".join([*lines, "", sentence]) + "\n"
 

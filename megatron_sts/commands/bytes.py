@@ -93,7 +93,7 @@ def print_bytes(facts: dict[str, Any], console: Console) -> None:
         sent = Table(
             "rank",
             *(group.upper() for group in groups),
-            title=f"{name}: {unit} that it exchanges in a mean step (dense)",
+            title=f"{name}: {unit} that it exchanges in a mean step (without LDS and VTC)",
             caption=_caption_of_traffic(unit),
         )
         for rank, memory in enumerate(stage["memory_per_rank"]):

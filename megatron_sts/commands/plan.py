@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     from megatron_sts.commands.bytes import fits, outline_bytes, print_bytes
     from megatron_sts.commands.seconds import (
         assumptions_from,
-        has_rates,
         outline_seconds,
         print_seconds,
+        why_untimed,
         write_timelines,
     )
     from megatron_sts.commands.speedups import outline, print_tables
@@ -61,12 +61,12 @@ def run(args: argparse.Namespace) -> int:
     hardware = load_hardware(args.hardware or "h100")
     resolved = resolve_planned(load(args.config, args.overrides), world_size=args.nproc)
     is_asked = any((args.hardware, args.search, args.trace, args.timeline))
-    is_timed = is_asked or has_rates(hardware, resolved)
+    untimed = None if is_asked else why_untimed(hardware, resolved)
     if args.trace or args.timeline:
         write_timelines(hardware, resolved, assumptions, args.trace, args.timeline)
     facts = outline(resolved)
-    facts["time"] = outline_seconds(hardware, resolved, assumptions, facts["lds"]) if is_timed else None
-    facts["memory"] = outline_bytes(resolved, hardware.device.memory_gib if is_timed else None)
+    facts["time"] = outline_seconds(hardware, resolved, assumptions, facts["lds"]) if untimed is None else None
+    facts["memory"] = outline_bytes(resolved, hardware.device.memory_gib if untimed is None else None)
     if args.search:
         facts["search"] = outline_search(hardware, resolved, assumptions)
     if args.json:
@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     print_bytes(facts["memory"], Console())
     if facts["time"] is not None:
         print_seconds(facts["time"], Console())
+    else:
+        Console().print(f"No seconds and no head-room: {untimed}.", highlight=False)
     if args.search:
         print_search(facts["search"], facts["time"]["hours"], Console(), fits=fits(facts["memory"]))
     return 0

@@ -44,13 +44,13 @@ def assumptions_from(pairs: list[str]) -> Assumptions:
         ) from None
 
 
-def has_rates(hardware: Hardware, resolved: Resolved) -> bool:
-    """Of the number formats in which the run multiplies."""
+def why_untimed(hardware: Hardware, resolved: Resolved) -> str | None:
+    """Which number format of the run has no rates, in words; None if all have."""
     try:
         check_rates(hardware, resolved)
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        return str(error).partition(";")[0]  # the remedy is for those who asked for seconds
+    return None
 
 
 def outline_seconds(
@@ -152,7 +152,7 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
     table = Table(
         "",
         title=f"On {facts['num_gpus']} x {facts['hardware']}, as modelled",
-        caption="A step does not count waiting for data, checkpoints and evaluation. MFU: executed FLOPs, causal attention half "
+        caption="dense: without LDS and VTC. A step does not count waiting for data, checkpoints and evaluation. MFU: executed FLOPs, causal attention half "
         "counted, over the data sheet's peak. Launching over computing: above 1 a rank's CPU is slower than its GPU: seconds then depend on "
         "the CPU, and larger micro-batches help.",
     )
@@ -168,7 +168,10 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
     console.print(table)
     said = f"The run: {facts['hours']:.1f} h ± {facts['uncertainty']:.0%}, {facts['gpu_hours']:,.0f} GPU-hours"
     if facts["speedup"] != 1:
-        said += f"; dense {facts['dense_hours']:.1f} h, {facts['dense_gpu_hours']:,.0f}: {facts['speedup']:.3f} times as fast as dense"
+        said += (
+            f"; dense (without LDS and VTC) {facts['dense_hours']:.1f} h, {facts['dense_gpu_hours']:,.0f}: "
+            f"{facts['speedup']:.3f} times as fast as dense"
+        )
     console.print(f"{said}.", highlight=False)
     if facts["fp8_where"] is not None:
         _print_fp8(facts["fp8_where"], console)

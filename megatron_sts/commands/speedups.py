@@ -128,7 +128,7 @@ def print_tables(facts: dict[str, Any]) -> None:
         highlight=False,
     )
     console.print(
-        f"Speed-up of the run over the best dense layout: FLOPs {lds['flops_speedup']:.3f}, bernoulli in one chunk a rank "
+        f"Speed-up of the run by LDS, over the best layout without it (VTC, if any, in both): FLOPs {lds['flops_speedup']:.3f}, bernoulli in one chunk a rank "
         f"{lds['naive_speedup']:.3f}, the config as it stands {lds['configured_speedup']:.3f}, in the planned layout "
         f"{lds['planned_speedup']:.3f}. Of the stages that skip: FLOPs {lds['stage_flops_speedup']:.3f}, planned "
         f"{lds['stage_speedup']:.3f}, an efficiency of {lds['efficiency']:.2f} (with equal chunks and no head the bound would be "
@@ -145,14 +145,14 @@ def print_tables(facts: dict[str, Any]) -> None:
         _samplers_table("Simulated schedule", lds, "each sampler in its own best layout; p' - p: a layer's skip probability less "
                         "its schedule's, at the start and over the run"),
         _samplers_table("Bottleneck model", lds["bottleneck"], "too good: no rank waits for another's chunk, and work may be cut finer "
-                        "than the dense run's layers"),
+                        "than the layers of the run without LDS"),
     )  # fmt: skip
     for stage, work in lds["rank_work"].items():
         console.print(_work_table(stage, work))
         console.print(_saved_words(stage, lds["saved_besides"][stage]), highlight=False)
     console.print(
-        "Memory: a step may run every layer, as all do once the probabilities have fallen to 0. Its peak is that of the dense "
-        "run, and skipping frees nothing for larger micro-batches.",
+        "Memory: a step may run every layer, as all do once the probabilities have fallen to 0. Its peak is that of the run "
+        "without LDS, and skipping frees nothing for larger micro-batches.",
         highlight=False,
     )
     console.print(_relayout_words(lds["relayout"]), highlight=False)
@@ -161,7 +161,7 @@ def print_tables(facts: dict[str, Any]) -> None:
 def _saved_words(stage: str, saved: dict[str, Any]) -> str:
     parts = {"reduced gradients": "reduced", "gathered parameters": "gathered", "optimizer updates": "updated"}
     shares = [f"{saved[key]:.1%} of the {what}" for what, key in parts.items() if saved[key] is not None]
-    return f"{stage}: idle layers save {', '.join(shares)} of the dense stage."
+    return f"{stage}: idle layers save {', '.join(shares)} of the stage without LDS."
 
 
 def _relayout_words(found: dict[str, Any]) -> str:

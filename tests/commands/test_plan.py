@@ -46,6 +46,9 @@ def test_hardware_and_assumptions_count(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_a_format_without_rates_has_no_seconds_unless_they_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert planned(capsys, "precision.fp8=emulate")["time"] is None
+    assert main(["plan", EXAMPLE, *SHORT, "precision.params=fp32"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.endswith("No seconds and no head-room: precision.params=fp32: no rates of fp32 are known.")
 
 
 def test_what_leaving_fp8_saves(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +92,20 @@ def test_text_only_as_the_readme_has_it(
 
 def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", EXAMPLE, *SHORT, "--hardware", "h200"]) == 0
-    said = capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
     assert "H200" in said and "times as fast as dense" in said and "MFU" in said
+    assert (
+        "by LDS, over the best layout without it (VTC, if any, in both)" in said
+        and "dense (without LDS and VTC)" in said
+    )
+
+
+def test_what_vtc_saves_counts_in_hours_and_not_for_lds(capsys: pytest.CaptureFixture[str]) -> None:
+    """The two baselines that are told apart: the run without LDS, and without both."""
+    facts, without = planned(capsys), planned(capsys, "stages.*.vtc=null")
+    assert facts["lds"]["stage_flops_speedup"] == pytest.approx(without["lds"]["stage_flops_speedup"])
+    assert facts["time"]["dense_hours"] == pytest.approx(without["time"]["dense_hours"])
+    assert facts["time"]["speedup"] > without["time"]["speedup"]
 
 
 def test_search(capsys: pytest.CaptureFixture[str]) -> None:
