@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_sts.commands.arguments import Commands, add_command, add_config, add_folder, add_group, positive
+from megatron_sts.commands.counted import counted
 from megatron_sts.commands.interrupted import INTERRUPTED
 from megatron_sts.commands.launch_options import ARRAY, PASSED_ON, check_options, warn_of_holder
 from megatron_sts.commands.train import default_run_dir
@@ -85,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     _submit_chain(script, numbers, args.chain)
     log = folder / f"job-{numbers[0]}.out"
     shown = f"{shlex.quote(str(folder))}/job-{numbers[0]}{'_*' if args.array else ''}.out"  # the shell's * stays one
-    print(f"megatron-sts: job {', '.join(numbers)}: {resolved.world_size} ranks on {args.nodes} nodes, {code}")
+    print(
+        f"megatron-sts: job {', '.join(numbers)}: {counted(resolved.world_size, 'rank')} on {counted(args.nodes, 'node')}, {code}"
+    )
     print(f"megatron-sts: log {shown} (each rank's: {job.run_dir}/logs), script {script}")
     print(f"megatron-sts: follow it with: tail -F {shown}; save and end it with: scancel {numbers[0]}", flush=True)
     if not args.follow:
@@ -173,7 +176,8 @@ def _on_nodes(config: RunConfig, args: argparse.Namespace) -> Resolved:
         return resolve_planned(config, world_size=args.nodes * num_ranks)
     except ConfigError as error:
         resolve_planned(config)  # raises what is wrong on any nodes
-        raise ConfigError(f"--nodes={args.nodes} (x {num_ranks} ranks a node): {error}") from None
+        of_node = f"{counted(num_ranks, 'rank')} a node, by --ranks-per-node, else --gpus-per-node"
+        raise ConfigError(f"--nodes={args.nodes} (x {of_node}): {error}") from None
 
 
 def _told_of_dry_run(args: argparse.Namespace, resolved: Resolved, folder: Path) -> str:
@@ -190,7 +194,7 @@ def _told_of_dry_run(args: argparse.Namespace, resolved: Resolved, folder: Path)
         kind = f"arrays of jobs ({args.array} each)" if args.array else "jobs"
         jobs = f"{args.chain} {kind}, each going on once the one before has ended,"
     return (
-        f"the config fits {args.nodes} nodes x {resolved.world_size // args.nodes} ranks = {shape}; without --dry-run "
+        f"the config fits {counted(args.nodes, 'node')} x {counted(resolved.world_size // args.nodes, 'rank')} = {shape}; without --dry-run "
         f"{jobs} would be submitted as {folder / 'job.sbatch'}; nothing was written or submitted, and SLURM was not asked"
     )
 

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sts.commands.counted import counted
 from megatron_sts.config.resolve import Layout, Resolved, with_layout
 from megatron_sts.plan.comparison import Comparison, Planned, compare, rank_work, with_chunks_free, with_sampler
 from megatron_sts.plan.relayout import LEAST_GAIN, Relayout, best_relayout
@@ -177,11 +178,7 @@ def _words(layout: dict[str, Any]) -> str:
     """Chunks in the order in which data pass, a round of pipeline ranks between bars."""
     pp, chunks = layout["pp"], layout["chunks"]
     rounds = (" ".join(map(str, chunks[start : start + pp])) for start in range(0, len(chunks), pp))
-    return f"{_number(pp, 'pipeline rank')} x {_number(layout['vpp'], 'chunk')}, layers {' | '.join(rounds)}"
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
+    return f"{counted(pp, 'pipeline rank')} x {counted(layout['vpp'], 'chunk')}, layers {' | '.join(rounds)}"
 
 
 def _samplers_table(title: str, speedups: dict[str, Any], caption: str) -> Table:

@@ -60,20 +60,32 @@ def num_decay_steps(stage: StageConfig, num_steps: int) -> int | None:
 def num_microbatches(stage: StageConfig, parallel: ParallelConfig) -> int:
     """Forward passes of one rank in a step."""
     batch, copies = stage.batch, parallel.data_parallel_size or 1
+    pp, vpp = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size or 1
     field = f"stages.{stage.name}.batch.global_batch_size"
     if batch.global_batch_size % (batch.micro_batch_size * copies):
         refuse(
             field,
             batch.global_batch_size,
             f"not a multiple of micro_batch_size x data_parallel_size = {batch.micro_batch_size} x {copies}",
-            "change one of the three",
+            _remedy(stage, copies, pp if vpp > 1 else 1),
         )
-    count, pp = batch.global_batch_size // (batch.micro_batch_size * copies), parallel.pipeline_model_parallel_size
-    if (parallel.virtual_pipeline_model_parallel_size or 1) > 1 and count % pp:
+    count = batch.global_batch_size // (batch.micro_batch_size * copies)
+    if vpp > 1 and count % pp:
         refuse(
             field,
             batch.global_batch_size,
             f"interleaving needs micro-batches ({count}) in multiples of {pp} pipeline ranks",
-            f"use a multiple of {pp * batch.micro_batch_size * copies}",
+            _remedy(stage, copies, pp),
         )
     return count
+
+
+def _remedy(stage: StageConfig, copies: int, of_copy: int) -> str:
+    """What makes a step's samples whole micro-batches of all copies, ``of_copy`` times a whole number of each."""
+    batch = stage.batch
+    multiple = f"a multiple of {of_copy * batch.micro_batch_size * copies}"
+    samples, rest = divmod(batch.global_batch_size, of_copy * copies)
+    if rest:
+        return f"use {multiple}"
+    largest = max(size for size in range(1, batch.micro_batch_size + 1) if samples % size == 0)
+    return f"set stages.{stage.name}.batch.micro_batch_size={largest}, or this to {multiple}"

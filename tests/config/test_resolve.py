@@ -158,7 +158,7 @@ REFUSED = [
     ),
     (
         f"parallel={{pipeline_model_parallel_size: 3, {VPP}: 2}}",
-        "stages.alignment.batch.global_batch_size=8: interleaving needs micro-batches (4) in multiples of 3",
+        "stages.alignment.batch.global_batch_size=8: interleaving needs micro-batches (4) in multiples of 3 pipeline ranks; use a multiple of 6",
     ),
     (
         "parallel.overlap_param_gather=true",
@@ -173,7 +173,16 @@ REFUSED = [
         "parallel.vision=spread: model.vision is null, so there is no tower; set it to first or null",
     ),
     ("parallel.data_parallel_size=3", "stages.alignment.batch.global_batch_size=8: not a multiple of"),
-    ("stages.0.batch.micro_batch_size=3", "global_batch_size=8: not a multiple of micro_batch_size x"),
+    (
+        "stages.0.batch.micro_batch_size=3",
+        "stages.alignment.batch.global_batch_size=8: not a multiple of micro_batch_size x data_parallel_size = 3 x 1; "
+        "set stages.alignment.batch.micro_batch_size=2, or this to a multiple of 3",
+    ),
+    (
+        f"parallel.pipeline_model_parallel_size=4 parallel.{VPP}=2 stages.0.batch.micro_batch_size=4 model.language.num_layers=8",
+        "interleaving needs micro-batches (2) in multiples of 4 pipeline ranks; set stages.alignment.batch.micro_batch_size=2, or this to a "
+        "multiple of 16",
+    ),
     (
         "stages.0.batch.balance=cost stages.0.batch.packing=pack",
         "stages.alignment.batch.balance=cost: batch.packing=pack: packed rows are full on every rank as it is; set it to off, or",

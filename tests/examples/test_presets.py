@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,3 +198,16 @@ def test_the_readme_shows_the_plan(name: str) -> None:
 def test_its_job_can_be_submitted(name: str, num_nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["launch", "slurm", str(EXAMPLES / name), "--nodes", str(num_nodes), "--dry-run"]) == 0
     assert f"#SBATCH --nodes={num_nodes}\n#SBATCH" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("num_nodes", [2, 4, 16])
+def test_on_more_nodes_the_refusal_says_what_fits(num_nodes: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Micro-batches of both stages, one after the other, if both are too large."""
+    words = ["launch", "slurm", str(EXAMPLES / "llava15_7b"), "--nodes", str(num_nodes), "--dry-run"]
+    words.append("parallel.data_parallel_size=null")
+    for _ in range(2):
+        if main(words) == 0:
+            break
+        [remedy] = re.findall(r"; set (stages\.\w+\.batch\.micro_batch_size=\d+),", capsys.readouterr().err)
+        words.append(remedy)
+    assert main(words) == 0

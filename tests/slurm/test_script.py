@@ -64,7 +64,7 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: py
     status, script, error = launch(*words, "--dry-run", "--run-dir", str(run), *options, *more, "seed=7", capsys=capsys)
     assert status == 0 and not run.exists()
     assert error == (
-        "megatron-sts: the config fits 2 nodes x 1 ranks = tensor 1 x context 1 x pipeline 1 x data 2; without --dry-run a job would "
+        "megatron-sts: the config fits 2 nodes x 1 rank = tensor 1 x context 1 x pipeline 1 x data 2; without --dry-run a job would "
         f"be submitted as {run}/launch/001/job.sbatch; nothing was written or submitted, and SLURM was not asked\n"
     )
     lines = script.splitlines()
@@ -88,8 +88,9 @@ def test_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, capsys: py
     [
         (
             ("--nodes", "3", *ON_CPUS),
-            "--nodes=3 (x 1 ranks a node): parallel.data_parallel_size=2: tensor x pipeline x context x data = 2 ranks, but 3 run",
+            "--nodes=3 (x 1 rank a node, by --ranks-per-node, else --gpus-per-node): parallel.data_parallel_size=2: tensor x pipeline x context x data = 2 ranks, but 3 run",
         ),
+        (("--nodes", "1"), "--nodes=1 (x 8 ranks a node, by --ranks-per-node, else --gpus-per-node): parallel."),
         (("--nodes", "2", "--gpus-per-node", "0"), "--ranks-per-node"),
         (("--nodes", "2", "--gpus-per-node", "1", "--ranks-per-node", "2"), "--ranks-per-node=2"),
         (("--nodes", "2", *ON_CPUS, "sead=1"), "did you mean seed?"),
