@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -44,7 +44,7 @@ def explain(error: ValidationError, values: Any, schema: type[Section], groups: 
         message = message.removeprefix("Value error, ")
         return f"{field}: {message}" if field else message
     if first["type"] == "extra_forbidden":
-        remedy = (len(first["loc"]) == 1 and _elsewhere(field, value)) or _nearest(first["loc"], schema)
+        remedy = (len(first["loc"]) == 1 and _elsewhere(field, value, values)) or _nearest(first["loc"], schema)
         return f"{field}={_short(value)}: unknown key; {remedy}"
     if message.startswith(ASKED):
         here = [other for other in errors if _dotted(other, values) == field]
@@ -99,14 +99,31 @@ def _nearest(location: Sequence[str | int], schema: type[Section]) -> str:
     return f"did you mean {near}?" if near else f"remove it, or choose from {', '.join(known)}"
 
 
-def _elsewhere(name: str, value: object) -> str | None:
-    """A key of some section that was written without what stands before it."""
+def _elsewhere(name: str, value: object, values: Any) -> str | None:
+    """A key of some section, or of a stage, that was written without what stands before it."""
     from megatron_sts.config.describe import keys  # which imports the schema
 
+    if isinstance(value, Mapping) and name in _stage_names(values):
+        return f"did you mean {'.'.join(['stages', name, *_way_down(value)])}?"
     below = next(iter(value), None) if isinstance(value, Mapping) else None
     ending = f".{name}" if below is None else f".{name}.{below}"
     found = next((key.name for key in keys() if key.name.endswith(ending)), None)
     return found and f"did you mean {found}?"
+
+
+def _stage_names(values: Any) -> list[object]:
+    """Of the stages of a config that need not be one."""
+    stages = values.get("stages") if isinstance(values, Mapping) else None
+    if not isinstance(stages, (list, tuple)):
+        return []
+    return [stage.get("name") for stage in stages if isinstance(stage, Mapping)]
+
+
+def _way_down(node: object) -> Iterator[str]:
+    """The keys to the first value that is no group of keys."""
+    while isinstance(node, Mapping) and node:
+        key, node = next(iter(node.items()))
+        yield str(key)
 
 
 def _short(value: object) -> str:

@@ -57,6 +57,9 @@ def test_interpolation_sees_overrides(path: Path) -> None:
             "stages.alignment.batch.micro_batch_sise=1: unknown key; did you mean",
         ),
         ("zzz=1", "zzz=1: unknown key; remove it, or choose from seed, model"),
+        ("finetune.lds.alpha=0.3", "unknown key; did you mean stages.finetune.lds.alpha?"),
+        ("finetune.steps=3", "unknown key; did you mean stages.finetune.steps?"),
+        ("finetune=3", "finetune=3: unknown key; remove it, or choose from seed, model"),
         ("stages.tune.vtc=null", "override stages.tune.vtc=null: no entry 'tune'; choose from alignment, finetune"),
         ("stages.2.vtc=null", "no entry '2'"),
         ("seed", "override 'seed': not of the form key.path=value"),
@@ -79,6 +82,11 @@ def test_wrong_override_is_one_line(path: Path, override: str, message: str) -> 
     with pytest.raises(ConfigError) as error:
         load(path, [override])
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_stage_s_name_where_there_are_no_stages(path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"finetune=\{'lds': \{'alpha': 0.3\}\}: unknown key; remove it"):
+        load(path, ["stages=3", "finetune.lds.alpha=0.3"])
 
 
 @pytest.mark.parametrize(
