@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,3 +101,12 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out) == SCHEMA
     assert main(["config", "alpha", "--schema"]) == 2
     assert "--schema: takes neither KEY" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", ["lds", "vtc"])
+def test_the_page_of_a_room_names_every_choice(room: str) -> None:
+    page = (Path(__file__).parents[2] / "megatron_sts" / room / "README.md").read_text()
+    of_room = [key for key in keys() if key.name.startswith(f"stages.*.{room}.")]
+    choices = {choice for key in of_room if " | " in key.values for choice in key.values.split(" | ")}
+    assert "uniform" in choices or "bernoulli" in choices
+    assert {choice for choice in choices if f"`{choice}`" not in page} == set()
