@@ -56,7 +56,7 @@ def why_untimed(hardware: Hardware, resolved: Resolved) -> str | None:
 def outline_seconds(
     hardware: Hardware, resolved: Resolved, assumptions: Assumptions, lds: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """JSON-ready. ``lds``: what ``speedups.outline`` found, for the best dense layout."""
+    """JSON-ready. ``lds``: what ``speedups.outline`` found, for the best layout without LDS."""
     layouts = [] if lds is None else [_layout(lds["dense_layout"])]
     run = run_time(hardware, resolved, assumptions, layouts)
     return {**outline_run(hardware, run, assumptions), "fp8_where": _outline_fp8(hardware, resolved, assumptions, run)}
