@@ -6,7 +6,7 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TextIO
 from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_overrides, positive
 from megatron_sts.commands.sweep_runs import STOPPED, Processes
 from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.launch import lease, outcome
 
 if TYPE_CHECKING:
     from megatron_sts.config.resolve import Resolved
@@ -24,6 +25,8 @@ SWEEP_NAME = "sweep.yaml"
 """The file that a folder is taken for."""
 LOG = "sweep.log"
 """In a run's folder: what its ``train`` printed."""
+ERROR = "megatron-sts: error: "
+"""Before the line that says why a command ended."""
 
 
 def add(commands: Commands) -> None:
@@ -58,7 +61,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every run's config before the first one starts; then train, and write the table after each."""
-    from megatron_sts.commands.sweep_costs import told
+    from megatron_sts.commands.sweep_folders import other_configs, refuse_of_sweep
     from megatron_sts.config.sweep import config_of, read, runs_of
     from megatron_sts.report.sweep import update
 
@@ -69,13 +72,14 @@ def run(args: argparse.Namespace) -> int:
     mine = part_of(runs, args.part)
     resolved = check(config, runs)
     out = args.out or Path("runs") / file.stem
+    others = other_configs(runs, resolved, out)
     if args.dry_run:
+        of_mine = {each.name: resolved[runs.index(each)] for each in mine}
         for each in mine:
             print(f"{each.name}: {' '.join(each.overrides)}")
-        of_mine = [resolved[runs.index(each)] for each in mine]
-        costs = told(of_mine, [out / each.name for each in mine], args.jobs, args.gflops)
-        print(f"{len(mine)} of {len(runs)} runs, into {out}: {costs}")
+        print(f"{len(mine)} of {len(runs)} runs, into {out}: {dry_run(of_mine, others, out, args)}")
         return 0
+    refuse_of_sweep(others)
     out.mkdir(parents=True, exist_ok=True)
     processes, statuses = Processes(), list[int | None]()
     with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
@@ -84,6 +88,27 @@ def run(args: argparse.Namespace) -> int:
             if status is not None:  # it began
                 update(runs, out)
     return told_end(mine, statuses, processes.stopped_by, out / "results.csv")
+
+
+def dry_run(mine: Mapping[str, Resolved], others: Mapping[str, str], out: Path, args: argparse.Namespace) -> str:
+    """Prints what stands in runs' way; what they cost, in words. ``others``: runs whose folders hold another config's.
+
+    Raises:
+        ConfigError: a run could start nowhere.
+    """
+    from megatron_sts.commands.sweep_costs import told
+    from megatron_sts.commands.sweep_folders import hindrances, refuse_of_sweep
+
+    nowhere = dict(others)
+    for name, problem in others.items():
+        print(f"{name}: will not start: {problem}")
+    for name, of_run in mine.items():
+        for found in hindrances(of_run, out / name) if name not in others else ():
+            print(f"{name}: will not start{' on this machine' if found.of_this_machine else ''}: {found.problem}")
+            if not found.of_this_machine:
+                nowhere.setdefault(name, found.problem)
+    refuse_of_sweep(nowhere)
+    return told(list(mine.values()), [out / name for name in mine], args.jobs, args.gflops)
 
 
 def told_end(mine: Sequence[SweepRun], statuses: Sequence[int | None], stopped_by: int | None, table: Path) -> int:
@@ -137,14 +162,26 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
 
 
 def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> int | None:
-    """Trains one run in a process of its own; its exit status, or None: the sweep was stopped before. What it prints goes into its folder."""
-    folder, began = out / one.name, time.monotonic()
+    """Trains one run in a process of its own; its exit status, or None: the sweep was stopped before. What it prints goes into its folder.
+    So does why it failed, for the table, where it did before it could say so there itself."""
+    folder, log, began = out / one.name, out / one.name / LOG, time.monotonic()
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
-    status = processes.run(command, folder / LOG)
+    before, log_bytes = outcome.read(folder), log.stat().st_size if log.is_file() else 0
+    status = processes.run(command, log, lambda: say(f"megatron-sts: {one.name}: started, see {log}"))
     if status is None:
         return None
-    ended = f"failed (status {status}, see {folder / LOG})" if status else "done"
+    ended = f"failed (status {status}, see {log})" if status else "done"
     if processes.stopped_by is not None and status in STOPPED:
         ended = "stopped"
+    elif status and outcome.read(folder) == before and not lease.may_be_held(folder):
+        outcome.write(folder, "failed", cause_in(log, log_bytes) or f"ended with status {status}, see {log}")
     say(f"megatron-sts: {one.name}: {ended} after {time.monotonic() - began:.0f} s")
     return status
+
+
+def cause_in(log: Path, start: int) -> str | None:
+    """The last error that a log tells of after its first ``start`` bytes."""
+    with log.open("rb") as file:
+        file.seek(start)
+        lines = file.read().decode(errors="replace").splitlines()
+    return next((line.removeprefix(ERROR) for line in reversed(lines) if line.startswith(ERROR)), None)

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
@@ -43,9 +43,9 @@ class Processes:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], log: Path) -> int | None:
-        """Its exit status; None where the sweep was stopped before it could start. What it prints is added to ``log``, whose folder is
-        made."""
+    def run(self, command: Sequence[str], log: Path, tell_start: Callable[[], None] = lambda: None) -> int | None:
+        """Its exit status; None where the sweep was stopped before it could start. Calls ``tell_start`` once it has. What it prints is
+        added to ``log``, whose folder is made."""
         with self._lock:
             if self.stopped_by is not None:
                 return None
@@ -56,6 +56,7 @@ class Processes:
                 process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, process_group=0)
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._running.add(process)
+        tell_start()
         while True:
             try:
                 status = process.wait(timeout=1)

@@ -16,6 +16,10 @@ class MissingHereError(ConfigError):
     """What is missing is a package, which another machine may have."""
 
 
-def refuse(field: str, value: object, why: str, remedy: str) -> NoReturn:
+class OtherRunError(ConfigError):
+    """A run's folder holds a run of another config."""
+
+
+def refuse(field: str, value: object, why: str, remedy: str, kind: type[ConfigError] = ConfigError) -> NoReturn:
     """Stop with the one-line message every wrong config gets."""
-    raise ConfigError(f"{field}={value}: {why}; {remedy}")
+    raise kind(f"{field}={value}: {why}; {remedy}")

@@ -9,11 +9,11 @@ from typing import Any
 from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.precision import PrecisionConfig
-from megatron_sts.report.losses import NUM_LOSSES, stage_losses
+from megatron_sts.report.losses import NUM_LOSSES, last_losses, stage_losses
 from megatron_sts.report.run import Line, Run
 
 Comparison = dict[str, Any]
-"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
+"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,num_losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
 ``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; ``labels``: what the two are called, for both are
 dense, or neither, where ranks or micro-batches are compared; and ``no_accuracy``: null, or the sentence why accuracies are left out (both
 runs' are then empty)."""
@@ -134,6 +134,7 @@ def describe(run: Run, *, with_accuracy: bool) -> Comparison:
         "num_ranks": run.config["resolved"]["world_size"],
         "stages": {name: stage_costs(run, name) for name in run.steps},
         "losses": {name: stage_losses(run, name) for name in run.steps},
+        "num_losses": {name: len(last_losses(run, name)) for name in run.steps},
         "accuracy": {name: found["accuracy"] for name, found in families.items()},
         "left_out_of_mean": run.config["evaluation"].get("left_out_of_mean", []),
         "standard_error": {name: found["standard_error"] for name, found in families.items()},
@@ -299,7 +300,8 @@ def title(comparison: Comparison) -> str:
 
 def remarks(comparison: Comparison) -> list[str]:
     """What a reader of the table has to know, in sentences."""
-    losses = f"Training losses are means of a stage's last {NUM_LOSSES} steps"
+    is_fewer = any(number < NUM_LOSSES for run in comparison["runs"].values() for number in run["num_losses"].values())
+    losses = f"Training losses are means of {'at most ' if is_fewer else ''}a stage's last {NUM_LOSSES} steps"
     stages = [stage for run in comparison["runs"].values() for stage in run["stages"].values()]
     if any(stage["flops_executed"] != stage["flops_dense"] for stage in stages):
         losses += ", of STS with tokens and layers left out"

@@ -10,9 +10,14 @@ NUM_LOSSES = 20
 """Logged steps at a stage's start, and at its end, whose mean loss is told."""
 
 
+def last_losses(run: Run, stage: str) -> list[float]:
+    """A stage's last finite losses, ``NUM_LOSSES`` if there are so many."""
+    return [line["loss"] for line in run.steps[stage] if line["loss"] is not None][-NUM_LOSSES:]
+
+
 def last_loss(run: Run, stage: str) -> float | None:
-    """The mean of a stage's last finite losses; None without any."""
-    losses = [line["loss"] for line in run.steps[stage] if line["loss"] is not None][-NUM_LOSSES:]
+    """Their mean; None without any."""
+    losses = last_losses(run, stage)
     return fmean(losses) if losses else None
 
 

@@ -81,7 +81,7 @@ def read_run(folder: Path) -> Run:
     """
     for name in ("config.resolved.yaml", METRICS):
         if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: holds no {name}; give the folder that train wrote (--run-dir)")
+            raise ConfigError(f"{folder}: {_why_none(folder, name)}")
     config, result = folder / "config.resolved.yaml", folder / "evaluation.json"
     lines = [_parse(text) for text in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
     return Run(
@@ -94,6 +94,15 @@ def read_run(folder: Path) -> Run:
         validations=_validations(lines),
         saved=_saved(lines),
     )
+
+
+def _why_none(folder: Path, name: str) -> str:
+    """Why it is not the folder of a run, and what to give instead."""
+    if folder.is_file():
+        return f"is a file; give folders that train wrote, for example {folder.parent}/*/"
+    if any(folder.glob("*/config.resolved.yaml")):
+        return f"holds runs: give them, for example {folder}/*/"
+    return f"holds no {name}; give the folder that train wrote (--run-dir)"
 
 
 def _whole(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:

@@ -34,13 +34,13 @@ def rows_of(runs: Sequence[SweepRun], out: Path) -> list[Row]:
 
 
 def row_of(run: SweepRun, folder: Path) -> Row:
-    """``status`` is ``done``, ``missing`` (not begun, or not finished), or ``failed``, with the ``cause`` of its last start."""
+    """``status`` says how the last start ended: ``done``, ``stopped`` (the same command goes on) or ``failed``, with the ``cause``; or it
+    is ``missing``: not begun, or not ended."""
     row: Row = {"run": run.name, "case": run.case, **run.values, "seed": run.seed, "status": "missing", "cause": None}
     outcome = folder / "outcome.json"
     if outcome.is_file():
         told = json.loads(outcome.read_text(encoding="utf-8"))
-        row["status"] = told["outcome"] if told["outcome"] in ("done", "failed") else "missing"
-        row["cause"] = told["cause"]
+        row["status"], row["cause"] = told["outcome"], told["cause"]
     if row["status"] == "done":
         row |= _found(read_run(folder))
     return row

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from megatron_sts.config.differences import differences
-from megatron_sts.config.errors import ConfigError, refuse
+from megatron_sts.config.errors import ConfigError, OtherRunError, refuse
 from megatron_sts.config.load import DERIVED_KEY, dump, load
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.run_folder import (
@@ -190,7 +190,8 @@ def check_same_run(resolved: Resolved, run_dir: Path, *, extend: bool = False) -
     What files hold is left to ``check_same_content``. ``extend``: stages may have become longer.
 
     Raises:
-        ConfigError: naming the first field that differs.
+        OtherRunError: naming the first field that differs.
+        ConfigError: it cannot be told, or ranks may not be as many.
     """
     found = newest(resolved, run_dir) if is_begun(run_dir) else None
     if found is None:
@@ -217,7 +218,7 @@ def check_same_as_over(resolved: Resolved, run_dir: Path) -> None:
     """Refuses to train anew where another run is over, or this one with other questions: its results would be written over.
 
     Raises:
-        ConfigError: naming the first field that differs, or the questions.
+        OtherRunError: naming the first field that differs, or the questions.
     """
     lengths = {stage["name"]: stage["num_steps"] for stage in _derived(run_dir)["stages"]}
     same_length = {stage.name: stage.num_steps for stage in resolved.stages} == lengths
@@ -227,7 +228,7 @@ def check_same_as_over(resolved: Resolved, run_dir: Path) -> None:
     if not is_answered(resolved, run_dir):
         refuse("evaluation.num_questions", resolved.config.evaluation.num_questions,
                f"{run_dir} holds a whole run that was not asked these questions, and no checkpoint of it any more to ask these",
-               "restore the evaluation that it had, or give another --run-dir")  # fmt: skip
+               "restore the evaluation that it had, or give another --run-dir", OtherRunError)  # fmt: skip
 
 
 def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir: Path, *, extend: bool) -> None:
@@ -237,12 +238,12 @@ def check_length(stage: ResolvedStage, before: int, progress: Progress, run_dir:
     here = f"{run_dir} holds a run in which that stage has {before} steps, not {stage.num_steps}"
     if progress.stage > stage.index:
         refuse(field, value, f"{here}, and is over", "restore that number to go on, or give another --run-dir, whose run may "
-               "begin with these weights (model.*.init)")  # fmt: skip
+               "begin with these weights (model.*.init)", OtherRunError)  # fmt: skip
     if stage.num_steps < before:
-        refuse(field, value, here, "restore that number to go on, or give another --run-dir")
+        refuse(field, value, here, "restore that number to go on, or give another --run-dir", OtherRunError)
     if not extend:
         refuse(field, value, here, "add --extend to go on with schedules planned anew for it, restore that number, or give "
-               "another --run-dir")  # fmt: skip
+               "another --run-dir", OtherRunError)  # fmt: skip
 
 
 def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
@@ -255,7 +256,8 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
         What the config's files hold, for ``write_config``.
 
     Raises:
-        ConfigError: naming the first field that differs, and in what.
+        OtherRunError: naming the first field that differs, and in what.
+        ConfigError: a file cannot be read.
     """
     now = contents(resolved.config)
     found, is_run_over = newest(resolved, run_dir) if is_begun(run_dir) else None, is_over(run_dir)
@@ -278,6 +280,7 @@ def check_same_content(resolved: Resolved, run_dir: Path) -> dict[str, Content]:
                 _pick(resolved.config.model_dump(mode="json"), field),
                 f"holds something else than when the run in {run_dir} began ({what})",
                 "put back what it held to go on, or give another --run-dir",
+                OtherRunError,
             )
     return {**now, **held}
 
@@ -289,8 +292,8 @@ def _differences(before: RunConfig, resolved: Resolved) -> Iterator[tuple[str, o
         yield from differences(_pick(old, root), _pick(new, root), root)
 
 
-def _other_run(field: str, old: object, new: object, run_dir: Path) -> ConfigError:
-    return ConfigError(
+def _other_run(field: str, old: object, new: object, run_dir: Path) -> OtherRunError:
+    return OtherRunError(
         f"{field}={_show(new)}: {run_dir} holds a run with {field}={_show(old)}; "
         "restore that value to go on, or give another --run-dir"
     )

@@ -134,6 +134,9 @@ def test_runs_are_trained_once_and_tabled(tmp_path: Path, capsys: pytest.Capture
     assert flops == pytest.approx(sum(line["flops_dense"] for line in steps), rel=0.5)
     assert main(["sweep", str(file), "--out", str(out), "--dry-run", "--gflops", "1"]) == 0
     assert f"about {max(1, round(flops / 60e9))} min of training at 1 GFLOP/s" in capsys.readouterr().out
+    file.write_text(yaml.safe_dump(sweep | {"cases": {"good": []}, "overrides": ["stages.finetune.optimizer.lr=0.5"]}))
+    assert main(["sweep", str(file), "--out", str(out)]) == 2
+    assert f"lr=0.5: {out / 'good-seed=1'} holds a run with stages.finetune.opt" in capsys.readouterr().err
 
 
 @pytest.mark.timeout(300)
@@ -162,10 +165,12 @@ def test_a_stopped_sweep_leaves_no_run_alone(tmp_path: Path) -> None:
         told, _ = sweep.communicate(timeout=60)
     finally:
         sweep.kill()
+    assert re.findall("(seed=.: started.*)", told) == [f"seed=1: started, see {first / 'sweep.log'}"]
     assert sweep.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in told
     assert "seed=1: stopped after" in told and "failed" not in told
     assert list((first / "checkpoints").rglob("*.json")), "its run saved"
     assert json.loads((first / "outcome.json").read_text())["outcome"] == "stopped"
+    assert [json.loads(line)["status"] for line in (out / "results.jsonl").open()] == ["stopped", "missing"]
     assert not (out / "seed=2").exists() and os.fsencode(out) not in processes()
 
 
