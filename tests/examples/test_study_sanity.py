@@ -62,3 +62,41 @@ def test_the_course_of_epochs() -> None:
     }  # fmt: skip
     words = "({:.1f} to {:.1f} in the first epoch, dense {:.1f} to {:.1f})"
     assert words.format(*(each(first[case]) for case in ("lds", "dense") for each in (min, max))) in TEXT
+
+
+FEWER = ("token_length/keep_ratio=0.75", "claims_llava/vtc-uniform", "token_length/keep_ratio=0.25", "token_length/keep_ratio=0.125")  # fmt: skip
+"""Than all tokens in alignment: ever fewer."""
+
+
+def test_ever_fewer_tokens() -> None:
+    dense = "claims_llava/dense"
+    flops = [fmean(by_seed(case, "alignment.flops_executed").values()) for case in (dense, *FEWER)]
+    words = "alignment's FLOPs 1, {:.2f}, {:.2f}, {:.2f} and {:.2f} of dense's"
+    assert words.format(*(each / flops[0] for each in flops[1:])) in TEXT
+    ends = [fmean(by_seed(case, "alignment.last_loss").values()) for case in (dense, *FEWER)]
+    assert "was {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f} in the mean, from about 2.7".format(*ends) in TEXT
+    kept = [shares_of(case, dense) for case in FEWER]
+    words = (
+        "three quarters kept {:.3f} ± {:.3f} of the dense accuracy (Student's t over seeds), half {:.3f} ± {:.3f}, "
+        "a quarter {:.3f} ± {:.3f} (by seed {:.3f}, {:.3f}, {:.3f}), an eighth {:.3f} ± {:.3f} ({:.3f}, {:.3f}, {:.3f})."
+    )
+    numbers = [*with_width(kept[0]), *with_width(kept[1]), *with_width(kept[2]), *kept[2], *with_width(kept[3]), *kept[3]]  # fmt: skip
+    assert words.format(*numbers) in TEXT
+    shown = {(case, of): found for case in FEWER[2:] for of in FAMILIES for found in [with_width(shares_of(case, dense, of))] if 1 - found[0] > found[1]}  # fmt: skip
+    assert [of for _, of in shown] == ["counting", "counting"]
+    assert "({:.3f} ± {:.3f}, {:.3f} ± {:.3f}). The fast".format(*(each for found in shown.values() for each in found)) in TEXT  # fmt: skip
+    few = [share for case in kept[2:] for share in case]
+    assert f"between {min(few):.2f} and {max(few):.2f} were kept, by seed" in TEXT
+
+
+def test_losses_with_ever_fewer_tokens_are_steady() -> None:
+    """After the 20 steps of warm-up each beside the mean of the ten before."""
+    rows = rows_of("token_length.losses")
+    highest = {"dense": 0.0, "fewer": 0.0}
+    for run in list(rows[0])[1:]:
+        losses = [float(row[run]) for row in rows]
+        kind = "dense" if run.startswith("dense") else "fewer"
+        ratios = [loss / fmean(losses[step - 10 : step]) for step, loss in enumerate(losses) if step >= 20]
+        highest[kind] = max(highest[kind], *ratios)
+    words = "has a loss above {fewer:.2f} times the mean of the ten before (dense {dense:.2f}, at losses of a quarter)"
+    assert words.format(**highest) in TEXT
