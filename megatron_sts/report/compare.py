@@ -173,10 +173,6 @@ def ratios(dense: Comparison, sts: Comparison) -> Comparison:
     def costs(key: str, *stages: str) -> float | None:
         return _ratio(*(sum(run["stages"][name][key] for name in stages) for run in (sts, dense)))
 
-    def mean(run: Comparison) -> float:
-        kept = [value for name, value in run["accuracy"].items() if name not in run["left_out_of_mean"]]
-        return sum(kept) / len(kept)
-
     names = list(dense["stages"])
     return {
         "flops": costs("flops_executed", *names),
@@ -184,10 +180,16 @@ def ratios(dense: Comparison, sts: Comparison) -> Comparison:
         "rank_time": _ratio(
             *(sum(run["stages"][name]["wall_s"] for name in names) * run["num_ranks"] for run in (sts, dense))
         ),
-        "accuracy_mean": _ratio(mean(sts), mean(dense)) if dense["accuracy"] else None,
+        "accuracy_mean": _ratio(mean_accuracy(sts), mean_accuracy(dense)) if dense["accuracy"] else None,
         "accuracy": {name: _ratio(sts["accuracy"][name], value) for name, value in dense["accuracy"].items()},
         "stages": {name: {"flops": costs("flops_executed", name), "wall": costs("wall_s", name)} for name in names},
     }
+
+
+def mean_accuracy(run: Comparison) -> float:
+    """Over the families that are not left out."""
+    kept = [value for name, value in run["accuracy"].items() if name not in run["left_out_of_mean"]]
+    return sum(kept) / len(kept)
 
 
 def _ratio(value: float, base: float) -> float | None:
@@ -209,9 +211,12 @@ def table_rows(comparison: Comparison) -> list[Row]:
     for name in dense["stages"]:
         rows += _stage_rows(name, dense["stages"][name], sts["stages"][name])
         rows += _loss_rows(name, dense["losses"][name], sts["losses"][name])
+    flops, seconds = (
+        [sum(stage[key] for stage in run["stages"].values()) for run in (dense, sts)] for key in ("flops_executed", "wall_s")
+    )  # fmt: skip
     rows += [
-        ("all stages: FLOPs", "", "", _times(ratio["flops"])),
-        ("all stages: wall-clock", "", "", _times(ratio["wall"])),
+        ("all stages: FLOPs", f"{flops[0]:.3g}", f"{flops[1]:.3g}", _times(ratio["flops"])),
+        ("all stages: wall-clock", f"{seconds[0]:.1f} s", f"{seconds[1]:.1f} s", _times(ratio["wall"])),
     ]
     if dense["num_ranks"] != sts["num_ranks"]:
         rows.append(("all stages: wall-clock x ranks", "", "", _times(ratio["rank_time"])))
@@ -229,7 +234,8 @@ def _accuracy_rows(dense: Comparison, sts: Comparison, ratio: Comparison) -> lis
         for name in dense["accuracy"]
     ]
     without = " (without *)" if dense["left_out_of_mean"] else ""
-    rows += [(f"accuracy: mean{without}", "", "", _times(ratio["accuracy_mean"]))]
+    means = [f"{mean_accuracy(run):.3f}" for run in (dense, sts)]
+    rows += [(f"accuracy: mean{without}", means[0], means[1], _times(ratio["accuracy_mean"]))]
     for key, label in (("pope_f1", "POPE F1"), ("mme_accuracy_plus", "MME acc+")):
         if dense[key] is not None and sts[key] is not None:
             rows.append((label, f"{dense[key]:.3f}", f"{sts[key]:.3f}", _times(_ratio(sts[key], dense[key]))))
@@ -285,10 +291,7 @@ def markdown(comparison: Comparison) -> str:
     first, second = comparison["labels"]
     lines = [f"# {title(comparison)}", "", f"| | {first} | {second} | {second} / {first} |", "|---|---:|---:|---:|"]
     lines += [f"| {' | '.join(row)} |" for row in table_rows(comparison)]
-    split = comparison["runs"]["dense"]["split"]
-    if split is not None:
-        lines += ["", f"Accuracies on split `{split}` with their standard errors."]
-    lines += ["", "FLOPs and seconds are sums over all steps.", *(f"\n{line}" for line in remarks(comparison)), ""]
+    lines += [*(f"\n{line}" for line in remarks(comparison)), ""]
     return "\n".join(lines)
 
 
@@ -303,12 +306,15 @@ def remarks(comparison: Comparison) -> list[str]:
     is_fewer = any(number < NUM_LOSSES for run in comparison["runs"].values() for number in run["num_losses"].values())
     losses = f"Training losses are means of {'at most ' if is_fewer else ''}a stage's last {NUM_LOSSES} steps"
     stages = [stage for run in comparison["runs"].values() for stage in run["stages"].values()]
+    costs = "FLOPs and seconds are sums over all steps"
     if any(stage["flops_executed"] != stage["flops_dense"] for stage in stages):
         losses += ", of STS with tokens and layers left out"
+        costs += "; tokens/s count the tokens that VTC leaves, so that fewer of them may be more samples a second"
     if any("last_validation_loss" in stage for run in comparison["runs"].values() for stage in run["losses"].values()):
         losses += "; validation losses are of models with all of them"
-    lack = comparison["no_accuracy"]
-    return [f"{losses}.", *ways_apart(comparison), *([] if lack is None else [lack])]
+    lack, split = comparison["no_accuracy"], comparison["runs"]["dense"]["split"]
+    accuracies = [] if split is None else [f"Accuracies are on split `{split}`, ± one standard error."]
+    return [*accuracies, f"{costs}.", f"{losses}.", *ways_apart(comparison), *([] if lack is None else [lack])]
 
 
 def ways_apart(comparison: Comparison) -> list[str]:

@@ -24,6 +24,18 @@ def test_of_how_many_losses_a_mean_is(tmp_path: Path, num_steps: int, said: str)
     assert f"\nTraining losses are means of {said} last 20 steps.\n" in markdown(compared(*folders))
 
 
+def test_totals_and_what_numbers_are(tmp_path: Path) -> None:
+    """Sums over all stages, the mean of families, and what stands behind ± and tokens/s."""
+    found = compared(write_run(tmp_path / "dense", 1000, 2.0, 0.8), write_run(tmp_path / "sts", 600, 1.5, 0.6))
+    text, runs = markdown(found), [found["runs"][name] for name in ("dense", "sts")]
+    for label, key, form in (("FLOPs", "flops_executed", "{:.3g}"), ("wall-clock", "wall_s", "{:.1f} s")):
+        sums = [form.format(sum(stage[key] for stage in run["stages"].values())) for run in runs]
+        assert f"| all stages: {label} | {sums[0]} | {sums[1]} |" in text
+    assert "| accuracy: mean | 0.800 | 0.600 | 0.750 |" in text
+    assert "\nAccuracies are on split `eval`, ± one standard error.\n" in text
+    assert "; tokens/s count the tokens that VTC leaves, so that" in text
+
+
 def test_a_folder_of_runs_is_not_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As a sweep's, in which a comparison has left its picture."""
     run, picture = write_run(tmp_path / "dense", 1000, 2.0, 0.8), tmp_path / "comparison.png"
