@@ -8,6 +8,7 @@ from pathlib import Path
 STUDY = Path(__file__).resolve().parents[2] / "examples" / "study"
 PAGES = "".join(page.read_text() for page in sorted(STUDY.glob("*.md")))
 """One after the other."""
+FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "paired")
 TEXT = PAGES.replace("\n", " ")
 """The same on one line."""
 

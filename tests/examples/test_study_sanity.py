@@ -5,9 +5,8 @@ from __future__ import annotations
 from statistics import fmean
 
 from megatron_sts.report.groups import half_width
-from tests.examples.study_results import TEXT, accuracies, by_seed, rows_of, shares_of
+from tests.examples.study_results import FAMILIES, TEXT, accuracies, by_seed, rows_of, shares_of
 
-FAMILIES = ("existence", "relation", "counting", "ocr", "choice", "paired")
 EPOCHS = (1, 3, 5)
 
 
