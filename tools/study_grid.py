@@ -12,7 +12,10 @@ DENSE = ("no-lds", "1")
 def table(path: Path) -> str:
     """Markdown: of each run the share of the dense run's mean accuracy that it kept, and of its FLOPs. ``path``: grid.csv."""
     with path.open(newline="") as file:
-        runs = {(row["case"], row[KEEP_RATIO]): row for row in csv.DictReader(file)}
+        rows = list(csv.DictReader(file))
+    runs = {(row["case"], row[KEEP_RATIO]): row for row in rows}
+    if len(runs) < len(rows):
+        raise ValueError(f"{path}: several runs of one setting (seeds?), of which this table would have the last")
     cases, ratios = (list(dict.fromkeys(key[number] for key in runs)) for number in (0, 1))
     lines = [["keep ratio", *ratios], ["---", *["---:"] * len(ratios)]]
     for case in cases:

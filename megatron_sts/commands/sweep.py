@@ -49,7 +49,8 @@ def add(commands: Commands) -> None:
     sweep.add_argument(
         "--dry-run",
         action="store_true",
-        help="check and list the runs, their FLOPs and about how long they take; train nothing",
+        help="check and list the runs, what would keep them from starting, their FLOPs and about how long they take; train nothing. "
+        "The sweep itself is refused only where a folder holds a run of another config",
     )
     sweep.add_argument(
         "--gflops",
@@ -173,10 +174,17 @@ def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> int |
     ended = f"failed (status {status}, see {log})" if status else "done"
     if processes.stopped_by is not None and status in STOPPED:
         ended = "stopped"
-    elif status and outcome.read(folder) == before and not lease.may_be_held(folder):
-        outcome.write(folder, "failed", cause_in(log, log_bytes) or f"ended with status {status}, see {log}")
+    elif status and processes.stopped_by is None and (before is None or before.outcome != "done"):
+        tell_failure(folder, before, log, log_bytes, status)
     say(f"megatron-sts: {one.name}: {ended} after {time.monotonic() - began:.0f} s")
     return status
+
+
+def tell_failure(folder: Path, before: outcome.Outcome | None, log: Path, log_bytes: int, status: int) -> None:
+    """Leaves why a run failed in its outcome, if it has not said so itself. ``before``: what the outcome was at its start, when its log
+    had ``log_bytes``."""
+    if outcome.read(folder) == before and not lease.may_be_held(folder):
+        outcome.write(folder, "failed", cause_in(log, log_bytes) or f"ended with status {status}, see {log}")
 
 
 def cause_in(log: Path, start: int) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from yaml import YAMLError
+
 from megatron_sts.commands.obstacles import Obstacle, obstacles, other_run, unreadable_data
 from megatron_sts.config.errors import ConfigError, OtherRunError
 from megatron_sts.config.resolve import Resolved
@@ -12,6 +14,8 @@ from megatron_sts.config.sweep import SweepRun
 from megatron_sts.launch import lease
 from megatron_sts.train import resume
 
+UNREADABLE = (ConfigError, OSError, ValueError, TypeError, KeyError, YAMLError)
+"""What reading a run's folder comes to whose files are not whole."""
 AS_A_SWEEP = {"another --run-dir": "another --out", "add --extend": "use `train --extend`"}
 """Remedies of ``train``, and what a sweep has instead."""
 
@@ -24,31 +28,34 @@ def other_configs(runs: Sequence[SweepRun], resolved: Sequence[Resolved], out: P
 
 def other_config(resolved: Resolved, folder: Path) -> str | None:
     """How ``train`` would say that ``folder`` holds a run of another config; None if it does not, or if that cannot be told."""
-    if lease.may_be_held(
-        folder
-    ):  # by another part of the sweep: whoever trains there was asked, and is writing what would be read
+    if lease.may_be_held(folder):  # by another part of the sweep, which was asked and writes what would be read
         return None
     try:
         if resume.is_begun(folder) or resume.is_over(folder):
-            resume.check_same_content(resolved, folder)
-            resume.check_same_run(resolved, folder)
+            resume.check_same_run(resolved, folder)  # what files hold is left to the run: reading them takes long
     except OtherRunError as error:
         said = str(error)
         for words, instead in AS_A_SWEEP.items():
             said = said.replace(words, instead)
         return said
-    except ConfigError:  # files are missing or damaged: of that run alone
+    except UNREADABLE:  # files are missing or damaged, or go while they are read: of that run alone, which says so
         return None
     return None
 
 
 def hindrances(resolved: Resolved, folder: Path) -> Iterator[Obstacle]:
     """What ``train --dry-run`` says that keeps a run from going on; nothing of one that is finished."""
+    if lease.may_be_held(folder):
+        return
     try:
         if resume.is_finished(resolved, folder):
             return
-    except ConfigError:  # said again below
-        pass
+    except UNREADABLE as error:
+        yield Obstacle(
+            f"{folder} cannot be read ({type(error).__name__}: {error}); mend it, or delete it to train anew",
+            of_this_machine=True,
+        )
+        return
     yield from obstacles(resolved, is_going_on=resume.is_begun(folder) or resume.is_over(folder))
     yield from unreadable_data(resolved)
     yield from other_run(resolved, folder, extend=False)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from megatron_sts.launch import outcome
 from megatron_sts.launch.cause import Failure, first, words_in
 from megatron_sts.launch.environment import node_name
-from megatron_sts.launch.failure import LAUNCHED, claim
+from megatron_sts.launch.failure import LAUNCHED, claim, is_lost
 from megatron_sts.launch.terminated import TERM_IS_HELD
 
 if TYPE_CHECKING:
@@ -142,8 +142,11 @@ def keep_ranks(command: Sequence[str], host: str, *, is_head: bool) -> int:
             print(f"megatron-sts: error: {node_name()}: {cause.describe()}", file=sys.stderr, flush=True)
         return 2 if cause.status == 2 else 1
     except Exception as error:  # of the agents' own meeting: it has many, and their tracebacks say no more
-        if (known := outcome.read(run_dir)) and known.outcome == "failed":
-            return 1  # the first node's ranks failed, and its task, which says why, has ended with the store
+        known = outcome.read(run_dir)
+        if is_lost(error) and known and known.outcome == "failed":
+            # The first node's task has ended with the store, because its ranks failed, or it is dead: what is known of that says more.
+            print(f"megatron-sts: error: {node_name()}: {known.cause}", file=sys.stderr, flush=True)
+            return 1
         told = " ".join(f"{type(error).__name__}: {error}".split())
         return _give_up(run_dir, f"{node_name()}: torch's agents on the nodes lost each other at {host}:{port}: {told}")
     return 0

@@ -111,7 +111,7 @@ def _whole(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
         found = parse(path.read_text(encoding="utf-8"))
     except (ValueError, YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path}: is damaged ({one_line(error)}); copy it again, or leave this run out") from None
-    if not isinstance(found, dict):
+    if not isinstance(found, dict) or not found:
         raise ConfigError(f"{path}: is damaged (holds no keys); copy it again, or leave this run out")
     return {str(key): value for key, value in found.items()}
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.sweep import SweepRun
+from megatron_sts.launch import outcome
 from megatron_sts.report.compare import stage_costs
 from megatron_sts.report.losses import NUM_LOSSES
 from megatron_sts.report.run import Run, read_run
@@ -37,12 +38,16 @@ def row_of(run: SweepRun, folder: Path) -> Row:
     """``status`` says how the last start ended: ``done``, ``stopped`` (the same command goes on) or ``failed``, with the ``cause``; or it
     is ``missing``: not begun, or not ended."""
     row: Row = {"run": run.name, "case": run.case, **run.values, "seed": run.seed, "status": "missing", "cause": None}
-    outcome = folder / "outcome.json"
-    if outcome.is_file():
-        told = json.loads(outcome.read_text(encoding="utf-8"))
-        row["status"], row["cause"] = told["outcome"], told["cause"]
+    told = outcome.read(folder)
+    if told is None and (folder / outcome.OUTCOME).is_file():
+        row |= {"status": "failed", "cause": f"{folder / outcome.OUTCOME} cannot be read"}
+    elif told is not None:
+        row |= {"status": told.outcome, "cause": told.cause}
     if row["status"] == "done":
-        row |= _found(read_run(folder))
+        try:
+            row |= _found(read_run(folder))
+        except ConfigError as error:  # other runs' rows are not lost for it
+            row |= {"status": "failed", "cause": str(error)}
     return row
 
 

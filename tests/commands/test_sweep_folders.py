@@ -40,7 +40,14 @@ class Given:
         folder, resolved = self.out / name, resolve(load(self.config, overrides))
         write_config(resolved, folder, KERNELS, {})
         steps = [{"stage": stage.name, "step": step} for stage in resolved.stages for step in range(stage.num_steps)]
-        measured = {"loss": 1.0, "flops_executed": 1, "step_time_s": 1.0}
+        measured = {
+            "loss": 1.0,
+            "flops_executed": 1,
+            "flops_dense": 1,
+            "step_time_s": 1.0,
+            "tokens": 1,
+            "peak_memory_bytes": 1,
+        }
         (folder / "metrics.jsonl").write_text("".join(json.dumps(step | measured) + "\n" for step in steps))
         last = resolved.stages[-1]
         checkpoint = folder / "checkpoints" / f"{last.index}-{last.name}-{last.num_steps:07}"
@@ -158,8 +165,45 @@ def test_a_run_that_ends_without_a_word_has_failed(given: Given, monkeypatch: py
     assert rows(given) == [["seed=1", "failed", f"ended with status -9, see {given.out / 'seed=1' / 'sweep.log'}"]]
 
 
+@pytest.mark.parametrize(("stopped_by", "before"), [(None, "done"), (2, None), (2, "stopped")])
+def test_what_did_not_fail_of_itself_is_not_failed(
+    given: Given, monkeypatch: pytest.MonkeyPatch, stopped_by: int | None, before: Literal["done", "stopped"] | None
+) -> None:
+    """A finished run keeps its numbers though it could not look into its folder again; one that the sweep killed goes on."""
+    given.write(seeds=[1])
+    folder = given.finished("seed=1", "seed=1")
+    (folder / "outcome.json").unlink()
+    if before is not None:
+        outcome.write(folder, before)
+
+    def killed(processes: Processes, _command: list[str], log: Path, *_: object) -> int:
+        processes.stopped_by = stopped_by
+        return quiet(log)
+
+    monkeypatch.setattr(Processes, "run", killed)
+    given.sweep()
+    assert [status for _, status, _ in rows(given)] == [before or "missing"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("config.resolved.yaml", ""), ("config.resolved.yaml", "a: [b"), ("outcome.json", ""), ("evaluation.json", "{")],
+)
+def test_a_damaged_folder_is_of_its_run_alone(
+    given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, text: str
+) -> None:
+    """Which says so itself: the sweep goes on to its other runs, and their table is written."""
+    folder = given.finished("seed=1", "seed=1")
+    (folder / name).write_text(text)
+    monkeypatch.setattr(Processes, "run", lambda _self, _command, log, *_: quiet(log))
+    assert given.sweep("--dry-run") == 0
+    capsys.readouterr()
+    assert given.sweep() == 1
+    assert [name for name, _, _ in rows(given)] == ["seed=1", "seed=2"]
+
+
 def quiet(log: Path) -> int:
-    log.parent.mkdir(parents=True)
+    log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
     return -9
 

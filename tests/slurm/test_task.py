@@ -184,7 +184,7 @@ def test_the_first_node_does_not_come(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_told", [True, False])
 def test_the_first_node_ends_with_the_store(tmp_path: Path, is_told: bool) -> None:
-    """Before the other's ranks have noticed: its task says so, unless the outcome says why, which the first one's task has said."""
+    """Before the other's ranks have noticed: its task says so, or why, if the outcome does: the first one's may be dead."""
     rank = ENDS_ON_THE_FIRST_NODE.format(is_told=is_told)
     (status, said), (other_status, others) = tasks_of_nodes(tmp_path, [0, 1], total=2, meet_s=60, rank=rank)
     assert status == other_status == 1 and said.splitlines()[-1].startswith("megatron-sts: error: ")
@@ -193,7 +193,7 @@ def test_the_first_node_ends_with_the_store(tmp_path: Path, is_told: bool) -> No
     found = outcome.read(tmp_path)
     assert found and found.cause
     if is_told:
-        assert (found.cause, errors) == ("rank 0: why", [])
+        assert (found.cause, errors) == ("rank 0: why", ["megatron-sts: error: node2: rank 0: why"])
     else:
         assert "node2: torch's agents on the nodes lost each other at 127.0.0.1:" in found.cause and found.requeue
         assert errors == [f"megatron-sts: error: {found.cause}"]
