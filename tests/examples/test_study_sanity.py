@@ -108,3 +108,27 @@ def test_losses_with_ever_fewer_tokens_are_steady() -> None:
     words = "has a loss above {fewer:.2f} times the mean of the ten before (dense {dense:.2f});"
     assert words.format(**highest) in TEXT
     assert "in absolute terms it rises by {fewer:.2f} at most, dense by {dense:.2f}, whose".format(**rises) in TEXT
+
+
+def test_the_grid() -> None:
+    """A column a keep ratio; the first one's first run is dense."""
+    columns: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows_of("grid"):
+        columns.setdefault(row["stages.alignment.vtc.keep_ratio"], {})[row["case"]] = row
+    dense = float(columns["1"]["no-lds"]["eval.mean"])
+    kept = {ratio: {case: float(row["eval.mean"]) / dense for case, row in of.items()} for ratio, of in columns.items()}
+    assert f"without LDS is dense, at {dense:.3f}." in TEXT and list(kept) == ["1", "0.9", "0.7", "0.5", "0.3"]
+    widest = max(max(of.values()) - min(of.values()) for of in kept.values())
+    values = [share for of in kept.values() for share in of.values()]
+    words = "the eight settings of a column lie within {:.2f} of each other, columns between {:.2f} and {:.2f}, and"
+    assert words.format(widest, min(values), max(values)) in TEXT
+    assert max(kept["0.9"].values()) < min(kept["0.5"].values()) and min(values) > 0.5
+    losses = {ratio: float(of["no-lds"]["alignment.last_loss"]) for ratio, of in columns.items()}
+    with_vtc = [loss for ratio, loss in losses.items() if ratio != "1"]
+    words = "ended at {:.2f} dense and at {:.1f} to {:.1f} with VTC"
+    assert words.format(losses["1"], min(with_vtc), max(with_vtc)) in TEXT
+    for ratio, of in kept.items():
+        assert (sorted(of, key=of.__getitem__).index("alpha0.7-epsilon0.3") <= 1) == (ratio != "0.9")
+    overview = rows_of("grid.overview")[1:]
+    widths = [(float(row["mean.of_first.high"]) - float(row["mean.of_first.low"])) / 2 for row in overview]
+    assert f"uncertain by {min(widths):.2f} to {max(widths):.2f}." in TEXT

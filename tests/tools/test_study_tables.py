@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from megatron_sts.launch import outcome
 from tests.report.test_overview import seeded
 from tests.report.test_paired import group
 from tests.report.test_report import CONFIG
@@ -176,7 +177,7 @@ def test_provoked_failures_are_taken_with_their_planted_mistakes(
     for name, accuracy in (("healthy", 0.9), ("residual-twice", 0.5), ("residual-lost", 0.25)):
         assert not study_tables.collect_failures(tmp_path)
         folder = seeded(runs / name, 1, accuracy)
-        (folder / "outcome.json").write_text('{"outcome": "done", "cause": null}')
+        outcome.write(folder, "done")
     assert study_tables.collect_failures(tmp_path) and (tmp_path / "failures.png").is_file()
     shown = [line.split(" | ") for line in study_tables.failures_table().splitlines()[2:]]
     assert [cells[0] for cells in shown] == ["| healthy", "| residual added twice", "| residual lost"]
