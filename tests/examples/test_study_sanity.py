@@ -123,6 +123,8 @@ def test_the_grid() -> None:
     words = "the eight settings of a column lie within {:.2f} of each other, columns between {:.2f} and {:.2f}, and"
     assert words.format(widest, min(values), max(values)) in TEXT
     assert max(kept["0.9"].values()) < min(kept["0.5"].values()) and min(values) > 0.5
+    fewer = [share for ratio, of in kept.items() if ratio != "1" for share in of.values()]
+    assert f"where with VTC it had not, {min(fewer):.2f} to {max(fewer):.2f} were kept" in TEXT
     losses = {ratio: float(of["no-lds"]["alignment.last_loss"]) for ratio, of in columns.items()}
     with_vtc = [loss for ratio, loss in losses.items() if ratio != "1"]
     words = "ended at {:.2f} dense and at {:.1f} to {:.1f} with VTC"
