@@ -166,10 +166,12 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
     for name in columns[0]:
         table.add_row(name, *(cells[name] for cells in columns))
     console.print(table)
-    said = f"The run: {facts['hours']:.1f} h ± {facts['uncertainty']:.0%}, {facts['gpu_hours']:,.0f} GPU-hours"
+    said = (
+        f"The run: {_duration(facts['hours'])} ± {facts['uncertainty']:.0%}, {_gpu_hours(facts['gpu_hours'])} GPU-hours"
+    )
     if facts["speedup"] != 1:
         said += (
-            f"; dense (without LDS and VTC) {facts['dense_hours']:.1f} h, {facts['dense_gpu_hours']:,.0f}: "
+            f"; dense (without LDS and VTC) {_duration(facts['dense_hours'])}, {_gpu_hours(facts['dense_gpu_hours'])}: "
             f"{facts['speedup']:.3f} times as fast as dense"
         )
     console.print(f"{said}.", highlight=False)
@@ -196,5 +198,15 @@ def _cells(stage: dict[str, Any]) -> dict[str, str]:
         "MFU": f"{stage['mfu']:.1%}",
         "bubble: ranks wait": f"{stage['bubble']:.1%}",
         "launching over computing": f"{stage['launch_ratio']:.2f}",
-        "hours": f"{stage['hours']:.2f}",
+        "the stage": _duration(stage["hours"]),
     }
+
+
+def _duration(hours: float) -> str:
+    """In minutes below an hour."""
+    return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+
+
+def _gpu_hours(hours: float) -> str:
+    """With a digit more below ten."""
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"

@@ -100,6 +100,15 @@ def test_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+def test_a_short_run_is_told_in_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    time = planned(capsys)["time"]
+    assert main(["plan", EXAMPLE, *SHORT]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert time["hours"] < 1 and f"The run: {60 * time['hours']:.1f} min ±" in said
+    assert main(["plan", EXAMPLE]) == 0
+    assert re.search(r"The run: [1-9]\d*\.\d\d h ±", " ".join(capsys.readouterr().out.split()))
+
+
 def test_what_vtc_saves_counts_in_hours_and_not_for_lds(capsys: pytest.CaptureFixture[str]) -> None:
     """The two baselines that are told apart: the run without LDS, and without both."""
     facts, without = planned(capsys), planned(capsys, "stages.*.vtc=null")
