@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_sts.commands.arguments import Commands, add_command, add_folder, add_overrides, positive
-from megatron_sts.commands.sweep_runs import STOPPED, Processes
+from megatron_sts.commands.sweep_runs import Ended, Processes
 from megatron_sts.config.errors import ConfigError, refuse
 from megatron_sts.launch import lease, outcome
 
@@ -82,13 +82,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     refuse_of_sweep(others)
     out.mkdir(parents=True, exist_ok=True)
-    processes, statuses = Processes(), list[int | None]()
+    processes, ends = Processes(), list[Ended | None]()
     with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
-        for status in pool.map(lambda one: train(config, one, out, processes), mine):
-            statuses.append(status)
-            if status is not None:  # it began
+        for ended in pool.map(lambda one: train(config, one, out, processes), mine):
+            ends.append(ended)
+            if ended is not None:  # it began
                 update(runs, out)
-    return told_end(mine, statuses, processes.stopped_by, out / "results.csv")
+    return told_end(mine, ends, processes.stopped_by, out / "results.csv")
 
 
 def dry_run(mine: Mapping[str, Resolved], others: Mapping[str, str], out: Path, args: argparse.Namespace) -> str:
@@ -112,13 +112,13 @@ def dry_run(mine: Mapping[str, Resolved], others: Mapping[str, str], out: Path, 
     return told(list(mine.values()), [out / name for name in mine], args.jobs, args.gflops)
 
 
-def told_end(mine: Sequence[SweepRun], statuses: Sequence[int | None], stopped_by: int | None, table: Path) -> int:
-    """Says how a sweep ended; its exit status."""
-    is_cut = stopped_by is not None and any(status is None or status in STOPPED for status in statuses)
+def told_end(mine: Sequence[SweepRun], ends: Sequence[Ended | None], stopped_by: int | None, table: Path) -> int:
+    """Says how a sweep ended, of whose runs None never began; its exit status."""
+    is_cut = any(ended is None or ended.is_stopped for ended in ends)
     failed = [
-        one.name for one, status in zip(mine, statuses, strict=True) if status and not (is_cut and status in STOPPED)
+        one.name for one, ended in zip(mine, ends, strict=True) if ended and ended.status and not ended.is_stopped
     ]
-    say(f"megatron-sts: {table} has {statuses.count(0)} runs of {len(mine)} that are done")
+    say(f"megatron-sts: {table} has {ends.count(Ended(0))} runs of {len(mine)} that are done")
     if failed:
         say(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", sys.stderr)
     if is_cut:
@@ -162,29 +162,24 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
     return found
 
 
-def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> int | None:
-    """Trains one run in a process of its own; its exit status, or None: the sweep was stopped before. What it prints goes into its folder.
-    So does why it failed, for the table, where it did before it could say so there itself."""
+def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> Ended | None:
+    """Trains one run in a process of its own; None: the sweep was stopped before. What it prints goes into its folder. So does why it
+    failed, for the table, where it did before it could say so there itself."""
     folder, log, began = out / one.name, out / one.name / LOG, time.monotonic()
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
     before, log_bytes = outcome.read(folder), log.stat().st_size if log.is_file() else 0
-    status = processes.run(command, log, lambda: say(f"megatron-sts: {one.name}: started, see {log}"))
-    if status is None:
+    ended = processes.run(command, log, lambda: say(f"megatron-sts: {one.name}: started, see {log}"))
+    if ended is None:
         return None
-    ended = f"failed (status {status}, see {log})" if status else "done"
-    if processes.stopped_by is not None and status in STOPPED:
-        ended = "stopped"
-    elif status and processes.stopped_by is None and (before is None or before.outcome != "done"):
-        tell_failure(folder, before, log, log_bytes, status)
-    say(f"megatron-sts: {one.name}: {ended} after {time.monotonic() - began:.0f} s")
-    return status
-
-
-def tell_failure(folder: Path, before: outcome.Outcome | None, log: Path, log_bytes: int, status: int) -> None:
-    """Leaves why a run failed in its outcome, if it has not said so itself. ``before``: what the outcome was at its start, when its log
-    had ``log_bytes``."""
-    if outcome.read(folder) == before and not lease.may_be_held(folder):
-        outcome.write(folder, "failed", cause_in(log, log_bytes) or f"ended with status {status}, see {log}")
+    words = "stopped" if ended.is_stopped else "done"
+    if ended.status and not ended.is_stopped:
+        words = f"failed (status {ended.status}, see {log})"
+        cause = cause_in(log, log_bytes) or f"ended with status {ended.status}, see {log}"
+        # Not where it has said so itself, nor where it was refused because another start has the folder.
+        if outcome.read(folder) in (None, before) and not lease.may_be_held(folder):
+            outcome.write(folder, "failed", cause)
+    say(f"megatron-sts: {one.name}: {words} after {time.monotonic() - began:.0f} s")
+    return ended
 
 
 def cause_in(log: Path, start: int) -> str | None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from yaml import YAMLError
-
 from megatron_sts.commands.obstacles import Obstacle, obstacles, other_run, unreadable_data
 from megatron_sts.config.errors import ConfigError, OtherRunError
 from megatron_sts.config.resolve import Resolved
@@ -14,8 +12,6 @@ from megatron_sts.config.sweep import SweepRun
 from megatron_sts.launch import lease
 from megatron_sts.train import resume
 
-UNREADABLE = (ConfigError, OSError, ValueError, TypeError, KeyError, YAMLError)
-"""What reading a run's folder comes to whose files are not whole."""
 AS_A_SWEEP = {"another --run-dir": "another --out", "add --extend": "use `train --extend`"}
 """Remedies of ``train``, and what a sweep has instead."""
 
@@ -32,33 +28,33 @@ def other_config(resolved: Resolved, folder: Path) -> str | None:
         return None
     try:
         if resume.is_begun(folder) or resume.is_over(folder):
-            resume.check_same_run(resolved, folder)  # what files hold is left to the run: reading them takes long
+            resume.check_same_run(
+                resolved, folder
+            )  # what data files hold is left to the run: all of them would take long
     except OtherRunError as error:
         said = str(error)
         for words, instead in AS_A_SWEEP.items():
             said = said.replace(words, instead)
         return said
-    except UNREADABLE:  # files are missing or damaged, or go while they are read: of that run alone, which says so
+    except (ConfigError, OSError):  # files are damaged, or go while they are read: of that run alone, which says so
         return None
     return None
 
 
 def hindrances(resolved: Resolved, folder: Path) -> Iterator[Obstacle]:
-    """What ``train --dry-run`` says that keeps a run from going on; nothing of one that is finished."""
+    """What ``train --dry-run`` says that keeps a run from going on; of one that is finished, from being taken for this one."""
     if lease.may_be_held(folder):
+        holder = lease.read(folder)
+        name = "it has just ended" if holder is None else holder.name
+        yield Obstacle(f"another start is writing {folder} ({name}); wait for it, or end it", of_this_machine=True)
         return
     try:
-        if resume.is_finished(resolved, folder):
-            return
-    except UNREADABLE as error:
-        yield Obstacle(
-            f"{folder} cannot be read ({type(error).__name__}: {error}); mend it, or delete it to train anew",
-            of_this_machine=True,
-        )
-        return
-    yield from obstacles(resolved, is_going_on=resume.is_begun(folder) or resume.is_over(folder))
-    yield from unreadable_data(resolved)
-    yield from other_run(resolved, folder, extend=False)
+        if not resume.is_finished(resolved, folder):
+            yield from obstacles(resolved, is_going_on=resume.is_begun(folder) or resume.is_over(folder))
+            yield from unreadable_data(resolved)
+        yield from other_run(resolved, folder, extend=False)
+    except (ConfigError, OSError) as error:  # files of the folder are damaged, or go while they are read
+        yield Obstacle(str(error), of_this_machine=True)
 
 
 def refuse_of_sweep(problems: Mapping[str, str]) -> None:

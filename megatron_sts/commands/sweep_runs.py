@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from types import FrameType
@@ -15,9 +16,18 @@ from types import FrameType
 from megatron_sts.launch.fork import heard
 
 STOPPED = (128 + signal.SIGTERM, -signal.SIGTERM)
-"""What a run's process returns that was asked to end."""
+"""What a run's process returns that ended because it was asked to."""
 GRACE_S = 60.0
 """A run that was asked to save and end has so long: its launcher gives its ranks less."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a run's process did."""
+
+    status: int
+    is_stopped: bool = False
+    """By the sweep, which was stopped: it ended when it was asked to, or was killed. One that failed meanwhile is not."""
 
 
 class Processes:
@@ -43,8 +53,8 @@ class Processes:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def run(self, command: Sequence[str], log: Path, tell_start: Callable[[], None] = lambda: None) -> int | None:
-        """Its exit status; None where the sweep was stopped before it could start. Calls ``tell_start`` once it has. What it prints is
+    def run(self, command: Sequence[str], log: Path, tell_start: Callable[[], None] = lambda: None) -> Ended | None:
+        """None where the sweep was stopped before it could start. Calls ``tell_start`` once it has. What it prints is
         added to ``log``, whose folder is made."""
         with self._lock:
             if self.stopped_by is not None:
@@ -57,6 +67,7 @@ class Processes:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             self._running.add(process)
         tell_start()
+        is_killed = False
         while True:
             try:
                 status = process.wait(timeout=1)
@@ -64,9 +75,11 @@ class Processes:
             except subprocess.TimeoutExpired:
                 if time.monotonic() > self._deadline:
                     process.kill()  # its ranks end with it
+                    is_killed = True
         with self._lock:
             self._running.discard(process)
-        return status
+        is_asked = self.stopped_by is not None and status in STOPPED
+        return Ended(status, is_stopped=status != 0 and (is_asked or is_killed))
 
     def _stop(self, number: int, _frame: FrameType | None) -> None:
         if self.stopped_by is not None:

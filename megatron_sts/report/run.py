@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.explain import one_line
+from megatron_sts.config.load import DERIVED_KEY
 
 METRICS = "metrics.jsonl"
 """In a run's folder."""
@@ -82,13 +83,16 @@ def read_run(folder: Path) -> Run:
     for name in ("config.resolved.yaml", METRICS):
         if not (folder / name).is_file():
             raise ConfigError(f"{folder}: {_why_none(folder, name)}")
-    config, result = folder / "config.resolved.yaml", folder / "evaluation.json"
-    lines = [_parse(text) for text in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+    config, metrics, result = (folder / name for name in ("config.resolved.yaml", METRICS, "evaluation.json"))
+    try:
+        lines = [_parse(text) for text in metrics.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise damaged(metrics, error) from None
     return Run(
         folder=folder,
-        config=_whole(config, lambda text: OmegaConf.to_container(OmegaConf.create(text))),
+        config=_config(config),
         steps=_steps(lines),
-        evaluation=_whole(result, json.loads) if result.is_file() else None,
+        evaluation=_whole(result, json.loads, "splits") if result.is_file() else None,
         skipping=_last_events(lines, "skipping"),
         ranks=_last_events(lines, "ranks"),
         validations=_validations(lines),
@@ -105,15 +109,46 @@ def _why_none(folder: Path, name: str) -> str:
     return f"holds no {name}; give the folder that train wrote (--run-dir)"
 
 
-def _whole(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
-    """What a file of the folder says."""
+def _whole(path: Path, parse: Callable[[str], Any], *keys: str) -> dict[str, Any]:
+    """What a file of the folder says, which has ``keys``."""
     try:
         found = parse(path.read_text(encoding="utf-8"))
     except (ValueError, YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: is damaged ({one_line(error)}); copy it again, or leave this run out") from None
+        raise damaged(path, error) from None
     if not isinstance(found, dict) or not found:
-        raise ConfigError(f"{path}: is damaged (holds no keys); copy it again, or leave this run out")
+        raise damaged(path, "holds no keys")
+    for key in keys:
+        if not isinstance(found.get(key), dict):
+            raise damaged(path, f"has no {key}")
     return {str(key): value for key, value in found.items()}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    """With all that was derived of its stages."""
+    config = _whole(path, lambda text: OmegaConf.to_container(OmegaConf.create(text)))
+    check_derived(path, config)
+    return config
+
+
+def check_derived(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuses a run's config that does not say how long each of its stages is.
+
+    Raises:
+        ConfigError: it is cut off, or not one that ``train`` wrote.
+    """
+    try:
+        told = {stage["name"]: stage["num_steps"] for stage in config[DERIVED_KEY]["stages"]}
+        is_whole = [stage["name"] for stage in config["stages"]] == [*told]
+    except (TypeError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise damaged(path, f"{DERIVED_KEY} does not have each stage")
+
+
+def damaged(path: Path, why: Exception | str) -> ConfigError:
+    """What is said of a file of a run's folder that is not whole."""
+    words = why if isinstance(why, str) else one_line(why)
+    return ConfigError(f"{path}: is damaged ({words}); copy it again, or do without this run")
 
 
 def _last_events(lines: Iterable[Line], event: str) -> dict[str, Line]:

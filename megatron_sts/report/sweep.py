@@ -16,7 +16,7 @@ from megatron_sts.config.sweep import SweepRun
 from megatron_sts.launch import outcome
 from megatron_sts.report.compare import stage_costs
 from megatron_sts.report.losses import NUM_LOSSES
-from megatron_sts.report.run import Run, read_run
+from megatron_sts.report.run import METRICS, Run, damaged, read_run
 
 RESULTS = "results"
 Row = dict[str, Any]
@@ -45,8 +45,11 @@ def row_of(run: SweepRun, folder: Path) -> Row:
         row |= {"status": told.outcome, "cause": told.cause}
     if row["status"] == "done":
         try:
-            row |= _found(read_run(folder))
-        except ConfigError as error:  # other runs' rows are not lost for it
+            found = read_run(folder)
+            if not found.is_complete:
+                raise damaged(folder / METRICS, "ends before the run did")
+            row |= _found(found)
+        except (ConfigError, OSError) as error:  # other runs' rows are not lost for it
             row |= {"status": "failed", "cause": str(error)}
     return row
 

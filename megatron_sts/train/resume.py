@@ -14,6 +14,7 @@ import yaml
 
 from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError, OtherRunError, refuse
+from megatron_sts.config.explain import one_line
 from megatron_sts.config.load import DERIVED_KEY, dump, load
 from megatron_sts.config.resolve import Resolved, ResolvedStage
 from megatron_sts.config.run_folder import (
@@ -24,7 +25,7 @@ from megatron_sts.config.run_folder import (
     whole_checkpoints,
 )
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.report.run import read_run
+from megatron_sts.report.run import check_derived, damaged, read_run
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
 
@@ -156,11 +157,20 @@ def evaluation_of(resolved: Resolved) -> dict[str, Any]:
 
 
 def is_evaluated(resolved: Resolved, run_dir: Path) -> bool:
-    """Whether ``run_dir`` holds this very evaluation."""
+    """Whether ``run_dir`` holds this very evaluation.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
     path = run_dir / EVALUATION
     if not path.exists():
         return False
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{path}: is damaged ({one_line(error)}); delete it to have the questions asked again"
+        ) from None
     return all(found.get(key) == value for key, value in evaluation_of(resolved).items())
 
 
@@ -300,8 +310,13 @@ def _other_run(field: str, old: object, new: object, run_dir: Path) -> OtherRunE
 
 
 def _derived(run_dir: Path) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))[DERIVED_KEY]
-    return found
+    path = run_dir / CONFIG
+    try:
+        config = dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise damaged(path, error) from None
+    check_derived(path, config)
+    return dict(config[DERIVED_KEY])
 
 
 def check_same_copies(stage: ResolvedStage, checkpoint: Path, before: int, now: int) -> None:

@@ -22,7 +22,7 @@ import yaml
 
 from megatron_sts.cli import main
 from megatron_sts.commands.sweep import told_end
-from megatron_sts.commands.sweep_runs import Processes
+from megatron_sts.commands.sweep_runs import Ended, Processes
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.sweep import Sweep, SweepRun, read, runs_of
 from megatron_sts.report import sweep as table
@@ -186,15 +186,16 @@ def test_a_run_that_does_not_listen_is_killed_by_ctrl_c(tmp_path: Path) -> None:
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(600)"
     )
     with ThreadPoolExecutor(1) as pool:
-        status = pool.submit(processes.run, [sys.executable, "-c", deaf], tmp_path / "run" / "log")
+        ended = pool.submit(processes.run, [sys.executable, "-c", deaf], tmp_path / "run" / "log")
         wait_for(lambda: (tmp_path / "run/log").is_file() and "deaf" in (tmp_path / "run/log").read_text())
         processes._stop(signal.SIGUSR1, None)
         for repeated in (signal.SIGUSR1, signal.SIGTERM):
             processes._stop(repeated, None)
         time.sleep(1.5)
-        assert not status.done()
+        assert not ended.done()
         processes._stop(signal.SIGINT, None)
-        assert status.result(timeout=20) == -signal.SIGKILL and processes.stopped_by == signal.SIGUSR1
+        assert ended.result(timeout=20) == Ended(-signal.SIGKILL, is_stopped=True)
+        assert processes.stopped_by == signal.SIGUSR1
     assert processes.run(["true"], tmp_path / "other" / "log") is None and not (tmp_path / "other").exists()
 
 
@@ -214,22 +215,45 @@ def test_what_stops_a_sweep_is_its_own_while_it_trains(number: signal.Signals, t
 
 
 @pytest.mark.parametrize(
-    ("statuses", "stopped_by", "status", "said"),
+    ("ends", "stopped_by", "status", "said"),
     [
-        ((0, 0), None, 0, ""),
-        ((0, 1), None, 1, "1 of 2 runs failed: b\n"),
-        ((0, 0), 15, 0, ""),  # it came too late
-        ((143, None), 2, 130, "stopped by SIGINT; the same command goes on\n"),
-        ((1, 143), 15, 143, "1 of 2 runs failed: a\nmegatron-sts: stopped by SIGTERM; the same command goes on\n"),
-        ((143, 0), None, 1, "1 of 2 runs failed: a\n"),  # ended by somebody else
+        ((Ended(0), Ended(0)), None, 0, ""),
+        ((Ended(0), Ended(1)), None, 1, "1 of 2 runs failed: b\n"),
+        ((Ended(0), Ended(0)), 15, 0, ""),  # it came too late
+        ((Ended(143, is_stopped=True), None), 2, 130, "stopped by SIGINT; the same command goes on\n"),
+        (
+            (Ended(1), Ended(-9, is_stopped=True)),
+            15,
+            143,
+            "1 of 2 runs failed: a\nmegatron-sts: stopped by SIGTERM; the same command goes on\n",
+        ),
+        ((Ended(143), Ended(0)), None, 1, "1 of 2 runs failed: a\n"),  # ended by somebody else
     ],
 )
 def test_how_a_sweep_ended(
-    statuses: tuple[int | None, ...], stopped_by: int | None, status: int, said: str, capsys: pytest.CaptureFixture[str]
+    ends: tuple[Ended | None, ...],
+    stopped_by: int | None,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs = [SweepRun(name=name, case=None, values={}, seed=None, overrides=()) for name in ("a", "b")]
-    assert told_end(runs, statuses, stopped_by, Path("results.csv")) == status
+    assert told_end(runs, ends, stopped_by, Path("results.csv")) == status
     assert capsys.readouterr().err.endswith(said)
+
+
+@pytest.mark.parametrize(("status", "is_stopped"), [(143, True), (2, False), (0, False)])
+def test_a_run_that_was_asked_to_end_is_stopped_if_it_ends_for_that(
+    status: int, is_stopped: bool, tmp_path: Path
+) -> None:
+    """One that is refused at that moment has failed, one that came to its end is done."""
+    processes = Processes()
+    code = f"import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit({status})); print('on', flush=True); time.sleep(600)"
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(processes.run, [sys.executable, "-c", code], log := tmp_path / "log")
+        wait_for(lambda: log.is_file() and "on" in log.read_text())
+        processes._stop(signal.SIGTERM, None)
+        assert ended.result(timeout=20) == Ended(status, is_stopped=is_stopped)
 
 
 def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:

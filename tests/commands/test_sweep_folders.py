@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,17 +13,20 @@ import pytest
 import yaml
 
 from megatron_sts.cli import main
-from megatron_sts.commands.sweep_runs import Processes
+from megatron_sts.commands.sweep_runs import Ended, Processes
 from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.sweep import read, runs_of
-from megatron_sts.launch import outcome
+from megatron_sts.launch import lease, outcome
 from megatron_sts.report.sweep import update
 from megatron_sts.runtime.kernels import Kernels
+from megatron_sts.train.content import contents
 from megatron_sts.train.resume import write_config
 from tests.train import stagehand
 
 KERNELS = Kernels(*("torch",) * 4, "off", "megatron-core", ())  # type: ignore[arg-type]
+
+SAMPLE = {"id": "1", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
 
 
 class Given:
@@ -38,7 +43,7 @@ class Given:
     def finished(self, name: str, *overrides: str) -> Path:
         """A run that was trained to its end, with its last checkpoint."""
         folder, resolved = self.out / name, resolve(load(self.config, overrides))
-        write_config(resolved, folder, KERNELS, {})
+        write_config(resolved, folder, KERNELS, contents(resolved.config))
         steps = [{"stage": stage.name, "step": step} for stage in resolved.stages for step in range(stage.num_steps)]
         measured = {
             "loss": 1.0,
@@ -165,47 +170,126 @@ def test_a_run_that_ends_without_a_word_has_failed(given: Given, monkeypatch: py
     assert rows(given) == [["seed=1", "failed", f"ended with status -9, see {given.out / 'seed=1' / 'sweep.log'}"]]
 
 
-@pytest.mark.parametrize(("stopped_by", "before"), [(None, "done"), (2, None), (2, "stopped")])
-def test_what_did_not_fail_of_itself_is_not_failed(
-    given: Given, monkeypatch: pytest.MonkeyPatch, stopped_by: int | None, before: Literal["done", "stopped"] | None
+@pytest.mark.parametrize("before", [None, "stopped"])
+def test_a_run_that_the_sweep_killed_goes_on(
+    given: Given,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    before: Literal["stopped"] | None,
 ) -> None:
-    """A finished run keeps its numbers though it could not look into its folder again; one that the sweep killed goes on."""
+    """It has not failed, in the table as in what is printed."""
     given.write(seeds=[1])
-    folder = given.finished("seed=1", "seed=1")
-    (folder / "outcome.json").unlink()
     if before is not None:
-        outcome.write(folder, before)
+        outcome.write(given.out / "seed=1", before)
 
-    def killed(processes: Processes, _command: list[str], log: Path, *_: object) -> int:
-        processes.stopped_by = stopped_by
-        return quiet(log)
+    def killed(processes: Processes, _command: list[str], log: Path, *_: object) -> Ended:
+        processes.stopped_by = signal.SIGINT
+        return Ended(quiet(log).status, is_stopped=True)
 
     monkeypatch.setattr(Processes, "run", killed)
-    given.sweep()
+    assert given.sweep() == 128 + signal.SIGINT
     assert [status for _, status, _ in rows(given)] == [before or "missing"]
+    told = capsys.readouterr()
+    assert "seed=1: stopped after" in told.out and "failed" not in told.out + told.err
+
+
+def test_a_run_that_dies_after_it_went_on_has_failed(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a word, and having forgotten that it was stopped once."""
+    given.write(seeds=[1])
+    outcome.write(given.out / "seed=1", "stopped")
+
+    def dies(_self: Processes, _command: list[str], log: Path, *_: object) -> Ended:
+        outcome.clear(log.parent)
+        return quiet(log)
+
+    monkeypatch.setattr(Processes, "run", dies)
+    assert given.sweep() == 1
+    assert rows(given) == [["seed=1", "failed", f"ended with status -9, see {given.out / 'seed=1' / 'sweep.log'}"]]
+
+
+def test_a_finished_run_on_other_data_has_failed(
+    given: Given, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its numbers are of data that are gone, those of later runs would not be; it is done again with these put back."""
+    samples = tmp_path / "samples.json"
+    samples.write_text(json.dumps([SAMPLE]))
+    override = f"stages.alignment.data={{source: llava_json, path: {samples}}}"
+    given.finished("seed=1", "seed=1", override)
+    given.write(overrides=[override], seeds=[1])
+    assert given.sweep("--dry-run") == 0 and capsys.readouterr().out.endswith(": all of them finished\n")
+    samples.write_text(json.dumps([SAMPLE, SAMPLE]))
+    cause = f"holds something else than when the run in {given.out / 'seed=1'} began (samples 1 then, 2 now, "
+    assert given.sweep("--dry-run") == 0
+    assert f"seed=1: will not start on this machine: stages.alignment.data.path={samples}: {cause}" in capsys.readouterr().out  # fmt: skip
+    assert given.sweep() == 1
+    [[_, status, told]] = rows(given)
+    assert status == "failed" and cause in told
+    assert "has 0 runs of 1 that are done" in capsys.readouterr().out
+    samples.write_text(json.dumps([SAMPLE]))
+    assert given.sweep() == 0 and rows(given) == [["seed=1", "done", ""]]
+
+
+def cut(text: str) -> str:
+    """A config without what was derived from it, which is at its end."""
+    return text[: text.index("resolved:")]
 
 
 @pytest.mark.parametrize(
-    ("name", "text"),
-    [("config.resolved.yaml", ""), ("config.resolved.yaml", "a: [b"), ("outcome.json", ""), ("evaluation.json", "{")],
-)
+    ("name", "change", "cause"),
+    [
+        ("config.resolved.yaml", lambda _: b"", "{}: is damaged (holds no keys)"),
+        ("config.resolved.yaml", lambda _: b"a: [b", "{}: is damaged (while parsing a flow sequence"),
+        ("config.resolved.yaml", lambda text: cut(text).encode(), "{}: is damaged (resolved does not have each stage)"),
+        ("config.resolved.yaml", lambda text: text[: text.rindex("num_steps:")].encode(), "{}: is damaged ("),
+        ("outcome.json", lambda _: b"", "{} cannot be read"),
+        ("evaluation.json", lambda _: b"{", "{}: is damaged (Expecting property name"),
+        ("evaluation.json", lambda _: b'{"stage": "finetune"}', "{}: is damaged (has no splits)"),
+        ("metrics.jsonl", lambda _: b"", "{}: is damaged (ends before the run did)"),
+        ("metrics.jsonl", lambda text: text[: len(text) // 2].encode(), "{}: is damaged (ends before the run did)"),
+        ("metrics.jsonl", lambda text: text.encode() + b"\xff", "{}: is damaged ('utf-8' codec can't decode byte"),
+    ],
+)  # fmt: skip
 def test_a_damaged_folder_is_of_its_run_alone(
-    given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str, text: str
+    given: Given, capsys: pytest.CaptureFixture[str], name: str, change: Callable[[str], bytes], cause: str
 ) -> None:
-    """Which says so itself: the sweep goes on to its other runs, and their table is written."""
-    folder = given.finished("seed=1", "seed=1")
-    (folder / name).write_text(text)
-    monkeypatch.setattr(Processes, "run", lambda _self, _command, log, *_: quiet(log))
+    """The table says so, and has the other runs; so does a dry run, of what keeps the run from going on."""
+    folders = [given.finished(f"seed={seed}", f"seed={seed}") for seed in (1, 2)]
+    file = folders[0] / name
+    file.write_bytes(change(file.read_text() if file.is_file() else ""))
+    update(runs_of(read(given.file)), given.out)
+    (first, status, told), second = rows(given)
+    assert (first, status) == ("seed=1", "failed") and told.startswith(cause.format(file))
+    assert second == ["seed=2", "done", ""]
     assert given.sweep("--dry-run") == 0
-    capsys.readouterr()
-    assert given.sweep() == 1
-    assert [name for name, _, _ in rows(given)] == ["seed=1", "seed=2"]
+    said = capsys.readouterr().out
+    assert "seed=2: will not start" not in said
+    assert ("seed=1: will not start on this machine: " in said) == (name == "config.resolved.yaml")
 
 
-def quiet(log: Path) -> int:
+def test_a_dry_run_tells_of_a_damaged_run_that_is_begun(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = given.finished("seed=1", "seed=1")
+    (folder / "checkpoints" / "1-finetune-0000004").rename(folder / "checkpoints" / "0-alignment-0000002")
+    (folder / "checkpoints" / "0-alignment-0000002" / "progress.json").write_text('{"stage": 0, "step": 2}')
+    (folder / "config.resolved.yaml").write_text("a: [b")
+    given.write(seeds=[1])
+    assert given.sweep("--dry-run") == 0
+    assert f"seed=1: will not start on this machine: {folder / 'config.resolved.yaml'}: " in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_of_a_folder_that_is_held(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    given.write(seeds=[1])
+    (folder := given.out / "seed=1").mkdir(parents=True)
+    held = lease.take(folder, {})
+    assert given.sweep("--dry-run") == 0
+    assert f"seed=1: will not start on this machine: another start is writing {folder} (" in capsys.readouterr().out
+    held.release()
+
+
+def quiet(log: Path) -> Ended:
+    """A run that is killed without a word."""
     log.parent.mkdir(parents=True, exist_ok=True)
     log.touch()
-    return -9
+    return Ended(-signal.SIGKILL)
 
 
 def test_a_stopped_run_reads_so(given: Given) -> None:
