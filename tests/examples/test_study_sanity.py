@@ -36,8 +36,11 @@ def test_epochs() -> None:
         for case in ("dense", "lds"):
             before, after = (accuracies(f"epochs/{case}-epochs={number}", "mean") for number in (fewer, more))
             gained += with_width([after[seed] - before[seed] for seed in before])
-    words = "one epoch to three**, {:.3f} ± {:.3f} of the mean accuracy dense and {:.3f} ± {:.3f} with LDS, which do not differ; from three to five ({:.3f} ± {:.3f} and {:.3f} ± {:.3f})"
+    words = "one epoch to three**, {:.3f} ± {:.3f} of the mean accuracy dense and {:.3f} ± {:.3f} with LDS, which are not told apart; from three to five ({:.3f} ± {:.3f} and {:.3f} ± {:.3f})"
     assert words.format(*gained) in TEXT
+    three, five = (by_seed(f"epochs/lds-epochs={number}", "finetune.validation_loss") for number in (3, 5))
+    fall = with_width([three[seed] - five[seed] for seed in three])
+    assert "with LDS the validation loss falls by {:.3f} ± {:.3f}. At".format(*fall) in TEXT and fall[0] > fall[1]
     for number in EPOCHS:
         flops = [fmean(by_seed(f"epochs/{case}-epochs={number}", "finetune.flops_executed").values()) for case in ("lds", "dense")]  # fmt: skip
         assert round(100 * (1 - flops[0] / flops[1])) == 15
@@ -119,18 +122,20 @@ def test_the_grid() -> None:
     kept = {ratio: {case: float(row["eval.mean"]) / dense for case, row in of.items()} for ratio, of in columns.items()}
     assert f"without LDS is dense, at {dense:.3f}." in TEXT and list(kept) == ["1", "0.9", "0.7", "0.5", "0.3"]
     widest = max(max(of.values()) - min(of.values()) for of in kept.values())
-    values = [share for of in kept.values() for share in of.values()]
-    words = "the eight settings of a column lie within {:.2f} of each other, columns between {:.2f} and {:.2f}, and"
-    assert words.format(widest, min(values), max(values)) in TEXT
-    assert max(kept["0.9"].values()) < min(kept["0.5"].values()) and min(values) > 0.5
-    fewer = [share for ratio, of in kept.items() if ratio != "1" for share in of.values()]
-    assert f"where with VTC it had not, {min(fewer):.2f} to {max(fewer):.2f} were kept" in TEXT
-    losses = {ratio: float(of["no-lds"]["alignment.last_loss"]) for ratio, of in columns.items()}
-    with_vtc = [loss for ratio, loss in losses.items() if ratio != "1"]
-    words = "ended at {:.2f} dense and at {:.1f} to {:.1f} with VTC"
-    assert words.format(losses["1"], min(with_vtc), max(with_vtc)) in TEXT
-    for ratio, of in kept.items():
-        assert (sorted(of, key=of.__getitem__).index("alpha0.7-epsilon0.3") <= 1) == (ratio != "0.9")
+    assert f"the eight lie within {widest:.2f} of each other" in TEXT
+    losses = [{float(row["alignment.last_loss"]) for row in of.values()} for of in columns.values()]
+    assert all(len(each) == 1 for each in losses)  # a column's runs share their alignment
+    ends = [loss for [loss] in losses]
+    assert "ended at {:.2f}, {:.2f}, {:.2f}, {:.2f} and {:.2f}, from left".format(*ends) in TEXT
+    without_lds = [of["no-lds"] for of in kept.values()]
+    assert sorted(range(5), key=ends.__getitem__) == sorted(range(5), key=without_lds.__getitem__, reverse=True)
+    assert f"tokens kept {min(without_lds):.2f} to {max(without_lds[1:]):.2f} without LDS, in the order" in TEXT  # fmt: skip
+    lowest = {ratio: min(of, key=of.__getitem__) == "alpha0.7-epsilon0.3" for ratio, of in kept.items()}
+    assert lowest == {"1": True, "0.9": False, "0.7": True, "0.5": True, "0.3": True}
+    more_alpha = [of[f"alpha0.3-epsilon{e}"] > of[f"alpha0.5-epsilon{e}"] for of in kept.values() for e in (0.3, 0.5, 0.7)]  # fmt: skip
+    more_epsilon = [of[f"alpha{a}-epsilon0.7"] > of[f"alpha{a}-epsilon0.3"] for of in kept.values() for a in (0.3, 0.5)]
+    words = "in {} pairs of {}, ε 0.7 more than 0.3 at the same α in {} of {}."
+    assert words.format(sum(more_alpha), len(more_alpha), sum(more_epsilon), len(more_epsilon)) in TEXT
     overview = rows_of("grid.overview")[1:]
     widths = [(float(row["mean.of_first.high"]) - float(row["mean.of_first.low"])) / 2 for row in overview]
     assert f"uncertain by {min(widths):.2f} to {max(widths):.2f}." in TEXT
