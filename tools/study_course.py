@@ -26,7 +26,9 @@ def course_of(folder: Path) -> list[dict[str, float]]:
     lines = run.steps[STAGE]
     [stage] = run.config["stages"]
     num_epochs = int(stage["epochs"])
-    steps, rest = divmod(len(lines), num_epochs)
+    steps, rest = divmod(run.num_steps(STAGE), num_epochs)
+    if len(lines) != run.num_steps(STAGE):
+        raise ValueError(f"{folder}: {len(lines)} lines are not of every one of {run.num_steps(STAGE)} steps")
     if rest or num_epochs != stage["epochs"]:
         raise ValueError(f"{folder}: {len(lines)} steps are no whole number of each of {stage['epochs']:g} epochs")
     validated = {line["step"]: line["loss"] for line in run.validations[STAGE]}

@@ -203,14 +203,16 @@ def test_an_epoch_is_the_mean_of_its_steps(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.syspath_prepend(ROOT / "tools")
     study_course = importlib.import_module("study_course")
 
-    def run(epochs: int, seed: int, layer_runs: list[list[int]]) -> SimpleNamespace:
+    def run(epochs: int, seed: int, layer_runs: list[list[int]], num_steps: int | None = None) -> SimpleNamespace:
         steps = [
             {"loss": 1.0 + n, "grad_norm": 3.0 * n, "layer_runs": runs, "num_microbatches": 2}
             for n, runs in enumerate(layer_runs)
         ]
         validations = [{"step": n, "loss": n / 8} for n in range(1, len(steps) + 1)]
         config = {"seed": seed, "stages": [{"epochs": float(epochs)}]}
-        return SimpleNamespace(config=config, steps={"finetune": steps}, validations={"finetune": validations})
+        return SimpleNamespace(
+            config=config, steps={"finetune": steps}, validations={"finetune": validations}, num_steps=lambda _: num_steps or len(steps)
+        )  # fmt: skip
 
     runs = {"lds-seed=1": run(2, 1, [[2, 0], [2, 2], [2, 1], [2, 1]]), "dense-seed=2": run(1, 2, [[2, 2], [2, 2]])}
     monkeypatch.setattr(study_course, "read_run", lambda folder: runs[folder.name])
@@ -230,6 +232,11 @@ def test_an_epoch_is_the_mean_of_its_steps(tmp_path: Path, monkeypatch: pytest.M
         "| norm of gradients, dense | 1.500 |  |",
         "| layers executed, lds | 0.750 | 0.750 |",
     ]
+    runs |= {"thin": run(1, 1, [[2, 2], [2, 2]], num_steps=4), "odd": run(2, 1, [[2, 2]] * 3)}
+    with pytest.raises(ValueError, match="thin: 2 lines are not of every one of 4 steps"):
+        study_course.course_of(Path("thin"))
+    with pytest.raises(ValueError, match="odd: 3 steps are no whole number of each of 2 epochs"):
+        study_course.course_of(Path("odd"))
 
 
 def test_the_grid_has_shares_of_its_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,3 +257,6 @@ def test_the_grid_has_shares_of_its_dense_run(tmp_path: Path, monkeypatch: pytes
         "| no-lds | 1.000 at 1.00 | 0.875 at 0.90 |",
         "| alpha0.3 | 0.750 at 0.75 | 1.100 at 0.65 |",
     ]
+    write_csv(tmp_path / "seeds.csv", [{"case": "no-lds", keys[1]: "1", "seed": seed} for seed in ("1", "2")])
+    with pytest.raises(ValueError, match="several runs of one setting"):
+        importlib.import_module("study_grid").table(tmp_path / "seeds.csv")
