@@ -90,6 +90,25 @@ def test_half_of_the_steps() -> None:
     assert stage.optimizer.warmup_steps * 3 == stage.steps and "a third of them warm-up, alignment came" in TEXT
 
 
+def test_means_of_four_patches() -> None:
+    """On two seeds, beside the fast recipe's."""
+    kept = {of: shares_in("pooled/pooled", of) for of in ("mean", "counting", "ocr")}
+    fast = shares_in("recipes/fast", "mean")[:2]
+    words = "they kept {:.3f} and {:.3f} of the dense accuracy, where `fast` kept {:.3f} and {:.3f}; counting {:.3f} and {:.3f}, reading least hurt ({:.3f} and {:.3f})."
+    assert words.format(*kept["mean"], *fast, *kept["counting"], *kept["ocr"]) in TEXT
+    assert "far less ([{:.2f} and {:.2f}]".format(*kept["mean"]) in TEXT
+    hurt = {of: fmean(shares_in("pooled/pooled", of)) for of in FAMILIES}
+    assert max(hurt, key=hurt.__getitem__) == "ocr"
+    ours, theirs = ([*by_seed(case, "alignment.last_loss").values()][:2] for case in ("pooled/pooled", "recipes/fast"))
+    assert "ended at {:.2f} and {:.2f}, that of `fast` at {:.2f} and {:.2f}.".format(*ours, *theirs) in TEXT
+
+
+def shares_in(case: str, of: str) -> list[float]:
+    """Of the dense accuracy of ``recipes``, of the seeds that ``case`` has, in its order."""
+    ours, dense = accuracies(case, of), accuracies("recipes/dense", of)
+    return [ours[seed] / dense[seed] for seed in ours]
+
+
 def test_less_lds() -> None:
     raw = rows_of("less_lds")
     dense, less = ({row["seed"]: row for row in raw if row["case"] == case} for case in ("dense", "less-lds"))

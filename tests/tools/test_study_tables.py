@@ -46,7 +46,7 @@ def test_the_pages_have_the_tables_of_the_results(study_tables: ModuleType) -> N
 
 
 def test_every_sweep_has_a_table_or_has_its_own(study_tables: ModuleType) -> None:
-    assert {*study_tables.BESIDE, "failures", "half_dense", "aligned", "smollm2_read"} == {
+    assert {*study_tables.BESIDE, "failures", "half_dense", "pooled", "aligned", "smollm2_read"} == {
         path.stem for path in STUDY.glob("sweeps/*.yaml")
     }
     for cases in study_tables.BESIDE.values():
