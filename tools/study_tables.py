@@ -34,6 +34,7 @@ LLAVA = "claims_llava/"
 BESIDE: dict[str, tuple[str, ...]] = {
     "recipes": (),
     "fast_parts": ("recipes/dense", "recipes/fast"),
+    "twice": (),
     "smollm2": (),
     "learning_rates": ("recipes/dense", "recipes/fast"),
     "less_lds": (),

@@ -209,4 +209,4 @@ def _duration(hours: float) -> str:
 
 def _gpu_hours(hours: float) -> str:
     """With a digit more below ten."""
-    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"

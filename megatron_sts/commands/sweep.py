@@ -20,6 +20,7 @@ from megatron_sts.launch import lease, outcome
 if TYPE_CHECKING:
     from megatron_sts.config.resolve import Resolved
     from megatron_sts.config.sweep import SweepRun
+    from megatron_sts.report.sweep import Row
 
 SWEEP_NAME = "sweep.yaml"
 """The file that a folder is taken for."""
@@ -82,13 +83,13 @@ def run(args: argparse.Namespace) -> int:
         return 0
     refuse_of_sweep(others)
     out.mkdir(parents=True, exist_ok=True)
-    processes, ends = Processes(), list[Ended | None]()
+    processes, ends, rows = Processes(), list[Ended | None](), update(runs, out)
     with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
-        for ended in pool.map(lambda one: train(config, one, out, processes), mine):
+        for ended in pool.map(lambda one: train(config, one, resolved[runs.index(one)], out, processes), mine):
             ends.append(ended)
             if ended is not None:  # it began
-                update(runs, out)
-    return told_end(mine, ends, processes.stopped_by, out / "results.csv")
+                rows = update(runs, out)
+    return told_end(mine, ends, rows, processes.stopped_by, out / "results.csv")
 
 
 def dry_run(mine: Mapping[str, Resolved], others: Mapping[str, str], out: Path, args: argparse.Namespace) -> str:
@@ -112,13 +113,19 @@ def dry_run(mine: Mapping[str, Resolved], others: Mapping[str, str], out: Path, 
     return told(list(mine.values()), [out / name for name in mine], args.jobs, args.gflops)
 
 
-def told_end(mine: Sequence[SweepRun], ends: Sequence[Ended | None], stopped_by: int | None, table: Path) -> int:
-    """Says how a sweep ended, of whose runs None never began; its exit status."""
+def told_end(
+    mine: Sequence[SweepRun], ends: Sequence[Ended | None], rows: Sequence[Row], stopped_by: int | None, table: Path
+) -> int:
+    """Says how a sweep ended, of whose runs None never began and whose table has ``rows``; its exit status."""
     is_cut = any(ended is None or ended.is_stopped for ended in ends)
+    found = {row["run"]: row["status"] for row in rows}
     failed = [
-        one.name for one, ended in zip(mine, ends, strict=True) if ended and ended.status and not ended.is_stopped
+        one.name
+        for one, ended in zip(mine, ends, strict=True)
+        if ended and not ended.is_stopped and (ended.status or found[one.name] == "failed")
     ]
-    say(f"megatron-sts: {table} has {ends.count(Ended(0))} runs of {len(mine)} that are done")
+    num_done = sum(found[one.name] == "done" for one in mine)
+    say(f"megatron-sts: {table} has {num_done} runs of {len(mine)} that are done")
     if failed:
         say(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", sys.stderr)
     if is_cut:
@@ -162,9 +169,11 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
     return found
 
 
-def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> Ended | None:
+def train(config: Path, one: SweepRun, resolved: Resolved, out: Path, processes: Processes) -> Ended | None:
     """Trains one run in a process of its own; None: the sweep was stopped before. What it prints goes into its folder. So does why it
     failed, for the table, where it did before it could say so there itself."""
+    from megatron_sts.commands.sweep_folders import is_of_another
+
     folder, log, began = out / one.name, out / one.name / LOG, time.monotonic()
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
     before, log_bytes = outcome.read(folder), log.stat().st_size if log.is_file() else 0
@@ -175,8 +184,11 @@ def train(config: Path, one: SweepRun, out: Path, processes: Processes) -> Ended
     if ended.status and not ended.is_stopped:
         words = f"failed (status {ended.status}, see {log})"
         cause = cause_in(log, log_bytes) or f"ended with status {ended.status}, see {log}"
+        now = outcome.read(folder)
+        # A finished run stays so though this start could not look into it, but where it is of another config or other data.
+        was_done = now is not None and now.outcome == "done" and not is_of_another(resolved, folder)
         # Not where it has said so itself, nor where it was refused because another start has the folder.
-        if outcome.read(folder) in (None, before) and not lease.may_be_held(folder):
+        if now in (None, before) and not was_done and not lease.may_be_held(folder):
             outcome.write(folder, "failed", cause)
     say(f"megatron-sts: {one.name}: {words} after {time.monotonic() - began:.0f} s")
     return ended

@@ -57,6 +57,18 @@ def hindrances(resolved: Resolved, folder: Path) -> Iterator[Obstacle]:
         yield Obstacle(str(error), of_this_machine=True)
 
 
+def is_of_another(resolved: Resolved, folder: Path) -> bool:
+    """Whether ``folder`` holds what was trained with another config or on other data; not if that cannot be told."""
+    try:
+        resume.check_same_content(resolved, folder)
+        resume.check_same_run(resolved, folder)
+    except OtherRunError:
+        return True
+    except (ConfigError, OSError):  # as where the data are not at hand
+        return False
+    return False
+
+
 def refuse_of_sweep(problems: Mapping[str, str]) -> None:
     """Refuses a sweep for what keeps runs of it, by their names, from starting anywhere.
 

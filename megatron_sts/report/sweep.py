@@ -22,11 +22,12 @@ RESULTS = "results"
 Row = dict[str, Any]
 
 
-def update(runs: Sequence[SweepRun], out: Path) -> None:
-    """Both tables anew. Of the parts of a sweep that end at once each waits for the other, so that the last one sees all runs."""
+def update(runs: Sequence[SweepRun], out: Path) -> list[Row]:
+    """Both tables anew; their rows. Of the parts of a sweep that end at once each waits for the other, so that the last one sees all runs."""
     with (out / f".{RESULTS}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        write(rows_of(runs, out), out)
+        write(rows := rows_of(runs, out), out)
+    return rows
 
 
 def rows_of(runs: Sequence[SweepRun], out: Path) -> list[Row]:

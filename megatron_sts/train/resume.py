@@ -25,7 +25,7 @@ from megatron_sts.config.run_folder import (
     whole_checkpoints,
 )
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.report.run import check_derived, damaged, read_run
+from megatron_sts.report.run import METRICS, check_derived, damaged, read_run
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
 
@@ -180,13 +180,14 @@ def is_answered(resolved: Resolved, run_dir: Path) -> bool:
 
 
 def is_over(run_dir: Path) -> bool:
-    """Whether a whole run was trained there and saved, and no checkpoint of it is left: somebody needed the room."""
-    if not (run_dir / CONFIG).is_file() or whole_checkpoints(run_dir / CHECKPOINTS):
+    """Whether a whole run was trained there and saved, and no checkpoint of it is left: somebody needed the room.
+
+    Raises:
+        ConfigError: files of the run are damaged, so that it cannot be told. Training anew would write over it.
+    """
+    if not all((run_dir / name).is_file() for name in (CONFIG, METRICS)) or whole_checkpoints(run_dir / CHECKPOINTS):
         return False
-    try:
-        return read_run(run_dir).was_saved
-    except ConfigError:  # no line was written, or they are damaged: nothing can be read from there either
-        return False
+    return read_run(run_dir).was_saved
 
 
 def is_begun(run_dir: Path) -> bool:

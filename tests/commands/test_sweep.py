@@ -238,8 +238,12 @@ def test_how_a_sweep_ended(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     runs = [SweepRun(name=name, case=None, values={}, seed=None, overrides=()) for name in ("a", "b")]
-    assert told_end(runs, ends, stopped_by, Path("results.csv")) == status
-    assert capsys.readouterr().err.endswith(said)
+    rows = [
+        {"run": run.name, "status": "done" if ended == Ended(0) else "x"} for run, ended in zip(runs, ends, strict=True)
+    ]
+    assert told_end(runs, ends, rows, stopped_by, Path("results.csv")) == status
+    told = capsys.readouterr()
+    assert told.err.endswith(said) and f"has {ends.count(Ended(0))} runs of 2 that are done" in told.out
 
 
 @pytest.mark.parametrize(("status", "is_stopped"), [(143, True), (2, False), (0, False)])

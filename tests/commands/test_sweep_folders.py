@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -227,6 +228,38 @@ def test_a_finished_run_on_other_data_has_failed(
     assert "has 0 runs of 1 that are done" in capsys.readouterr().out
     samples.write_text(json.dumps([SAMPLE]))
     assert given.sweep() == 0 and rows(given) == [["seed=1", "done", ""]]
+
+
+def test_a_finished_run_that_could_not_look_stays_done(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its data are not at hand: its numbers stay, though the sweep says that the start failed."""
+    given.finished("seed=1", "seed=1")
+    given.write(seeds=[1])
+    monkeypatch.setattr(Processes, "run", lambda _self, _command, log, *_: quiet(log))
+    assert given.sweep() == 1 and rows(given) == [["seed=1", "done", ""]]
+
+
+def test_a_finished_run_whose_lines_are_damaged_has_failed(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in the last line and the status, though ``train`` has nothing left to do; the other run is done."""
+    folders = [given.finished(f"seed={seed}", f"seed={seed}") for seed in (1, 2)]
+    (folders[0] / "metrics.jsonl").write_text("")
+    assert given.sweep() == 1
+    assert [status for _, status, _ in rows(given)] == ["failed", "done"]
+    told = capsys.readouterr()
+    assert "has 1 runs of 2 that are done" in told.out and "1 of 2 runs failed: seed=1" in told.err
+
+
+@pytest.mark.parametrize(("name", "content"), [("config.resolved.yaml", b"a: 1"), ("metrics.jsonl", b"\xff")])
+def test_a_damaged_run_without_checkpoints_is_not_trained_anew(given: Given, name: str, content: bytes) -> None:
+    """Over what is left of it."""
+    folder = given.finished("seed=1", "seed=1")
+    shutil.rmtree(folder / "checkpoints")
+    (folder / name).write_bytes(content)
+    before = (folder / "config.resolved.yaml").read_bytes()
+    given.write(seeds=[1])
+    assert given.sweep() == 1
+    [[_, status, cause]] = rows(given)
+    assert status == "failed" and cause.startswith(f"{folder / name}: ")
+    assert (folder / "config.resolved.yaml").read_bytes() == before and not (folder / "checkpoints").exists()
 
 
 def cut(text: str) -> str:

@@ -75,11 +75,11 @@ def test_two_types() -> None:
     assert f"VTC in alignment saved {ours[0]:.0f} % of the FLOPs, LDS {ours[1]:.0f} %. LDS kept" in text
     assert f"and saved {ours[1]:.0f} %, not told apart" in text
     assert "the LLaVA type the three kept {:.3f}, {:.3f} and {:.3f}: there".format(*means[1]) in text
-    assert "VTC {:.3f} (`guided`), {:.3f} (`random`), {:.3f} (`uniform`);".format(*means[0]) in text
+    assert "VTC {:.3f} (`guided`), {:.3f} (`random`), {:.3f} (`uniform`), which".format(*means[0]) in text
     both = [
         fmean(shares_of(f"claims_minigpt4/sts-{name}", "claims_minigpt4/dense"))
         for name in ("guided", "random", "uniform")
     ]
-    assert f"both together {min(both):.2f} to {max(both):.2f} (" in text.replace("   (", " (")
+    assert f"both together {min(both):.2f} to {max(both):.2f}." in text.replace("   (", " (")
     assert "answers {:.3f} of the questions (LLaVA type {:.3f})".format(*absolute) in text
     assert f"reading {fmean(accuracies('claims_minigpt4/dense', 'ocr').values()):.3f}: a weaker" in text
