@@ -80,7 +80,7 @@ def test_a_whole_run_is_over_without_its_checkpoints(tmp_path: Path) -> None:
         ConfigError, match=r"^evaluation\.num_questions=10: .*, and no checkpoint of it any more to ask these; "
     ):
         check_same_run(asked, tmp_path)
-    (tmp_path / EVALUATION).write_text(json.dumps(evaluation_of(asked)))
+    (tmp_path / EVALUATION).write_text(json.dumps({**evaluation_of(asked), "splits": {}}))
     check_same_run(asked, tmp_path)
     assert is_finished(asked, tmp_path)
     checkpoint(tmp_path, "0-alignment-0000004", stage=1, step=0)
@@ -99,7 +99,7 @@ def test_a_whole_run_is_over_without_its_checkpoints(tmp_path: Path) -> None:
 )
 def test_a_run_that_was_cut_off_begins_anew(tmp_path: Path, events: list[dict[str, Any]], steps: int) -> None:
     write_config(resolved(), tmp_path, KERNELS, {})
-    (tmp_path / EVALUATION).write_text("{}")
+    (tmp_path / EVALUATION).write_text('{"splits": {}}')
     write_steps(tmp_path, *events, steps=steps)
     check_same_run(resolved(seed=2), tmp_path)
     assert not is_finished(resolved(), tmp_path)
