@@ -167,11 +167,11 @@ def print_seconds(facts: dict[str, Any], console: Console) -> None:
         table.add_row(name, *(cells[name] for cells in columns))
     console.print(table)
     said = (
-        f"The run: {_duration(facts['hours'])} ± {facts['uncertainty']:.0%}, {_gpu_hours(facts['gpu_hours'])} GPU-hours"
+        f"The run: {duration(facts['hours'])} ± {facts['uncertainty']:.0%}, {_gpu_hours(facts['gpu_hours'])} GPU-hours"
     )
     if facts["speedup"] != 1:
         said += (
-            f"; dense (without LDS and VTC) {_duration(facts['dense_hours'])}, {_gpu_hours(facts['dense_gpu_hours'])}: "
+            f"; dense (without LDS and VTC) {duration(facts['dense_hours'])}, {_gpu_hours(facts['dense_gpu_hours'])}: "
             f"{facts['speedup']:.3f} times as fast as dense"
         )
     console.print(f"{said}.", highlight=False)
@@ -198,11 +198,11 @@ def _cells(stage: dict[str, Any]) -> dict[str, str]:
         "MFU": f"{stage['mfu']:.1%}",
         "bubble: ranks wait": f"{stage['bubble']:.1%}",
         "launching over computing": f"{stage['launch_ratio']:.2f}",
-        "the stage": _duration(stage["hours"]),
+        "the stage": duration(stage["hours"]),
     }
 
 
-def _duration(hours: float) -> str:
+def duration(hours: float) -> str:
     """In minutes below an hour."""
     return f"{hours:,.2f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 

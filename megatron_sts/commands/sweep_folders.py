@@ -28,9 +28,7 @@ def other_config(resolved: Resolved, folder: Path) -> str | None:
         return None
     try:
         if resume.is_begun(folder) or resume.is_over(folder):
-            resume.check_same_run(
-                resolved, folder
-            )  # what data files hold is left to the run: all of them would take long
+            resume.check_same_run(resolved, folder)  # data files are left to the run: all of them would take long
     except OtherRunError as error:
         said = str(error)
         for words, instead in AS_A_SWEEP.items():

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_sts.commands.seconds import duration
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.plan.hardware import Hardware
 from megatron_sts.plan.search import search
@@ -54,7 +55,7 @@ def print_search(facts: dict[str, Any], hours: float, console: Console, *, fits:
         )
         return
     table = Table(
-        "hours",
+        "training",
         "TP",
         "CP",
         "PP",
@@ -69,7 +70,7 @@ def print_search(facts: dict[str, Any], hours: float, console: Console, *, fits:
     for found in facts["found"][:MOST_SHOWN]:
         sizes = ", ".join(f"{name} {size}" for name, size in found["micro_batch_sizes"].items())
         parallel = (str(found[key]) for key in ("tensor", "context", "pipeline", "chunks", "data"))
-        table.add_row(f"{found['hours']:.2f}", *parallel, sizes, found["recompute"], f"{found['peak_gib']:.1f}")
+        table.add_row(duration(found["hours"]), *parallel, sizes, found["recompute"], f"{found['peak_gib']:.1f}")
     console.print(table)
     best = facts["found"][0]
     console.print(

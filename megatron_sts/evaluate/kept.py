@@ -85,8 +85,6 @@ def not_on_a_grid(resolved: Resolved) -> str | None:
         return "model.vision.tiles: an image's tokens are those of several squares; give a run without them"
     if model.qformer is not None:
         return "model.qformer: its tokens are no patches, which could be drawn; give a run without one"
-    if model.vision.tiles is not None:
-        return "model.vision.tiles: only tokens of one square can be drawn; give a run without tiles"
     return None
 
 

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from megatron_sts.cli import main
+from megatron_sts.commands.seconds import duration
 from megatron_sts.commands.ways import print_search
 
 ROOT = Path(__file__).parents[2]
@@ -124,8 +125,8 @@ def test_search(capsys: pytest.CaptureFixture[str]) -> None:
     assert "The fastest ways that fit" in said
     best = found["found"][0]
     cells = [[cell.strip() for cell in line.strip("┃│ ").replace("┃", "│").split("│")] for line in said.splitlines()]
-    [heads] = [row for row in cells if row[0] == "hours"]
-    row = next(row for row in cells if row[0] == f"{best['hours']:.2f}")
+    [heads] = [row for row in cells if row[0] == "training"]
+    row = next(row for row in cells if row[0] == duration(best["hours"]))
     shown = dict(zip(heads, row, strict=True))
     keys = {"TP": "tensor", "CP": "context", "PP": "pipeline", "chunks": "chunks", "DP": "data"}
     assert {name: shown[name] for name in keys} == {name: str(best[key]) for name, key in keys.items()}

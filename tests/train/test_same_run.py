@@ -190,6 +190,20 @@ def test_finished(run_dir: Path) -> None:
     assert not is_finished(resolved(evaluation={"num_questions": 10}), run_dir)
 
 
+@pytest.mark.parametrize("written", ['{"splits": {"eval', "[1]", "\xff"], ids=["cut off", "no keys", "a bad byte"])
+def test_a_damaged_evaluation_is_named_and_can_be_asked_again(run_dir: Path, written: str) -> None:
+    """Of a trained run: neither finished nor trained over; without the file its questions are asked again."""
+    checkpoint(run_dir, "1-finetune-0000004", stage=1, step=4)
+    asked, path = resolved(evaluation={"num_questions": 10}), run_dir / EVALUATION
+    path.write_text(written, encoding="latin-1")
+    with pytest.raises(
+        ConfigError, match=r"evaluation.json: is damaged \(.*\); delete it to have the questions asked again$"
+    ):
+        is_finished(asked, run_dir)
+    path.unlink()
+    assert not is_finished(asked, run_dir)
+
+
 def test_damaged_progress(run_dir: Path) -> None:
     (newest,) = whole_checkpoints(run_dir / "checkpoints")
     assert read_progress(newest) == Progress(stage=0, step=2)
