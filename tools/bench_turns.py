@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from math import ceil
 from pathlib import Path
 
 import psutil
@@ -35,9 +36,12 @@ from megatron_sts.report.run import METRICS, Run, read_run
 
 SETTINGS = ("evaluation.num_questions=0", "logging.tensorboard=false", "logging.interval_steps=1")
 STEPS_A_TURN = 10
-"""At least. A stop falls into long steps more often than into short ones, which would make the mean of the others too small."""
-FIRST_STEPS = 10
-"""After so many it is told whether turns are long enough."""
+"""At least: turns get longer where steps do. A stop falls into long steps more often than into short ones, which would make the mean
+of the others too small."""
+RECENT_STEPS = 10
+"""Whose median says how long steps take now."""
+STEPS_IN_SHORTEST_TURN = 2
+"""At least, so that a step is not taken for a stop, which is as long as a turn."""
 STANDSTILL_S = 600
 """A run that makes no step for so long, while it has its turns, hangs."""
 GRACE_S = 60
@@ -138,13 +142,13 @@ def take_turns(sides: Sequence[Side], turn_s: float) -> None:
         mine = min(going, key=lambda side: side.share)
         for side in going:
             side.signal(signal.SIGCONT if side is mine else signal.SIGSTOP)
-        until = time.monotonic() + turn_s
+        until = time.monotonic() + turn_of(mine, turn_s)
         while time.monotonic() < until and (mine.is_running or len(going) > 1):
             # Also when it ends within its turn: a stop that is shorter than a turn could not be told from a step.
             time.sleep(min(0.1, turn_s))
         for side in going:
-            if len(steps_s := side.steps_s()) >= FIRST_STEPS:
-                check_turns(side.name, steps_s, turn_s)
+            if len(steps_s := side.steps_s()) >= RECENT_STEPS:
+                check_turns(side.name, steps_s[-RECENT_STEPS:], turn_s)
         before, shares = shares, [side.share for side in sides]
         now = time.monotonic()
         moved_at = now if shares != before else moved_at
@@ -155,14 +159,20 @@ def take_turns(sides: Sequence[Side], turn_s: float) -> None:
             print(", ".join(f"{side.name}: {share:.0%} of its steps" for side, share in zip(sides, shares, strict=True)), file=sys.stderr)  # fmt: skip
 
 
+def turn_of(side: Side, turn_s: float) -> float:
+    """Seconds of a run's next turn, ``turn_s`` at least."""
+    recent = side.steps_s()[-RECENT_STEPS:]
+    return max(turn_s, STEPS_A_TURN * statistics.median(recent)) if recent else turn_s
+
+
 def check_turns(name: str, steps_s: Sequence[float], turn_s: float) -> None:
     """
     Raises:
-        ConfigError: turns are too short to leave enough steps whole.
+        ConfigError: steps are too long to be told from stops.
     """
-    if (median := statistics.median(steps_s)) > turn_s / STEPS_A_TURN:
-        refuse("--turn-s", f"{turn_s:g}", f"{STEPS_A_TURN} steps of {name} take longer, {median:.2g} s each",
-               f"give {STEPS_A_TURN * median:.0f} at least")  # fmt: skip
+    if (median := statistics.median(steps_s)) > turn_s / STEPS_IN_SHORTEST_TURN:
+        refuse("--turn-s", f"{turn_s:g}", f"a step of {name} takes {median:.2g} s, which could not be told from a stop",
+               f"give {ceil(STEPS_A_TURN * median)}")  # fmt: skip
 
 
 def timed(run: Run, turn_s: float) -> Iterator[Timed]:
@@ -260,7 +270,10 @@ def main() -> None:
     parser.add_argument("sweep", metavar="SWEEP", type=Path, help="a sweep's YAML file")
     parser.add_argument("runs", metavar="RUN", nargs=2, help="two of its runs, as its --dry-run names them")
     parser.add_argument(
-        "--turn-s", type=float, default=10.0, help="seconds that one of both runs at a time (default: 10)"
+        "--turn-s",
+        type=float,
+        default=10.0,
+        help="seconds that one of both runs at a time, longer where ten of its steps take longer (default: 10)",
     )
     parser.add_argument("--out", type=Path, help="where the runs are written and kept")
     parser.add_argument("--json", action="store_true", help="print one JSON list of both runs' stages")

@@ -116,7 +116,7 @@ def test_twice_the_steps() -> None:
     assert [of for of, found in more.items() if abs(fmean(found)) > half_width(found)] == ["paired"]
     dense = [fmean(accuracies(f"{sweep}/dense", "mean").values()) for sweep in ("recipes", "twice")]
     assert "gained too, from {:.3f} to {:.3f}.".format(*dense) in TEXT
-    costs = [sum(fmean(by_seed(case, f"{stage}.flops_executed").values()) for stage in ("alignment", "finetune")) for case in ("twice/fast", "recipes/dense")]  # fmt: skip
+    costs = [flops(case) for case in ("twice/fast", "recipes/dense")]
     assert f"executes {costs[0] / costs[1]:.2f} of the FLOPs" in TEXT and f"costs {costs[0] / costs[1]:.2f} of the FLOPs" in TEXT  # fmt: skip
     gain = beside_half["mean"]
     assert f"came to {fmean(gain):.3f} ± {half_width(gain):.3f} of their accuracy" in TEXT and min(gain) > 1
@@ -142,6 +142,49 @@ def shares_in(case: str, of: str) -> list[float]:
     """Of the dense accuracy of ``recipes``, of the seeds that ``case`` has, in its order."""
     ours, dense = accuracies(case, of), accuracies("recipes/dense", of)
     return [ours[seed] / dense[seed] for seed in ours]
+
+
+def test_a_shorter_dense_end() -> None:
+    """Shares of dense at 8e-4, and what leaving LDS out kept more."""
+    families = ("mean", *FAMILIES)
+    kept = {case: {of: shares_of(f"short_end/{case}", "recipes/dense", of) for of in families} for case in ("half-lds", "no-lds")}  # fmt: skip
+    dense = flops("recipes/dense")
+    for case, name in (("half-lds", "LDS in the first half"), ("no-lds", "no LDS")):
+        cells = [f"{flops(f'short_end/{case}') / dense:.2f}", *(told(found) for found in kept[case].values())]
+        assert f"| {name} | {' | '.join(cells)} |" in TEXT
+    by_seed_kept = {case: "{:.3f}, {:.3f}, {:.3f}".format(*found["mean"]) for case, found in kept.items()}
+    of_half = f"{fmean(kept['half-lds']['mean']):.3f} (by seed {by_seed_kept['half-lds']})"
+    of_none = f"{fmean(kept['no-lds']['mean']):.3f} was kept** (by seed {by_seed_kept['no-lds']};"
+    assert f"**LDS in the first half** kept {of_half}" in TEXT and f"- **Without LDS {of_none}" in TEXT
+    at_5e4 = told(shares_of("short_end/no-lds", "learning_rates/dense-5e-4", "mean"))
+    usual = fmean(shares_of("learning_rates/fast-5e-4", "recipes/dense", "mean"))
+    assert f"of dense at 5e-4 that is {at_5e4})" in TEXT and f"its longer end ({usual:.3f})" in TEXT
+    longer = {case: shares_of(case, "recipes/dense", "mean") for case in ("fast_parts/no-lds", "recipes/fast")}
+    more = [[a - b for a, b in zip(*pair, strict=True)] for pair in ((kept["no-lds"]["mean"], kept["half-lds"]["mean"]), longer.values())]  # fmt: skip
+    assert f"here by {told(more[0])}, with" in TEXT and f"by {told(more[1])}. Neither" in TEXT
+    assert min(more[0] + more[1]) > 0 and all(fmean(each) < half_width(each) for each in more)
+    part = 0.1 * fmean(by_seed("recipes/dense", "finetune.flops_executed").values())
+    assert f"has {part / fmean(by_seed('recipes/fast', 'finetune.flops_executed').values()):.2f} of the FLOPs of `fast`'s fine-tuning" in TEXT  # fmt: skip
+
+
+def flops(case: str) -> float:
+    """Of both stages, the mean over seeds."""
+    return sum(fmean(by_seed(case, f"{stage}.flops_executed").values()) for stage in ("alignment", "finetune"))
+
+
+def told(found: list[float]) -> str:
+    return f"{fmean(found):.3f} ± {half_width(found):.3f}"
+
+
+def test_where_the_learning_rate_ends() -> None:
+    words = "To 0, from 5e-4, it kept {:.3f} and {:.3f} instead of {:.3f} and {:.3f}, relations less by {:.3f} and {:.3f}; to 3e-4, from 8e-4, {:.3f} and {:.3f} instead of {:.3f} and {:.3f}, counting less by {:.3f} and {:.3f} ("
+    numbers = []
+    for case, usual, family in (("to-0", "learning_rates/fast-5e-4", "relation"), ("to-3e-4", "recipes/fast", "counting")):  # fmt: skip
+        found = {of: shares_in(f"last_rate/{case}", of) for of in ("mean", family)}
+        beside = {of: shares_of(usual, "recipes/dense", of)[1:] for of in found}
+        numbers += found["mean"] + beside["mean"]
+        numbers += [b - a for a, b in zip(found[family], beside[family], strict=True)]
+    assert words.format(*numbers) in TEXT
 
 
 def test_less_lds() -> None:

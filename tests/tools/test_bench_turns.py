@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -19,7 +20,7 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.report.run import Run
 from tests import warm
 from tests.train import stagehand
-from tools.bench_turns import take_turns, timed, warnings
+from tools.bench_turns import take_turns, timed, turn_of, warnings
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "bench_turns.py"
 
@@ -36,9 +37,15 @@ def test_steps_in_which_a_run_was_stopped_do_not_count() -> None:
 
 
 def test_turns_that_are_too_short_are_refused() -> None:
-    said = r"--turn-s=1.9: 10 steps of finetune of a take longer, 0\.2 s each; give 2 at least"
+    said = r"--turn-s=0.3: a step of finetune of a takes 0\.21 s, which could not be told from a stop; give 3$"
     with pytest.raises(ConfigError, match=said):
-        list(timed(run_of(0.2, 0.2, 1.9), 1.9))
+        list(timed(run_of(0.21, 0.21, 1.9), 0.3))
+
+
+@pytest.mark.parametrize(("steps_s", "turn_s"), [([], 10), ([0.5] * 20, 10), ([0.5] * 20 + [1.01] * 9 + [11.0], 10.1)])
+def test_turns_get_longer_where_steps_do(steps_s: list[float], turn_s: float) -> None:
+    side: Any = SimpleNamespace(steps_s=lambda: steps_s)
+    assert turn_of(side, 10) == pytest.approx(turn_s)
 
 
 def test_a_run_that_took_no_turns_is_named() -> None:
