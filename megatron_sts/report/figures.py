@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
@@ -193,18 +194,26 @@ def _values(lines: Sequence[Line], value_of: Any) -> list[float]:
 def as_svg(figure: Figure) -> str:
     """The picture as an element to put into a page."""
     text = io.StringIO()
-    figure.savefig(text, format="svg")
+    literal(figure).savefig(text, format="svg")
     svg = text.getvalue()
     return svg[svg.index("<svg") :]
 
 
 def as_pixels(figure: Figure) -> NDArray[np.uint8]:
     """The picture as RGB, [height, width, 3]."""
-    canvas = FigureCanvasAgg(figure)
+    canvas = FigureCanvasAgg(literal(figure))
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
 def save_png(figure: Figure, path: Path) -> None:
     """Writes the picture."""
-    figure.savefig(path, dpi=150)
+    literal(figure).savefig(path, dpi=150)
+
+
+def literal(figure: Figure) -> Figure:
+    """With titles and legends as they are written: in names and questions what stands between two $ is no formula."""
+    legends = (text for legend in figure.findobj(Legend) for text in legend.get_texts())
+    for text in (*figure.texts, *(axes.title for axes in figure.axes), *legends):
+        text.set_parse_math(False)
+    return figure

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
 import megatron_sts
@@ -22,8 +23,9 @@ from megatron_sts.config.resolve import resolve
 from megatron_sts.config.schema import RunConfig
 from megatron_sts.report.course import courses, smoothed
 from megatron_sts.report.expected import bins_of, executed_layers
+from megatron_sts.report.figures import as_pixels
 from megatron_sts.report.groups import T_95, grouped, left_out_of_means
-from megatron_sts.report.kept_figure import DIMMED, KeptTokens, dimmed
+from megatron_sts.report.kept_figure import DIMMED, KeptTokens, dimmed, kept_figure
 from megatron_sts.report.run import read_run
 from megatron_sts.report.several_figures import accuracy_figure, pareto_front
 from tests.report.test_report import CONFIG, line, write_run
@@ -182,6 +184,16 @@ def test_dropped_patches_are_dark() -> None:
     pixels = np.full((6, 4, 3), 255, np.uint8)
     bright = dimmed(KeptTokens(pixels, "", {}, 4), [1, 2])[..., 0]
     assert np.array_equal(bright, np.kron([[DIMMED, 1.0], [1.0, DIMMED]], np.ones((3, 2))))
+
+
+@pytest.mark.parametrize("question", ["is it $5 or $6 ?", r"is \foo in $ or $ ?"])
+def test_a_question_about_dollars_is_no_formula(question: str) -> None:
+    """Drawn as matplotlib itself draws it with each $ escaped."""
+    pixels = np.full((6, 4, 3), 255, np.uint8)
+    ours, escaped = (kept_figure([KeptTokens(pixels, text, {"random": [1]}, 4)], text) for text in (question, question.replace("$", r"\$")))  # fmt: skip
+    canvas = FigureCanvasAgg(escaped)
+    canvas.draw()
+    assert np.array_equal(as_pixels(ours), np.asarray(canvas.buffer_rgba())[..., :3])
 
 
 def test_the_page_of_many_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
