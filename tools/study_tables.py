@@ -54,6 +54,8 @@ BESIDE: dict[str, tuple[str, ...]] = {
     "masks": ("equal_flops/dense", "schedules/paper"),
 }  # fmt: skip
 """By sweep the cases of others that its table has first. A table's first case is its base."""
+UNTABLED = ("half_dense", "pooled", "short_end", "last_rate")
+"""Sweeps that are kept without a table: pages say what they came to in words, or beside other sweeps' runs."""
 TIMED = ("recipes", "smollm2")
 """Sweeps whose seconds count: their runs had the machine to themselves."""
 FIGURES = {"claims_llava": "accuracy_against_flops", "token_length": "loss", "epochs": "executed_layers"}
@@ -112,7 +114,17 @@ def differs(rows: Sequence[Row], case: str) -> bool:
     return told[0] != told[1]
 
 
-def collect_failures(runs: Path) -> bool:
+def collect_untabled(runs: Path, sweep: str) -> bool:
+    """Takes the CSV of a sweep; False where a run of it is not done."""
+    table = runs / sweep / "results.csv"
+    rows = rows_of(table) if table.is_file() else []
+    if [row["run"] for row in rows] != run_names(sweep) or any(row["status"] != "done" for row in rows):
+        return False
+    shutil.copy(table, RESULTS / f"{sweep}.csv")
+    return True
+
+
+def collect_failures(runs: Path, _sweep: str = FAILURES) -> bool:
     """Takes the provoked failures' CSV, and draws their losses; False where one of them is not done."""
     table = runs / FAILURES / "results.csv"
     folders = {row["run"]: runs / FAILURES / row["run"] for row in (rows_of(table) if table.is_file() else ())}
@@ -289,17 +301,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--collect", type=Path, metavar="RUNS", help="take the CSVs of finished sweeps from this folder"
     )
     parser.add_argument("--write", action="store_true", help="replace the tables in the pages")
-    known = [*BESIDE, FAILURES]
+    takes = {**dict.fromkeys(BESIDE, collect), **dict.fromkeys(UNTABLED, collect_untabled), FAILURES: collect_failures}
     parser.add_argument(
         "sweeps", nargs="*", metavar="SWEEP", help="that --collect takes; default: all, which takes minutes"
     )
     args = parser.parse_args(arguments)
-    if unknown := set(args.sweeps) - set(known):
-        parser.error(f"no sweep {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    if unknown := set(args.sweeps) - set(takes):
+        parser.error(f"no sweep {', '.join(sorted(unknown))}; there are {', '.join(takes)}")
     if args.sweeps and not args.collect:
         parser.error(f"SWEEP says what --collect takes: add --collect RUNS, or leave {' '.join(args.sweeps)} out")
-    for sweep in args.sweeps or known if args.collect else ():
-        is_taken = collect_failures(args.collect) if sweep == FAILURES else collect(args.collect, sweep)
+    for sweep in args.sweeps or takes if args.collect else ():
+        is_taken = takes[sweep](args.collect, sweep)
         print(f"{sweep}: {'taken' if is_taken else 'not done'}", file=sys.stderr)
     found = tables()
     if not args.write:

@@ -45,7 +45,7 @@ def outline(resolved: Resolved, run_dir: Path, *, extend: bool) -> Outline:
     """
     parallel = resolved.config.parallel
     found = [
-        *obstacles(resolved, is_going_on=is_begun(run_dir) or is_over(run_dir)),
+        *obstacles(resolved, is_going_on=_is_going_on(run_dir)),
         *unreadable_data(resolved),
         *other_run(resolved, run_dir, extend=extend),
     ]
@@ -78,6 +78,14 @@ def kernels_here(resolved: Resolved) -> Outline:
         return asdict(check_usable(resolved.config))
     except ConfigError as error:
         return {"problem": str(error)}
+
+
+def _is_going_on(run_dir: Path) -> bool:
+    """Whether a run there needs no weights to begin with; if that cannot be told, ``other_run`` says why."""
+    try:
+        return is_begun(run_dir) or is_over(run_dir)
+    except ConfigError:
+        return False
 
 
 def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:

@@ -7,8 +7,9 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -63,7 +64,7 @@ def add(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check every run's config before the first one starts; then train, and write the table after each."""
-    from megatron_sts.commands.sweep_folders import other_configs, refuse_of_sweep
+    from megatron_sts.commands.sweep_folders import other_configs, refuse_of_sweep, unasked
     from megatron_sts.config.sweep import config_of, read, runs_of
     from megatron_sts.report.sweep import update
 
@@ -83,13 +84,15 @@ def run(args: argparse.Namespace) -> int:
         return 0
     refuse_of_sweep(others)
     out.mkdir(parents=True, exist_ok=True)
-    processes, ends, rows = Processes(), list[Ended | None](), update(runs, out)
+    of_run = dict(zip((each.name for each in runs), resolved, strict=True))
+    tell = partial(update, runs, out, lambda one: unasked(of_run[one.name], out / one.name))
+    processes, rows = Processes(), tell()
     with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
-        for ended in pool.map(lambda one: train(config, one, resolved[runs.index(one)], out, processes), mine):
-            ends.append(ended)
-            if ended is not None:  # it began
-                rows = update(runs, out)
-    return told_end(mine, ends, rows, processes.stopped_by, out / "results.csv")
+        begun = [pool.submit(train, config, one, of_run[one.name], out, processes) for one in mine]
+        for ended in as_completed(begun):
+            if ended.result() is not None:  # it began
+                rows = tell()
+    return told_end(mine, [ended.result() for ended in begun], rows, processes.stopped_by, out / "results.csv")
 
 
 def dry_run(mine: Mapping[str, Resolved], others: Mapping[str, str], out: Path, args: argparse.Namespace) -> str:
@@ -119,20 +122,20 @@ def told_end(
     """Says how a sweep ended, of whose runs None never began and whose table has ``rows``; its exit status."""
     is_cut = any(ended is None or ended.is_stopped for ended in ends)
     found = {row["run"]: row["status"] for row in rows}
-    failed = [
-        one.name
-        for one, ended in zip(mine, ends, strict=True)
-        if ended and not ended.is_stopped and (ended.status or found[one.name] == "failed")
-    ]
+    came_to_end = [(one.name, ended.status) for one, ended in zip(mine, ends, strict=True) if ended and not ended.is_stopped]  # fmt: skip
+    failed = [name for name, status in came_to_end if status or found[name] == "failed"]
+    left = [name for name, _ in came_to_end if name not in failed and found[name] != "done"]
     num_done = sum(found[one.name] == "done" for one in mine)
     say(f"megatron-sts: {table} has {num_done} runs of {len(mine)} that are done")
     if failed:
         say(f"megatron-sts: error: {len(failed)} of {len(mine)} runs failed: {', '.join(failed)}", sys.stderr)
+    if left:
+        say(f"megatron-sts: error: {len(left)} of {len(mine)} runs ended before they were done: {', '.join(left)}; the same command goes on", sys.stderr)  # fmt: skip
     if is_cut:
         assert stopped_by is not None
         say(f"megatron-sts: stopped by {signal.Signals(stopped_by).name}; the same command goes on", sys.stderr)
         return 128 + stopped_by
-    return 1 if failed else 0
+    return 1 if failed or left else 0
 
 
 def say(text: str, file: TextIO | None = None) -> None:
@@ -172,23 +175,28 @@ def check(config: Path, runs: Sequence[SweepRun]) -> list[Resolved]:
 def train(config: Path, one: SweepRun, resolved: Resolved, out: Path, processes: Processes) -> Ended | None:
     """Trains one run in a process of its own; None: the sweep was stopped before. What it prints goes into its folder. So does why it
     failed, for the table, where it did before it could say so there itself."""
-    from megatron_sts.commands.sweep_folders import is_of_another
+    from megatron_sts.commands.sweep_folders import stays_done
 
     folder, log, began = out / one.name, out / one.name / LOG, time.monotonic()
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
     before, log_bytes = outcome.read(folder), log.stat().st_size if log.is_file() else 0
-    ended = processes.run(command, log, lambda: say(f"megatron-sts: {one.name}: started, see {log}"))
+    try:
+        ended = processes.run(command, log, lambda: say(f"megatron-sts: {one.name}: started, see {log}"))
+    except OSError as error:  # of this run's folder or log: others go on
+        say(f"megatron-sts: {one.name}: failed: {error}", sys.stderr)
+        return Ended(1)
     if ended is None:
         return None
-    words = "stopped" if ended.is_stopped else "done"
+    is_done = (now := outcome.read(folder)) is not None and now.outcome == "done"
+    words = "done" if is_done and not ended.status else "stopped"
     if ended.status and not ended.is_stopped:
         words = f"failed (status {ended.status}, see {log})"
         cause = cause_in(log, log_bytes) or f"ended with status {ended.status}, see {log}"
-        now = outcome.read(folder)
-        # A finished run stays so though this start could not look into it, but where it is of another config or other data.
-        was_done = now is not None and now.outcome == "done" and not is_of_another(resolved, folder)
-        # Not where it has said so itself, nor where it was refused because another start has the folder.
-        if now in (None, before) and not was_done and not lease.may_be_held(folder):
+        is_kept = is_done and stays_done(
+            resolved, folder
+        )  # reads data, which may take long: the outcome is looked at after it
+        # Not where another start has the folder, nor where the run has said so itself.
+        if not is_kept and not lease.may_be_held(folder) and outcome.read(folder) in (None, before):
             outcome.write(folder, "failed", cause)
     say(f"megatron-sts: {one.name}: {words} after {time.monotonic() - began:.0f} s")
     return ended

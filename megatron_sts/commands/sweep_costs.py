@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import fmean
 
 from megatron_sts.commands.expected import stages_of
+from megatron_sts.commands.sweep_folders import unasked
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.resolve import Resolved
 from megatron_sts.report.run import Run, read_run
@@ -38,8 +39,7 @@ def finished(resolved: Resolved, folder: Path) -> Run | None:
         return None
     had = [(stage["name"], stage["num_steps"]) for stage in run.config["resolved"]["stages"]]
     is_whole = run.is_complete and had == [(stage.name, stage.num_steps) for stage in resolved.stages]
-    is_asked = run.evaluation is not None or not resolved.config.evaluation.num_questions
-    return run if is_whole and is_asked else None
+    return run if is_whole and not unasked(resolved, folder) else None
 
 
 def pace_of(runs: Sequence[Run]) -> Pace | None:

@@ -55,6 +55,26 @@ def hindrances(resolved: Resolved, folder: Path) -> Iterator[Obstacle]:
         yield Obstacle(str(error), of_this_machine=True)
 
 
+def unasked(resolved: Resolved, folder: Path) -> bool:
+    """Whether what is trained there was asked other questions than ``resolved`` has, or none; not if that cannot be told."""
+    try:
+        return not resume.is_answered(resolved, folder)
+    except (ConfigError, OSError):  # a damaged file, of which its row tells
+        return False
+
+
+def stays_done(resolved: Resolved, folder: Path) -> bool:
+    """Whether a finished run stays so though a start failed: it is this one, on these data, as far as can be told, with its answers.
+
+    Also where its files are damaged and no checkpoint is left: that it is done is what keeps it from being trained over."""
+    if is_of_another(resolved, folder):
+        return False
+    try:
+        return resume.is_finished(resolved, folder)
+    except (ConfigError, OSError):
+        return not resume.is_begun(folder)
+
+
 def is_of_another(resolved: Resolved, folder: Path) -> bool:
     """Whether ``folder`` holds what was trained with another config or on other data; not if that cannot be told."""
     try:

@@ -14,6 +14,8 @@ from megatron_sts.config.errors import ConfigError
 from megatron_sts.launch import lease
 
 LOCK = ".lock"
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""What file systems without locks say."""
 HELD = "MEGATRON_STS_HELD"
 """In the environment of what the holder starts: the folder."""
 
@@ -58,6 +60,6 @@ def _take(file: IO[str]) -> bool:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False
-        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+        if error.errno not in NO_LOCKS:
             raise
     return True

@@ -145,10 +145,18 @@ def check_derived(path: Path, config: Mapping[str, Any]) -> None:
         raise damaged(path, f"{DERIVED_KEY} does not have each stage")
 
 
-def damaged(path: Path, why: Exception | str) -> ConfigError:
+class DamagedError(ConfigError):
+    """A file of a run's folder is not whole."""
+
+    def __init__(self, path: Path, why: str) -> None:
+        self.problem = f"{path}: is damaged ({why})"
+        """Without what to do, which depends on what for."""
+        super().__init__(f"{self.problem}; copy it again, or do without this run")
+
+
+def damaged(path: Path, why: Exception | str) -> DamagedError:
     """What is said of a file of a run's folder that is not whole."""
-    words = why if isinstance(why, str) else one_line(why)
-    return ConfigError(f"{path}: is damaged ({words}); copy it again, or do without this run")
+    return DamagedError(path, why if isinstance(why, str) else one_line(why))
 
 
 def _last_events(lines: Iterable[Line], event: str) -> dict[str, Line]:

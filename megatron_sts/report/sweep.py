@@ -6,7 +6,7 @@ import csv
 import fcntl
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,37 +14,48 @@ from typing import Any
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.sweep import SweepRun
 from megatron_sts.launch import outcome
+from megatron_sts.launch.exclusive import NO_LOCKS
 from megatron_sts.report.compare import stage_costs
 from megatron_sts.report.losses import NUM_LOSSES
 from megatron_sts.report.run import METRICS, Run, damaged, read_run
 
 RESULTS = "results"
+UNASKED = "it has yet to be asked these questions (evaluation); the same command asks them"
 Row = dict[str, Any]
 
 
-def update(runs: Sequence[SweepRun], out: Path) -> list[Row]:
-    """Both tables anew; their rows. Of the parts of a sweep that end at once each waits for the other, so that the last one sees all runs."""
+def update(runs: Sequence[SweepRun], out: Path, unasked: Callable[[SweepRun], bool] = lambda _: False) -> list[Row]:
+    """Both tables anew; their rows. Of the parts of a sweep that end at once each waits for the other, so that the last one sees all runs.
+
+    ``unasked``: whether a run that is done has yet to be asked the sweep's questions.
+    """
     with (out / f".{RESULTS}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        write(rows := rows_of(runs, out), out)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        write(rows := rows_of(runs, out, unasked), out)
     return rows
 
 
-def rows_of(runs: Sequence[SweepRun], out: Path) -> list[Row]:
+def rows_of(runs: Sequence[SweepRun], out: Path, unasked: Callable[[SweepRun], bool]) -> list[Row]:
     """A row a run, finished or not."""
-    return [row_of(run, out / run.name) for run in runs]
+    return [row_of(run, out / run.name, unasked) for run in runs]
 
 
-def row_of(run: SweepRun, folder: Path) -> Row:
-    """``status`` says how the last start ended: ``done``, ``stopped`` (the same command goes on) or ``failed``, with the ``cause``; or it
-    is ``missing``: not begun, or not ended."""
+def row_of(run: SweepRun, folder: Path, unasked: Callable[[SweepRun], bool] = lambda _: False) -> Row:
+    """``status`` is ``done``, also where a later start could not look; else it says how the last start ended: ``stopped`` (the same
+    command goes on) or ``failed``, with the ``cause``; or it is ``missing``: not begun, not ended, or not asked these questions."""
     row: Row = {"run": run.name, "case": run.case, **run.values, "seed": run.seed, "status": "missing", "cause": None}
     told = outcome.read(folder)
     if told is None and (folder / outcome.OUTCOME).is_file():
         row |= {"status": "failed", "cause": f"{folder / outcome.OUTCOME} cannot be read"}
     elif told is not None:
         row |= {"status": told.outcome, "cause": told.cause}
-    if row["status"] == "done":
+    if row["status"] == "done" and unasked(run):
+        row |= {"status": "missing", "cause": UNASKED}
+    elif row["status"] == "done":
         try:
             found = read_run(folder)
             if not found.is_complete:

@@ -25,7 +25,8 @@ from megatron_sts.config.run_folder import (
     whole_checkpoints,
 )
 from megatron_sts.config.schema import RunConfig
-from megatron_sts.report.run import METRICS, check_derived, damaged, read_run
+from megatron_sts.launch import outcome
+from megatron_sts.report.run import METRICS, DamagedError, check_derived, damaged, read_run
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import Content, changes, contents
 
@@ -185,9 +186,18 @@ def is_over(run_dir: Path) -> bool:
     Raises:
         ConfigError: files of the run are damaged, so that it cannot be told. Training anew would write over it.
     """
-    if not all((run_dir / name).is_file() for name in (CONFIG, METRICS)) or whole_checkpoints(run_dir / CHECKPOINTS):
+    if whole_checkpoints(run_dir / CHECKPOINTS):
         return False
-    return read_run(run_dir).was_saved
+    told = outcome.read(run_dir)
+    was_done = told is not None and told.outcome == "done"
+    try:
+        was_saved = all((run_dir / name).is_file() for name in (CONFIG, METRICS)) and read_run(run_dir).was_saved
+        if was_done and not was_saved:
+            raise damaged(run_dir / METRICS, "ends before the run did, or is missing")
+    except DamagedError as error:
+        remedy = f"restore it, delete {run_dir} to train anew, or give another --run-dir"
+        raise ConfigError(f"{error.problem}; {remedy}") from None
+    return was_saved
 
 
 def is_begun(run_dir: Path) -> bool:

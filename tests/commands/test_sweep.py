@@ -246,6 +246,14 @@ def test_how_a_sweep_ended(
     assert told.err.endswith(said) and f"has {ends.count(Ended(0))} runs of 2 that are done" in told.out
 
 
+def test_a_run_that_saved_and_ended_is_not_done(capsys: pytest.CaptureFixture[str]) -> None:
+    """As SIGUSR1, sent to it alone, has it do."""
+    runs = [SweepRun(name=name, case=None, values={}, seed=None, overrides=()) for name in ("a", "b")]
+    rows = [{"run": "a", "status": "stopped"}, {"run": "b", "status": "done"}]
+    assert told_end(runs, [Ended(0), Ended(0)], rows, None, Path("results.csv")) == 1
+    assert capsys.readouterr().err == "megatron-sts: error: 1 of 2 runs ended before they were done: a; the same command goes on\n"  # fmt: skip
+
+
 @pytest.mark.parametrize(("status", "is_stopped"), [(143, True), (2, False), (0, False)])
 def test_a_run_that_was_asked_to_end_is_stopped_if_it_ends_for_that(
     status: int, is_stopped: bool, tmp_path: Path
@@ -292,7 +300,7 @@ def test_parts_that_end_at_once_leave_a_table_of_all(tmp_path: Path, monkeypatch
         (tmp_path / run.name).mkdir()
     read, reads = threading.Event(), iter((True, False))
 
-    def rows(of: Any, out: Path) -> list[dict[str, Any]]:
+    def rows(of: Any, out: Path, _: object) -> list[dict[str, Any]]:
         found = [
             {"run": run.name, "status": "done" if (out / run.name / "ended").exists() else "missing"} for run in of
         ]

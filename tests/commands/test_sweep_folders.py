@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import fcntl
 import json
 import shutil
 import signal
@@ -19,10 +21,10 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import resolve
 from megatron_sts.config.sweep import read, runs_of
 from megatron_sts.launch import lease, outcome
-from megatron_sts.report.sweep import update
+from megatron_sts.report.sweep import UNASKED, update
 from megatron_sts.runtime.kernels import Kernels
 from megatron_sts.train.content import contents
-from megatron_sts.train.resume import write_config
+from megatron_sts.train.resume import evaluation_of, write_config
 from tests.train import stagehand
 
 KERNELS = Kernels(*("torch",) * 4, "off", "megatron-core", ())  # type: ignore[arg-type]
@@ -248,18 +250,82 @@ def test_a_finished_run_whose_lines_are_damaged_has_failed(given: Given, capsys:
     assert "has 1 runs of 2 that are done" in told.out and "1 of 2 runs failed: seed=1" in told.err
 
 
-@pytest.mark.parametrize(("name", "content"), [("config.resolved.yaml", b"a: 1"), ("metrics.jsonl", b"\xff")])
-def test_a_damaged_run_without_checkpoints_is_not_trained_anew(given: Given, name: str, content: bytes) -> None:
-    """Over what is left of it."""
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("config.resolved.yaml", b"a: 1"),
+        ("metrics.jsonl", b"\xff"),
+        ("metrics.jsonl", b""),
+        ("metrics.jsonl", b'{"stage": "alignment", "step": 0}\n'),
+        ("metrics.jsonl", None),
+    ],
+)
+def test_a_damaged_run_without_checkpoints_is_not_trained_anew(
+    given: Given, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None
+) -> None:
+    """Over what is left of it, however often that is tried; it is told what to do, by a dry run too."""
     folder = given.finished("seed=1", "seed=1")
     shutil.rmtree(folder / "checkpoints")
-    (folder / name).write_bytes(content)
+    (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
     before = (folder / "config.resolved.yaml").read_bytes()
     given.write(seeds=[1])
+    for _ in range(2):
+        assert given.sweep() == 1
+        [[_, status, cause]] = rows(given)
+        assert status == "failed" and str(folder / name if content is not None else folder) in cause
+    told = (folder / "sweep.log").read_text()
+    assert told.count(f"restore it, delete {folder} to train anew, or give another --run-dir\n") == 2
+    assert (folder / "config.resolved.yaml").read_bytes() == before and not (folder / "checkpoints").exists()
+    capsys.readouterr()
+    assert main(["train", str(given.config), "seed=1", "--run-dir", str(folder), "--dry-run"]) == 0
+    assert f"{folder / name}: is damaged (" in "".join(capsys.readouterr().out.split("\n"))
+
+
+def test_a_run_that_was_asked_other_questions_is_not_done(given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Before the sweep has come to it, and where it could not start."""
+    folder = given.finished("seed=1", "seed=1")
+    few = resolve(load(given.config, ["seed=1", "evaluation.num_questions=8"]))
+    (folder / "evaluation.json").write_text(json.dumps({**evaluation_of(few), "splits": {}, "seconds": 1.0}))
+    given.write(seeds=[1], overrides=["evaluation.num_questions=8"])
+    assert given.sweep("--dry-run") == 0 and capsys.readouterr().out.endswith(": all of them finished\n")
+    given.write(seeds=[1], overrides=["evaluation.num_questions=16"])
+    assert given.sweep("--dry-run") == 0 and "1 of them not finished" in capsys.readouterr().out
+    monkeypatch.setattr(Processes, "run", stopped)
+    assert given.sweep() == 128 + signal.SIGINT
+    assert rows(given) == [["seed=1", "missing", UNASKED]]
+    assert "has 0 runs of 1 that are done" in capsys.readouterr().out
+    monkeypatch.setattr(Processes, "run", lambda _self, _command, log, *_: quiet(log))
+    assert given.sweep() == 1
+    assert [status for _, status, _ in rows(given)] == ["failed"]
+
+
+def test_a_damaged_evaluation_can_be_asked_again(given: Given) -> None:
+    """The table has the remedy of ``train``, not of a report."""
+    folder = given.finished("seed=1", "seed=1")
+    (folder / "evaluation.json").write_text("{")
+    given.write(seeds=[1], overrides=["evaluation.num_questions=8"])
     assert given.sweep() == 1
     [[_, status, cause]] = rows(given)
-    assert status == "failed" and cause.startswith(f"{folder / name}: ")
-    assert (folder / "config.resolved.yaml").read_bytes() == before and not (folder / "checkpoints").exists()
+    assert status == "failed" and cause.endswith("; delete it to have the questions asked again")
+
+
+def test_a_folder_that_cannot_be_written_is_of_its_run_alone(given: Given, capsys: pytest.CaptureFixture[str]) -> None:
+    given.finished("seed=2", "seed=2")
+    (given.out / "seed=1").write_text("a file")
+    assert given.sweep() == 1
+    assert [row[:2] for row in rows(given)] == [["seed=1", "missing"], ["seed=2", "done"]]
+    assert "1 of 2 runs failed: seed=1" in capsys.readouterr().err
+
+
+def test_a_file_system_without_locks_has_tables_too(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    given.finished("seed=1", "seed=1")
+    given.write(seeds=[1])
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    update(runs_of(read(given.file)), given.out)
+    assert rows(given) == [["seed=1", "done", ""]]
 
 
 def cut(text: str) -> str:
@@ -316,6 +382,11 @@ def test_a_dry_run_tells_of_a_folder_that_is_held(given: Given, capsys: pytest.C
     assert given.sweep("--dry-run") == 0
     assert f"seed=1: will not start on this machine: another start is writing {folder} (" in capsys.readouterr().out
     held.release()
+
+
+def stopped(processes: Processes, *_: object) -> None:
+    """A sweep that is stopped before its runs begin."""
+    processes.stopped_by = signal.SIGINT
 
 
 def quiet(log: Path) -> Ended:

@@ -46,16 +46,24 @@ def test_the_pages_have_the_tables_of_the_results(study_tables: ModuleType) -> N
 
 
 def test_every_sweep_has_a_table_or_has_its_own(study_tables: ModuleType) -> None:
-    assert {
-        *study_tables.BESIDE,
-        "failures",
-        "half_dense",
-        "last_rate",
-        "pooled",
-        "short_end",
-        "aligned",
-        "smollm2_read",
-    } == {path.stem for path in STUDY.glob("sweeps/*.yaml")}
+    known = {*study_tables.BESIDE, *study_tables.UNTABLED, "failures", "aligned", "smollm2_read"}
+    assert known == {path.stem for path in STUDY.glob("sweeps/*.yaml")}
+    assert not set(study_tables.UNTABLED) & set(study_tables.BESIDE)
+
+
+def test_a_sweep_without_a_table_is_taken_once_it_is_done(
+    study_tables: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_tables, "RESULTS", tmp_path)
+    kept = STUDY / "results" / "last_rate.csv"
+    (table := tmp_path / "runs" / "last_rate" / "results.csv").parent.mkdir(parents=True)
+    assert not study_tables.collect_untabled(tmp_path / "runs", "last_rate")
+    for content in (kept.read_text().replace(",done,", ",stopped,", 1), kept.read_text().replace("to-0-seed=2", "other", 1)):  # fmt: skip
+        table.write_text(content)
+        assert not study_tables.collect_untabled(tmp_path / "runs", "last_rate")
+    table.write_text(kept.read_text())
+    assert study_tables.collect_untabled(tmp_path / "runs", "last_rate")
+    assert (tmp_path / "last_rate.csv").read_text() == kept.read_text()
     for cases in study_tables.BESIDE.values():
         assert all((STUDY / f"sweeps/{case.partition('/')[0]}.yaml").is_file() for case in cases)
 
@@ -104,6 +112,7 @@ def test_results_are_taken_from_runs_that_are_done(
     monkeypatch.setattr(study_tables, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(study_tables, "STUDY", tmp_path)
     monkeypatch.setattr(study_tables, "BESIDE", {"first": (), "second": ("first/dense",)})
+    monkeypatch.setattr(study_tables, "UNTABLED", ())
     all_right = np.ones(400, bool)
     every_second = {"ocr": np.arange(400) % 2 == 0, "paired": all_right}
     all_of_both = {"ocr": all_right, "paired": all_right}
