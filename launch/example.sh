@@ -6,6 +6,12 @@ runs=runs/$(basename "$here")
 case ${1:-} in
   -h | --help) printf 'usage: %s [key.path=value ...] [megatron-sts train options]\n' "${BASH_SOURCE[1]}"; exit 0 ;;
 esac
+case " $*" in
+  *' --run-dir'*)
+    printf 'megatron-sts: error: --run-dir: this example writes its runs into %s below the current folder; start it from another folder\n' "$runs" >&2
+    exit 2
+    ;;
+esac
 command -v megatron-sts >/dev/null || {
   printf 'megatron-sts: error: not on PATH; start this example with: bash launch/local.sh examples/%s\n' "$(basename "$here")" >&2
   exit 2

@@ -20,7 +20,7 @@ example=${1%/}
 shift
 if [ ! -d "$example" ] && [ -d "$root/$example" ]; then example=$root/$example; fi
 if [ ! -e "$example/run.sh" ] && [ ! -e "$example/config.yaml" ]; then
-  printf 'megatron-sts: error: %s has neither run.sh nor config.yaml\n' "$example" >&2
+  printf 'megatron-sts: error: %s has neither run.sh nor config.yaml; --help lists the examples\n' "$example" >&2
   exit 2
 fi
 

@@ -9,11 +9,11 @@ from typing import Any
 from megatron_sts.config.differences import differences
 from megatron_sts.config.errors import ConfigError
 from megatron_sts.config.precision import PrecisionConfig
-from megatron_sts.report.losses import NUM_LOSSES, last_losses, stage_losses
+from megatron_sts.report.losses import NUM_LOSSES, are_last_sparse, last_losses, stage_losses
 from megatron_sts.report.run import Line, Run
 
 Comparison = dict[str, Any]
-"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,num_losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
+"""JSON-ready: ``runs.{dense,sts}.{num_ranks,stages,losses,num_losses,sparse_losses,accuracy,standard_error,pope_f1,mme_accuracy_plus}``, ``ratios`` (STS / dense),
 ``ways``: where the runs were cut up and spread over ranks differently, field, dense, STS; ``labels``: what the two are called, for both are
 dense, or neither, where ranks or micro-batches are compared; and ``no_accuracy``: null, or the sentence why accuracies are left out (both
 runs' are then empty)."""
@@ -135,6 +135,7 @@ def describe(run: Run, *, with_accuracy: bool) -> Comparison:
         "stages": {name: stage_costs(run, name) for name in run.steps},
         "losses": {name: stage_losses(run, name) for name in run.steps},
         "num_losses": {name: len(last_losses(run, name)) for name in run.steps},
+        "sparse_losses": [name for name in run.steps if are_last_sparse(run, name)],
         "accuracy": {name: found["accuracy"] for name, found in families.items()},
         "left_out_of_mean": run.config["evaluation"].get("left_out_of_mean", []),
         "standard_error": {name: found["standard_error"] for name, found in families.items()},
@@ -308,8 +309,9 @@ def remarks(comparison: Comparison) -> list[str]:
     stages = [stage for run in comparison["runs"].values() for stage in run["stages"].values()]
     costs = "FLOPs and seconds are sums over all steps"
     if any(stage["flops_executed"] != stage["flops_dense"] for stage in stages):
-        losses += ", of STS with tokens and layers left out"
         costs += "; tokens/s count the tokens that VTC leaves, so that fewer of them may be more samples a second"
+    if sparse := dict.fromkeys(name for run in comparison["runs"].values() for name in run["sparse_losses"]):
+        losses += f", in {' and '.join(sparse)} with tokens or layers left out"
     if any("last_validation_loss" in stage for run in comparison["runs"].values() for stage in run["losses"].values()):
         losses += "; validation losses are of models with all of them"
     lack, split = comparison["no_accuracy"], comparison["runs"]["dense"]["split"]

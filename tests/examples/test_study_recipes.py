@@ -31,6 +31,12 @@ def test_recipes() -> None:
     times = {seed: wall(by_case["dense"][seed]) / wall(row) for seed, row in by_case["fast"].items()}
     shown = re.findall(r"times as fast, by seed: (\d\.\d+), (\d\.\d+), (\d\.\d+)", PAGES)
     assert [float(each) for each in shown[0]] == pytest.approx([times[seed] for seed in ("1234", "2", "3")], abs=SHOWN_DIGITS)  # fmt: skip
+    seconds = {case: sum(map(wall, rows.values())) for case, rows in by_case.items()}
+    costs = [flops("recipes/paper") / flops("recipes/dense"), seconds["paper"] / seconds["dense"]]
+    assert (
+        "the paper's setting of it: VTC in the first, LDS in the second | {:.2f} | {:.2f} |".format(*costs)
+        in FIRST_PAGE
+    )
     kept = {seed: float(row["eval.mean"]) / float(by_case["dense"][seed]["eval.mean"]) for seed, row in by_case["fast"].items()}  # fmt: skip
     shares = tuple(f"{kept[seed]:.3f}" for seed in ("1234", "2", "3"))
     for text in (FIRST_PAGE, (ROOT / "examples/quickstart/README.md").read_text()):

@@ -44,6 +44,14 @@ def environment(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
 
 
+@pytest.mark.parametrize("words", [["--run-dir", "there"], ["seed=2", "--run-dir=there"]])
+def test_a_folder_of_ones_own_is_refused(words: list[str], environment: dict[str, str], tmp_path: Path) -> None:
+    """It would be ignored, as the example names those of its runs."""
+    script = subprocess.run(["bash", "run.sh", *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert script.returncode == 2 and not script.stdout
+    assert script.stderr.startswith(f"megatron-sts: error: --run-dir: this example writes its runs into runs/{tmp_path.name} below")  # fmt: skip
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_script_is_one_to_its_command(
     number: signal.Signals, environment: dict[str, str], tmp_path: Path

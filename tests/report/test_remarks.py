@@ -24,6 +24,19 @@ def test_of_how_many_losses_a_mean_is(tmp_path: Path, num_steps: int, said: str)
     assert f"\nTraining losses are means of {said} last 20 steps.\n" in markdown(compared(*folders))
 
 
+def test_losses_of_a_dense_end_are_whole(tmp_path: Path) -> None:
+    """Tokens or layers were left out in all of alignment's steps, and not in the last 20 of finetune."""
+    written = {**CONFIG, "stages": [{"name": name, **STAGE, "steps": 22} for name in ("alignment", "finetune")]}
+    folders = []
+    for name, flops in (("dense", 1000), ("sts", 600)):
+        lines = [line("alignment", step, 1.0, flops) for step in range(22)]
+        lines += [line("finetune", step, 1.0, flops if step < 2 else 1000) for step in range(22)]
+        folders.append(write_run(tmp_path / name, 1000, 2.0, 0.8, lines))
+        dump(resolve(RunConfig.model_validate(written)), folders[-1] / "config.resolved.yaml")
+    said = "\nTraining losses are means of a stage's last 20 steps, in alignment with tokens or layers left out.\n"
+    assert said in markdown(compared(*folders))
+
+
 def test_totals_and_what_numbers_are(tmp_path: Path) -> None:
     """Sums over all stages, the mean of families, and what stands behind ± and tokens/s."""
     found = compared(write_run(tmp_path / "dense", 1000, 2.0, 0.8), write_run(tmp_path / "sts", 600, 1.5, 0.6))
