@@ -70,8 +70,9 @@ def unreadable_data(resolved: Resolved) -> Iterator[Obstacle]:
 
 def other_run(resolved: Resolved, run_dir: Path, *, extend: bool) -> Iterator[Obstacle]:
     """Checkpoints in ``run_dir`` that this run may not go on from."""
-    yield from _refusals(partial(check_same_run, resolved, run_dir, extend=extend), of_this_machine=True)
-    yield from _refusals(partial(check_same_content, resolved, run_dir), of_this_machine=True)
+    checks = partial(check_same_run, resolved, run_dir, extend=extend), partial(check_same_content, resolved, run_dir)
+    # Each once: what is damaged of a run both refuse.
+    yield from dict.fromkeys(found for check in checks for found in _refusals(check, of_this_machine=True))
 
 
 def _refusals(check: Callable[[], object], *, of_this_machine: bool = False) -> Iterator[Obstacle]:

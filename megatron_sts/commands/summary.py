@@ -81,11 +81,11 @@ def kernels_here(resolved: Resolved) -> Outline:
 
 
 def _is_going_on(run_dir: Path) -> bool:
-    """Whether a run there needs no weights to begin with; if that cannot be told, ``other_run`` says why."""
+    """Whether a run there needs no weights to begin with; also if that cannot be told, which ``other_run`` says."""
     try:
         return is_begun(run_dir) or is_over(run_dir)
     except ConfigError:
-        return False
+        return True
 
 
 def _stage(resolved: Resolved, stage: ResolvedStage) -> Outline:

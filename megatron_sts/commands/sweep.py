@@ -89,9 +89,13 @@ def run(args: argparse.Namespace) -> int:
     processes, rows = Processes(), tell()
     with processes.obeying_signals(), ThreadPoolExecutor(args.jobs) as pool:
         begun = [pool.submit(train, config, one, of_run[one.name], out, processes) for one in mine]
-        for ended in as_completed(begun):
-            if ended.result() is not None:  # it began
-                rows = tell()
+        try:
+            for ended in as_completed(begun):
+                if ended.result() is not None:  # it began
+                    rows = tell()
+        except BaseException:  # as where the table cannot be written: nobody would know of runs that begin yet
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return told_end(mine, [ended.result() for ended in begun], rows, processes.stopped_by, out / "results.csv")
 
 
@@ -179,8 +183,9 @@ def train(config: Path, one: SweepRun, resolved: Resolved, out: Path, processes:
 
     folder, log, began = out / one.name, out / one.name / LOG, time.monotonic()
     command = [sys.executable, "-m", "megatron_sts", "train", str(config), *one.overrides, "--run-dir", str(folder)]
-    before, log_bytes = outcome.read(folder), log.stat().st_size if log.is_file() else 0
+    before = outcome.read(folder)
     try:
+        log_bytes = log.stat().st_size if log.is_file() else 0
         ended = processes.run(command, log, lambda: say(f"megatron-sts: {one.name}: started, see {log}"))
     except OSError as error:  # of this run's folder or log: others go on
         say(f"megatron-sts: {one.name}: failed: {error}", sys.stderr)

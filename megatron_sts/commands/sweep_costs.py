@@ -31,15 +31,15 @@ def planned_flops(resolved: Resolved) -> float:
     return sum(stage.flops for stage in stages_of(resolved, steps).values())
 
 
-def finished(resolved: Resolved, folder: Path) -> Run | None:
-    """What ``folder`` holds, if that has nothing left to do of the run; else None."""
+def trained(resolved: Resolved, folder: Path) -> Run | None:
+    """What ``folder`` holds, if that is all steps of the run; else None."""
     try:
         run = read_run(folder)
     except ConfigError:
         return None
     had = [(stage["name"], stage["num_steps"]) for stage in run.config["resolved"]["stages"]]
     is_whole = run.is_complete and had == [(stage.name, stage.num_steps) for stage in resolved.stages]
-    return run if is_whole and not unasked(resolved, folder) else None
+    return run if is_whole else None
 
 
 def pace_of(runs: Sequence[Run]) -> Pace | None:
@@ -53,8 +53,12 @@ def pace_of(runs: Sequence[Run]) -> Pace | None:
 
 def told(runs: Sequence[Resolved], folders: Sequence[Path], jobs: int, gflops_per_s: float | None) -> str:
     """A sentence: FLOPs of all runs, and minutes of those that are not finished, if a pace is known or given."""
-    done = [finished(run, folder) for run, folder in zip(runs, folders, strict=True)]
-    left = [planned_flops(run) for run, found in zip(runs, done, strict=True) if found is None]
+    done = [trained(run, folder) for run, folder in zip(runs, folders, strict=True)]
+    left = [
+        planned_flops(run) if found is None else 0.0  # only its questions are left
+        for run, found, folder in zip(runs, done, folders, strict=True)
+        if found is None or unasked(run, folder)
+    ]
     pace = pace_of([run for run in done if run is not None])
     said = f"{len(left)} of them not finished, {sum(left):.3g} FLOPs"
     if not left:

@@ -78,6 +78,14 @@ def read(run_dir: Path) -> Outcome | None:
         return None
 
 
+def is_there(run_dir: Path) -> bool:
+    """Whether one was written, or cannot be looked for, as in a folder of somebody else's."""
+    try:
+        return (run_dir / OUTCOME).is_file()
+    except OSError:
+        return True
+
+
 def _written(run_dir: Path, kind: Kind, cause: str | None, requeue: bool, nodes: Sequence[str]) -> Path:
     run_dir.mkdir(parents=True, exist_ok=True)
     newest = whole_checkpoints(run_dir / CHECKPOINTS)[-1:]

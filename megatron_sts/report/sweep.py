@@ -49,7 +49,7 @@ def row_of(run: SweepRun, folder: Path, unasked: Callable[[SweepRun], bool] = la
     command goes on) or ``failed``, with the ``cause``; or it is ``missing``: not begun, not ended, or not asked these questions."""
     row: Row = {"run": run.name, "case": run.case, **run.values, "seed": run.seed, "status": "missing", "cause": None}
     told = outcome.read(folder)
-    if told is None and (folder / outcome.OUTCOME).is_file():
+    if told is None and outcome.is_there(folder):
         row |= {"status": "failed", "cause": f"{folder / outcome.OUTCOME} cannot be read"}
     elif told is not None:
         row |= {"status": told.outcome, "cause": told.cause}

@@ -190,14 +190,19 @@ def is_over(run_dir: Path) -> bool:
         return False
     told = outcome.read(run_dir)
     was_done = told is not None and told.outcome == "done"
+    missing = [name for name in (CONFIG, METRICS) if not (run_dir / name).is_file()]
+    if len(missing) == 2 or (missing and not was_done):
+        return False
     try:
-        was_saved = all((run_dir / name).is_file() for name in (CONFIG, METRICS)) and read_run(run_dir).was_saved
-        if was_done and not was_saved:
-            raise damaged(run_dir / METRICS, "ends before the run did, or is missing")
+        if missing:
+            raise damaged(run_dir / missing[0], "it is missing")
+        run = read_run(run_dir)
+        if was_done and not run.is_complete:
+            raise damaged(run_dir / METRICS, "ends before the run did")
     except DamagedError as error:
         remedy = f"restore it, delete {run_dir} to train anew, or give another --run-dir"
         raise ConfigError(f"{error.problem}; {remedy}") from None
-    return was_saved
+    return was_done or run.was_saved
 
 
 def is_begun(run_dir: Path) -> bool:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -258,6 +259,7 @@ def test_a_finished_run_whose_lines_are_damaged_has_failed(given: Given, capsys:
         ("metrics.jsonl", b""),
         ("metrics.jsonl", b'{"stage": "alignment", "step": 0}\n'),
         ("metrics.jsonl", None),
+        ("config.resolved.yaml", None),
     ],
 )
 def test_a_damaged_run_without_checkpoints_is_not_trained_anew(
@@ -267,7 +269,7 @@ def test_a_damaged_run_without_checkpoints_is_not_trained_anew(
     folder = given.finished("seed=1", "seed=1")
     shutil.rmtree(folder / "checkpoints")
     (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
-    before = (folder / "config.resolved.yaml").read_bytes()
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name in (name, "config.resolved.yaml")}
     given.write(seeds=[1])
     for _ in range(2):
         assert given.sweep() == 1
@@ -275,10 +277,11 @@ def test_a_damaged_run_without_checkpoints_is_not_trained_anew(
         assert status == "failed" and str(folder / name if content is not None else folder) in cause
     told = (folder / "sweep.log").read_text()
     assert told.count(f"restore it, delete {folder} to train anew, or give another --run-dir\n") == 2
-    assert (folder / "config.resolved.yaml").read_bytes() == before and not (folder / "checkpoints").exists()
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    assert not (folder / "checkpoints").exists()
     capsys.readouterr()
     assert main(["train", str(given.config), "seed=1", "--run-dir", str(folder), "--dry-run"]) == 0
-    assert f"{folder / name}: is damaged (" in "".join(capsys.readouterr().out.split("\n"))
+    assert "".join(capsys.readouterr().out.split("\n")).count(f"{folder / name}: is damaged (") == 1
 
 
 def test_a_run_that_was_asked_other_questions_is_not_done(given: Given, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
@@ -289,7 +292,7 @@ def test_a_run_that_was_asked_other_questions_is_not_done(given: Given, capsys: 
     given.write(seeds=[1], overrides=["evaluation.num_questions=8"])
     assert given.sweep("--dry-run") == 0 and capsys.readouterr().out.endswith(": all of them finished\n")
     given.write(seeds=[1], overrides=["evaluation.num_questions=16"])
-    assert given.sweep("--dry-run") == 0 and "1 of them not finished" in capsys.readouterr().out
+    assert given.sweep("--dry-run") == 0 and "1 of them not finished, 0 FLOPs; about 1 min" in capsys.readouterr().out
     monkeypatch.setattr(Processes, "run", stopped)
     assert given.sweep() == 128 + signal.SIGINT
     assert rows(given) == [["seed=1", "missing", UNASKED]]
@@ -307,6 +310,37 @@ def test_a_damaged_evaluation_can_be_asked_again(given: Given) -> None:
     assert given.sweep() == 1
     [[_, status, cause]] = rows(given)
     assert status == "failed" and cause.endswith("; delete it to have the questions asked again")
+
+
+def test_the_table_is_renewed_as_each_run_ends(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one ends last."""
+
+    def run(_self: Processes, _command: list[str], log: Path, *_: object) -> Ended:
+        deadline = time.monotonic() + 30
+        while log.parent.name == "seed=1" and ["seed=2", "done", ""] not in rows(given):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        given.finished(log.parent.name, log.parent.name)
+        return Ended(0)
+
+    monkeypatch.setattr(Processes, "run", run)
+    assert given.sweep("--jobs", "2") == 0
+    assert [status for _, status, _ in rows(given)] == ["done", "done"]
+
+
+def test_no_run_begins_once_the_table_cannot_be_written(given: Given, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+
+    def run(_self: Processes, _command: list[str], log: Path, *_: object) -> Ended:
+        begun.append(log.parent.name)
+        (given.out / "results.jsonl").unlink()
+        (given.out / "results.jsonl").mkdir()  # nothing replaces a folder
+        return Ended(0)
+
+    given.write(seeds=[1, 2, 3, 4])
+    monkeypatch.setattr(Processes, "run", run)
+    assert given.sweep() != 0
+    assert len(begun) < 4
 
 
 def test_a_folder_that_cannot_be_written_is_of_its_run_alone(given: Given, capsys: pytest.CaptureFixture[str]) -> None:

@@ -49,6 +49,8 @@ def test_every_sweep_has_a_table_or_has_its_own(study_tables: ModuleType) -> Non
     known = {*study_tables.BESIDE, *study_tables.UNTABLED, "failures", "aligned", "smollm2_read"}
     assert known == {path.stem for path in STUDY.glob("sweeps/*.yaml")}
     assert not set(study_tables.UNTABLED) & set(study_tables.BESIDE)
+    for cases in study_tables.BESIDE.values():
+        assert all((STUDY / f"sweeps/{case.partition('/')[0]}.yaml").is_file() for case in cases)
 
 
 def test_a_sweep_without_a_table_is_taken_once_it_is_done(
@@ -64,8 +66,6 @@ def test_a_sweep_without_a_table_is_taken_once_it_is_done(
     table.write_text(kept.read_text())
     assert study_tables.collect_untabled(tmp_path / "runs", "last_rate")
     assert (tmp_path / "last_rate.csv").read_text() == kept.read_text()
-    for cases in study_tables.BESIDE.values():
-        assert all((STUDY / f"sweeps/{case.partition('/')[0]}.yaml").is_file() for case in cases)
 
 
 def test_differences_are_those_of_seeds(

@@ -16,6 +16,7 @@ from megatron_sts.config.load import load
 from megatron_sts.config.resolve import Resolved, resolve
 from megatron_sts.config.run_folder import MANIFEST, whole_checkpoints
 from megatron_sts.config.schema import RunConfig
+from megatron_sts.launch import outcome
 from megatron_sts.report.run import METRICS
 from megatron_sts.runtime.integrity import digest_of
 from megatron_sts.runtime.kernels import Kernels
@@ -85,6 +86,20 @@ def test_a_whole_run_is_over_without_its_checkpoints(tmp_path: Path) -> None:
     assert is_finished(asked, tmp_path)
     checkpoint(tmp_path, "0-alignment-0000004", stage=1, step=0)
     assert not is_finished(asked, tmp_path)
+
+
+def test_a_run_that_is_done_is_over_though_no_line_tells_of_its_last_save(tmp_path: Path) -> None:
+    """As after a kill between a save and its line. Of a folder in which nothing but the outcome is left nothing can be lost."""
+    outcome.write(tmp_path, "done")
+    assert not is_finished(resolved(), tmp_path)
+    write_config(resolved(), tmp_path, KERNELS, {})
+    write_steps(tmp_path)
+    assert is_finished(resolved(), tmp_path)
+    write_steps(tmp_path, steps=3)
+    with pytest.raises(
+        ConfigError, match=r"metrics.jsonl: is damaged \(ends before the run did\); restore it, delete "
+    ):
+        is_finished(resolved(), tmp_path)
 
 
 @pytest.mark.parametrize(
