@@ -142,7 +142,10 @@ def meet_at(path: Path, patch: pytest.MonkeyPatch) -> None:
 def plant(scene: Scene, patch: pytest.MonkeyPatch) -> None:
     """Digests, and the scene's mishaps."""
     if "mend" in scene:
-        shutil.copy(*scene["mend"])
+        source, place = map(Path, scene["mend"])
+        # In one piece: another rank may be reading it, or putting the same there.
+        shutil.copy(source, copy := place.with_name(f".{place.name}.{os.getpid()}"))
+        copy.replace(place)
     watch_checkpoints(Path(scene["run_dir"]), patch)
     planted = ("kill", "kill_again", "stop", "nan", "blank", "raise", "shapes", "fewer")
     watch_batches({name: tuple(scene[name]) for name in planted if name in scene}, patch)
