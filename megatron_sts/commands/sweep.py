@@ -197,10 +197,8 @@ def train(config: Path, one: SweepRun, resolved: Resolved, out: Path, processes:
     if ended.status and not ended.is_stopped:
         words = f"failed (status {ended.status}, see {log})"
         cause = cause_in(log, log_bytes) or f"ended with status {ended.status}, see {log}"
-        is_kept = is_done and stays_done(
-            resolved, folder
-        )  # reads data, which may take long: the outcome is looked at after it
-        # Not where another start has the folder, nor where the run has said so itself.
+        is_kept = is_done and stays_done(resolved, folder)
+        # Not where another start has the folder, nor where the run has said so itself, while its data were read just now too.
         if not is_kept and not lease.may_be_held(folder) and outcome.read(folder) in (None, before):
             outcome.write(folder, "failed", cause)
     say(f"megatron-sts: {one.name}: {words} after {time.monotonic() - began:.0f} s")
